@@ -1,0 +1,81 @@
+# From a fresh clone: `make test` and `make bench` set up all they need. `make help` lists the rest.
+
+PYTHON ?= python3
+# Any torch from 2.10 on will do; this is the one the project is developed with.
+TORCH ?= torch==2.13.0 triton==3.7.1
+# Where `make bench`, `make kernels` and `make gpu` write to.
+OUT ?= results
+
+PY := .venv/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check
+CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := setup
+.PHONY: setup build lint types format test bench peers kernels emulate gpu wheels clean help
+
+setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
+
+help:  ## This list
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
+
+# The environment. Its torch is pinned for everything that is installed later: nothing replaces it.
+.venv/torch:
+	$(PYTHON) -m venv .venv
+	$(PIP) $(TORCH) "setuptools>=77" wheel
+	$(PY) -m pip freeze --all | grep -iE '^torch==' > .venv/constraints.txt
+	@touch $@
+
+# An extra of pyproject.toml; the package itself is installed without compiling, `build` does that.
+.venv/dev .venv/bench: .venv/%: .venv/torch pyproject.toml
+	DEFORM_ATTN_SKIP_EXT=1 $(PIP) --constraint .venv/constraints.txt --no-build-isolation --editable '.[$*]'
+	@touch $@
+
+# CUDA's headers for the emulator, its compiler for `make kernels`.
+.venv/cuda: .venv/dev
+	$(PY) build_tools/toolchain.py || $(PIP) --constraint .venv/constraints.txt --no-build-isolation '.[cuda]'
+	@touch $@
+
+build: .venv/torch  ## Compile the libraries into the tree, as far as they changed
+	DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
+
+test: setup lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels
+	$(PY) -m pytest -n auto --maxprocesses 8
+	.venv/bin/torch-abi-audit --check torch deform_attn/*.so
+	$(MAKE) kernels
+
+lint: .venv/dev
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/clang-format --dry-run --Werror $(CXX_FILES)
+
+types: .venv/dev
+	.venv/bin/mypy
+
+format: .venv/dev  ## Format Python and C++
+	.venv/bin/ruff check --fix
+	.venv/bin/ruff format
+	.venv/bin/clang-format -i $(CXX_FILES)
+
+bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, and a whole Deformable DETR
+	$(PY) -m benchmarks.run --out $(OUT)
+
+peers: .venv/bench  ## Install what can be compared on a CPU and comes from PyPI (compiles for minutes)
+	$(PIP) --constraint .venv/constraints.txt --no-deps --no-build-isolation torch-ms-deform-attn
+
+kernels: setup  ## Compile the CUDA kernels for every architecture: registers, spills, shared memory
+	@mkdir -p $(OUT)
+	$(PY) -m benchmarks.kernels --json $(OUT)/kernels.json
+	$(PY) -m benchmarks.triton_kernels --json $(OUT)/triton_kernels.json
+
+emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator runs, also under sanitizers
+	$(PY) -m pytest tests/simt
+
+gpu:  ## On a machine with a GPU, with its own torch and without a network: build, test, sanitize, time
+	PYTHON=$(PYTHON) .ci/gpu $(OUT)
+
+wheels: setup  ## One wheel on several versions of torch and Python (downloads gigabytes)
+	$(PY) tests/wheel_matrix.py --out $(OUT)
+
+clean:  ## Remove all that was built or measured
+	rm -rf .venv build dist results .*_cache .hypothesis *.egg-info deform_attn/*.so deform_attn/_libraries.json
+	find . -name __pycache__ -prune -exec rm -rf {} +

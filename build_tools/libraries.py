@@ -1,0 +1,235 @@
+"""The two compiled libraries: their sources, the flags of each, how they are built and linked."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from toolchain import (
+    NotFound,
+    Torch,
+    cuda_architectures,
+    find_cuda,
+    find_cxx,
+    find_torch,
+    gencode_flags,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# One source of kernels is compiled once for each of these; ops.cpp picks one when it runs. A
+# processor that is not listed compiles the portable one alone.
+INSTRUCTION_SETS = {
+    "x86_64": {
+        "kernels_avx512.cpp": (
+            "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mprefer-vector-width=512"
+        ),
+        "kernels_avx2.cpp": "-mavx2 -mfma -mf16c",
+        "kernels_portable.cpp": "",
+    },
+    "other": {"kernels_portable.cpp": ""},
+}
+
+# torch's stable ABI from 2.10 on: one binary serves every torch and Python from there.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+
+# errno and floating-point traps are never read; everything else of IEEE 754 is relied on, so no
+# -ffast-math. Nothing is exported: the libraries register themselves when they are loaded.
+CXX_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-fvisibility-inlines-hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-ffp-contract=fast",  # off by default in ISO C++: a * b + c becomes one instruction
+    "-Wall",
+    "-Wextra",
+]
+# Compressed, the machine code of seven architectures takes a third of the space.
+NVCC_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "--expt-relaxed-constexpr",
+    "-DUSE_CUDA",
+    "-Xfatbin=-compress-all",
+]
+
+
+class BuildError(Exception):
+    """A compiler or the linker failed; the message holds its command and what it printed."""
+
+    def summary(self) -> str:
+        """The first line that tells an error, without the command."""
+        _, *printed = str(self).splitlines()
+        errors = [line for line in printed if "error" in line or "undefined reference" in line]
+        return f"the compiler failed: {[*errors, *printed, 'no output'][0].strip()}"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One object file."""
+
+    source: Path  # relative to ROOT, which keeps the machine's paths out of error messages
+    object: Path
+    command: list[str]
+
+
+def is_forced(name: str, *, failed: bool) -> bool:
+    """Whether the build must fail because this library failed to compile, or was not possible."""
+    if name == "cuda" and os.environ.get("FORCE_CUDA") == "1":
+        return True
+    return os.environ.get("DEFORM_ATTN_REQUIRE_EXT") == "1" and (failed or name == "cpu")
+
+
+def build(name: str, library: Path, scratch: Path, version: str) -> str:
+    """Compiles and links the library `name` ("cpu" or "cuda"); returns a line on how.
+
+    Raises NotFound where something is missing or the library is not wanted, BuildError where a
+    compiler fails. An object file is kept until its command or a file it includes changes.
+    """
+    if os.environ.get("DEFORM_ATTN_SKIP_EXT") == "1":
+        raise NotFound("DEFORM_ATTN_SKIP_EXT=1")
+    if sys.platform == "win32":
+        raise NotFound("the compiled libraries are not built on Windows yet")
+    scratch = scratch.absolute() / name
+    scratch.mkdir(parents=True, exist_ok=True)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    steps, link, how = {"cpu": _plan_cpu, "cuda": _plan_cuda}[name](scratch, version)
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(_compile, steps))
+    _run([*link, "-o", str(library.absolute())])
+    return how
+
+
+def _plan_cpu(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
+    torch, cxx = find_torch(), find_cxx()
+    machine = platform.machine().lower().replace("amd64", "x86_64")
+    kernels = INSTRUCTION_SETS.get(machine, INSTRUCTION_SETS["other"])
+    every = {file for files in INSTRUCTION_SETS.values() for file in files}
+    general = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in every]
+    # The files for the plainest processor come first: where two objects hold the same inline
+    # function, the linker keeps the first, and a later one may use instructions that are not there.
+    sources = [Path("csrc/ops.cpp"), *general]
+    sources += [Path("csrc/cpu") / file for file in sorted(kernels, key=lambda f: bool(kernels[f]))]
+
+    common = [*cxx, *DEFINES, *_facts(torch.version, version), *CXX_FLAGS, *_prefix_maps(torch)]
+    common += shlex.split(os.environ.get("CXXFLAGS", ""))
+    steps = [
+        _step(scratch, source, [*common, *kernels.get(source.name, "").split()], torch)
+        for source in sources
+    ]
+    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
+    if sys.platform != "darwin":
+        # A symbol that no torch has is an error here, not when a user imports the package.
+        link += ["-Wl,--as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
+    return steps, link, f"torch {torch.version}, {' '.join(cxx)}, {' '.join(kernels)}"
+
+
+def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
+    if os.environ.get("FORCE_CUDA") == "0":
+        raise NotFound("FORCE_CUDA=0")
+    torch = find_torch()
+    if torch.cuda is None and os.environ.get("FORCE_CUDA") != "1":
+        raise NotFound(
+            f"torch {torch.version} is built without CUDA and could not use it (FORCE_CUDA=1 "
+            "builds it all the same)"
+        )
+    cuda, cxx = find_cuda(), find_cxx()
+    architectures = cuda_architectures(cuda)
+    sources = _sources("csrc/cuda/*.cu")
+    jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    threads = os.environ.get("NVCC_THREADS") or str(max(1, jobs // max(1, len(sources))))
+
+    host = [f for f in CXX_FLAGS if f.startswith("-f")] + _prefix_maps(torch)
+    common = [
+        cuda.nvcc,
+        f"-ccbin={cxx[-1]}",
+        *DEFINES,
+        *_facts(torch.version, version),
+        *NVCC_FLAGS,
+    ]
+    common += [f'-DDEFORM_ATTN_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
+    common += [f"-Xcompiler={flag}" for flag in host]
+    common += [*gencode_flags(architectures), f"--threads={threads}"]
+    steps = [_step(scratch, source, common, torch) for source in sources]
+
+    # A static runtime asks nothing of the machine but a driver; none of its symbols shows.
+    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
+    link += [f"-L{cuda.library_folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    link += ["-Wl,--exclude-libs,ALL"]
+    how = f"CUDA {cuda.version} in {cuda.home}, for {' '.join(architectures)}"
+    return steps, link, how
+
+
+def _sources(pattern: str) -> list[Path]:
+    return sorted(path.relative_to(ROOT) for path in ROOT.glob(pattern))
+
+
+def _facts(torch_version: str, version: str) -> list[str]:
+    return [f'-DDEFORM_ATTN_VERSION="{version}"', f'-DDEFORM_ATTN_TORCH="{torch_version}"']
+
+
+def _prefix_maps(torch: Torch) -> list[str]:
+    return [f"-fmacro-prefix-map={torch.folder / 'include'}/=", f"-fmacro-prefix-map={ROOT}/="]
+
+
+def _link_flags(torch: Torch) -> list[str]:
+    flags = [f"-L{torch.folder / 'lib'}"]
+    if sys.platform == "darwin":
+        return [*flags, "-undefined", "dynamic_lookup"]
+    # The loader finds the shims of the stable ABI through this one name, already in the process.
+    flags += ["-Wl,--no-as-needed", "-ltorch"]
+    return flags + shlex.split(os.environ.get("LDFLAGS", ""))
+
+
+def _step(scratch: Path, source: Path, flags: Sequence[str], torch: Torch) -> Step:
+    target = scratch / f"{source.stem}.o"
+    include = ["-Icsrc", "-isystem", str(torch.folder / "include")]
+    depends = ["-MD", "-MF", f"{target}.d"]
+    return Step(source, target, [*flags, *include, *depends, "-c", str(source), "-o", str(target)])
+
+
+def _compile(step: Step) -> None:
+    record = Path(f"{step.object}.command")
+    command = shlex.join(step.command)
+    if _is_fresh(step, record, command):
+        return
+    print(f"  {step.source}", flush=True)
+    record.unlink(missing_ok=True)
+    _run(step.command)
+    record.write_text(command, encoding="utf-8")
+
+
+def _is_fresh(step: Step, record: Path, command: str) -> bool:
+    if not record.is_file() or record.read_text(encoding="utf-8") != command:
+        return False
+    _, _, listed = Path(f"{step.object}.d").read_text(encoding="utf-8").partition(":")
+    built = step.object.stat().st_mtime
+    try:
+        return all(
+            (ROOT / file).stat().st_mtime <= built
+            for file in shlex.split(listed.replace("\\\n", " "))
+        )
+    except FileNotFoundError:
+        return False
+
+
+def _run(command: list[str]) -> None:
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise BuildError(f"{command[0]}: {error}") from error
+    if done.returncode != 0:
+        raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+    if done.stderr.strip():
+        print(done.stderr, file=sys.stderr, flush=True)  # warnings

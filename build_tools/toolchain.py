@@ -1,0 +1,193 @@
+"""Finds what a build needs: torch's headers, a C++ compiler, a CUDA toolkit, its architectures."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import site
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+TORCH_FLOOR = (2, 10)
+
+# Every generation from Turing on, and PTX of the newest for those to come.
+DEFAULT_CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
+
+
+class NotFound(Exception):
+    """Something a library needs is not here; the message says what, and how to get it."""
+
+
+@dataclass(frozen=True)
+class Torch:
+    """A torch on disk. It is never imported: a build needs its headers and libtorch, no more."""
+
+    folder: Path
+    version: str
+    cuda: str | None  # the CUDA version it was built with
+
+    @property
+    def release(self) -> tuple[int, int]:
+        """Major and minor version."""
+        major, minor = self.version.split(".")[:2]
+        return int(major), int(minor)
+
+
+def find_torch() -> Torch:
+    """The torch of the environment that is built for, also from inside pip's isolated build."""
+    tried = []
+    for folder in _torch_folders():
+        if not (folder / "include" / "torch" / "csrc" / "stable").is_dir():
+            continue
+        facts = (folder / "version.py").read_text(encoding="utf-8")
+        torch = Torch(folder, _assigned(facts, "__version__") or "0.0", _assigned(facts, "cuda"))
+        if torch.release >= TORCH_FLOOR:
+            return torch
+        tried.append(f"{torch.version} in {folder}")
+    floor = ".".join(map(str, TORCH_FLOOR))
+    found = f"found only {', '.join(tried)}" if tried else "found none"
+    raise NotFound(
+        f"the headers of torch >= {floor} are needed, {found}: install torch first, "
+        "then this package with --no-build-isolation"
+    )
+
+
+def _torch_folders() -> Iterator[Path]:
+    spec = importlib.util.find_spec("torch")  # finds a top-level package without importing it
+    if spec is not None and spec.origin:
+        yield Path(spec.origin).parent
+    # pip's isolation hides site-packages from imports, but its interpreter is still the
+    # environment's own; uv's is a fresh one, and only the base interpreter is left to ask.
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+    for paths in (sysconfig.get_paths(), sysconfig.get_paths(vars=base)):
+        for kind in ("purelib", "platlib"):
+            yield Path(paths[kind]) / "torch"
+    if site.ENABLE_USER_SITE:
+        yield Path(site.getusersitepackages()) / "torch"
+
+
+def _assigned(source: str, name: str) -> str | None:
+    found = re.search(rf"^{name}\b[^=\n]*=\s*'([^']*)'", source, re.MULTILINE)
+    return found.group(1) if found else None
+
+
+def find_cxx() -> list[str]:
+    """The C++ compiler as a command: $CXX, else the first of c++, g++ and clang++ on PATH."""
+    if os.environ.get("CXX"):
+        return os.environ["CXX"].split()
+    for name in ("c++", "g++", "clang++"):
+        if shutil.which(name):
+            return [name]
+    raise NotFound("no C++ compiler: none of $CXX, c++, g++, clang++ is here")
+
+
+@dataclass(frozen=True)
+class CudaToolkit:
+    """A CUDA toolkit on disk."""
+
+    home: Path
+    version: str
+
+    @property
+    def nvcc(self) -> str:
+        """The compiler's path."""
+        return str(self.home / "bin" / "nvcc")
+
+    @property
+    def include_folders(self) -> list[Path]:
+        """For a C++ compiler that includes cuda_fp16.h, which includes nv/target."""
+        include = self.home / "include"
+        return [include, include / "cccl"]
+
+    @property
+    def library_folder(self) -> Path:
+        """Where libcudart_static.a is."""
+        folders = [self.home / name for name in ("lib64", "lib", "targets/x86_64-linux/lib")]
+        with_cudart = [folder for folder in folders if list(folder.glob("libcudart_static.a"))]
+        return with_cudart[0] if with_cudart else folders[0]
+
+    def architectures(self) -> list[str]:
+        """What this nvcc compiles for, such as "9.0"."""
+        listed = _output([self.nvcc, "--list-gpu-arch"])
+        return [f"{n[:-1]}.{n[-1]}" for n in re.findall(r"compute_(\d+)\b", listed)]
+
+
+def find_cuda() -> CudaToolkit:
+    """$CUDA_HOME or $CUDA_PATH, nvcc on PATH, /usr/local/cuda, NVIDIA's wheels, in this order."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            toolkit = _toolkit_of(Path(os.environ[name]) / "bin" / "nvcc")
+            if toolkit is None:
+                raise NotFound(f"{name}={os.environ[name]} holds no bin/nvcc that runs")
+            return toolkit
+    candidates = [Path(nvcc) for nvcc in [shutil.which("nvcc")] if nvcc]
+    candidates.append(Path("/usr/local/cuda/bin/nvcc"))
+    for kind in ("purelib", "platlib"):
+        candidates += sorted(Path(sysconfig.get_path(kind)).glob("nvidia/cu*/bin/nvcc"))
+    for nvcc in candidates:
+        toolkit = _toolkit_of(nvcc)
+        if toolkit is not None:
+            return toolkit
+    raise NotFound("no CUDA toolkit: no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda")
+
+
+def _toolkit_of(nvcc: Path) -> CudaToolkit | None:
+    # nvcc itself says where its toolkit is: on PATH it is often a link or a wrapper script.
+    if not nvcc.is_file():
+        return None
+    plan = _output([str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull])
+    top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+    version = re.search(r"release (\d+\.\d+)", _output([str(nvcc), "--version"]))
+    if top is None or version is None:
+        return None
+    return CudaToolkit(Path(top.group(1).strip()).resolve(), version.group(1))
+
+
+def _output(command: list[str]) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return done.stdout + done.stderr
+
+
+def cuda_architectures(toolkit: CudaToolkit, environ: Mapping[str, str] = os.environ) -> list[str]:
+    """$TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), else those of the default that this nvcc knows."""
+    asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for name in asked:
+        if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", name):
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST: expected entries like 8.0 or 9.0+PTX, got {name!r}"
+            )
+    if asked:
+        return asked
+    known = toolkit.architectures()
+    usable = [a for a in DEFAULT_CUDA_ARCHITECTURES if a.removesuffix("+PTX") in known]
+    if usable and not usable[-1].endswith("+PTX"):
+        usable[-1] += "+PTX"
+    return usable
+
+
+def gencode_flags(architectures: list[str]) -> list[str]:
+    """["8.0", "9.0+PTX"] as nvcc's options: machine code for each, PTX where asked."""
+    flags = []
+    for name in architectures:
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if name.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+if __name__ == "__main__":
+    for find in (find_torch, find_cxx, find_cuda):
+        try:
+            print(find())
+        except NotFound as error:
+            sys.exit(str(error))
