@@ -1,0 +1,109 @@
+// One sampling point: its four pixels, their weights and their slopes. Shared by CPU and CUDA.
+//
+// A location is a fraction of the map: pixel coordinate x = location * size - 1/2, pixels outside
+// the map are zero (grid_sample with align_corners=False and zero padding).
+//
+// Written for numbers and for vectors of numbers alike; Numbers says what differs.
+#pragma once
+
+#include <cmath>
+
+#include "host_device.h"
+
+namespace deform_attn {
+
+template <typename Real_>
+struct Numbers {
+  using Real = Real_;
+  using Int = int;  // a pixel's index
+  using Mask = bool;
+
+  // a * b + c, rounded once.
+  static HOST_DEVICE Real multiply_add(Real a, Real b, Real c) {
+#if !defined(__CUDACC__) && !defined(FP_FAST_FMAF)
+    // without the instruction fma is a slow call; a product of two floats is exact in double
+    if constexpr (sizeof(Real) == sizeof(float)) {
+      return static_cast<Real>(static_cast<double>(a) * static_cast<double>(b) +
+                               static_cast<double>(c));
+    }
+#endif
+    using std::fma;
+    return fma(a, b, c);
+  }
+  static HOST_DEVICE Real round_down(Real x) {
+    using std::floor;
+    return floor(x);
+  }
+  static HOST_DEVICE Int whole(Real x) { return static_cast<Int>(x); }
+  static HOST_DEVICE Real real(Int x) { return static_cast<Real>(x); }
+  // What a comparison gives as a Mask, to be joined with &.
+  static HOST_DEVICE Mask mask(bool compared) { return compared; }
+  static HOST_DEVICE Real where(Mask mask, Real x) { return mask ? x : Real(0); }
+};
+
+// The pixel left of (or at) a location, and how far the point lies towards the next one, in [0, 1].
+// False where neither pixel is on the map, so for NaN and infinity too.
+//
+// Exact at pixel knots: location * size - 1/2 rounds onto a pixel that the point lies left of, and
+// the slope would be taken from the wrong side. `past`, rounded once, has the true sign.
+template <typename N>
+HOST_DEVICE typename N::Mask pixel_of(typename N::Real location, typename N::Int size,
+                                      typename N::Int& pixel, typename N::Real& fraction) {
+  using Real = typename N::Real;
+  const Real zero{}, one = zero + 1, half = one / 2, extent = N::real(size);
+  Real left = N::round_down(N::multiply_add(location, extent, -half));
+  Real past = N::multiply_add(location, extent, -(left + half));
+  const auto before = past < zero;
+  left = before ? left - one : left;
+  past = before ? past + one : past;
+  const typename N::Mask hit = N::mask(left >= -one) & N::mask(left < extent);
+  pixel = N::whole(N::where(hit, left));
+  fraction = N::where(hit, past);
+  return hit;
+}
+
+// The four pixels in the order (y, x), (y, x+1), (y+1, x), (y+1, x+1).
+template <typename Real, typename N = Numbers<Real>>
+struct Footprint {
+  using Int = typename N::Int;
+  using Mask = typename N::Mask;
+
+  Int x, y;          // -1 <= x < width, -1 <= y < height
+  Real right, down;  // fractions towards x + 1 and y + 1
+  Mask on[4];        // which of the four pixels are on the map
+
+  // False: no pixel of the point is on the map, it samples zero and has no gradient.
+  HOST_DEVICE Mask place(Real location_x, Real location_y, Int height, Int width) {
+    const Mask hit_x = pixel_of<N>(location_x, width, x, right);
+    const Mask hit_y = pixel_of<N>(location_y, height, y, down);
+    const Mask hit = hit_x & hit_y;
+    const Mask left_on = N::mask(x >= Int{}), right_on = N::mask(x + 1 < width);
+    const Mask up_on = N::mask(y >= Int{}), down_on = N::mask(y + 1 < height);
+    on[0] = hit & up_on & left_on;
+    on[1] = hit & up_on & right_on;
+    on[2] = hit & down_on & left_on;
+    on[3] = hit & down_on & right_on;
+    return hit;
+  }
+
+  // sample = sum of weight(i) * pixel(i) over the pixels on the map
+  HOST_DEVICE Real weight(int i) const {
+    const Real one = Real{} + 1;
+    const Real across = (i & 1) ? right : one - right;
+    const Real along = (i & 2) ? down : one - down;
+    return N::where(on[i], across * along);
+  }
+
+  // From the products of the output's gradient with each pixel: that product with the sample, and
+  // its derivatives by x and y in pixels. What `product` holds for a pixel off the map is ignored.
+  HOST_DEVICE void pull_back(const Real (&product)[4], Real& sample, Real& by_x, Real& by_y) const {
+    const Real one = Real{} + 1, left = one - right, up = one - down;
+    const Real p0 = N::where(on[0], product[0]), p1 = N::where(on[1], product[1]);
+    const Real p2 = N::where(on[2], product[2]), p3 = N::where(on[3], product[3]);
+    sample = up * (left * p0 + right * p1) + down * (left * p2 + right * p3);
+    by_x = up * (p1 - p0) + down * (p3 - p2);
+    by_y = left * (p2 - p0) + right * (p3 - p1);
+  }
+};
+
+}  // namespace deform_attn

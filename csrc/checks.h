@@ -1,0 +1,264 @@
+// Tensors -> Problem, or an error that names the tensor. What the kernels rely on is checked here
+// and nowhere else; deform_attn/inputs.py explains a refusal at length.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <limits>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <vector>
+
+#include "problem.h"
+
+namespace deform_attn {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// An error that starts with the name of the argument.
+#define DEFORM_ATTN_REQUIRE(condition, ...)                       \
+  if (!(condition)) {                                             \
+    throw std::runtime_error(::deform_attn::joined(__VA_ARGS__)); \
+  }
+
+template <typename... Parts>
+std::string joined(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  return text.str();
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::ostringstream text;
+  text << '[';
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << ']';
+  return text.str();
+}
+
+// The numbers of a call as they came; the tensors are those of the schema.
+struct Call {
+  Tensor value, locations, weights;  // contiguous
+  std::optional<Tensor> shapes, starts;
+  std::vector<int64_t> sizes;    // [h0, w0, h1, w1, ...] where shapes is not given
+  std::vector<int> first_point;  // [L + 1]
+  Problem problem;
+  bool weights_are_real;  // weights have the locations' dtype
+
+  Call(const Tensor& value_, const std::optional<Tensor>& spatial_shapes,
+       const std::optional<Tensor>& level_start_index, const Tensor& sampling_locations,
+       const Tensor& attention_weights, const std::optional<std::vector<int64_t>>& level_sizes,
+       const std::optional<std::vector<int64_t>>& num_points)
+      : value(value_),
+        locations(sampling_locations),
+        weights(attention_weights),
+        shapes(spatial_shapes),
+        starts(level_start_index) {
+    check_types();
+    check_levels(level_sizes);
+    check_points(num_points);
+    value = contiguous_of(value);
+    locations = contiguous_of(locations);
+    weights = contiguous_of(weights);
+  }
+
+  std::vector<int64_t> output_shape() const {
+    return {problem.batch, problem.queries, problem.row_stride()};
+  }
+
+  // The output's gradient, contiguous.
+  Tensor checked_gradient(const Tensor& grad_output) const {
+    const std::vector<int64_t> expected = output_shape();
+    DEFORM_ATTN_REQUIRE(grad_output.dim() == 3 && grad_output.size(0) == expected[0] &&
+                            grad_output.size(1) == expected[1] &&
+                            grad_output.size(2) == expected[2],
+                        "grad_output: expected the output's shape [", expected[0], ", ",
+                        expected[1], ", ", expected[2], "], got ", shape_of(grad_output));
+    DEFORM_ATTN_REQUIRE(grad_output.scalar_type() == value.scalar_type(),
+                        "grad_output: expected value's dtype");
+    DEFORM_ATTN_REQUIRE(grad_output.device() == value.device(),
+                        "grad_output: expected on value's device");
+    return contiguous_of(grad_output);
+  }
+
+  static Tensor contiguous_of(const Tensor& tensor) {
+    return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+  }
+
+ private:
+  void check_types() const {
+    const ScalarType type = value.scalar_type();
+    DEFORM_ATTN_REQUIRE(type == ScalarType::Double || type == ScalarType::Float ||
+                            type == ScalarType::Half || type == ScalarType::BFloat16,
+                        "value: expected float64, float32, float16 or bfloat16");
+    const ScalarType real = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    DEFORM_ATTN_REQUIRE(locations.scalar_type() == real,
+                        "sampling_locations: expected float32, or float64 with a float64 value");
+    DEFORM_ATTN_REQUIRE(weights.scalar_type() == real || weights.scalar_type() == type,
+                        "attention_weights: expected the dtype of value or sampling_locations");
+    DEFORM_ATTN_REQUIRE(locations.device() == value.device(),
+                        "sampling_locations: expected on value's device");
+    DEFORM_ATTN_REQUIRE(weights.device() == value.device(),
+                        "attention_weights: expected on value's device");
+  }
+
+  void check_levels(const std::optional<std::vector<int64_t>>& level_sizes) {
+    DEFORM_ATTN_REQUIRE(shapes.has_value() != level_sizes.has_value(),
+                        "spatial_shapes: expected either a tensor or level_sizes");
+    int64_t levels;
+    if (shapes) {
+      check_metadata("spatial_shapes", *shapes);
+      DEFORM_ATTN_REQUIRE(shapes->dim() == 2 && shapes->size(1) == 2,
+                          "spatial_shapes: expected [num_levels, 2], got ", shape_of(*shapes));
+      levels = shapes->size(0);
+    } else {
+      sizes = *level_sizes;
+      DEFORM_ATTN_REQUIRE(sizes.size() % 2 == 0,
+                          "level_sizes: expected a height and a width for each level, got ",
+                          sizes.size(), " numbers");
+      levels = static_cast<int64_t>(sizes.size() / 2);
+    }
+    DEFORM_ATTN_REQUIRE(levels > 0, "spatial_shapes: expected at least one level, got none");
+    problem.levels = narrow("spatial_shapes", levels);
+    if (starts) {
+      check_metadata("level_start_index", *starts);
+      DEFORM_ATTN_REQUIRE(starts->dim() == 1 && starts->size(0) == levels,
+                          "level_start_index: expected [", levels, "], got ", shape_of(*starts));
+    }
+  }
+
+  void check_metadata(const char* name, const Tensor& tensor) const {
+    switch (tensor.scalar_type()) {
+      case ScalarType::Long:
+      case ScalarType::Int:
+      case ScalarType::Short:
+      case ScalarType::Char:
+      case ScalarType::Byte:
+        break;
+      default:
+        DEFORM_ATTN_REQUIRE(false, name, ": expected an integer dtype");
+    }
+    DEFORM_ATTN_REQUIRE(tensor.is_cpu() || tensor.device() == value.device(), name,
+                        ": expected on value's device or the CPU");
+  }
+
+  void check_points(const std::optional<std::vector<int64_t>>& num_points) {
+    DEFORM_ATTN_REQUIRE(value.dim() == 4,
+                        "value: expected [batch, rows, num_heads, head_dim], got ",
+                        shape_of(value));
+    const int64_t rank = num_points ? 5 : 6;
+    DEFORM_ATTN_REQUIRE(locations.dim() == rank && locations.size(rank - 1) == 2,
+                        "sampling_locations: expected ",
+                        num_points ? "[batch, queries, num_heads, sum of num_points, 2]"
+                                   : "[batch, queries, num_heads, num_levels, num_points, 2]",
+                        ", got ", shape_of(locations));
+    DEFORM_ATTN_REQUIRE(locations.size(0) == value.size(0) && locations.size(2) == value.size(2),
+                        "sampling_locations: expected batch ", value.size(0), " and num_heads ",
+                        value.size(2), " as in value, got ", shape_of(locations));
+    std::vector<int64_t> counts;
+    if (num_points) {
+      counts = *num_points;
+      DEFORM_ATTN_REQUIRE(static_cast<int>(counts.size()) == problem.levels,
+                          "num_points: expected ", problem.levels, " counts, got ", counts.size());
+    } else {
+      DEFORM_ATTN_REQUIRE(locations.size(3) == problem.levels,
+                          "sampling_locations: expected num_levels ", problem.levels,
+                          " in dimension 3, got ", shape_of(locations));
+      counts.assign(static_cast<size_t>(problem.levels), locations.size(4));
+    }
+    int64_t points = 0;
+    first_point.push_back(0);
+    for (const int64_t count : counts) {
+      DEFORM_ATTN_REQUIRE(count >= 0 && count <= std::numeric_limits<int>::max() - points,
+                          "num_points: expected counts from 0 up, fewer than 2**31 in all, got ",
+                          count);
+      points += count;
+      first_point.push_back(static_cast<int>(points));
+    }
+    DEFORM_ATTN_REQUIRE(!num_points || points == locations.size(3), "sampling_locations: expected ",
+                        points, " points (the sum of num_points) in dimension 3, got ",
+                        shape_of(locations));
+    bool same = weights.dim() == rank - 1;
+    for (int64_t i = 0; same && i < rank - 1; ++i) same = weights.size(i) == locations.size(i);
+    DEFORM_ATTN_REQUIRE(same,
+                        "attention_weights: expected the shape of sampling_locations without its "
+                        "last dimension, got ",
+                        shape_of(weights), " beside ", shape_of(locations));
+
+    problem.batch = value.size(0);
+    problem.rows = value.size(1);
+    problem.queries = locations.size(1);
+    problem.heads = narrow("value", value.size(2));
+    problem.head_dim = narrow("value", value.size(3));
+    DEFORM_ATTN_REQUIRE(problem.heads > 0 && problem.head_dim > 0,
+                        "value: expected at least one head and one channel, got ", shape_of(value));
+    problem.points = static_cast<int>(points);
+    narrow("sampling_locations", int64_t{problem.heads} * problem.points);
+    narrow("value", problem.row_stride());
+    weights_are_real = weights.scalar_type() == locations.scalar_type();
+  }
+
+  static int narrow(const char* name, int64_t size) {
+    DEFORM_ATTN_REQUIRE(size <= std::numeric_limits<int>::max(), name,
+                        ": expected sizes under 2**31 for the heads, channels and points of a "
+                        "query, got ",
+                        size);
+    return static_cast<int>(size);
+  }
+};
+
+// The numbers of an integer tensor on the CPU.
+inline std::vector<int64_t> numbers_of(const Tensor& metadata) {
+  const Tensor tensor = Call::contiguous_of(metadata);
+  std::vector<int64_t> numbers(static_cast<size_t>(tensor.numel()));
+  const auto read = [&](auto* from) { numbers.assign(from, from + numbers.size()); };
+  const void* data = tensor.const_data_ptr();
+  switch (tensor.scalar_type()) {
+    case ScalarType::Long:
+      read(static_cast<const int64_t*>(data));
+      break;
+    case ScalarType::Int:
+      read(static_cast<const int32_t*>(data));
+      break;
+    case ScalarType::Short:
+      read(static_cast<const int16_t*>(data));
+      break;
+    case ScalarType::Char:
+      read(static_cast<const int8_t*>(data));
+      break;
+    default:
+      read(static_cast<const uint8_t*>(data));
+  }
+  return numbers;
+}
+
+// The levels of a call whose numbers the host can read: all of them fit into value.
+inline std::vector<Level> levels_on_host(const Call& call) {
+  const std::vector<int64_t> sizes = call.shapes ? numbers_of(*call.shapes) : call.sizes;
+  std::vector<int64_t> starts;
+  if (call.starts) starts = numbers_of(*call.starts);
+  std::vector<Level> levels;
+  int64_t next = 0;
+  for (size_t l = 0; l < sizes.size() / 2; ++l) {
+    const int64_t height = sizes[2 * l], width = sizes[2 * l + 1];
+    const int64_t start = call.starts ? starts[l] : next;
+    DEFORM_ATTN_REQUIRE(
+        fitted(0, height, width, std::numeric_limits<int64_t>::max()).height > 0,
+        "spatial_shapes: expected sides from 1 to 2**31 - 1, got (height, width) = (", height, ", ",
+        width, ") for level ", l);
+    const Level level = fitted(start, height, width, call.problem.rows);
+    DEFORM_ATTN_REQUIRE(level.height > 0, call.starts ? "level_start_index" : "spatial_shapes",
+                        ": level ", l, " of ", height, " x ", width, " pixels from row ", start,
+                        " does not fit into value's ", call.problem.rows, " rows");
+    levels.push_back(level);
+    next = start + height * width;
+  }
+  return levels;
+}
+
+}  // namespace deform_attn

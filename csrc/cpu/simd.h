@@ -1,0 +1,280 @@
+// Vectors of the compiler's own (no intrinsics but for 16-bit floats), so that one source serves
+// AVX-512, AVX2, SSE2 and NEON.
+//
+//   Vec<Real, kLanes>     a vector; arithmetic works on it as on a number
+//   VectorNumbers         what bilinear.h needs to know of vectors
+//   load, store           kLanes elements of T to and from Real
+//   load_some, store_some the first `count` of them
+//   four_sums             horizontal sums of four vectors
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <utility>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
+
+#define DEFORM_ATTN_INLINE inline __attribute__((always_inline))
+
+namespace deform_attn::cpu {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename Real>
+constexpr int kNativeLanes = kVectorBytes / static_cast<int>(sizeof(Real));
+
+template <typename Real, int kLanes>
+struct VecOf {
+  typedef Real type __attribute__((vector_size(kLanes * sizeof(Real))));
+};
+template <typename Real, int kLanes>
+using Vec = typename VecOf<Real, kLanes>::type;
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+// The type that sums have.
+template <typename T>
+struct RealOf {
+  using type = float;
+};
+template <>
+struct RealOf<double> {
+  using type = double;
+};
+
+// x in every lane: x - 0 is x, of either sign, and costs nothing.
+template <typename V, typename Real>
+DEFORM_ATTN_INLINE V splat(Real x) {
+  return x - V{};
+}
+
+template <typename To, typename From>
+DEFORM_ATTN_INLINE To bits_as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
+
+// One element.
+
+DEFORM_ATTN_INLINE double to_real(double x) { return x; }
+DEFORM_ATTN_INLINE float to_real(float x) { return x; }
+DEFORM_ATTN_INLINE float to_real(BFloat16 x) {
+  return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
+}
+DEFORM_ATTN_INLINE float to_real(Half x) {
+#if defined(__F16C__)
+  return _cvtsh_ss(x.bits);
+#else
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t rest = x.bits & 0x7fffu;
+  if (rest >= 0x7c00u) {  // infinity or NaN
+    return bits_as<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  }
+  // 2^-24 a unit of a subnormal; others move to float's exponent
+  const float magnitude = rest < 0x400u
+                              ? static_cast<float>(rest) * 0x1p-24f
+                              : bits_as<float>(static_cast<uint32_t>((rest << 13) + (112u << 23)));
+  return bits_as<float>(sign | bits_as<uint32_t>(magnitude));
+#endif
+}
+
+DEFORM_ATTN_INLINE void from_real(double x, double& to) { to = x; }
+DEFORM_ATTN_INLINE void from_real(float x, float& to) { to = x; }
+DEFORM_ATTN_INLINE void from_real(float x, BFloat16& to) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // round to nearest even
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  to.bits = static_cast<uint16_t>(x != x ? nan : even);
+}
+DEFORM_ATTN_INLINE void from_real(float x, Half& to) {
+#if defined(__F16C__)
+  to.bits = _cvtss_sh(x, 0);
+#else
+  const uint32_t bits = bits_as<uint32_t>(x);
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
+  const uint32_t rest = bits & 0x7fffffffu;
+  uint32_t half;
+  if (rest > 0x7f800000u) {
+    half = 0x7e00u;  // NaN
+  } else if (rest >= 0x477ff000u) {
+    half = 0x7c00u;  // 65520 and more round to infinity
+  } else if (rest < 0x38800000u) {
+    // subnormal: adding 1/2 leaves the rounded units of 2^-24 in the last bits
+    half = bits_as<uint32_t>(bits_as<float>(rest) + 0.5f) - 0x3f000000u;
+  } else {
+    half = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
+  }
+  to.bits = static_cast<uint16_t>(sign | half);
+#endif
+}
+
+// kLanes elements.
+
+template <int kLanes, typename T>
+DEFORM_ATTN_INLINE Vec<typename RealOf<T>::type, kLanes> load(const T* from) {
+  using Real = typename RealOf<T>::type;
+  Vec<Real, kLanes> to;
+  if constexpr (std::is_same_v<T, Real>) {
+    std::memcpy(&to, from, sizeof(to));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    Vec<uint16_t, kLanes> bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    const auto wide = __builtin_convertvector(bits, Vec<uint32_t, kLanes>) << 16;
+    std::memcpy(&to, &wide, sizeof(to));
+  } else {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) {
+      const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+      const __m512 wide = _mm512_maskz_cvtph_ps(0xffff, half);
+      std::memcpy(&to, &wide, sizeof(to));
+      return to;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 8) {
+      const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+      std::memcpy(&to, &wide, sizeof(to));
+      return to;
+    }
+#endif
+    for (int i = 0; i < kLanes; ++i) to[i] = to_real(from[i]);
+  }
+  return to;
+}
+
+template <int kLanes, typename T>
+DEFORM_ATTN_INLINE void store(T* to, Vec<typename RealOf<T>::type, kLanes> from) {
+  using Real = typename RealOf<T>::type;
+  if constexpr (std::is_same_v<T, Real>) {
+    std::memcpy(to, &from, sizeof(from));
+  } else {
+    for (int i = 0; i < kLanes; ++i) from_real(from[i], to[i]);
+  }
+}
+
+template <int kLanes, typename T>
+DEFORM_ATTN_INLINE Vec<typename RealOf<T>::type, kLanes> load_some(const T* from, int count) {
+  Vec<typename RealOf<T>::type, kLanes> to = {};
+  for (int i = 0; i < count; ++i) to[i] = to_real(from[i]);
+  return to;
+}
+
+template <int kLanes, typename T>
+DEFORM_ATTN_INLINE void store_some(T* to, Vec<typename RealOf<T>::type, kLanes> from, int count) {
+  for (int i = 0; i < count; ++i) from_real(from[i], to[i]);
+}
+
+// Two arrays from pairs: lanes 0, 2, 4 .. and 1, 3, 5 .. of a and b one behind the other.
+template <int kFirst, typename Real, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Real, kLanes> every_second(Vec<Real, kLanes> a, Vec<Real, kLanes> b,
+                                                  std::integer_sequence<int, kIndex...>) {
+  return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
+}
+
+template <typename Real_, int kLanes>
+struct VectorNumbers {
+  using Lane = Real_;
+  using Real = Vec<Lane, kLanes>;
+  using IntLane = std::conditional_t<sizeof(Lane) == 4, int32_t, int64_t>;
+  using Int = Vec<IntLane, kLanes>;
+  using Mask = Int;
+
+  static DEFORM_ATTN_INLINE Real multiply_add(Real a, Real b, Real c) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 16) return _mm512_fmadd_ps(a, b, c);
+    if constexpr (std::is_same_v<Lane, double> && kLanes == 8) return _mm512_fmadd_pd(a, b, c);
+#elif defined(__AVX2__) && defined(__FMA__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 8) return _mm256_fmadd_ps(a, b, c);
+    if constexpr (std::is_same_v<Lane, double> && kLanes == 4) return _mm256_fmadd_pd(a, b, c);
+#endif
+    Real sum;
+    for (int i = 0; i < kLanes; ++i) sum[i] = Numbers<Lane>::multiply_add(a[i], b[i], c[i]);
+    return sum;
+  }
+  // Beyond the integers, and for NaN, some number that is on no map.
+  static DEFORM_ATTN_INLINE Real round_down(Real x) {
+    const Real towards_zero = real(whole(x));
+    return towards_zero > x ? towards_zero - 1 : towards_zero;
+  }
+  static DEFORM_ATTN_INLINE Int whole(Real x) { return __builtin_convertvector(x, Int); }
+  static DEFORM_ATTN_INLINE Real real(Int x) { return __builtin_convertvector(x, Real); }
+  static DEFORM_ATTN_INLINE Mask mask(Mask compared) {
+    // As plain integers: GCC joins AVX-512 comparisons bit by bit if it sees what they are.
+#if defined(__x86_64__)
+    asm("" : "+v"(compared));
+#endif
+    return compared;
+  }
+  static DEFORM_ATTN_INLINE Real where(Mask mask, Real x) {
+    return bits_as<Real>(bits_as<Mask>(x) & mask);
+  }
+};
+
+// The sums of four vectors: lane i * kLanes / 4 of the result is the sum of the i-th.
+template <typename Real, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Real, kLanes> paired(Vec<Real, kLanes> a, Vec<Real, kLanes> b,
+                                            std::integer_sequence<int, kIndex...>) {
+  // a's upper half onto its lower half, b's lower half onto its upper half
+  constexpr int kHalf = kLanes / 2;
+  return __builtin_shufflevector(a, b, (kIndex < kHalf ? kIndex : kLanes + kIndex)...) +
+         __builtin_shufflevector(a, b, (kIndex + kHalf)...);
+}
+template <typename Real, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Real, kLanes> quartered(Vec<Real, kLanes> a, Vec<Real, kLanes> b,
+                                               std::integer_sequence<int, kIndex...>) {
+  // a and b hold two sums each, a half a sum; the result holds four, a quarter a sum
+  constexpr int kQuarter = kLanes / 4;
+  return __builtin_shufflevector(a, b,
+                                 ((kIndex / kQuarter / 2) * kLanes +
+                                  (kIndex / kQuarter % 2) * 2 * kQuarter + kIndex % kQuarter)...) +
+         __builtin_shufflevector(
+             a, b,
+             ((kIndex / kQuarter / 2) * kLanes + (kIndex / kQuarter % 2) * 2 * kQuarter + kQuarter +
+              kIndex % kQuarter)...);
+}
+template <typename Real, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Real, kLanes> rotated(Vec<Real, kLanes> a, int by,
+                                             std::integer_sequence<int, kIndex...>) {
+  // within quarters
+  constexpr int kQuarter = kLanes / 4;
+  if (by == 1) {
+    return __builtin_shufflevector(a, a,
+                                   (kIndex / kQuarter * kQuarter + (kIndex + 1) % kQuarter)...);
+  }
+  return __builtin_shufflevector(a, a, (kIndex / kQuarter * kQuarter + (kIndex + 2) % kQuarter)...);
+}
+template <typename Real, int kLanes>
+DEFORM_ATTN_INLINE void four_sums(const Vec<Real, kLanes> (&from)[4], Real (&to)[4]) {
+  if constexpr (kLanes >= 4) {
+    constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
+    auto sums = quartered<Real, kLanes>(paired<Real, kLanes>(from[0], from[1], kIndices),
+                                        paired<Real, kLanes>(from[2], from[3], kIndices), kIndices);
+    if constexpr (kLanes >= 16) sums += rotated<Real, kLanes>(sums, 2, kIndices);
+    if constexpr (kLanes >= 8) sums += rotated<Real, kLanes>(sums, 1, kIndices);
+    for (int i = 0; i < 4; ++i) to[i] = sums[i * (kLanes / 4)];
+  } else {
+    for (int i = 0; i < 4; ++i) {
+      to[i] = from[i][0];
+      for (int j = 1; j < kLanes; ++j) to[i] += from[i][j];
+    }
+  }
+}
+
+}  // namespace deform_attn::cpu

@@ -1,0 +1,209 @@
+// The CPU library: registers the CPU kernels through torch's stable ABI.
+//
+//   chosen_kernels   the instruction set for this processor, chosen once
+//   Scratch          a thread's working memory
+//   forward, backward, build
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <tuple>
+
+#include "checks.h"
+#include "cpu/kernels.h"
+
+namespace deform_attn {
+namespace {
+
+using cpu::Kernels;
+
+// The best kernels for this processor, or those that DEFORM_ATTN_CPU asks for.
+const Kernels& choose_kernels() {
+  std::vector<const Kernels*> usable;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    usable.push_back(&cpu::kAvx512);
+  }
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+      __builtin_cpu_supports("f16c")) {
+    usable.push_back(&cpu::kAvx2);
+  }
+#endif
+  usable.push_back(&cpu::kPortable);
+  const char* wanted = std::getenv("DEFORM_ATTN_CPU");
+  if (wanted == nullptr || *wanted == '\0') return *usable.front();
+  std::string names;
+  for (const Kernels* kernels : usable) {
+    if (std::string(kernels->name) == wanted) return *kernels;
+    names += std::string(names.empty() ? "" : ", ") + kernels->name;
+  }
+  throw std::runtime_error("DEFORM_ATTN_CPU: expected one of " + names +
+                           " on this processor, got " + wanted);
+}
+
+const Kernels& chosen_kernels() {
+  static const Kernels& kernels = choose_kernels();
+  return kernels;
+}
+
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) : bytes_(::operator new(bytes, std::align_val_t{64})) {}
+  ~Scratch() { ::operator delete(bytes_, std::align_val_t{64}); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* get() const { return bytes_; }
+
+ private:
+  void* bytes_;
+};
+
+cpu::Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return cpu::Type::kDouble;
+    case ScalarType::Half:
+      return cpu::Type::kHalf;
+    case ScalarType::BFloat16:
+      return cpu::Type::kBFloat16;
+    default:
+      return cpu::Type::kFloat;
+  }
+}
+
+// Whether query i is pixel i of the levels in turn.
+bool queries_are_pixels(const Problem& problem, const std::vector<Level>& levels) {
+  int64_t next = 0;
+  for (const Level& level : levels) {
+    if (level.start != next) return false;
+    next += int64_t{level.height} * level.width;
+  }
+  return next == problem.queries && levels.size() > 0;
+}
+
+cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels) {
+  DEFORM_ATTN_REQUIRE(call.problem.rows <= std::numeric_limits<int32_t>::max(),
+                      "value: the CPU kernels take fewer than 2**31 rows, got ", call.problem.rows);
+  cpu::Inputs in;
+  in.problem = call.problem;
+  in.levels = levels.data();
+  in.first_point = call.first_point.data();
+  in.queries_are_pixels = queries_are_pixels(call.problem, levels);
+  in.value_type = type_of(call.value);
+  in.weights_are_real = call.weights_are_real;
+  in.value = call.value.const_data_ptr();
+  in.locations = call.locations.const_data_ptr();
+  in.weights = call.weights.const_data_ptr();
+  return in;
+}
+
+// On the CPU; straight from the allocator, a dispatched call costs more than a small forward pass.
+Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
+  std::vector<int64_t> strides(shape.size(), 1);
+  for (size_t i = shape.size(); i-- > 1;) {
+    strides[i - 1] = strides[i] * std::max<int64_t>(shape[i], 1);
+  }
+  AtenTensorHandle handle;
+  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(shape.size()),
+                                                         shape.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+using MaybeTensor = std::optional<Tensor>;
+using MaybeSizes = std::optional<std::vector<int64_t>>;
+
+Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
+               const MaybeTensor level_start_index, const Tensor sampling_locations,
+               const Tensor attention_weights, const MaybeSizes level_sizes,
+               const MaybeSizes num_points) {
+  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                  level_sizes, num_points);
+  const std::vector<Level> levels = levels_on_host(call);
+  const cpu::Inputs in = inputs_of(call, levels);
+  const Tensor output = empty(call.output_shape(), call.value.scalar_type());
+  if (output.numel() == 0) return output;
+
+  const Kernels& kernels = chosen_kernels();
+  void* to = output.mutable_data_ptr();
+  const int64_t blocks = kernels.blocks(in) * in.problem.batch;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    const Scratch scratch(kernels.scratch_bytes(in));
+    kernels.forward(in, to, first, last, scratch.get());
+  });
+  return output;
+}
+
+// Enough shares for every thread, none smaller than it must be: a share visits all queries.
+std::vector<cpu::Share> shares_of(const Problem& problem, int64_t threads) {
+  const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
+  const int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
+  const int bands = static_cast<int>(up(threads, problem.batch * groups));
+  std::vector<cpu::Share> shares;
+  for (int64_t b = 0; b < problem.batch; ++b) {
+    for (int64_t group = 0; group < groups; ++group) {
+      for (int band = 0; band < bands; ++band) {
+        shares.push_back({b, static_cast<int>(problem.heads * group / groups),
+                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands});
+      }
+    }
+  }
+  return shares;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
+    const MaybeTensor level_start_index, const Tensor sampling_locations,
+    const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
+    bool /*deterministic: always*/) {
+  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                  level_sizes, num_points);
+  const std::vector<Level> levels = levels_on_host(call);
+  const cpu::Inputs in = inputs_of(call, levels);
+  const Tensor gradient = call.checked_gradient(grad_output);
+
+  // sums of a 16-bit value's gradient are float32
+  const ScalarType type = call.value.scalar_type(), real = call.locations.scalar_type();
+  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes(), real);
+  Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
+  Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
+  if (call.problem.batch > 0) {
+    const cpu::Gradients grads{gradient.const_data_ptr(), grad_value.mutable_data_ptr(),
+                               grad_locations.mutable_data_ptr(), grad_weights.mutable_data_ptr()};
+    const Kernels& kernels = chosen_kernels();
+    const auto shares = shares_of(call.problem, torch::stable::get_num_threads());
+    torch::stable::parallel_for(
+        0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
+          const Scratch scratch(kernels.scratch_bytes(in));
+          for (int64_t i = first; i < last; ++i) {
+            kernels.backward(in, grads, shares[static_cast<size_t>(i)], scratch.get());
+          }
+        });
+  }
+  if (real != type) grad_value = torch::stable::to(grad_value, type);
+  return {grad_value, grad_locations, grad_weights};
+}
+
+std::string build() {
+  return joined("{\"version\": \"", DEFORM_ATTN_VERSION, "\", \"torch\": \"", DEFORM_ATTN_TORCH,
+                "\", \"compiler\": \"", __VERSION__, "\", \"instruction_set\": \"",
+                chosen_kernels().name, "\"}");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deform_attn, CPU, library) {
+  library.impl("ms_deform_attn", TORCH_BOX(&forward));
+  library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {
+  library.impl("cpu_build", TORCH_BOX(&build));
+}
+
+}  // namespace deform_attn

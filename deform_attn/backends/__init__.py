@@ -1,0 +1,139 @@
+"""The backends in order of preference, and how one is chosen."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from deform_attn import operator
+from deform_attn.backends import compiled, reference, triton
+
+__all__ = ["BACKENDS", "Backend", "choose_backend", "use_backend"]
+
+logger = logging.getLogger("deform_attn")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operator.
+
+    ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can.
+    """
+
+    name: str
+    why_not: Callable[[str, torch.dtype], str | None]
+    call: operator.Operator
+
+
+def _define_backends() -> dict[str, Backend]:
+    names = {
+        "compiled": "ms_deform_attn",
+        "triton": "ms_deform_attn_triton",
+        "reference": "ms_deform_attn_reference",
+    }
+    calls = {name: operator.define(op) for name, op in names.items()}
+    for device in ("cpu", "cuda"):
+        operator.LIBRARY.define(f"{device}_build() -> str")
+    compiled.load()  # after the schemas: loading a library registers its kernels for them
+    for name, module, key in (
+        ("triton", triton, "CUDA"),
+        ("triton", triton, "CPU"),
+        ("reference", reference, "CompositeExplicitAutograd"),
+    ):
+        operator.LIBRARY.impl(names[name], module.forward, key)
+        operator.LIBRARY.impl(f"{names[name]}_backward", module.backward, key)
+    modules = {"compiled": compiled, "triton": triton, "reference": reference}
+    return {name: Backend(name, modules[name].why_not, calls[name]) for name in names}
+
+
+BACKENDS = _define_backends()
+
+_forced: str | None = None
+_told: set[str] = set()
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+
+
+if os.environ.get("DEFORM_ATTN_BACKEND"):
+    _forced = os.environ["DEFORM_ATTN_BACKEND"]
+    _check_name(_forced, "DEFORM_ATTN_BACKEND")
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Force a backend for all calls of this process inside a ``with`` block.
+
+    Args:
+        name: ``"compiled"``, ``"triton"`` or ``"reference"``.
+
+    Raises:
+        ValueError: for any other name. A backend that cannot run raises RuntimeError at the call.
+
+    Example:
+        >>> import deform_attn
+        >>> with deform_attn.use_backend("reference"):
+        ...     pass
+    """
+    global _forced
+    _check_name(name, "backend")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def choose_backend(
+    device_type: str, dtype: torch.dtype = torch.float32, backend: str | None = None
+) -> Backend:
+    """The backend for a device: the forced one, else the first that can run.
+
+    Args:
+        device_type: ``"cpu"``, ``"cuda"``, ...
+        dtype: dtype of value.
+        backend: force this one; None: as ``use_backend`` or ``DEFORM_ATTN_BACKEND`` say.
+
+    Raises:
+        ValueError: no backend has that name.
+        RuntimeError: the forced backend cannot run; the message says why.
+
+    Example:
+        >>> import deform_attn
+        >>> deform_attn.choose_backend("cpu", backend="reference").name
+        'reference'
+    """
+    name = backend or _forced
+    if name is not None:
+        _check_name(name, "backend")
+        reason = BACKENDS[name].why_not(device_type, dtype)
+        if reason is not None:
+            raise RuntimeError(
+                f"backend {name!r} was asked for but cannot run on {device_type} with {dtype}: "
+                f"{reason}. `python -m deform_attn.info` shows every backend."
+            )
+        return BACKENDS[name]
+    reasons = []
+    for candidate in BACKENDS.values():
+        reason = candidate.why_not(device_type, dtype)
+        if reason is None:
+            break
+        reasons.append(f"{candidate.name}: {reason}")
+    if reasons and not torch.compiler.is_compiling():
+        _tell(candidate.name, device_type, reasons)
+    return candidate
+
+
+def _tell(name: str, device_type: str, reasons: list[str]) -> None:
+    """Say once that a slower backend serves a device, and why."""
+    message = f"{name} backend serves {device_type} ({'; '.join(reasons)})"
+    if message not in _told:
+        _told.add(message)
+        logger.warning(message)

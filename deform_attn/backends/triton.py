@@ -1,0 +1,475 @@
+"""The Triton backend on the host: when it can run, the block sizes, the launches.
+
+The kernels are in _triton_kernels.py, which is imported at the first call: importing triton takes
+longer than importing the rest of this package.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deform_attn.inputs import check, points_per_level
+
+__all__ = [
+    "Blocks",
+    "backward",
+    "blocks_for",
+    "constants",
+    "forward",
+    "fused_backward",
+    "fused_forward",
+    "why_not",
+]
+
+_INSTALLED = importlib.util.find_spec("triton") is not None
+_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it at import, so do we
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def why_not(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why the Triton kernels cannot run on a device, or None."""
+    if not _INSTALLED:
+        return "triton is not installed"
+    if dtype not in _DTYPES:
+        return f"there are Triton kernels for float32, float16 and bfloat16, not for {dtype}"
+    if device_type in ("cuda", "meta") or (device_type == "cpu" and _INTERPRETED):
+        return None
+    reason = f"Triton kernels run on cuda, not on {device_type}"
+    if device_type == "cpu":
+        reason += " (TRITON_INTERPRET=1 in the environment interprets them, slowly, for tests)"
+    return reason
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How the work is cut, and for how many registers a thread the compiler is to aim.
+
+    Without a limit ptxas spills a few bytes to reach an occupancy that is of no use here.
+    """
+
+    queries: int  # of a program
+    channels: int  # at a time
+    unroll: int  # points at a time
+    warps: int  # of a program
+    registers: int | None = None
+
+
+def blocks_for(
+    element_size: int,
+    head_dim: int,
+    counts: Sequence[int],
+    queries: int,
+    vectors: int,
+    *,
+    backward: bool = False,
+    deterministic: bool = False,
+    fused: bool = False,
+    interpreted: bool = False,
+) -> Blocks:
+    """Block sizes by the shape of the problem, without trials on the device.
+
+    A program's threads lie side by side along the channels of as many queries as fit.
+
+    Forward, many queries: 16 bytes of channels a thread, the widest load; four warps, which share
+    what they read in the L1 cache; one point at a time, in few registers: warps enough to wait
+    for memory. Few queries, not enough to fill a GPU: four channels a thread, so more threads; a
+    program of one warp, to reach every multiprocessor; more loads under way in each.
+
+    Backward: four channels a thread, the widest atomic addition in float32, also where it could
+    load more: one layout for both keeps the tiles out of shared memory. A program is one warp, so
+    that what it stores for a query gets there by shuffles.
+
+    Args:
+        element_size: bytes of an element of value.
+        head_dim: D.
+        counts: points in each level.
+        queries: Q.
+        vectors: batch x queries x heads.
+        backward: for the backward kernel.
+        deterministic: without atomic additions.
+        fused: with the softmax and the locations inside.
+        interpreted: for the interpreter, whose time is the number of programs.
+    """
+    channels = min(_power_of_two(head_dim), 256 if backward else 128)
+    many = vectors * channels >= 2**22 and not backward
+    by_thread = math.gcd(head_dim, 16 // element_size if many else 4)  # as it is aligned
+    side_by_side = max(1, 32 * by_thread // channels)
+    warps = 4 if many else 1
+    small = many or deterministic or (backward and fused)  # what holds many numbers already
+    unroll = 1 if small or any(count % 2 for count in counts) else 2
+    registers = None
+    if fused:
+        registers = 96 if backward else 72
+    elif many:
+        registers = 64
+    block = min(128, _power_of_two(queries)) if interpreted else warps * side_by_side
+    return Blocks(block, channels, unroll, warps, registers)
+
+
+def constants(
+    head_dim: int,
+    counts: tuple[int, ...],
+    blocks: Blocks,
+    *,
+    wide: bool,
+    reference: tuple[int, int] = (0, 0),
+) -> dict[str, Any]:
+    """What the kernels are compiled for.
+
+    Args:
+        head_dim: D.
+        counts: points in each level.
+        blocks: from :func:`blocks_for`.
+        wide: int64 offsets, for 2**31 elements of value and more.
+        reference: how many reference points a query has, and how many coordinates each.
+    """
+    from triton import language
+
+    return {
+        "HEAD_DIM": head_dim,
+        "COUNTS": counts,
+        "POINTS": sum(counts),
+        "ANCHORS": reference[0],
+        "REFERENCE": reference[1],
+        "UNROLL": blocks.unroll,
+        "INDEX": language.int64 if wide else language.int32,
+        "BLOCK_Q": blocks.queries,
+        "BLOCK_D": blocks.channels,
+        "BLOCK_K": _power_of_two(sum(counts)),
+    }
+
+
+def forward(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    level_sizes: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+) -> Tensor:
+    """The op on Triton; arguments as in the schema of operator.py."""
+    levels = spatial_shapes, level_start_index, level_sizes, num_points
+    return _Problem(value, *levels, sampling_locations, attention_weights).forward()
+
+
+def backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    level_sizes: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of value, locations and weights.
+
+    The gradient of value is summed in float32 by atomic additions, in an order that differs from
+    run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
+    a stable sort; it takes about 100 bytes of memory a point, for one batch element at a time.
+    """
+    levels = spatial_shapes, level_start_index, level_sizes, num_points
+    problem = _Problem(value, *levels, sampling_locations, attention_weights)
+    of_value, _, of_locations, of_weights = problem.backward(grad_output, deterministic)
+    return of_value, of_locations, of_weights
+
+
+def fused_forward(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    level_sizes: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+    offset_scale: float,
+) -> Tensor:
+    """The op on what a layer projects: the softmax and the locations are computed in the kernels.
+
+    Args:
+        value: as in :func:`forward`, like the levels.
+        spatial_shapes: see above.
+        level_start_index: see above.
+        reference_points: float32 ``[B, Q, R, 2]``, (x, y), or ``[B, Q, R, 4]``, (x, y, width,
+            height), as fractions of the map; R is the number of levels, or 1 for all of them.
+        sampling_offsets: ``[B, Q, M, L, P, 2]`` or ``[B, Q, M, K, 2]``; in pixels of the level
+            where the reference has two coordinates, else in parts of the box: ``offset_scale /
+            P`` of its sides. Any floating dtype but float64.
+        attention_logits: the same shape without the last dimension; softmax over all K points.
+        level_sizes: see above.
+        num_points: see above.
+        offset_scale: 0.5 in every known model; unused with two coordinates.
+    """
+    levels = spatial_shapes, level_start_index, level_sizes, num_points
+    reference = reference_points, offset_scale
+    return _Problem(value, *levels, sampling_offsets, attention_logits, *reference).forward()
+
+
+def fused_backward(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    level_sizes: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+    offset_scale: float,
+    reference_needs_grad: bool,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of value, reference points (zeros where not needed), offsets and logits."""
+    levels = spatial_shapes, level_start_index, level_sizes, num_points
+    reference = reference_points, offset_scale
+    problem = _Problem(value, *levels, sampling_offsets, attention_logits, *reference)
+    of_value, of_reference, of_offsets, of_logits = problem.backward(
+        grad_output, deterministic, reference_needs_grad
+    )
+    if of_reference is None:
+        of_reference = torch.zeros_like(reference_points)
+    return of_value, of_reference, of_offsets, of_logits
+
+
+class _Problem:
+    """A call's inputs as the kernels take them, checked and contiguous, and the launches."""
+
+    def __init__(
+        self,
+        value: Tensor,
+        spatial_shapes: Tensor | None,
+        level_start_index: Tensor | None,
+        level_sizes: Sequence[int] | None,
+        num_points: Sequence[int] | None,
+        locations: Tensor,
+        weights: Tensor,
+        reference: Tensor | None = None,
+        offset_scale: float = 0.0,
+    ) -> None:
+        reason = why_not(value.device.type, value.dtype)
+        if reason is not None:
+            raise RuntimeError(reason)
+        levels: Any = spatial_shapes
+        if levels is None:
+            assert level_sizes is not None
+            levels = list(zip(level_sizes[0::2], level_sizes[1::2]))
+        check(value, levels, level_start_index, locations, weights, num_points)
+
+        self.counts = tuple(points_per_level(locations, len(levels), num_points))
+        self.queries = locations.shape[1]
+        self.value = value.contiguous()
+        self.locations = locations.contiguous()
+        self.weights = weights.contiguous()
+        self.reference = reference
+        self.reference_shape = (0, 0)
+        if reference is not None:
+            _check_reference(reference, locations, len(levels))
+            self.reference = reference.contiguous()
+            self.reference_shape = (reference.shape[2], reference.shape[3])
+
+        # What lies on the device is read there, by the kernels; host numbers are passed by value.
+        shapes, starts = spatial_shapes, level_start_index
+        sizes: tuple[int, ...] = ()
+        starts_at: tuple[int, ...] | None = None
+        if shapes is None or shapes.device != value.device:
+            pairs = levels if shapes is None else shapes.tolist()
+            sizes = _by_value(side for pair in pairs for side in pair)
+            shapes = None
+        if starts is not None and starts.device != value.device:
+            starts_at, starts = _by_value(starts.tolist()), None
+        self.inputs = (
+            self.value,
+            None if shapes is None else shapes.contiguous(),
+            None if starts is None else starts.contiguous(),
+            sizes,
+            starts_at,
+            self.reference,
+            float(offset_scale),
+            self.locations,
+            self.weights,
+        )
+
+    def forward(self) -> Tensor:
+        B, _, M, D = self.value.shape
+        output = self.value.new_empty((B, self.queries, M * D), dtype=_stored(self.value.dtype))
+        if output.numel():
+            blocks = self.blocks()
+            programs = B * M * _ceil(D, blocks.channels) * _ceil(self.queries, blocks.queries)
+            self.launch("forward", programs, blocks, *self.inputs, output)
+        return output.to(self.value.dtype)
+
+    def backward(
+        self, grad_output: Tensor, deterministic: bool, reference_needs_grad: bool = False
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        """Gradients of value, reference points, locations or offsets, weights or logits."""
+        B, S, M, D = self.value.shape
+        Q = self.queries
+        if grad_output.shape != (B, Q, M * D) or grad_output.dtype is not self.value.dtype:
+            raise ValueError(
+                f"grad_output: expected shape {(B, Q, M * D)} and dtype {self.value.dtype}, got "
+                f"{tuple(grad_output.shape)} and {grad_output.dtype}"
+            )
+        grad_output = grad_output.contiguous()
+        of_locations = torch.empty_like(self.locations, dtype=_stored(self.locations.dtype))
+        of_weights = torch.empty_like(self.weights, dtype=_stored(self.weights.dtype))
+        of_reference = None
+        if reference_needs_grad:
+            of_reference = self.value.new_empty(
+                (B, Q, M, *self.reference_shape), dtype=torch.float32
+            )
+        blocks = self.blocks(backward=True, deterministic=deterministic)
+        programs = M * _ceil(Q, blocks.queries)
+
+        def launch(batch: int, programs: int, *of_value: Tensor | None) -> None:
+            gradients = (*of_value, of_reference, of_locations, of_weights)
+            self.launch("backward", programs, blocks, grad_output, *self.inputs, *gradients, batch)
+
+        if not deterministic or of_weights.numel() == 0:
+            # 16-bit sums would lose small gradients
+            of_value = torch.zeros_like(self.value, dtype=torch.float32)
+            if of_weights.numel():
+                launch(0, B * programs, of_value, None, None)
+        else:
+            of_value = torch.empty_like(self.value, dtype=_stored(self.value.dtype))
+            shape = (4, Q, M, sum(self.counts))
+            targets = torch.empty(
+                shape,
+                dtype=torch.int64 if S * M >= 2**31 else torch.int32,
+                device=self.value.device,
+            )
+            shares = torch.empty(shape, dtype=torch.float32, device=self.value.device)
+            rows = torch.arange(M * S + 1, dtype=targets.dtype, device=self.value.device)
+            for batch in range(B):
+                launch(batch, programs, None, targets, shares)
+                by_row, order = targets.flatten().sort(stable=True)
+                begins = torch.searchsorted(by_row, rows)
+                self.add_up_rows(grad_output[batch], order, begins, shares, of_value[batch])
+        return (
+            of_value.to(self.value.dtype),
+            None if of_reference is None else of_reference.sum(2),
+            of_locations.to(self.locations.dtype),
+            of_weights.to(self.weights.dtype),
+        )
+
+    def blocks(self, *, backward: bool = False, deterministic: bool = False) -> Blocks:
+        B, _, M, D = self.value.shape
+        return blocks_for(
+            self.value.element_size(),
+            D,
+            self.counts,
+            self.queries,
+            B * self.queries * M,
+            backward=backward,
+            deterministic=deterministic,
+            fused=self.reference is not None,
+            interpreted=_INTERPRETED,
+        )
+
+    def launch(self, kernel: str, programs: int, blocks: Blocks, *arguments: Any) -> None:
+        _, S, M, D = self.value.shape
+        _run(
+            kernel,
+            programs,
+            self.value.device,
+            *arguments,
+            *(S, self.queries, M),
+            blocks=blocks,
+            **constants(
+                D,
+                self.counts,
+                blocks,
+                wide=S * M * D >= 2**31,
+                reference=self.reference_shape,
+            ),
+        )
+
+    def add_up_rows(self, *arguments: Tensor) -> None:
+        _, S, M, D = self.value.shape
+        blocks = self.blocks(backward=True)
+        _run(
+            "add_up_rows",
+            _ceil(S * M, blocks.queries) * _ceil(D, blocks.channels),
+            self.value.device,
+            *arguments,
+            *(S, self.queries, M, sum(self.counts)),
+            blocks=blocks,
+            HEAD_DIM=D,
+            BLOCK_R=blocks.queries,
+            BLOCK_D=blocks.channels,
+        )
+
+
+def _run(
+    kernel: str,
+    programs: int,
+    device: torch.device,
+    *arguments: Any,
+    blocks: Blocks,
+    **constants: Any,
+) -> None:
+    from deform_attn.backends import _triton_kernels
+
+    if programs >= 2**31:
+        raise RuntimeError(
+            f"triton {kernel}: {programs} programs exceed the largest grid, 2**31 - 1"
+        )
+    launcher = getattr(_triton_kernels, kernel)[(programs,)]
+    if device.type == "cpu":
+        import numpy
+
+        with numpy.errstate(all="ignore"):  # NaN and infinity are lawful here
+            launcher(*arguments, **constants)
+    else:
+        with torch.cuda.device(device):  # triton launches on the current device
+            launcher(*arguments, **constants, num_warps=blocks.warps, maxnreg=blocks.registers)
+
+
+def _stored(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that kernels store for a dtype: Triton's interpreter does not round to bfloat16."""
+    return torch.float32 if _INTERPRETED and dtype is torch.bfloat16 else dtype
+
+
+def _check_reference(reference: Tensor, locations: Tensor, num_levels: int) -> None:
+    B, Q = locations.shape[:2]
+    shape = tuple(reference.shape)
+    if len(shape) != 4 or shape[:2] != (B, Q) or shape[3] not in (2, 4):
+        raise ValueError(
+            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, 2 or 4], got {shape}"
+        )
+    if shape[2] not in (1, num_levels):
+        raise ValueError(
+            f"reference_points: expected {num_levels} points, one for each level of "
+            f"spatial_shapes, or 1 in dimension 2, got shape {shape}"
+        )
+    if reference.dtype is not torch.float32 or reference.device != locations.device:
+        raise ValueError(
+            f"reference_points: expected float32 on {locations.device}, got {reference.dtype} on "
+            f"{reference.device}"
+        )
+
+
+def _by_value(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Host numbers for a kernel, n as 2 n + 3.
+
+    Triton compiles anew for a number that is 1 or divisible by 16; none of these is.
+    """
+    return tuple(2 * number + 3 for number in numbers)
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _ceil(number: int, block: int) -> int:
+    return -(-number // block)
