@@ -1,0 +1,443 @@
+// Backward kernels: the gradients of value, points and weights from the gradient of the output.
+//
+//   backward_plain    a thread per channel, an atomic per channel and pixel: the design of 2020, kept
+//                     as the yardstick and as the text to read first
+//   backward_teams   gradients of points and weights, summed in the lanes; where kScatter, the
+//                     gradient of value too, with the widest atomics there are
+//   bound_queries     the pixels that each run of 32 queries reaches, a rectangle a level
+//   backward_gather    the gradient of value without atomics: each tile of pixels gathers from the
+//                     queries that reach it, always in the same order
+//   round_sums        sums of a 16-bit gradient to its dtype
+//
+// Scattering suits few queries on large maps, gathering many queries and whoever asks for the same
+// bits every time. Free of torch: the tests compile these for a CPU too.
+#pragma once
+
+#include "forward.cuh"
+
+namespace deform_attn {
+
+// The gradients that a point's two coordinates and weight get, from the dot products of its four
+// pixels with the gradient of the output.
+template <typename Sum>
+__device__ Sample<Sum> point_gradient(const Footprint<Sum>& foot, const Level& level, Sum weight,
+                                      const Sum (&dot)[4]) {
+  Sample<Sum> gradient;
+  foot.pull_back(dot, gradient.weight, gradient.x, gradient.y);
+  gradient.x *= weight * static_cast<Sum>(level.width);
+  gradient.y *= weight * static_cast<Sum>(level.height);
+  return gradient;
+}
+
+// A block per (batch, query, head). The gradient of value is added to `grad_value`, zeros before.
+template <typename T>
+__global__ void __launch_bounds__(kBlock)
+    backward_plain(Problem problem, LevelTable table, GivenPoints<T> points,
+                   const T* __restrict__ value, const T* __restrict__ grad_output,
+                   Real<T>* __restrict__ grad_value, GivenPointGradients<T> gradients) {
+  using Sum = Real<T>;
+  __shared__ BlockLevels levels;
+  __shared__ Sum dots[4][kBlock];
+  read_levels(table, problem, levels);
+  const int64_t item = blockIdx.x;
+  const int head = static_cast<int>(item % problem.heads);
+  const int64_t start = problem.value_at(item / problem.heads / problem.queries, 0, head);
+  int level = 0;
+  for (int k = 0; k < problem.points; ++k) {
+    level = level_of(k, level, levels);
+    const Sample<Sum> sample = points.at(item * problem.points + k);
+    Footprint<Sum> foot;
+    foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
+    const auto corner = corner_of<Sum, int64_t>(foot, levels.level[level], sample.weight,
+                                                problem.row_stride());
+    Sum dot[4] = {0, 0, 0, 0};
+    for (int channel = threadIdx.x; channel < problem.head_dim; channel += blockDim.x) {
+      const Sum grad = static_cast<Sum>(grad_output[item * problem.head_dim + channel]);
+      for (int i = 0; i < 4; ++i) {
+        if (!foot.on[i]) continue;
+        const int64_t at = start + corner.at[i] + channel;
+        dot[i] += static_cast<Sum>(value[at]) * grad;
+        atomicAdd(grad_value + at, corner.weight[i] * grad);
+      }
+    }
+    for (int i = 0; i < 4; ++i) dots[i][threadIdx.x] = dot[i];
+    __syncthreads();
+    for (unsigned count = blockDim.x; count > 1;) {
+      const unsigned half = (count + 1) / 2;
+      for (int i = 0; i < 4 && threadIdx.x < count / 2; ++i) {
+        dots[i][threadIdx.x] += dots[i][threadIdx.x + half];
+      }
+      count = half;
+      __syncthreads();
+    }
+    if (threadIdx.x == 0) {
+      for (int i = 0; i < 4; ++i) dot[i] = dots[i][0];
+      const auto gradient = point_gradient(foot, levels.level[level], sample.weight, dot);
+      gradients.set(item * problem.points + k, gradient.x, gradient.y, gradient.weight);
+    }
+    __syncthreads();
+  }
+}
+
+// What the lanes of a warp share: 32 points at a time, each staged by one lane. All here and nothing
+// in registers, which the pixels and the gradient of the output need.
+template <typename Sum, typename Offset>
+struct Staged {
+  Corner<Sum, Offset> corner[kWarp];
+  Sum dot[kWarp][4];  // of the four pixels with the gradient of the output
+  Sum right[kWarp], down[kWarp], weight[kWarp];
+  int level[kWarp];
+  int64_t output_at[kWarp / 4];  // of each team's query; a team has 4 lanes or more
+};
+
+// Works as `forward_teams` does, on the same blocks. `grad_value` is added to where kScatter, zeros
+// before; else it is not touched.
+template <typename T, int kVec, typename Offset, bool kScatter, typename Points, typename Gradients>
+__global__ void __launch_bounds__(kBlock, 4)
+    backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
+                   const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
+                   Gradients gradients, int positions, int lane_bits) {
+  using Sum = Real<T>;
+  constexpr int kWidth = kAtomicWidth<Sum, kVec>;
+  __shared__ BlockLevels levels;
+  __shared__ Part part;
+  __shared__ Staged<Sum, Offset> all_staged[kBlock / kWarp];
+  if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, positions, problem.head_dim);
+  read_levels(table, problem, levels);
+
+  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
+  const Teams teams = {lane_bits, static_cast<int>(threadIdx.x % kWarp)};
+  Staged<Sum, Offset>& staged = all_staged[warp];
+  const int64_t start = problem.value_at(part.batch, 0, part.head);
+
+  for (int turn = warp * teams.count(); turn < part.count; turn += warps * teams.count()) {
+    const int staging = turn + teams.lane % teams.count();
+    const int mine = turn + teams.team();
+    int64_t first_point = -1;
+    __syncwarp();
+    if (staging < part.count) {
+      const int64_t query = query_at(part.first + staging, levels, table.count);
+      first_point = problem.point_at(part.batch, query, part.head);
+      if (teams.lane < teams.count()) {
+        staged.output_at[teams.lane] = problem.output_at(part.batch, query, part.head);
+      }
+    }
+    int level = 0;
+    for (int first = 0; first < problem.points; first += teams.lanes()) {
+      const int k_staged = first + teams.lane / teams.count();
+      __syncwarp();
+      if (first_point >= 0 && k_staged < problem.points) {
+        level = level_of(k_staged, level, levels);
+        const Sample<Sum> sample = points.at(first_point + k_staged);
+        Footprint<Sum> foot;
+        foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
+        staged.corner[teams.lane] = corner_of<Sum, Offset>(
+            foot, levels.level[level], sample.weight, problem.row_stride());
+        staged.right[teams.lane] = foot.right;
+        staged.down[teams.lane] = foot.down;
+        staged.weight[teams.lane] = sample.weight;
+        staged.level[teams.lane] = level;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) staged.dot[teams.lane][i] = 0;
+      }
+      __syncwarp();
+
+      const int count = min(teams.lanes(), problem.points - first);
+      const int64_t output_at = mine < part.count ? staged.output_at[teams.team()] : 0;
+      for (int from = 0; from < problem.head_dim; from += teams.lanes() * kVec) {
+        const int channel = from + teams.channel_lane() * kVec;
+        const bool active = mine < part.count && channel < problem.head_dim;
+        const auto grad = load_if<kVec>(active, grad_output + output_at + channel);
+#pragma unroll 1
+        for (int k = 0; k < count; ++k) {
+          const int entry = k * teams.count() + teams.team();
+          Pack<T, kVec> pixel[4];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            const Offset at = active ? staged.corner[entry].at[i] : Offset{-1};
+            pixel[i] = load_if<kVec>(at >= 0, value + start + channel + at);
+          }
+          Sum dot[4] = {};
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) {
+              dot[i] += static_cast<Sum>(grad.at[c]) * static_cast<Sum>(pixel[i].at[c]);
+            }
+          }
+          const Sum sum = sum_four_ways(dot, teams.lane, teams.lanes());
+          if (mine < part.count && teams.channel_lane() < 4) {
+            staged.dot[entry][teams.channel_lane()] += sum;
+          }
+        }
+      }
+      // Neighbouring lanes add to neighbouring addresses, however wide the atomics are.
+      for (int from = 0; kScatter && mine < part.count && from < problem.head_dim;
+           from += teams.lanes() * kVec) {
+        const auto channel_of = [&](int c) {
+          return from + (c / kWidth * teams.lanes() + teams.channel_lane()) * kWidth;
+        };
+        Pack<T, kVec> grad;
+#pragma unroll
+        for (int c = 0; c < kVec; c += kWidth) {
+          const auto some = load_if<kWidth>(channel_of(c) < problem.head_dim,
+                                            grad_output + output_at + channel_of(c));
+#pragma unroll
+          for (int j = 0; j < kWidth; ++j) grad.at[c + j] = some.at[j];
+        }
+        for (int k = 0; k < count; ++k) {
+          const auto& corner = staged.corner[k * teams.count() + teams.team()];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (corner.at[i] < 0) continue;
+            Sum* const to = grad_value + start + corner.at[i];
+#pragma unroll
+            for (int c = 0; c < kVec; c += kWidth) {
+              if (channel_of(c) >= problem.head_dim) break;
+              Sum term[kWidth];
+#pragma unroll
+              for (int j = 0; j < kWidth; ++j) {
+                term[j] = corner.weight[i] * static_cast<Sum>(grad.at[c + j]);
+              }
+              atomic_add<kWidth>(to + channel_of(c), term);
+            }
+          }
+        }
+      }
+      __syncwarp();
+      if (first_point >= 0 && k_staged < problem.points) {
+        Footprint<Sum> foot;
+        foot.right = staged.right[teams.lane];
+        foot.down = staged.down[teams.lane];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) foot.on[i] = staged.corner[teams.lane].at[i] >= 0;
+        const auto gradient =
+            point_gradient(foot, levels.level[staged.level[teams.lane]], staged.weight[teams.lane],
+                           staged.dot[teams.lane]);
+        gradients.set(first_point + k_staged, gradient.x, gradient.y, gradient.weight);
+      }
+    }
+  }
+}
+
+constexpr int kRun = 32;  // queries, one after the other in the order of visits
+
+// Pixels from (left, top) to (right, bottom), both on it; empty where right < left.
+struct alignas(16) Rectangle {
+  int left, top, right, bottom;
+};
+
+__device__ inline int64_t runs_of(const Problem& problem) {
+  return (problem.queries + kRun - 1) / kRun;
+}
+
+// bounds [batch, heads, levels, runs]: the pixels that the points of a run touch. A warp per run
+// and head, a lane per query.
+template <typename T, typename Points>
+__global__ void __launch_bounds__(kBlock)
+    bound_queries(Problem problem, LevelTable table, Points points, Rectangle* bounds) {
+  using Sum = Real<T>;
+  __shared__ BlockLevels levels;
+  read_levels(table, problem, levels);
+  const int64_t runs = runs_of(problem);
+  const int64_t item = int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (item >= problem.batch * runs * problem.heads) return;
+  const int head = static_cast<int>(item % problem.heads);
+  const int64_t run = item / problem.heads % runs, batch = item / problem.heads / runs;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t position = run * kRun + lane;
+  const bool there = position < problem.queries;
+  const int64_t first_point =
+      there ? problem.point_at(batch, query_at(position, levels, table.count), head) : 0;
+  for (int l = 0; l < table.count; ++l) {
+    const Level level = levels.level[l];
+    Rectangle box = {level.width, level.height, -1, -1};
+    for (int k = levels.first_point[l]; there && k < levels.first_point[l + 1]; ++k) {
+      const Sample<Sum> sample = points.at(first_point + k);
+      Footprint<Sum> foot;
+      if (!foot.place(sample.x, sample.y, level.height, level.width)) continue;
+      box = {min(box.left, max(foot.x, 0)), min(box.top, max(foot.y, 0)),
+             max(box.right, min(foot.x + 1, level.width - 1)),
+             max(box.bottom, min(foot.y + 1, level.height - 1))};
+    }
+    for (int step = kWarp / 2; step > 0; step /= 2) {
+      box.left = min(box.left, __shfl_xor_sync(kAllLanes, box.left, step));
+      box.top = min(box.top, __shfl_xor_sync(kAllLanes, box.top, step));
+      box.right = max(box.right, __shfl_xor_sync(kAllLanes, box.right, step));
+      box.bottom = max(box.bottom, __shfl_xor_sync(kAllLanes, box.bottom, step));
+    }
+    if (lane == 0) bounds[((batch * problem.heads + head) * table.count + l) * runs + run] = box;
+  }
+}
+
+// backward_gather: a block owns a tile of kTileHeight x kTileWidth pixels of one head and 32 channels.
+constexpr int kGatherWarps = 8;
+constexpr int kTileHeight = 5;
+template <typename T>
+constexpr int kTileWidth = sizeof(T) == 8 ? 3 : 6;  // 30 KB of sums: three blocks in 100 KB
+
+struct Tile {
+  int level;
+  int x, y;  // of its first pixel
+};
+
+// Tile `index` of all levels, the last level first: its few tiles gather from as many points as the
+// many of the first, and should not be what all others have to wait for. level -1: no such tile.
+template <int kWidth>
+__device__ Tile tile_at(int64_t index, const BlockLevels& levels, int count) {
+  for (int l = count - 1; l >= 0; --l) {
+    const int64_t across = (int64_t{levels.level[l].width} + kWidth - 1) / kWidth;
+    const int64_t along = (int64_t{levels.level[l].height} + kTileHeight - 1) / kTileHeight;
+    if (index < across * along) {
+      return {l, static_cast<int>(index % across) * kWidth,
+              static_cast<int>(index / across) * kTileHeight};
+    }
+    index -= across * along;
+  }
+  return {-1, 0, 0};
+}
+
+// The place in the tile of pixel (x, y) of level l; -1: none. Where levels overlap, a pixel of another
+// level is the pixel of the tile's level that has the same row.
+template <int kWidth>
+__device__ int slot_in(const Tile& tile, int l, int x, int y, const BlockLevels& levels) {
+  if (l != tile.level) {
+    const Level& other = levels.level[l];
+    const Level& home = levels.level[tile.level];
+    const int64_t row = other.start + int64_t{y} * other.width + x - home.start;
+    if (row < 0 || row >= area(home)) return -1;
+    y = static_cast<int>(row / home.width);
+    x = static_cast<int>(row % home.width);
+  }
+  x -= tile.x;
+  y -= tile.y;
+  return x >= 0 && x < kWidth && y >= 0 && y < kTileHeight ? y * kWidth + x : -1;
+}
+
+// The row of `value` of a place in the tile; -1: off the map, or owned by an earlier level.
+template <int kWidth>
+__device__ int64_t owned_row(const Tile& tile, int slot, const BlockLevels& levels) {
+  const Level& home = levels.level[tile.level];
+  const int x = tile.x + slot % kWidth, y = tile.y + slot / kWidth;
+  if (x >= home.width || y >= home.height) return -1;
+  const int64_t row = home.start + int64_t{y} * home.width + x;
+  for (int l = 0; l < tile.level; ++l) {
+    const Level& other = levels.level[l];
+    if (row >= other.start && row < other.start + area(other)) return -1;
+  }
+  return row;
+}
+
+__device__ inline bool overlap(const Level& a, const Level& b) {
+  return a.start < b.start + area(b) && b.start < a.start + area(a);
+}
+
+// Every warp has its own sums of the whole tile and gathers from every kGatherWarps-th run of
+// queries; then the sums of the warps are added in their order. No atomic and no race: the same
+// bits every time. Levels may overlap: the first level that a row of `value` belongs to owns it, and
+// its tiles gather the points of the other levels too. Rows of no level are left alone.
+template <typename T, typename Points>
+__global__ void __launch_bounds__(kGatherWarps * kWarp, 4)
+    backward_gather(Problem problem, LevelTable table, Points points,
+                    const T* __restrict__ grad_output, const Rectangle* __restrict__ bounds,
+                    T* __restrict__ grad_value) {
+  using Sum = Real<T>;
+  constexpr int kWidth = kTileWidth<T>;
+  __shared__ BlockLevels levels;
+  __shared__ Sum sums[kGatherWarps][kTileHeight * kWidth][kWarp];
+  __shared__ Tile tile;
+  __shared__ int64_t batch;
+  __shared__ int head, first_channel;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int pieces = (problem.head_dim + kWarp - 1) / kWarp;
+  const unsigned planes = static_cast<unsigned>(problem.batch * problem.heads * pieces);
+  if (threadIdx.x == 0) {
+    const int64_t plane = blockIdx.x % planes;
+    first_channel = static_cast<int>(plane % pieces) * kWarp;
+    head = static_cast<int>(plane / pieces % problem.heads);
+    batch = plane / pieces / problem.heads;
+  }
+  read_levels(table, problem, levels);
+  const bool on = first_channel + lane < problem.head_dim;
+  const int runs = static_cast<int>(runs_of(problem));
+
+  for (unsigned index = blockIdx.x / planes;; index += gridDim.x / planes) {
+    if (threadIdx.x == 0) tile = tile_at<kWidth>(index, levels, table.count);
+    __syncthreads();
+    if (tile.level < 0) return;
+    for (int i = 0; i < kTileHeight * kWidth; ++i) sums[warp][i][lane] = 0;
+
+    for (int l = 0; l < table.count; ++l) {
+      if (!overlap(levels.level[l], levels.level[tile.level])) continue;
+      for (int base = 0; base < runs; base += kGatherWarps * kWarp) {
+        bool near = false;
+        if (base + lane * kGatherWarps + warp < runs) {
+          const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * runs +
+                                       base + lane * kGatherWarps + warp];
+          near = box.left <= box.right &&
+                 (l != tile.level ||
+                  (box.left < tile.x + kWidth && box.right >= tile.x &&
+                   box.top < tile.y + kTileHeight && box.bottom >= tile.y));
+        }
+        for (unsigned near_runs = __ballot_sync(kAllLanes, near); near_runs;
+             near_runs &= near_runs - 1) {
+          const int run = base + (__ffs(near_runs) - 1) * kGatherWarps + warp;
+          const int64_t position = int64_t{run} * kRun + lane;
+          const int64_t query =
+              position < problem.queries ? query_at(position, levels, table.count) : -1;
+          for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
+            // This lane's point: which pixels of the tile it touches, -1 for those outside.
+            int slot[4] = {-1, -1, -1, -1};
+            Sum share[4] = {};
+            if (query >= 0) {
+              const auto sample = points.at(problem.point_at(batch, query, head) + k);
+              Footprint<Sum> foot;
+              foot.place(sample.x, sample.y, levels.level[l].height, levels.level[l].width);
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                if (foot.on[i]) slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1),
+                                                          foot.y + (i >> 1), levels);
+                share[i] = foot.weight(i) * sample.weight;
+              }
+            }
+            const bool hit = slot[0] >= 0 || slot[1] >= 0 || slot[2] >= 0 || slot[3] >= 0;
+            for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
+              const int from = __ffs(hits) - 1;
+              const int64_t source =
+                  problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
+              const Sum grad =
+                  on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                const int to = __shfl_sync(kAllLanes, slot[i], from);
+                const Sum part = __shfl_sync(kAllLanes, share[i], from);
+                if (to >= 0) sums[warp][to][lane] += part * grad;
+              }
+            }
+          }
+        }
+      }
+    }
+    __syncthreads();
+    for (int i = warp; i < kTileHeight * kWidth; i += kGatherWarps) {
+      const int64_t row = owned_row<kWidth>(tile, i, levels);
+      if (row < 0 || !on) continue;
+      Sum sum = 0;
+      for (int w = 0; w < kGatherWarps; ++w) sum += sums[w][i][lane];
+      grad_value[problem.value_at(batch, row, head) + first_channel + lane] = static_cast<T>(sum);
+    }
+    __syncthreads();
+  }
+}
+
+// 16-bit gradients of value are summed in float and rounded once.
+template <typename T>
+__global__ void __launch_bounds__(kBlock)
+    round_sums(const float* __restrict__ sums, T* __restrict__ rounded, int64_t count) {
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
+    rounded[i] = static_cast<T>(sums[i]);
+  }
+}
+
+}  // namespace deform_attn

@@ -1,0 +1,304 @@
+// From a call to launches: which kernels, with what dtype, vectors and offsets, in which blocks.
+//
+//   Inputs, Device              what a call is about, and where it runs
+//   Shape                       the blocks of `forward_teams` and `backward_teams`
+//   check_launch                an error that names the kernel, and what to do about it
+//   forward_call                launches a forward kernel
+//   BackwardPlan, plan_backward whether to scatter or to gather, and the memory that it takes
+//   backward_call               launches the backward kernels
+//
+// Free of torch: the emulator's tests and the extension call the same functions.
+#pragma once
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+#include "backward.cuh"
+
+namespace deform_attn {
+
+enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
+
+struct Inputs {
+  Problem problem;
+  LevelTable levels;
+  Type type;           // of value, output and their gradients
+  bool weights_are_real;  // weights have the dtype of locations, not that of value
+  const void* value;
+  const void* locations;
+  const void* weights;
+};
+
+struct Device {
+  int processors;       // multiprocessors
+  int capability;       // 90 for 9.0
+  cudaStream_t stream;
+  bool long_offsets = false;  // int64_t offsets where int would do: for tests
+};
+
+// Calls body with a null T* for the dtype.
+template <typename Body>
+void with_type(Type type, const Body& body) {
+  switch (type) {
+    case Type::kDouble:
+      return body(static_cast<double*>(nullptr));
+    case Type::kFloat:
+      return body(static_cast<float*>(nullptr));
+    case Type::kHalf:
+      return body(static_cast<__half*>(nullptr));
+    case Type::kBFloat16:
+      return body(static_cast<__nv_bfloat16*>(nullptr));
+  }
+}
+
+template <int kVec_, typename Offset_>
+struct Access {
+  static constexpr int kVec = kVec_;
+  using Offset = Offset_;
+};
+
+// Calls body with how memory is accessed: 16 bytes at a time where channels and addresses allow it
+// (`aligned`), with int offsets where they suffice; else number by number with int64_t offsets.
+template <typename T, typename Body>
+void with_access(const Problem& problem, bool aligned, bool long_offsets, const Body& body) {
+  constexpr int kVec = kWidest<T>;
+  const bool small = !long_offsets && problem.rows * problem.row_stride() < (int64_t{1} << 31);
+  if (!aligned || problem.head_dim % kVec != 0) return body(Access<1, int64_t>());
+  small ? body(Access<kVec, int>()) : body(Access<kVec, int64_t>());
+}
+
+inline bool aligned(const void* pointer) {
+  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
+
+// The blocks of `forward_teams` and `backward_teams`.
+struct Shape {
+  int lane_bits;  // of the lanes that work on one query
+  int positions;  // queries of a block
+  unsigned threads;
+  int64_t blocks;
+};
+
+// Big problems get blocks of 64 queries, a tile of an encoder's map; small ones get smaller blocks
+// until every multiprocessor has two.
+inline Shape shape_of(const Problem& problem, int vec, int least_lane_bits, bool split_channels,
+                      int processors) {
+  int lane_bits = least_lane_bits;
+  while (lane_bits < 5 && (vec << lane_bits) < problem.head_dim) ++lane_bits;
+  const int64_t pieces =
+      split_channels ? (problem.head_dim + (vec << lane_bits) - 1) / (vec << lane_bits) : 1;
+  const int teams = kWarp >> lane_bits;
+  int positions = 64;
+  const auto blocks = [&] {
+    return problem.batch * problem.heads * pieces *
+           ((problem.queries + positions - 1) / positions);
+  };
+  while (positions > teams && blocks() < 2 * processors) positions /= 2;
+  if (positions < teams) positions = teams;
+  const int warps = std::min(positions / teams, kBlock / kWarp);
+  return {lane_bits, positions, static_cast<unsigned>(warps * kWarp), blocks()};
+}
+
+// The architectures that this file was compiled for, as nvcc lists them.
+#define DEFORM_ATTN_TEXT_(...) #__VA_ARGS__
+#define DEFORM_ATTN_TEXT(...) DEFORM_ATTN_TEXT_(__VA_ARGS__)
+#if defined(__CUDA_ARCH_LIST__)
+constexpr const char* kArchitectures = DEFORM_ATTN_TEXT(__CUDA_ARCH_LIST__);
+#else
+constexpr const char* kArchitectures = "";
+#endif
+
+// "7.5, 9.0" from "750,900".
+inline std::string architectures() {
+  std::string text;
+  const std::string list = std::string(kArchitectures) + ",";
+  size_t from = 0;
+  for (size_t to = list.find(','); to != std::string::npos; to = list.find(',', from)) {
+    const std::string number = list.substr(from, to - from);
+    from = to + 1;
+    if (number.size() < 3) continue;
+    if (!text.empty()) text += ", ";
+    text += number.substr(0, number.size() - 2) + "." + number.substr(number.size() - 2, 1);
+  }
+  return text;
+}
+
+inline std::string launch_error(const char* kernel, cudaError_t error, const char* what,
+                                int capability) {
+  const std::string name = std::string("deform_attn: CUDA kernel ") + kernel;
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
+    const std::string here = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+    return name + " was not built for this GPU, which has compute capability " + here +
+           "; built for: " + architectures() + ". Build it: TORCH_CUDA_ARCH_LIST=\"" + here +
+           "\" pip install --no-build-isolation .";
+  }
+  return name + " was not launched: " + what;
+}
+
+inline void check_launch(const char* kernel, const Device& device) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(
+      launch_error(kernel, error, cudaGetErrorString(error), device.capability));
+}
+
+inline unsigned grid_of(const char* kernel, int64_t blocks) {
+  if (blocks < (int64_t{1} << 31)) return static_cast<unsigned>(blocks);
+  throw std::runtime_error(std::string("deform_attn: CUDA kernel ") + kernel + " would take " +
+                           std::to_string(blocks) + " blocks, more than the 2**31 - 1 of a launch");
+}
+
+inline unsigned grid_striding(int64_t threads) {
+  const int64_t blocks = (threads + kBlock - 1) / kBlock;
+  return static_cast<unsigned>(blocks < (1 << 30) ? blocks : (1 << 30));
+}
+
+// output [B, Q, M, D]; every element is written.
+inline void forward_call(const Inputs& in, void* output, const Device& device, bool plain = false) {
+  const Problem& problem = in.problem;
+  const int64_t numbers = problem.batch * problem.queries * problem.row_stride();
+  if (numbers == 0) return;
+  with_type(in.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const T* const value = static_cast<const T*>(in.value);
+    T* const to = static_cast<T*>(output);
+    const GivenPoints<T> points = {static_cast<const Real<T>*>(in.locations), in.weights,
+                                   in.weights_are_real};
+    if (plain) {
+      LAUNCH(forward_plain<T>, grid_striding(numbers), kBlock, device.stream, problem,
+             in.levels, points, value, to);
+      return check_launch("forward_plain", device);
+    }
+    with_access<T>(problem, aligned(value) && aligned(to), device.long_offsets, [&](auto access) {
+      using A = decltype(access);
+      const Shape shape = shape_of(problem, A::kVec, 0, true, device.processors);
+      LAUNCH((forward_teams<T, A::kVec, typename A::Offset, GivenPoints<T>>),
+             grid_of("forward_teams", shape.blocks), shape.threads, device.stream, problem, in.levels, points, value, to, shape.positions,
+             shape.lane_bits);
+      check_launch("forward_teams", device);
+    });
+  });
+}
+
+// kPlain: as in 2020. kScatter: one kernel, atomics. kGather: no atomics, the same bits every time.
+enum class Way { kPlain, kScatter, kGather };
+
+struct BackwardPlan {
+  Way way;
+  size_t sums;    // bytes, zeros: the gradient of a 16-bit value in float; 0: not needed
+  size_t bounds;  // bytes
+};
+
+// Gathering costs a look at every tile of the maps, scattering an atomic for every pixel of a point:
+// gather where a pixel of value is hit at least once on average.
+inline BackwardPlan plan_backward(const Problem& problem, Type type, bool deterministic) {
+  const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
+  const bool narrow = type == Type::kHalf || type == Type::kBFloat16;
+  if (deterministic || problem.queries * problem.points >= problem.rows) {
+    const int64_t runs = (problem.queries + kRun - 1) / kRun;
+    return {Way::kGather, 0,
+            static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
+                sizeof(Rectangle)};
+  }
+  return {Way::kScatter, narrow ? static_cast<size_t>(numbers) * sizeof(float) : 0, 0};
+}
+
+inline BackwardPlan plan_plain_backward(const Problem& problem, Type type) {
+  const bool narrow = type == Type::kHalf || type == Type::kBFloat16;
+  const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
+  return {Way::kPlain, narrow ? static_cast<size_t>(numbers) * sizeof(float) : 0, 0};
+}
+
+struct Outputs {
+  void* value;      // [B, S, M, D]; zeros before
+  void* locations;  // [B, Q, M, K, 2]
+  void* weights;    // [B, Q, M, K]
+  void* sums;       // as planned
+  void* bounds;     // as planned
+};
+
+template <typename T>
+void gather_value(const Inputs& in, const GivenPoints<T>& points, const T* grad_output,
+                  const Outputs& out, const Device& device) {
+  const Problem& problem = in.problem;
+  const int64_t runs = (problem.queries + kRun - 1) / kRun;
+  const int64_t warps = problem.batch * problem.heads * runs;
+  constexpr int kWarps = kBlock / kWarp;
+  Rectangle* const bounds = static_cast<Rectangle*>(out.bounds);
+  LAUNCH((bound_queries<T, GivenPoints<T>>),
+         grid_of("bound_queries", (warps + kWarps - 1) / kWarps), kBlock, device.stream, problem,
+         in.levels, points, bounds);
+  check_launch("bound_queries", device);
+
+  // Sizes on the device cannot be counted here: enough blocks for maps as large as `value`. Blocks
+  // without a tile end at once, and take several where there are more.
+  constexpr int kWidth = kTileWidth<T>;
+  int64_t tiles = problem.levels;
+  if (in.levels.shapes) {
+    tiles += problem.rows * 5 / (4 * kTileHeight * kWidth);
+  } else {
+    for (int l = 0; l < problem.levels; ++l) {
+      tiles += ((in.levels.height[l] + kTileHeight - 1) / kTileHeight) *
+               ((in.levels.width[l] + kWidth - 1) / kWidth);
+    }
+  }
+  const int64_t planes =
+      problem.batch * problem.heads * ((problem.head_dim + kWarp - 1) / kWarp);
+  const int64_t most = ((int64_t{1} << 31) - 1) / planes;
+  if (tiles > most) tiles = most;
+  LAUNCH((backward_gather<T, GivenPoints<T>>), grid_of("backward_gather", planes * tiles),
+         kGatherWarps * kWarp, device.stream, problem, in.levels, points, grad_output, bounds,
+         static_cast<T*>(out.value));
+  check_launch("backward_gather", device);
+}
+
+inline void backward_call(const Inputs& in, const void* grad_output, const Outputs& out,
+                          const BackwardPlan& plan, const Device& device) {
+  const Problem& problem = in.problem;
+  if (problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0) return;
+  with_type(in.type, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using Sum = Real<T>;
+    const T* const value = static_cast<const T*>(in.value);
+    const T* const grad = static_cast<const T*>(grad_output);
+    Sum* const sums = static_cast<Sum*>(plan.sums ? out.sums : out.value);
+    const GivenPoints<T> points = {static_cast<const Sum*>(in.locations), in.weights,
+                                   in.weights_are_real};
+    const GivenPointGradients<T> gradients = {static_cast<Sum*>(out.locations), out.weights,
+                                              in.weights_are_real};
+    if (plan.way == Way::kPlain) {
+      const int64_t items = problem.batch * problem.queries * problem.heads;
+      const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
+      LAUNCH(backward_plain<T>, grid_of("backward_plain", items),
+             static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream,
+             problem, in.levels, points, value, grad, sums, gradients);
+      check_launch("backward_plain", device);
+    } else {
+      const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
+      with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
+        using A = decltype(access);
+        const Shape shape = shape_of(problem, A::kVec, 2, false, device.processors);
+        const auto launch = [&](auto scatter) {
+          LAUNCH((backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value,
+                                  GivenPoints<T>, GivenPointGradients<T>>),
+                 grid_of("backward_teams", shape.blocks), shape.threads, device.stream, problem, in.levels, points, value,
+                 grad, sums, gradients, shape.positions, shape.lane_bits);
+          check_launch("backward_teams", device);
+        };
+        plan.way == Way::kScatter ? launch(std::true_type()) : launch(std::false_type());
+      });
+      if (plan.way == Way::kGather) gather_value<T>(in, points, grad, out, device);
+    }
+    if constexpr (sizeof(T) == 2) {
+      if (plan.sums) {
+        const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
+        LAUNCH(round_sums<T>, grid_striding(numbers), kBlock, device.stream, sums,
+               static_cast<T*>(out.value), numbers);
+        check_launch("round_sums", device);
+      }
+    }
+  });
+}
+
+}  // namespace deform_attn

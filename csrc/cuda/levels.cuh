@@ -1,0 +1,78 @@
+// The levels as a block of threads knows them, and the order in which queries are visited.
+//
+//   BlockLevels    the levels of a call in shared memory, each fitted into the rows of `value`
+//   read_levels    fills it; level sizes may lie on the device, where nobody has checked them
+//   query_at       the query visited as number `position`
+#pragma once
+
+#include "../problem.h"
+#include "vec.cuh"
+
+namespace deform_attn {
+
+struct BlockLevels {
+  Level level[kMaxLevels];
+  int first_point[kMaxLevels + 1];
+  bool queries_are_pixels;  // query q is pixel q of the maps, as in an encoder
+};
+
+__device__ inline int64_t area(const Level& level) { return int64_t{level.height} * level.width; }
+
+// Fills `levels`. Every thread of the block calls it; it ends with a barrier.
+__device__ inline void read_levels(const LevelTable& table, const Problem& problem,
+                                   BlockLevels& levels) {
+  if (threadIdx.x < kWarp) {
+    const int lane = threadIdx.x;
+    for (int l = lane; l < table.count; l += kWarp) {
+      const int64_t height = table.shapes ? table.shapes[2 * l] : table.height[l];
+      const int64_t width = table.shapes ? table.shapes[2 * l + 1] : table.width[l];
+      levels.level[l] = fitted(0, height, width, problem.rows);
+    }
+    for (int l = lane; l <= table.count; l += kWarp) levels.first_point[l] = table.first_point[l];
+    __syncwarp();
+    bool in_line = true;  // levels lie one behind the other and fill `value`
+    for (int first = 0; first < table.count; first += kWarp) {
+      const int l = first + lane;
+      Level level = {0, 0, 0};
+      if (l < table.count) {
+        int64_t before = 0;
+        for (int k = 0; k < l; ++k) before += area(levels.level[k]);
+        int64_t start = table.starts ? table.starts[l] : table.start[l];
+        if (!table.starts && start < 0) start = before;
+        level = levels.level[l];
+        level = fitted(start, level.height, level.width, problem.rows);
+        in_line = in_line && level.height > 0 && level.start == before;
+        if (l == table.count - 1) in_line = in_line && before + area(level) == problem.rows;
+      }
+      __syncwarp();  // sizes of other levels are read above, a level that does not fit loses its own
+      if (l < table.count) levels.level[l] = level;
+      __syncwarp();
+    }
+    in_line = __all_sync(kAllLanes, in_line);
+    if (lane == 0) {
+      levels.queries_are_pixels = in_line && table.count > 0 && problem.queries == problem.rows &&
+                                  problem.rows < (int64_t{1} << 31);
+    }
+  }
+  __syncthreads();
+}
+
+constexpr int kBand = 8;  // image rows that are visited together
+
+// Where the queries are the pixels of the maps, they are visited in bands of kBand image rows,
+// column by column: 64 in a row are a tile of 8 x 8 pixels, whose samples share most of their
+// pixels of `value`. Elsewhere they are visited in order.
+__device__ inline int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
+  if (!levels.queries_are_pixels) return position;
+  int l = count - 1;
+  while (levels.level[l].start > position) --l;
+  const Level level = levels.level[l];
+  const unsigned pixel = static_cast<unsigned>(position - level.start);
+  const unsigned width = level.width, height = level.height;
+  const unsigned band = pixel / (kBand * width) * kBand;  // its first image row
+  const unsigned rows = min(static_cast<unsigned>(kBand), height - band);
+  const unsigned inside = pixel - band * width;
+  return level.start + int64_t{band + inside % rows} * width + inside / rows;
+}
+
+}  // namespace deform_attn

@@ -1,0 +1,196 @@
+// The CUDA library: registers the CUDA kernels through torch's stable ABI.
+//
+//   Here              the device and stream of a call, entered for as long as it lasts
+//   level_table       the levels as kernels take them: never waits for the device
+//   forward, backward, build
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+#include <memory>
+#include <mutex>
+#include <tuple>
+
+#include "../checks.h"
+#include "launch.cuh"
+
+namespace deform_attn {
+namespace {
+
+using MaybeTensor = std::optional<Tensor>;
+using MaybeSizes = std::optional<std::vector<int64_t>>;
+
+void check(const char* what, cudaError_t error) {
+  DEFORM_ATTN_REQUIRE(error == cudaSuccess, "deform_attn: ", what, ": ",
+                      cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr which, int device) {
+  int number = 0;
+  check("cudaDeviceGetAttribute", cudaDeviceGetAttribute(&number, which, device));
+  return number;
+}
+
+// Makes the tensor's device current, so that a tensor on a second GPU runs there.
+class Here {
+ public:
+  explicit Here(const Tensor& tensor) : guard_(tensor.get_device()) {
+    const int index = tensor.get_device();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    device.stream = static_cast<cudaStream_t>(stream);
+    device.processors = attribute(cudaDevAttrMultiProcessorCount, index);
+    device.capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
+                        attribute(cudaDevAttrComputeCapabilityMinor, index);
+  }
+  Device device;
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Type::kDouble;
+    case ScalarType::Half:
+      return Type::kHalf;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    default:
+      return Type::kFloat;
+  }
+}
+
+// Metadata as the kernels read it, and whatever must live until they have been launched.
+struct Levels {
+  LevelTable table = {};
+  std::vector<Tensor> held;
+};
+
+Levels level_table(const Call& call) {
+  Levels levels;
+  LevelTable& table = levels.table;
+  table.count = call.problem.levels;
+  DEFORM_ATTN_REQUIRE(table.count <= kMaxLevels, "spatial_shapes: the CUDA kernels take up to ",
+                      kMaxLevels, " levels, got ", table.count);
+  for (size_t l = 0; l < call.first_point.size(); ++l) table.first_point[l] = call.first_point[l];
+  const auto on_device = [&](const Tensor& numbers) {
+    levels.held.push_back(Call::contiguous_of(
+        numbers.scalar_type() == ScalarType::Long ? numbers
+                                                  : torch::stable::to(numbers, ScalarType::Long)));
+    return static_cast<const int64_t*>(levels.held.back().const_data_ptr());
+  };
+  const bool shapes_on_device = call.shapes && call.shapes->is_cuda();
+  const bool starts_on_device = call.starts && call.starts->is_cuda();
+  if (shapes_on_device) table.shapes = on_device(*call.shapes);
+  if (starts_on_device) table.starts = on_device(*call.starts);
+  if (!shapes_on_device && !starts_on_device) {  // the host knows all, and refuses what is wrong
+    const std::vector<Level> known = levels_on_host(call);
+    for (size_t l = 0; l < known.size(); ++l) {
+      table.height[l] = known[l].height;
+      table.width[l] = known[l].width;
+      table.start[l] = known[l].start;
+    }
+    return levels;
+  }
+  if (!shapes_on_device) {
+    const std::vector<int64_t> sizes = call.shapes ? numbers_of(*call.shapes) : call.sizes;
+    for (int l = 0; l < table.count; ++l) {
+      table.height[l] = sizes[static_cast<size_t>(2 * l)];
+      table.width[l] = sizes[static_cast<size_t>(2 * l + 1)];
+    }
+  }
+  if (!starts_on_device) {
+    std::vector<int64_t> starts(static_cast<size_t>(table.count), -1);  // behind one another
+    if (call.starts) starts = numbers_of(*call.starts);
+    for (int l = 0; l < table.count; ++l) table.start[l] = starts[static_cast<size_t>(l)];
+  }
+  return levels;
+}
+
+// Locations are read two numbers at a time: a view that starts between two is copied.
+Tensor pairwise_aligned(const Tensor& locations) {
+  const size_t pair = 2 * locations.element_size();
+  const bool fits = reinterpret_cast<uintptr_t>(locations.const_data_ptr()) % pair == 0;
+  return fits ? locations : torch::stable::clone(locations);
+}
+
+Inputs inputs_of(const Call& call, const Levels& levels, const Tensor& locations) {
+  Inputs in;
+  in.problem = call.problem;
+  in.levels = levels.table;
+  in.type = type_of(call.value);
+  in.weights_are_real = call.weights_are_real;
+  in.value = call.value.const_data_ptr();
+  in.locations = locations.const_data_ptr();
+  in.weights = call.weights.const_data_ptr();
+  return in;
+}
+
+Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
+               const MaybeTensor level_start_index, const Tensor sampling_locations,
+               const Tensor attention_weights, const MaybeSizes level_sizes,
+               const MaybeSizes num_points) {
+  const Here here(value);
+  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                  level_sizes, num_points);
+  const Levels levels = level_table(call);
+  const Tensor locations = pairwise_aligned(call.locations);
+  Tensor output = torch::stable::new_empty(call.value, call.output_shape());
+  forward_call(inputs_of(call, levels, locations), output.mutable_data_ptr(), here.device);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
+    const MaybeTensor level_start_index, const Tensor sampling_locations,
+    const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
+    bool deterministic) {
+  const Here here(value);
+  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                  level_sizes, num_points);
+  const Levels levels = level_table(call);
+  const Tensor locations = pairwise_aligned(call.locations);
+  const Tensor gradient = call.checked_gradient(grad_output);
+  const Inputs in = inputs_of(call, levels, locations);
+  const BackwardPlan plan = plan_backward(in.problem, in.type, deterministic);
+
+  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes());
+  Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
+  Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
+  const auto bytes = [](size_t count) { return static_cast<int64_t>(count); };
+  const Tensor sums =
+      torch::stable::new_zeros(call.value, {bytes(plan.sums)}, ScalarType::Byte);
+  const Tensor bounds =
+      torch::stable::new_empty(call.value, {bytes(plan.bounds)}, ScalarType::Byte);
+  const Outputs out = {grad_value.mutable_data_ptr(), grad_locations.mutable_data_ptr(),
+                       grad_weights.mutable_data_ptr(), sums.mutable_data_ptr(),
+                       bounds.mutable_data_ptr()};
+  backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
+  return {grad_value, grad_locations, grad_weights};
+}
+
+std::string build() {
+  std::string list;
+  for (const char c : architectures()) list += c == ',' ? std::string("\",") : std::string(1, c);
+  size_t at = 0;
+  while ((at = list.find(", ", at)) != std::string::npos) list.insert(at += 2, "\"");
+  return joined("{\"version\": \"", DEFORM_ATTN_VERSION, "\", \"torch\": \"", DEFORM_ATTN_TORCH,
+                "\", \"nvcc\": \"", __CUDACC_VER_MAJOR__, ".", __CUDACC_VER_MINOR__, ".",
+                __CUDACC_VER_BUILD__, "\", \"architectures\": [\"", list, "\"]}");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(deform_attn, CUDA, library) {
+  library.impl("ms_deform_attn", TORCH_BOX(&forward));
+  library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {
+  library.impl("cuda_build", TORCH_BOX(&build));
+}
+
+}  // namespace deform_attn
