@@ -43,25 +43,42 @@ inline std::string shape_of(const Tensor& tensor) {
 
 // The numbers of a call as they came; the tensors are those of the schema.
 struct Call {
-  Tensor value, locations, weights;  // contiguous
+  Tensor value, locations, weights;  // contiguous; of a layer: offsets and logits
+  std::optional<Tensor> reference;   // of a layer: contiguous
   std::optional<Tensor> shapes, starts;
   std::vector<int64_t> sizes;    // [h0, w0, h1, w1, ...] where shapes is not given
   std::vector<int> first_point;  // [L + 1]
   Problem problem;
-  bool weights_are_real;  // weights have the locations' dtype
+  bool weights_are_real;  // weights have the dtype of sums
 
   Call(const Tensor& value_, const std::optional<Tensor>& spatial_shapes,
        const std::optional<Tensor>& level_start_index, const Tensor& sampling_locations,
        const Tensor& attention_weights, const std::optional<std::vector<int64_t>>& level_sizes,
        const std::optional<std::vector<int64_t>>& num_points)
+      : Call(value_, spatial_shapes, level_start_index, std::nullopt, sampling_locations,
+             attention_weights, level_sizes, num_points) {}
+
+  // A layer: offsets from reference points, and logits, instead of locations and weights.
+  Call(const Tensor& value_, const std::optional<Tensor>& spatial_shapes,
+       const std::optional<Tensor>& level_start_index,
+       const std::optional<Tensor>& reference_points, const Tensor& sampling_offsets,
+       const Tensor& attention_logits, const std::optional<std::vector<int64_t>>& level_sizes,
+       const std::optional<std::vector<int64_t>>& num_points)
       : value(value_),
-        locations(sampling_locations),
-        weights(attention_weights),
+        locations(sampling_offsets),
+        weights(attention_logits),
+        reference(reference_points),
         shapes(spatial_shapes),
-        starts(level_start_index) {
+        starts(level_start_index),
+        locations_name_(reference ? "sampling_offsets" : "sampling_locations"),
+        weights_name_(reference ? "attention_logits" : "attention_weights") {
     check_types();
     check_levels(level_sizes);
     check_points(num_points);
+    if (reference) {
+      check_reference();
+      reference = contiguous_of(*reference);
+    }
     value = contiguous_of(value);
     locations = contiguous_of(locations);
     weights = contiguous_of(weights);
@@ -86,25 +103,41 @@ struct Call {
     return contiguous_of(grad_output);
   }
 
+  // The dtype of sums, locations and reference points.
+  ScalarType real_type() const {
+    return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  }
+
   static Tensor contiguous_of(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }
 
  private:
+  const char *locations_name_, *weights_name_;
+
   void check_types() const {
     const ScalarType type = value.scalar_type();
     DEFORM_ATTN_REQUIRE(type == ScalarType::Double || type == ScalarType::Float ||
                             type == ScalarType::Half || type == ScalarType::BFloat16,
                         "value: expected float64, float32, float16 or bfloat16");
-    const ScalarType real = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-    DEFORM_ATTN_REQUIRE(locations.scalar_type() == real,
-                        "sampling_locations: expected float32, or float64 with a float64 value");
+    const ScalarType real = real_type();
     DEFORM_ATTN_REQUIRE(weights.scalar_type() == real || weights.scalar_type() == type,
-                        "attention_weights: expected the dtype of value or sampling_locations");
-    DEFORM_ATTN_REQUIRE(locations.device() == value.device(),
-                        "sampling_locations: expected on value's device");
-    DEFORM_ATTN_REQUIRE(weights.device() == value.device(),
-                        "attention_weights: expected on value's device");
+                        weights_name_, ": expected value's dtype, or that of its sums");
+    if (reference) {
+      DEFORM_ATTN_REQUIRE(locations.scalar_type() == weights.scalar_type(), locations_name_,
+                          ": expected the dtype of attention_logits");
+      DEFORM_ATTN_REQUIRE(reference->scalar_type() == real,
+                          "reference_points: expected float32, or float64 with a float64 value");
+      DEFORM_ATTN_REQUIRE(reference->device() == value.device(),
+                          "reference_points: expected on value's device");
+    } else {
+      DEFORM_ATTN_REQUIRE(locations.scalar_type() == real, locations_name_,
+                          ": expected float32, or float64 with a float64 value");
+    }
+    DEFORM_ATTN_REQUIRE(locations.device() == value.device(), locations_name_,
+                        ": expected on value's device");
+    DEFORM_ATTN_REQUIRE(weights.device() == value.device(), weights_name_,
+                        ": expected on value's device");
   }
 
   void check_levels(const std::optional<std::vector<int64_t>>& level_sizes) {
@@ -132,6 +165,16 @@ struct Call {
     }
   }
 
+  void check_reference() const {
+    const Tensor& points = *reference;
+    DEFORM_ATTN_REQUIRE(
+        points.dim() == 4 && points.size(0) == problem.batch && points.size(1) == problem.queries &&
+            (points.size(2) == 1 || points.size(2) == problem.levels) &&
+            (points.size(3) == 2 || points.size(3) == 4),
+        "reference_points: expected [batch, queries, num_levels or 1, 2 or 4], got ",
+        shape_of(points));
+  }
+
   void check_metadata(const char* name, const Tensor& tensor) const {
     switch (tensor.scalar_type()) {
       case ScalarType::Long:
@@ -152,13 +195,13 @@ struct Call {
                         "value: expected [batch, rows, num_heads, head_dim], got ",
                         shape_of(value));
     const int64_t rank = num_points ? 5 : 6;
-    DEFORM_ATTN_REQUIRE(locations.dim() == rank && locations.size(rank - 1) == 2,
-                        "sampling_locations: expected ",
+    DEFORM_ATTN_REQUIRE(locations.dim() == rank && locations.size(rank - 1) == 2, locations_name_,
+                        ": expected ",
                         num_points ? "[batch, queries, num_heads, sum of num_points, 2]"
                                    : "[batch, queries, num_heads, num_levels, num_points, 2]",
                         ", got ", shape_of(locations));
     DEFORM_ATTN_REQUIRE(locations.size(0) == value.size(0) && locations.size(2) == value.size(2),
-                        "sampling_locations: expected batch ", value.size(0), " and num_heads ",
+                        locations_name_, ": expected batch ", value.size(0), " and num_heads ",
                         value.size(2), " as in value, got ", shape_of(locations));
     std::vector<int64_t> counts;
     if (num_points) {
@@ -166,9 +209,9 @@ struct Call {
       DEFORM_ATTN_REQUIRE(static_cast<int>(counts.size()) == problem.levels,
                           "num_points: expected ", problem.levels, " counts, got ", counts.size());
     } else {
-      DEFORM_ATTN_REQUIRE(locations.size(3) == problem.levels,
-                          "sampling_locations: expected num_levels ", problem.levels,
-                          " in dimension 3, got ", shape_of(locations));
+      DEFORM_ATTN_REQUIRE(locations.size(3) == problem.levels, locations_name_,
+                          ": expected num_levels ", problem.levels, " in dimension 3, got ",
+                          shape_of(locations));
       counts.assign(static_cast<size_t>(problem.levels), locations.size(4));
     }
     int64_t points = 0;
@@ -180,13 +223,13 @@ struct Call {
       points += count;
       first_point.push_back(static_cast<int>(points));
     }
-    DEFORM_ATTN_REQUIRE(!num_points || points == locations.size(3), "sampling_locations: expected ",
+    DEFORM_ATTN_REQUIRE(!num_points || points == locations.size(3), locations_name_, ": expected ",
                         points, " points (the sum of num_points) in dimension 3, got ",
                         shape_of(locations));
     bool same = weights.dim() == rank - 1;
     for (int64_t i = 0; same && i < rank - 1; ++i) same = weights.size(i) == locations.size(i);
-    DEFORM_ATTN_REQUIRE(same,
-                        "attention_weights: expected the shape of sampling_locations without its "
+    DEFORM_ATTN_REQUIRE(same, weights_name_,
+                        ": expected the shape of sampling_locations without its "
                         "last dimension, got ",
                         shape_of(weights), " beside ", shape_of(locations));
 
@@ -198,9 +241,9 @@ struct Call {
     DEFORM_ATTN_REQUIRE(problem.heads > 0 && problem.head_dim > 0,
                         "value: expected at least one head and one channel, got ", shape_of(value));
     problem.points = static_cast<int>(points);
-    narrow("sampling_locations", int64_t{problem.heads} * problem.points);
+    narrow(locations_name_, int64_t{problem.heads} * problem.points);
     narrow("value", problem.row_stride());
-    weights_are_real = weights.scalar_type() == locations.scalar_type();
+    weights_are_real = weights.scalar_type() == real_type();
   }
 
   static int narrow(const char* name, int64_t size) {

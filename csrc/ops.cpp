@@ -2,7 +2,8 @@
 //
 //   chosen_kernels   the instruction set for this processor, chosen once
 //   Scratch          a thread's working memory
-//   forward, backward, build
+//   run_forward, run_backward
+//   forward, backward, layer_forward, layer_backward, build
 
 #include <torch/csrc/stable/library.h>
 
@@ -85,7 +86,7 @@ bool queries_are_pixels(const Problem& problem, const std::vector<Level>& levels
   return next == problem.queries && levels.size() > 0;
 }
 
-cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels) {
+cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double offset_scale = 0) {
   DEFORM_ATTN_REQUIRE(call.problem.rows <= std::numeric_limits<int32_t>::max(),
                       "value: the CPU kernels take fewer than 2**31 rows, got ", call.problem.rows);
   cpu::Inputs in;
@@ -98,6 +99,11 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels) {
   in.value = call.value.const_data_ptr();
   in.locations = call.locations.const_data_ptr();
   in.weights = call.weights.const_data_ptr();
+  in.layer = {};
+  if (call.reference) {
+    in.layer = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
+                static_cast<int>(call.reference->size(3)), offset_scale};
+  }
   return in;
 }
 
@@ -118,32 +124,36 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
 using MaybeTensor = std::optional<Tensor>;
 using MaybeSizes = std::optional<std::vector<int64_t>>;
 
-Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
-               const MaybeTensor level_start_index, const Tensor sampling_locations,
-               const Tensor attention_weights, const MaybeSizes level_sizes,
-               const MaybeSizes num_points) {
-  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                  level_sizes, num_points);
-  const std::vector<Level> levels = levels_on_host(call);
-  const cpu::Inputs in = inputs_of(call, levels);
-  const Tensor output = empty(call.output_shape(), call.value.scalar_type());
-  if (output.numel() == 0) return output;
-
+void run_forward(const Call& call, const cpu::Inputs& in, const Tensor& output) {
+  if (output.numel() == 0) return;
   const Kernels& kernels = chosen_kernels();
   void* to = output.mutable_data_ptr();
-  const int64_t blocks = kernels.blocks(in) * in.problem.batch;
+  const int64_t blocks = kernels.blocks(in) * call.problem.batch;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     const Scratch scratch(kernels.scratch_bytes(in));
     kernels.forward(in, to, first, last, scratch.get());
   });
-  return output;
 }
 
-// Enough shares for every thread, none smaller than it must be: a share visits all queries.
-std::vector<cpu::Share> shares_of(const Problem& problem, int64_t threads) {
+// Whether two levels share rows of value.
+bool overlapping(const std::vector<Level>& levels) {
+  for (const Level& a : levels) {
+    for (const Level& b : levels) {
+      if (&a != &b && a.start <= b.start && b.start < a.start + int64_t{a.height} * a.width) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+// Enough shares for every thread, none smaller than it must be: a share visits all queries. Rows
+// that two levels share would belong to two bands.
+std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Level>& levels,
+                                  int64_t threads) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   const int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
-  const int bands = static_cast<int>(up(threads, problem.batch * groups));
+  const int bands = overlapping(levels) ? 1 : static_cast<int>(up(threads, problem.batch * groups));
   std::vector<cpu::Share> shares;
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t group = 0; group < groups; ++group) {
@@ -156,27 +166,17 @@ std::vector<cpu::Share> shares_of(const Problem& problem, int64_t threads) {
   return shares;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
-    const MaybeTensor level_start_index, const Tensor sampling_locations,
-    const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
-    bool /*deterministic: always*/) {
-  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                  level_sizes, num_points);
-  const std::vector<Level> levels = levels_on_host(call);
-  const cpu::Inputs in = inputs_of(call, levels);
+// Returns the gradient of value; those of the points go to `locations` and `weights`.
+Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<Level>& levels,
+                    const Tensor& grad_output, const Tensor& locations, const Tensor& weights) {
   const Tensor gradient = call.checked_gradient(grad_output);
-
   // sums of a 16-bit value's gradient are float32
-  const ScalarType type = call.value.scalar_type(), real = call.locations.scalar_type();
-  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes(), real);
-  Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
-  Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
+  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes(), call.real_type());
   if (call.problem.batch > 0) {
     const cpu::Gradients grads{gradient.const_data_ptr(), grad_value.mutable_data_ptr(),
-                               grad_locations.mutable_data_ptr(), grad_weights.mutable_data_ptr()};
+                               locations.mutable_data_ptr(), weights.mutable_data_ptr()};
     const Kernels& kernels = chosen_kernels();
-    const auto shares = shares_of(call.problem, torch::stable::get_num_threads());
+    const auto shares = shares_of(call.problem, levels, torch::stable::get_num_threads());
     torch::stable::parallel_for(
         0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
           const Scratch scratch(kernels.scratch_bytes(in));
@@ -185,8 +185,81 @@ std::tuple<Tensor, Tensor, Tensor> backward(
           }
         });
   }
-  if (real != type) grad_value = torch::stable::to(grad_value, type);
-  return {grad_value, grad_locations, grad_weights};
+  const ScalarType type = call.value.scalar_type();
+  return call.real_type() == type ? grad_value : torch::stable::to(grad_value, type);
+}
+
+Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
+               const MaybeTensor level_start_index, const Tensor sampling_locations,
+               const Tensor attention_weights, const MaybeSizes level_sizes,
+               const MaybeSizes num_points) {
+  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                  level_sizes, num_points);
+  const std::vector<Level> levels = levels_on_host(call);
+  const Tensor output = empty(call.output_shape(), call.value.scalar_type());
+  run_forward(call, inputs_of(call, levels), output);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
+    const MaybeTensor level_start_index, const Tensor sampling_locations,
+    const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
+    bool /*deterministic: always*/) {
+  const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
+                  level_sizes, num_points);
+  const std::vector<Level> levels = levels_on_host(call);
+  const Tensor locations = torch::stable::new_empty(call.locations, call.locations.sizes());
+  const Tensor weights = torch::stable::new_empty(call.weights, call.weights.sizes());
+  const Tensor grad_value =
+      run_backward(call, inputs_of(call, levels), levels, grad_output, locations, weights);
+  return {grad_value, locations, weights};
+}
+
+Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
+                     const MaybeTensor level_start_index, const Tensor reference_points,
+                     const Tensor sampling_offsets, const Tensor attention_logits,
+                     const MaybeSizes level_sizes, const MaybeSizes num_points,
+                     double offset_scale) {
+  const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
+                  attention_logits, level_sizes, num_points);
+  const std::vector<Level> levels = levels_on_host(call);
+  const Tensor output = empty(call.output_shape(), call.value.scalar_type());
+  run_forward(call, inputs_of(call, levels, offset_scale), output);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
+    const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
+    const MaybeTensor level_start_index, const Tensor reference_points,
+    const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
+    const MaybeSizes num_points, double offset_scale, bool /*deterministic: always*/) {
+  const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
+                  attention_logits, level_sizes, num_points);
+  const std::vector<Level> levels = levels_on_host(call);
+  const cpu::Inputs in = inputs_of(call, levels, offset_scale);
+  // The kernels give the gradients of locations and weights; `finish` turns them, in place where
+  // the dtype allows it, into those of offsets and logits.
+  const ScalarType real = call.real_type();
+  const Tensor locations = torch::stable::new_empty(call.locations, call.locations.sizes(), real);
+  const Tensor weights = torch::stable::new_empty(call.weights, call.weights.sizes(), real);
+  const Tensor grad_value = run_backward(call, in, levels, grad_output, locations, weights);
+  const Tensor grad_reference = torch::stable::new_empty(*call.reference, call.reference->sizes());
+  Tensor grad_offsets = locations, grad_logits = weights;
+  if (!call.weights_are_real) {
+    grad_offsets = torch::stable::new_empty(call.locations, call.locations.sizes());
+    grad_logits = torch::stable::new_empty(call.weights, call.weights.sizes());
+  }
+  const cpu::LayerGradients grads{locations.const_data_ptr(), weights.const_data_ptr(),
+                                  grad_reference.mutable_data_ptr(),
+                                  grad_offsets.mutable_data_ptr(), grad_logits.mutable_data_ptr()};
+  const Kernels& kernels = chosen_kernels();
+  const int64_t queries = call.problem.batch * call.problem.queries;
+  torch::stable::parallel_for(0, queries, 64, [&](int64_t first, int64_t last) {
+    const Scratch scratch(kernels.scratch_bytes(in));
+    kernels.finish(in, grads, first, last, scratch.get());
+  });
+  return {grad_value, grad_reference, grad_offsets, grad_logits};
 }
 
 std::string build() {
@@ -200,6 +273,8 @@ std::string build() {
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CPU, library) {
   library.impl("ms_deform_attn", TORCH_BOX(&forward));
   library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
+  library.impl("ms_deform_attn_fused", TORCH_BOX(&layer_forward));
+  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&layer_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {

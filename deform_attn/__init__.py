@@ -1,9 +1,16 @@
 """Multi-scale deformable attention for PyTorch: compiled kernels, Triton and a reference."""
 
 from deform_attn.backends import BACKENDS, choose_backend, use_backend
-from deform_attn.functional import ms_deform_attn
+from deform_attn.functional import ms_deform_attn, ms_deform_attn_fused
 from deform_attn.modules import MSDeformAttn
 
-__all__ = ["BACKENDS", "MSDeformAttn", "choose_backend", "ms_deform_attn", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "MSDeformAttn",
+    "choose_backend",
+    "ms_deform_attn",
+    "ms_deform_attn_fused",
+    "use_backend",
+]
 
 __version__ = "0.1.0"

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from deform_attn.inputs import location_dtype, points_per_level
 
-__all__ = ["gather"]
+__all__ = ["attention", "layer", "layer_points"]
 
 
-def gather(
+def attention(
     value: Tensor,
     spatial_shapes: Tensor | None,
     level_start_index: Tensor | None,
@@ -24,13 +24,11 @@ def gather(
     level_sizes: Sequence[int] | None,
     num_points: Sequence[int] | None,
 ) -> Tensor:
-    """The operator on the same operands; exact at pixel knots, never waits for a GPU."""
+    """The attention operator; exact at pixel knots, never waits for a GPU."""
     real = location_dtype(value.dtype)
     B, S, M, D = value.shape
     Q = sampling_locations.shape[1]
-    if spatial_shapes is None:
-        spatial_shapes = torch.tensor(level_sizes).view(-1, 2)
-    sizes = spatial_shapes.to(value.device, torch.int64)  # [L, 2]
+    sizes = _sizes(spatial_shapes, level_sizes, value.device)  # [L, 2]
     rows = sizes.prod(-1)
     if level_start_index is None:
         starts = rows.cumsum(0) - rows
@@ -70,3 +68,65 @@ def gather(
             pixels = torch.where(on_map[..., None], pixels, 0)
             output = output + (share[..., None] * pixels).sum(3)
     return output.flatten(2).to(value.dtype)
+
+
+def layer(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    level_sizes: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+    offset_scale: float,
+) -> Tensor:
+    """The fused operator: softmax, offsets to locations, attention."""
+    sizes = _sizes(spatial_shapes, level_sizes, value.device)
+    locations, weights = layer_points(
+        sizes, reference_points, sampling_offsets, attention_logits, num_points, offset_scale
+    )
+    return attention(
+        *(value, spatial_shapes, level_start_index, locations, weights),
+        *(level_sizes, num_points),
+    )
+
+
+def layer_points(
+    sizes: Tensor,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    num_points: Sequence[int] | None,
+    offset_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Locations and weights from what a layer projects; ``sizes`` is ``[L, 2]`` (height, width)."""
+    real = reference_points.dtype
+    L = sizes.shape[0]
+    offsets, logits = sampling_offsets.to(real), attention_logits.to(real)
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    counts = points_per_level(offsets, L, num_points)
+    reference = reference_points.expand(-1, -1, L, -1)  # [B, Q, L, 2 or 4]
+    extent = sizes.flip(-1).to(real)  # (width, height)
+    portion = torch.tensor(
+        [offset_scale / max(count, 1) for count in counts], dtype=real, device=offsets.device
+    )
+    if num_points is None:
+        reference = reference[:, :, None, :, None]  # [B, Q, 1, L, 1, .]
+        extent, portion = extent[:, None], portion[:, None, None]
+    else:
+        level = [index for index, count in enumerate(counts) for _ in range(count)]
+        of_point = torch.tensor(level, dtype=torch.int64, device=offsets.device)
+        reference = reference.index_select(2, of_point)[:, :, None]  # [B, Q, 1, K, .]
+        extent, portion = extent[of_point], portion[of_point, None]
+    if reference.shape[-1] == 2:
+        return reference + offsets / extent, weights
+    return reference[..., :2] + offsets * portion * reference[..., 2:], weights
+
+
+def _sizes(
+    spatial_shapes: Tensor | None, level_sizes: Sequence[int] | None, device: torch.device
+) -> Tensor:
+    if spatial_shapes is None:
+        spatial_shapes = torch.tensor(level_sizes).view(-1, 2)
+    return spatial_shapes.to(device, torch.int64)

@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention as a function: the contract, whichever backend serves it."""
+"""Multi-scale deformable attention as functions: the contract, whichever backend serves it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from deform_attn.backends import choose_backend
-from deform_attn.inputs import Levels, check, location_dtype
+from deform_attn.formula import layer_points
+from deform_attn.inputs import Levels, check, check_layer, location_dtype
 
-__all__ = ["ms_deform_attn"]
+__all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
 
 
 def ms_deform_attn(
@@ -66,41 +67,89 @@ def ms_deform_attn(
         >>> ms_deform_attn(value, shapes, None, locations, weights).shape
         torch.Size([2, 5, 64])
     """
+    arguments = (
+        *(value, spatial_shapes, level_start_index, sampling_locations, attention_weights),
+        num_points,
+    )
     if torch.compiler.is_compiling():
-        return _call(
-            value,
-            spatial_shapes,
-            level_start_index,
-            sampling_locations,
-            attention_weights,
-            num_points,
-            backend,
-        )
+        return _attention(*arguments, backend)
     try:
-        return _call(
-            value,
-            spatial_shapes,
-            level_start_index,
-            sampling_locations,
-            attention_weights,
-            num_points,
-            backend,
-        )
+        return _attention(*arguments, backend)
     except (RuntimeError, ValueError, TypeError, AttributeError):
         # Kernels refuse what does not fit; which argument is at fault is looked for only then,
         # because looking costs as much as a small call.
-        check(
-            value,
-            spatial_shapes,
-            level_start_index,
-            sampling_locations,
-            attention_weights,
-            num_points,
-        )
+        check(*arguments)
         raise
 
 
-def _call(
+def ms_deform_attn_fused(
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    num_points: Sequence[int] | None = None,
+    offset_scale: float = 0.5,
+    backend: str | None = None,
+) -> Tensor:
+    """The part of a layer between its projections: softmax, offsets to locations, attention.
+
+    As :func:`ms_deform_attn` with the softmax of ``attention_logits`` over all points of a head as
+    weights, and with locations relative to ``reference_points``: ``(x, y) + offset / (width,
+    height)`` for points, ``(cx, cy) + offset * (w, h) * offset_scale / points`` for boxes, where
+    ``points`` is the number of points in the level. On the CPU this is one kernel that writes
+    neither locations nor weights to memory; elsewhere it is composed.
+
+    Args:
+        value: as in :func:`ms_deform_attn`: ``[batch, rows, num_heads, head_dim]``.
+        spatial_shapes: as in :func:`ms_deform_attn`.
+        level_start_index: as in :func:`ms_deform_attn`.
+        reference_points: ``[batch, queries, num_levels, 2]``, points ``(x, y)``, or
+            ``[batch, queries, num_levels, 4]``, boxes ``(cx, cy, w, h)``, as fractions of the map;
+            with one level, the same for all.
+        sampling_offsets: ``[batch, queries, num_heads, num_levels, points, 2]``, or with
+            ``num_points`` ``[batch, queries, num_heads, sum(num_points), 2]``; in pixels of the
+            level for points, in portions of the box for boxes.
+        attention_logits: shape of ``sampling_offsets`` without its last dimension.
+        num_points: number of points in each level where they differ.
+        offset_scale: portion of a box's side that the offsets of a level span together.
+        backend: as in :func:`ms_deform_attn`.
+
+    Returns:
+        ``[batch, queries, num_heads * head_dim]`` in value's dtype. Locations, softmax and sums are
+        float32 at least.
+
+    Raises:
+        TypeError: an argument that must be a tensor is not.
+        ValueError: a rank, shape, dtype, device or level size does not fit.
+        RuntimeError: the backend that was asked for cannot run.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn import ms_deform_attn_fused
+        >>> shapes = [(8, 6), (4, 3)]
+        >>> value = torch.rand(2, 8 * 6 + 4 * 3, 4, 16)
+        >>> reference, offsets = torch.rand(2, 5, 2, 2), torch.randn(2, 5, 4, 2, 3, 2)
+        >>> logits = torch.randn(2, 5, 4, 2, 3)
+        >>> ms_deform_attn_fused(value, shapes, None, reference, offsets, logits).shape
+        torch.Size([2, 5, 64])
+    """
+    arguments = (
+        *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
+        *(attention_logits, num_points),
+    )
+    if torch.compiler.is_compiling():
+        return _layer(*arguments, offset_scale, backend)
+    try:
+        return _layer(*arguments, offset_scale, backend)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        check_layer(*arguments)
+        raise
+
+
+def _attention(
     value: Tensor,
     spatial_shapes: Levels,
     level_start_index: Tensor | Sequence[int] | None,
@@ -116,23 +165,59 @@ def _call(
     weight_dtype = attention_weights.dtype
     if weight_dtype is not real and weight_dtype is not value.dtype:
         attention_weights = _converted("attention_weights", attention_weights, real)
+    shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
+    counts = None if num_points is None else list(num_points)
+    return chosen.call(value, shapes, starts, sampling_locations, attention_weights, sizes, counts)
 
-    shapes, sizes = None, None
-    if isinstance(spatial_shapes, Tensor):
-        shapes = spatial_shapes
-    else:
-        sizes = [side for height, width in spatial_shapes for side in (height, width)]
-    if level_start_index is not None and not isinstance(level_start_index, Tensor):
-        level_start_index = torch.tensor([index(start) for start in level_start_index])
-    return chosen.call(
-        value,
-        shapes,
-        level_start_index,
-        sampling_locations,
-        attention_weights,
-        sizes,
-        None if num_points is None else list(num_points),
+
+def _layer(
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    num_points: Sequence[int] | None,
+    offset_scale: float,
+    backend: str | None,
+) -> Tensor:
+    chosen = choose_backend(value.device.type, value.dtype, backend)
+    real = location_dtype(value.dtype)
+    reference_points = _converted("reference_points", reference_points, real)
+    if sampling_offsets.dtype != attention_logits.dtype or sampling_offsets.dtype != value.dtype:
+        sampling_offsets = _converted("sampling_offsets", sampling_offsets, real)
+        attention_logits = _converted("attention_logits", attention_logits, real)
+    if chosen.call_layer is not None and value.device.type in chosen.fused:
+        shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
+        counts = None if num_points is None else list(num_points)
+        return chosen.call_layer(
+            *(value, shapes, starts, reference_points, sampling_offsets, attention_logits),
+            *(sizes, counts, offset_scale),
+        )
+    # composing broadcasts what does not fit, so what is at fault is looked for first
+    check_layer(
+        *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
+        *(attention_logits, num_points),
     )
+    extent = torch.as_tensor(spatial_shapes, device=value.device)
+    locations, weights = layer_points(
+        extent, reference_points, sampling_offsets, attention_logits, num_points, offset_scale
+    )
+    return _attention(
+        *(value, spatial_shapes, level_start_index, locations, weights, num_points), chosen.name
+    )
+
+
+def _levels(
+    spatial_shapes: Levels, level_start_index: Tensor | Sequence[int] | None
+) -> tuple[Tensor | None, Tensor | None, list[int] | None]:
+    """Levels as the operators take them: shapes and starts as tensors, or sizes as numbers."""
+    starts = level_start_index
+    if starts is not None and not isinstance(starts, Tensor):
+        starts = torch.tensor([index(start) for start in starts])
+    if isinstance(spatial_shapes, Tensor):
+        return spatial_shapes, starts, None
+    return None, starts, [side for height, width in spatial_shapes for side in (height, width)]
 
 
 def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

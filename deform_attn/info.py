@@ -106,7 +106,7 @@ def _as_text(facts: dict[str, Any]) -> str:
     lines += ["", "Compiled libraries"]
     for device, built in facts["libraries"].items():
         lines.append(f"  {device:12} {', '.join(f'{k}: {v}' for k, v in built.items())}")
-    lines += ["", "Backend of each device"]
+    lines += ["", "Backend of each device" + ("" if gpus else " (of cuda: if a GPU were here)")]
     for device, by_dtype in facts["backends"].items():
         for choice, dtypes in _grouped(by_dtype):
             lines.append(f"  {device:12} {choice['chosen'] or 'NONE'}  ({', '.join(dtypes)})")

@@ -13,6 +13,8 @@ __all__ = [
     "Levels",
     "check",
     "check_gradient",
+    "check_layer",
+    "check_layer_operands",
     "check_operands",
     "host_level_sizes",
     "location_dtype",
@@ -73,24 +75,72 @@ def check(
 ) -> None:
     """Raise a ValueError (TypeError for a non-tensor) that names the first argument at fault.
 
-    Sizes of levels are checked where reading them is free: lists and CPU tensors. On other devices
-    only with ``DEFORM_ATTN_CHECK_METADATA=1``; without it the kernels treat a level that does not
-    fit into ``value`` as empty.
+    The arguments are those of :func:`deform_attn.ms_deform_attn`. Sizes of levels are checked where
+    reading them is free: lists and CPU tensors. On other devices only with
+    ``DEFORM_ATTN_CHECK_METADATA=1``; without it the kernels treat a level that does not fit into
+    ``value`` as empty.
     """
-    tensors = {
-        "value": value,
-        "sampling_locations": sampling_locations,
-        "attention_weights": attention_weights,
-    }
-    for name, tensor in tensors.items():
+    points = {"sampling_locations": sampling_locations, "attention_weights": attention_weights}
+    _check(value, spatial_shapes, level_start_index, points, num_points)
+
+
+def check_layer(
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    num_points: Sequence[int] | None,
+) -> None:
+    """As :func:`check`, for the arguments of :func:`deform_attn.ms_deform_attn_fused`."""
+    points = {"sampling_offsets": sampling_offsets, "attention_logits": attention_logits}
+    num_levels = _check(value, spatial_shapes, level_start_index, points, num_points)
+    if not isinstance(reference_points, Tensor):
+        raise TypeError(
+            f"reference_points: expected a tensor, got {type(reference_points).__name__}"
+        )
+    B, Q = sampling_offsets.shape[:2]
+    shape = tuple(reference_points.shape)
+    if len(shape) != 4 or shape[:2] != (B, Q) or shape[2] not in (1, num_levels):
+        raise ValueError(
+            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, 2 or 4], got {shape}"
+        )
+    if shape[3] not in (2, 4):
+        raise ValueError(
+            "reference_points: expected 2 numbers (x, y) or 4 (cx, cy, w, h) in the last "
+            f"dimension, got shape {shape}"
+        )
+    if not reference_points.dtype.is_floating_point:
+        raise ValueError(
+            f"reference_points: expected a floating dtype, got {reference_points.dtype}"
+        )
+    if reference_points.device != value.device:
+        raise ValueError(
+            f"reference_points: expected on value's device ({value.device}), "
+            f"got {reference_points.device}"
+        )
+
+
+def _check(
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    points: dict[str, Tensor],
+    num_points: Sequence[int] | None,
+) -> int:
+    """Check what both operators take; ``points`` are locations or offsets, then weights or logits.
+
+    Returns the number of levels.
+    """
+    for name, tensor in {"value": value, **points}.items():
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
     _check_value(value)
     num_levels = _check_levels(value, spatial_shapes, level_start_index)
-    _check_points(value, sampling_locations, attention_weights, num_levels, num_points)
-    if torch.compiler.is_compiling():
-        return  # sizes may be symbols, and comparing them would fix them in the graph
+    _check_points(value, points, num_levels, num_points)
     _check_level_sizes(value.shape[1], spatial_shapes, level_start_index)
+    return num_levels
 
 
 def check_operands(
@@ -103,33 +153,57 @@ def check_operands(
     num_points: Sequence[int] | None,
 ) -> None:
     """As :func:`check`, for the operands of an operator (see :mod:`deform_attn.operator`)."""
+    levels = _one_form(spatial_shapes, level_sizes)
+    check(value, levels, level_start_index, sampling_locations, attention_weights, num_points)
+    real = location_dtype(value.dtype)
+    _check_dtype("sampling_locations", sampling_locations, real)
+    _check_dtype("attention_weights", attention_weights, value.dtype, real)
+
+
+def check_layer_operands(
+    value: Tensor,
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    level_sizes: Sequence[int] | None,
+    num_points: Sequence[int] | None,
+    offset_scale: float,
+) -> None:
+    """As :func:`check_layer`, for the operands of an operator."""
+    levels = _one_form(spatial_shapes, level_sizes)
+    check_layer(
+        *(value, levels, level_start_index, reference_points, sampling_offsets),
+        *(attention_logits, num_points),
+    )
+    real = location_dtype(value.dtype)
+    _check_dtype("reference_points", reference_points, real)
+    _check_dtype("attention_logits", attention_logits, value.dtype, real)
+    _check_dtype("sampling_offsets", sampling_offsets, attention_logits.dtype)
+
+
+def _one_form(spatial_shapes: Tensor | None, level_sizes: Sequence[int] | None) -> Levels:
     if (spatial_shapes is None) == (level_sizes is None):
         raise ValueError(
             "spatial_shapes: expected either a tensor or level_sizes, got "
             + ("neither" if level_sizes is None else "both")
         )
-    levels: Levels
     if spatial_shapes is not None:
-        levels = spatial_shapes
-    else:
-        assert level_sizes is not None
-        if len(level_sizes) % 2:
-            raise ValueError(
-                "level_sizes: expected a height and a width for each level, got "
-                f"{len(level_sizes)} numbers"
-            )
-        levels = list(zip(level_sizes[0::2], level_sizes[1::2]))
-    check(value, levels, level_start_index, sampling_locations, attention_weights, num_points)
-    real = location_dtype(value.dtype)
-    if sampling_locations.dtype != real:
+        return spatial_shapes
+    assert level_sizes is not None
+    if len(level_sizes) % 2:
         raise ValueError(
-            f"sampling_locations: expected {real} with value in {value.dtype}, "
-            f"got {sampling_locations.dtype}"
+            "level_sizes: expected a height and a width for each level, got "
+            f"{len(level_sizes)} numbers"
         )
-    if attention_weights.dtype not in (real, value.dtype):
-        raise ValueError(
-            f"attention_weights: expected {value.dtype} or {real}, got {attention_weights.dtype}"
-        )
+    return list(zip(level_sizes[0::2], level_sizes[1::2]))
+
+
+def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        wanted = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
 
 
 def check_gradient(grad_output: Tensor, value: Tensor, sampling_locations: Tensor) -> None:
@@ -228,15 +302,11 @@ def _is_integer(number: object) -> bool:
 
 def _check_points(
     value: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
+    points: dict[str, Tensor],
     num_levels: int,
     num_points: Sequence[int] | None,
 ) -> None:
-    for name, tensor in (
-        ("sampling_locations", sampling_locations),
-        ("attention_weights", attention_weights),
-    ):
+    for name, tensor in points.items():
         if not tensor.dtype.is_floating_point:
             raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
         if tensor.device != value.device:
@@ -244,7 +314,8 @@ def _check_points(
                 f"{name}: expected on value's device ({value.device}), got {tensor.device}"
             )
 
-    shape = tuple(sampling_locations.shape)
+    (name, locations), (weights_name, weights) = points.items()
+    shape = tuple(locations.shape)
     if num_points is None:
         wanted = "[batch, queries, num_heads, num_levels, num_points, 2]"
         if len(shape) == 5:
@@ -263,7 +334,7 @@ def _check_points(
         wanted = "[batch, queries, num_heads, sum of num_points, 2]"
         rank = 5
     if len(shape) != rank or shape[-1] != 2:
-        raise ValueError(f"sampling_locations: expected shape {wanted}, got {shape}")
+        raise ValueError(f"{name}: expected shape {wanted}, got {shape}")
 
     expected = [("batch", 0, value.shape[0], "value"), ("num_heads", 2, value.shape[2], "value")]
     if num_points is None:
@@ -273,13 +344,13 @@ def _check_points(
     for meaning, dim, size, source in expected:
         if shape[dim] != size:
             raise ValueError(
-                f"sampling_locations: expected {meaning} {size} (from {source}) in dimension "
+                f"{name}: expected {meaning} {size} (from {source}) in dimension "
                 f"{dim}, got shape {shape}"
             )
-    if tuple(attention_weights.shape) != shape[:-1]:
+    if tuple(weights.shape) != shape[:-1]:
         raise ValueError(
-            f"attention_weights: expected shape {shape[:-1]}, that of sampling_locations without "
-            f"its last dimension, got {tuple(attention_weights.shape)}"
+            f"{weights_name}: expected shape {shape[:-1]}, that of {name} without "
+            f"its last dimension, got {tuple(weights.shape)}"
         )
 
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from deform_attn.functional import ms_deform_attn
+from deform_attn.functional import ms_deform_attn_fused
 from deform_attn.inputs import Levels
 
 __all__ = ["MSDeformAttn"]
@@ -135,29 +135,21 @@ class MSDeformAttn(nn.Module):
                 )
             value = value.masked_fill(input_padding_mask[..., None], 0)
         value = value.view(B, S, self.n_heads, -1)
-        points = (B, Q, self.n_heads, self.n_levels, self.n_points)
-        offsets = self.sampling_offsets(query).view(*points, 2)
-        logits = self.attention_weights(query).view(B, Q, self.n_heads, -1)
-        weights = logits.softmax(-1).view(points)
-        locations = self._locations(reference_points, offsets, input_spatial_shapes)
-        output: Tensor = self.output_proj(
-            ms_deform_attn(value, input_spatial_shapes, input_level_start_index, locations, weights)
-        )
-        return output
-
-    def _locations(self, reference_points: Tensor, offsets: Tensor, shapes: Levels) -> Tensor:
-        B, Q, _, L, P, _ = offsets.shape
         width = reference_points.shape[-1]
-        if reference_points.shape != (B, Q, L, width) or width not in (2, 4):
+        if reference_points.shape != (B, Q, self.n_levels, width) or width not in (2, 4):
             raise ValueError(
-                f"reference_points: expected shape [{B}, {Q}, {L}, 2] of points (x, y) or "
-                f"[{B}, {Q}, {L}, 4] of boxes (cx, cy, w, h), got {tuple(reference_points.shape)}"
+                f"reference_points: expected shape [{B}, {Q}, {self.n_levels}, 2] of points (x, y) "
+                f"or [{B}, {Q}, {self.n_levels}, 4] of boxes (cx, cy, w, h), "
+                f"got {tuple(reference_points.shape)}"
             )
-        # locations stay float32 whatever autocast does: in bfloat16 they would move by 0.2 pixel
-        real = torch.promote_types(reference_points.dtype, torch.float32)
-        reference = reference_points.to(real)[:, :, None, :, None]  # [B, Q, 1, L, 1, 2 or 4]
-        offsets = offsets.to(real)
-        if width == 4:
-            return reference[..., :2] + offsets / P * reference[..., 2:] * 0.5
-        sizes = torch.as_tensor(shapes, device=offsets.device).flip(-1).to(real)  # (width, height)
-        return reference + offsets / sizes[:, None, :]
+        points = (B, Q, self.n_heads, self.n_levels, self.n_points)
+        attended = ms_deform_attn_fused(
+            value,
+            input_spatial_shapes,
+            input_level_start_index,
+            reference_points,
+            self.sampling_offsets(query).view(*points, 2),
+            self.attention_weights(query).view(points),
+        )
+        output: Tensor = self.output_proj(attended)
+        return output

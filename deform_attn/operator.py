@@ -1,13 +1,14 @@
-"""The schema of MSDA, and what every backend gets from it: autograd of any order, vmap, tracing.
+"""The schemas of MSDA, and what every backend gets from them: autograd, vmap, tracing.
 
-A backend is a pair of PyTorch operators with one schema, forward and backward. They are defined
-here, in Python, so that the package imports and falls back where no binary was built; C++ only
-registers kernels for them.
+A backend implements pairs of PyTorch operators, forward and backward. They are defined here, in
+Python, so that the package imports and falls back where no binary was built; C++ only registers
+kernels for them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,35 +16,76 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from deform_attn.formula import gather
-from deform_attn.inputs import check_gradient, check_operands
+from deform_attn import formula
+from deform_attn.inputs import check_gradient, check_layer_operands, check_operands
 
-__all__ = ["LIBRARY", "Operator", "define"]
+__all__ = ["ATTENTION", "LAYER", "LIBRARY", "Operator", "Signature", "define"]
 
-# level_sizes is [h0, w0, h1, w1, ...] as host numbers; it or spatial_shapes is given, never both.
-# Without level_start_index the levels follow one another. Locations have six dimensions, or five
-# and num_points.
-INPUTS = (
-    "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
-    "Tensor attention_weights, SymInt[]? level_sizes, int[]? num_points"
-)
 LIBRARY = Library("deform_attn", "DEF")
 
 Operator = Callable[..., Tensor]
 
 
-def define(name: str) -> Operator:
+@dataclass(frozen=True)
+class Signature:
+    """What an operator takes: its tensors first, then host numbers."""
+
+    tensors: tuple[str, ...]  # the first is value, the second and third are the levels
+    numbers: tuple[str, ...]
+    check: Callable[..., None]  # of all inputs
+    formula: Operator  # the same in plain PyTorch, differentiable any number of times
+
+    @property
+    def differentiable(self) -> tuple[int, ...]:
+        """Positions of the inputs that have gradients: all tensors but the levels."""
+        return (0, *range(3, len(self.tensors)))
+
+    def with_gradients(self, gradients: Any) -> tuple[Any, ...]:
+        """One gradient an input: None for levels and numbers."""
+        spread: list[Any] = [None] * (len(self.tensors) + len(self.numbers))
+        for position, gradient in zip(self.differentiable, gradients):
+            spread[position] = gradient
+        return tuple(spread)
+
+
+# level_sizes is [h0, w0, h1, w1, ...] as host numbers; it or spatial_shapes is given, never both.
+# Without level_start_index the levels follow one another. Locations have six dimensions, or five
+# and num_points.
+_LEVELS = ("Tensor value", "Tensor? spatial_shapes", "Tensor? level_start_index")
+_COUNTS = ("SymInt[]? level_sizes", "int[]? num_points")
+ATTENTION = Signature(
+    (*_LEVELS, "Tensor sampling_locations", "Tensor attention_weights"),
+    _COUNTS,
+    check_operands,
+    formula.attention,
+)
+LAYER = Signature(
+    (
+        *_LEVELS,
+        "Tensor reference_points",
+        "Tensor sampling_offsets",
+        "Tensor attention_logits",
+    ),
+    (*_COUNTS, "float offset_scale"),
+    check_layer_operands,
+    formula.layer,
+)
+
+
+def define(name: str, signature: Signature) -> Operator:
     """Define ``deform_attn::<name>`` and its backward; return the differentiable call of the pair.
 
-    The call takes the seven inputs of the schema by position.
+    The call takes the inputs of the signature by position.
     """
-    LIBRARY.define(f"{name}({INPUTS}) -> Tensor")
+    inputs = ", ".join((*signature.tensors, *signature.numbers))
+    outputs = ", ".join(["Tensor"] * len(signature.differentiable))
+    LIBRARY.define(f"{name}({inputs}) -> Tensor")
     LIBRARY.define(
-        f"{name}_backward(Tensor grad_output, {INPUTS}, bool deterministic) "
-        "-> (Tensor, Tensor, Tensor)"
+        f"{name}_backward(Tensor grad_output, {inputs}, bool deterministic) -> ({outputs})"
     )
     forward_op = getattr(torch.ops.deform_attn, name).default
     backward_op = getattr(torch.ops.deform_attn, f"{name}_backward").default
+    tensors, differentiable = len(signature.tensors), signature.differentiable
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -54,27 +96,26 @@ def define(name: str) -> Operator:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            *tensors, ctx.level_sizes, ctx.num_points, _ = inputs
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*inputs[: 1 + tensors])
+            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + tensors : -1]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            grad_output, value, shapes, starts, locations, weights = ctx.saved_tensors
+            grad_output = ctx.saved_tensors[0]
+            operands = [*ctx.saved_tensors[1:], ctx.level_sizes, ctx.num_points, *ctx.others]
 
-            def gradients(grad: Tensor, *inputs: Tensor) -> Any:
-                def formula(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
-                    return gather(
-                        value, shapes, starts, locations, weights, ctx.level_sizes, ctx.num_points
-                    )
+            def gradients(grad: Tensor, *varied: Tensor) -> Any:
+                def output(*varied: Tensor) -> Tensor:
+                    now = list(operands)
+                    for position, tensor in zip(differentiable, varied):
+                        now[position] = tensor
+                    return signature.formula(*now)
 
-                return torch.func.vjp(formula, *inputs)[1](grad)
+                return torch.func.vjp(output, *varied)[1](grad)
 
-            pull = torch.func.vjp(gradients, grad_output, value, locations, weights)[1]
-            of_output, of_value, of_locations, of_weights = pull(grads)
-            return (
-                *(of_output, of_value, None, None, of_locations, of_weights),
-                *(None, None, None),
-            )
+            varied = [operands[position] for position in differentiable]
+            of_output, *of_inputs = torch.func.vjp(gradients, grad_output, *varied)[1](grads)
+            return (of_output, *signature.with_gradients(of_inputs), None)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -85,42 +126,25 @@ def define(name: str) -> Operator:
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            *tensors, ctx.level_sizes, ctx.num_points = inputs
-            ctx.save_for_backward(*tensors)
+            ctx.save_for_backward(*inputs[:tensors])
+            # apart, or Dynamo takes symbolic sizes for constants
+            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[tensors:]
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
             # Dynamo cannot trace a Function inside another; the operator has one of its own
             gradients = backward_op if torch.compiler.is_compiling() else Backward.apply
-            of_value, of_locations, of_weights = gradients(
-                grad_output,
-                *ctx.saved_tensors,
-                *(ctx.level_sizes, ctx.num_points),
-                torch.are_deterministic_algorithms_enabled(),
+            deterministic = torch.are_deterministic_algorithms_enabled()
+            numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
+            return signature.with_gradients(
+                gradients(grad_output, *ctx.saved_tensors, *numbers, deterministic)
             )
-            return of_value, None, None, of_locations, of_weights, None, None
 
-    def call(
-        value: Tensor,
-        spatial_shapes: Tensor | None,
-        level_start_index: Tensor | None,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        level_sizes: list[int] | None,
-        num_points: list[int] | None,
-    ) -> Tensor:
-        inputs = (
-            *(value, spatial_shapes, level_start_index, sampling_locations, attention_weights),
-            *(level_sizes, num_points),
-        )
+    def call(*inputs: Any) -> Tensor:
         output: Tensor
         if forward_ad._current_level >= 0:
-            output = gather(*inputs)
-        elif torch.is_grad_enabled() and (
-            value.requires_grad
-            or sampling_locations.requires_grad
-            or attention_weights.requires_grad
-        ):
+            output = signature.formula(*inputs)
+        elif torch.is_grad_enabled() and any(inputs[i].requires_grad for i in differentiable):
             output = Forward.apply(*inputs)  # type: ignore[no-untyped-call]
         elif torch.compiler.is_compiling():
             output = forward_op(*inputs)
@@ -129,13 +153,33 @@ def define(name: str) -> Operator:
                 output = forward_op(*inputs)
         return output
 
-    qualified = f"deform_attn::{name}"
-    torch.library.register_fake(qualified, _fake_forward, lib=LIBRARY)
-    torch.library.register_fake(f"{qualified}_backward", _fake_backward, lib=LIBRARY)
-    torch.library.register_vmap(qualified, _over_batch(forward_op, 0), lib=LIBRARY)
-    torch.library.register_vmap(f"{qualified}_backward", _over_batch(backward_op, 1), lib=LIBRARY)
-    LIBRARY.impl(name, _differentiable(forward_op, Forward), "Autograd")
-    LIBRARY.impl(f"{name}_backward", _differentiable(backward_op, Backward), "Autograd")
+    def check(*inputs: Any) -> None:
+        # Compared, a symbolic size would be a constant of the graph; kernels check when they run.
+        if not torch.compiler.is_compiling():
+            signature.check(*inputs)
+
+    def fake_forward(*inputs: Any) -> Tensor:
+        check(*inputs)
+        value, points = inputs[0], inputs[3]
+        B, _, M, D = value.shape
+        output: Tensor = value.new_empty(B, points.shape[1], M * D)
+        return output
+
+    def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        check(*inputs[:-1])
+        if not torch.compiler.is_compiling():
+            check_gradient(grad_output, inputs[0], inputs[3])
+        return tuple(inputs[i].new_empty(inputs[i].shape) for i in differentiable)
+
+    for op, fake, function, first in (
+        (forward_op, fake_forward, Forward, 0),
+        (backward_op, fake_backward, Backward, 1),
+    ):
+        qualified = op._schema.name
+        batched = {*range(first), *(first + position for position in differentiable)}
+        torch.library.register_fake(qualified, fake, lib=LIBRARY)
+        torch.library.register_vmap(qualified, _over_batch(op, batched), lib=LIBRARY)
+        LIBRARY.impl(op._schema.name, _differentiable(op, function), "Autograd")
     return call
 
 
@@ -145,7 +189,7 @@ def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
     def under_autograd(*inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
             raise NotImplementedError(
-                f"{op}: no forward-mode derivative; deform_attn.ms_deform_attn has one"
+                f"{op}: no forward-mode derivative; the functions of deform_attn have one"
             )
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in inputs
@@ -157,42 +201,19 @@ def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
     return under_autograd
 
 
-def _fake_forward(*inputs: Any) -> Tensor:
-    check_operands(*inputs)
-    value, sampling_locations = inputs[0], inputs[3]
-    B, _, M, D = value.shape
-    output: Tensor = value.new_empty(B, sampling_locations.shape[1], M * D)
-    return output
-
-
-def _fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    check_operands(*inputs[:-1])
-    value, locations, weights = inputs[0], inputs[3], inputs[4]
-    check_gradient(grad_output, value, locations)
-    return (
-        value.new_empty(value.shape),
-        locations.new_empty(locations.shape),
-        weights.new_empty(weights.shape),
-    )
-
-
-def _over_batch(op: Any, first: int) -> Callable[..., Any]:
-    """A vmap rule that folds the mapped dimension into the batch.
-
-    ``first`` is the position of value; grad_output, if there is one, comes before it.
-    """
-    per_batch = {*range(first), first, first + 3, first + 4}
+def _over_batch(op: Any, batched: set[int]) -> Callable[..., Any]:
+    """A vmap rule that folds the mapped dimension into the batch of the inputs at ``batched``."""
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
         folded = list(inputs)
         for i, (x, dim) in enumerate(zip(inputs, in_dims)):
-            if i in per_batch:
+            if i in batched:
                 mapped = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
                 folded[i] = mapped.expand(info.batch_size, *mapped.shape[1:]).flatten(0, 1)
             elif isinstance(x, Tensor) and dim is not None:
                 raise NotImplementedError(
                     "vmap over spatial_shapes or level_start_index: the levels of a call are one "
-                    "for the whole batch; map over value, sampling_locations or attention_weights"
+                    "for the whole batch; map over its other tensors"
                 )
         outputs = op(*folded)
 

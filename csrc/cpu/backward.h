@@ -61,6 +61,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   const int count = heads * p.points;
   Arena arena(scratch);
   const PointLevels levels(arena, in, heads);
+  PointSource<Real> source(arena, in, heads);
   Points<Real> placed[2] = {Points<Real>(arena, count, true), Points<Real>(arena, count, true)};
   Real* product[4];
   for (auto& array : product) array = arena.take<Real>(p.points);
@@ -72,10 +73,12 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     int64_t queries[kBlock] = {};
     const int visits = queries_of(in, block, queries);
     const auto place = [&](int visit) {
-      const int64_t at = p.point_at(own.batch, queries[visit], own.first_head);
       Points<Real>& points = placed[visit & 1];
-      points.template place<true>(levels, static_cast<const Real*>(in.locations) + 2 * at,
-                                  static_cast<const Weight*>(in.weights) + at, count);
+      source.template points<Weight>(in, own.batch, queries[visit], own.first_head, heads,
+                                     [&](const Real* locations, const auto* weights) {
+                                       points.template place<true>(levels, locations, weights,
+                                                                   count);
+                                     });
       if (own.bands > 1) points.reach_of(levels, own.band, own.bands, count);
     };
     place(0);
@@ -99,7 +102,8 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
         });
 
         Real* to_locations = static_cast<Real*>(grads.locations) + 2 * at;
-        Weight* to_weights = static_cast<Weight*>(grads.weights) + at;
+        // a layer's are taken further by finish_queries, which rounds them
+        const bool rounds = in.layer.reference == nullptr;
         for (int k = 0; k < p.points; ++k) {
           const int i = first + k;
           if (reach && !(reach[k] & kOwned)) continue;
@@ -107,7 +111,11 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
           const Footprint<Real> footprint = now.footprint(i);
           footprint.pull_back({product[0][k], product[1][k], product[2][k], product[3][k]}, sample,
                               by_x, by_y);
-          from_real(sample, to_weights[k]);
+          if (rounds) {
+            from_real(sample, static_cast<Weight*>(grads.weights)[at + k]);
+          } else {
+            static_cast<Real*>(grads.weights)[at + k] = sample;
+          }
           to_locations[2 * k] = now.weight[i] * static_cast<Real>(levels.width[i]) * by_x;
           to_locations[2 * k + 1] = now.weight[i] * static_cast<Real>(levels.height[i]) * by_y;
         }

@@ -1,7 +1,7 @@
 // The forward pass: sums in registers, pixels prefetched ahead.
 #pragma once
 
-#include "points.h"
+#include "layer.h"
 #include "visits.h"
 
 namespace deform_attn::cpu {
@@ -117,6 +117,7 @@ void forward_blocks(const Inputs& in, void* output, int64_t first, int64_t last,
   const int count = p.heads * p.points;
   Arena arena(scratch);
   const PointLevels levels(arena, in, p.heads);
+  PointSource<Real> source(arena, in, p.heads);
   Points<Real> placed[2] = {Points<Real>(arena, count, false), Points<Real>(arena, count, false)};
 
   const int64_t per_image = blocks_of(in);
@@ -126,10 +127,10 @@ void forward_blocks(const Inputs& in, void* output, int64_t first, int64_t last,
     int64_t queries[kBlock] = {};
     const int visits = queries_of(in, block % per_image, queries);
     const auto place = [&](int visit) {
-      const int64_t at = p.point_at(b, queries[visit], 0);
-      placed[visit & 1].template place<false>(levels,
-                                              static_cast<const Real*>(in.locations) + 2 * at,
-                                              static_cast<const Weight*>(in.weights) + at, count);
+      source.template points<Weight>(
+          in, b, queries[visit], 0, p.heads, [&](const Real* locations, const auto* weights) {
+            placed[visit & 1].template place<false>(levels, locations, weights, count);
+          });
     };
     place(0);
     for (int visit = 0; visit < visits; ++visit) {

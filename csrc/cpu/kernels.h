@@ -10,23 +10,43 @@ namespace deform_attn::cpu {
 
 enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 
+// Locations and weights may come from a layer's projections: locations are then offsets from a
+// query's reference points, weights the logits of a softmax over its points.
+struct Layer {
+  const void* reference;  // [B, Q, levels, size] in the type of sums; null: no layer
+  int levels;             // 1: the same for all
+  int size;               // 2: (x, y); 4: (cx, cy, w, h)
+  double offset_scale;    // of a box: its side * offset_scale / points of the level is one offset
+};
+
 struct Inputs {
   Problem problem;
   const Level* levels;     // [L], each within value
   const int* first_point;  // [L + 1]: points first_point[l] .. first_point[l + 1] - 1 are level l's
   bool queries_are_pixels;  // query i is the i-th pixel of the levels in turn, as in an encoder
   Type value_type;
-  bool weights_are_real;  // weights have the type of sums, else that of value
+  bool
+      weights_are_real;  // weights have the type of sums, else that of value; a layer's offsets too
   const void* value;
   const void* locations;  // in the type of sums: double for double, else float
   const void* weights;
+  Layer layer;
 };
 
 struct Gradients {
   const void* output;  // in: value's type
   void* value;         // out, added to: in the type of sums, zero at first
   void* locations;     // out: in the locations' type
-  void* weights;       // out: in the weights' type
+  void* weights;       // out: in the weights' type; in the type of sums for a layer
+};
+
+// What `finish` makes of a layer's gradients of locations and weights.
+struct LayerGradients {
+  const void* locations;  // in: [B, Q, M, K, 2] in the type of sums
+  const void* weights;    // in: [B, Q, M, K] in the type of sums
+  void* reference;        // out, as Layer::reference
+  void* offsets;          // out, in the offsets' type; may be `locations`
+  void* logits;           // out, in the logits' type; may be `weights`
 };
 
 // A share of the backward pass: some heads of an image, and of each level some of its rows. Every
@@ -47,6 +67,8 @@ struct Kernels {
   // Blocks first .. last - 1, counted over all images.
   void (*forward)(const Inputs&, void* output, int64_t first, int64_t last, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
+  // Queries first .. last - 1, counted over all images.
+  void (*finish)(const Inputs&, const LayerGradients&, int64_t first, int64_t last, void* scratch);
 };
 
 extern const Kernels kPortable;

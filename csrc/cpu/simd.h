@@ -164,7 +164,28 @@ DEFORM_ATTN_INLINE void store(T* to, Vec<typename RealOf<T>::type, kLanes> from)
   using Real = typename RealOf<T>::type;
   if constexpr (std::is_same_v<T, Real>) {
     std::memcpy(to, &from, sizeof(from));
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    using Bits = Vec<uint32_t, kLanes>;
+    const Bits bits = bits_as<Bits>(from);
+    const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);  // as from_real
+    const Bits rounded = (from == from ? even : bits | 0x400000u) >> 16;
+    const auto narrow = __builtin_convertvector(rounded, Vec<uint16_t, kLanes>);
+    std::memcpy(to, &narrow, sizeof(narrow));
   } else {
+#if defined(__AVX512F__)
+    if constexpr (kLanes == 16) {
+      const __m256i narrow = _mm512_maskz_cvtps_ph(0xffff, bits_as<__m512>(from), 0);
+      std::memcpy(to, &narrow, sizeof(narrow));
+      return;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 8) {
+      const __m128i narrow = _mm256_cvtps_ph(bits_as<__m256>(from), 0);
+      std::memcpy(to, &narrow, sizeof(narrow));
+      return;
+    }
+#endif
     for (int i = 0; i < kLanes; ++i) from_real(from[i], to[i]);
   }
 }

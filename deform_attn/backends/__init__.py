@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,14 +20,17 @@ logger = logging.getLogger("deform_attn")
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of the operator.
+    """One implementation of the operators.
 
-    ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can.
+    ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can. ``fused``
+    are the devices on which ``call_layer`` is one kernel; elsewhere a layer is composed.
     """
 
     name: str
     why_not: Callable[[str, torch.dtype], str | None]
     call: operator.Operator
+    call_layer: operator.Operator | None = None
+    fused: frozenset[str] = frozenset()
 
 
 def _define_backends() -> dict[str, Backend]:
@@ -36,7 +39,8 @@ def _define_backends() -> dict[str, Backend]:
         "triton": "ms_deform_attn_triton",
         "reference": "ms_deform_attn_reference",
     }
-    calls = {name: operator.define(op) for name, op in names.items()}
+    calls = {name: operator.define(op, operator.ATTENTION) for name, op in names.items()}
+    layer = operator.define("ms_deform_attn_fused", operator.LAYER)
     for device in ("cpu", "cuda"):
         operator.LIBRARY.define(f"{device}_build() -> str")
     compiled.load()  # after the schemas: loading a library registers its kernels for them
@@ -48,7 +52,11 @@ def _define_backends() -> dict[str, Backend]:
         operator.LIBRARY.impl(names[name], module.forward, key)
         operator.LIBRARY.impl(f"{names[name]}_backward", module.backward, key)
     modules = {"compiled": compiled, "triton": triton, "reference": reference}
-    return {name: Backend(name, modules[name].why_not, calls[name]) for name in names}
+    backends = {name: Backend(name, modules[name].why_not, calls[name]) for name in names}
+    backends["compiled"] = replace(
+        backends["compiled"], call_layer=layer, fused=frozenset({"cpu", "meta"})
+    )
+    return backends
 
 
 BACKENDS = _define_backends()

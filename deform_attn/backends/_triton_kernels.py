@@ -58,11 +58,11 @@ def _pixel(location, size):
 
 @triton.jit
 def _level(shapes, starts, sizes, starts_at, level, behind, rows, LEVELS: tl.constexpr):
-    """Height, width and first row of a level, and the row behind it.
+    """Height, width and first row of a level, and the row where the next one starts by default.
 
     From device tensors, or from numbers n passed by value, as 2 n + 3 (sizes, starts_at); without
-    a start it directly follows the level before. A level that does not fit into the rows is empty: nobody
-    checked what lies on the device, and a lie must give zeros, never a stray read.
+    a start it is `behind` the levels before. A level that does not fit into the rows is empty:
+    nobody checked what lies on the device, and a lie must give zeros, never a stray read.
     """
     if shapes is None:
         height = tl.zeros([], tl.int64)
@@ -82,12 +82,12 @@ def _level(shapes, starts, sizes, starts_at, level, behind, rows, LEVELS: tl.con
         for i in tl.static_range(LEVELS):
             start = tl.where(level == i, starts_at[i], start)
         start = (start >> 1) - 1
-    fits = (height > 0) & (width > 0) & (height <= LARGEST_SIDE) & (width <= LARGEST_SIDE)
-    fits = fits & (start >= 0) & (start <= rows) & (height * width <= rows - start)
-    behind = start + height * width
+    sides = (height > 0) & (width > 0) & (height <= LARGEST_SIDE) & (width <= LARGEST_SIDE)
+    area = tl.where(sides & (height * width <= rows), height * width, 0)
+    fits = (area > 0) & (start >= 0) & (start <= rows - area)
     height = tl.where(fits, height, 0).to(tl.int32)
     width = tl.where(fits, width, 0).to(tl.int32)
-    return height, width, tl.where(fits, start, 0), behind
+    return height, width, tl.where(fits, start, 0), behind + area
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def backward(
         grad_grids.append(grad_grid)
     # grid = 2 * location - 1; a location that is nowhere near has no gradient
     grad_locations = 2 * torch.cat(grad_grids, 2).unflatten(0, (B, M)).transpose(1, 2)
-    grad_locations = grad_locations.reshape(sampling_locations.shape)
+    grad_locations = grad_locations.reshape(sampling_locations.shape).contiguous()
     return (
         grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
         grad_locations.masked_fill(~_near(sampling_locations), 0),
@@ -89,7 +89,8 @@ def backward(
         .unflatten(0, (B, M))
         .transpose(1, 2)
         .reshape(attention_weights.shape)
-        .to(attention_weights.dtype),
+        .to(attention_weights.dtype)
+        .contiguous(),
     )
 
 

@@ -16,7 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deform_attn.inputs import check, points_per_level
+from deform_attn.inputs import (
+    check_gradient,
+    check_layer_operands,
+    check_operands,
+    points_per_level,
+)
 
 __all__ = [
     "Blocks",
@@ -24,8 +29,8 @@ __all__ = [
     "blocks_for",
     "constants",
     "forward",
-    "fused_backward",
-    "fused_forward",
+    "layer_backward",
+    "layer_forward",
     "why_not",
 ]
 
@@ -106,7 +111,9 @@ def blocks_for(
     small = many or deterministic or (backward and fused)  # what holds many numbers already
     unroll = 1 if small or any(count % 2 for count in counts) else 2
     registers = None
-    if fused:
+    if side_by_side * channels > 32 * by_thread:  # several loads a pixel
+        registers = 128
+    elif fused:
         registers = 96 if backward else 72
     elif many:
         registers = 64
@@ -156,7 +163,7 @@ def forward(
     level_sizes: Sequence[int] | None,
     num_points: Sequence[int] | None,
 ) -> Tensor:
-    """The op on Triton; arguments as in the schema of operator.py."""
+    """The op; arguments as in the schema of operator.py."""
     levels = spatial_shapes, level_start_index, level_sizes, num_points
     return _Problem(value, *levels, sampling_locations, attention_weights).forward()
 
@@ -184,7 +191,7 @@ def backward(
     return of_value, of_locations, of_weights
 
 
-def fused_forward(
+def layer_forward(
     value: Tensor,
     spatial_shapes: Tensor | None,
     level_start_index: Tensor | None,
@@ -195,28 +202,13 @@ def fused_forward(
     num_points: Sequence[int] | None,
     offset_scale: float,
 ) -> Tensor:
-    """The op on what a layer projects: the softmax and the locations are computed in the kernels.
-
-    Args:
-        value: as in :func:`forward`, like the levels.
-        spatial_shapes: see above.
-        level_start_index: see above.
-        reference_points: float32 ``[B, Q, R, 2]``, (x, y), or ``[B, Q, R, 4]``, (x, y, width,
-            height), as fractions of the map; R is the number of levels, or 1 for all of them.
-        sampling_offsets: ``[B, Q, M, L, P, 2]`` or ``[B, Q, M, K, 2]``; in pixels of the level
-            where the reference has two coordinates, else in parts of the box: ``offset_scale /
-            P`` of its sides. Any floating dtype but float64.
-        attention_logits: the same shape without the last dimension; softmax over all K points.
-        level_sizes: see above.
-        num_points: see above.
-        offset_scale: 0.5 in every known model; unused with two coordinates.
-    """
+    """The op on what a layer projects: softmax and locations are computed inside the kernels."""
     levels = spatial_shapes, level_start_index, level_sizes, num_points
     reference = reference_points, offset_scale
     return _Problem(value, *levels, sampling_offsets, attention_logits, *reference).forward()
 
 
-def fused_backward(
+def layer_backward(
     grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | None,
@@ -227,18 +219,14 @@ def fused_backward(
     level_sizes: Sequence[int] | None,
     num_points: Sequence[int] | None,
     offset_scale: float,
-    reference_needs_grad: bool,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of value, reference points (zeros where not needed), offsets and logits."""
+    """Gradients of value, reference points, offsets and logits; see :func:`backward`."""
     levels = spatial_shapes, level_start_index, level_sizes, num_points
     reference = reference_points, offset_scale
     problem = _Problem(value, *levels, sampling_offsets, attention_logits, *reference)
-    of_value, of_reference, of_offsets, of_logits = problem.backward(
-        grad_output, deterministic, reference_needs_grad
-    )
-    if of_reference is None:
-        of_reference = torch.zeros_like(reference_points)
+    of_value, of_reference, of_offsets, of_logits = problem.backward(grad_output, deterministic)
+    assert of_reference is not None
     return of_value, of_reference, of_offsets, of_logits
 
 
@@ -257,35 +245,37 @@ class _Problem:
         reference: Tensor | None = None,
         offset_scale: float = 0.0,
     ) -> None:
+        if reference is None:
+            operands = value, spatial_shapes, level_start_index, locations, weights
+            check_operands(*operands, level_sizes, num_points)
+        else:
+            check_layer_operands(
+                *(value, spatial_shapes, level_start_index, reference, locations, weights),
+                *(level_sizes, num_points, offset_scale),
+            )
         reason = why_not(value.device.type, value.dtype)
         if reason is not None:
-            raise RuntimeError(reason)
-        levels: Any = spatial_shapes
-        if levels is None:
-            assert level_sizes is not None
-            levels = list(zip(level_sizes[0::2], level_sizes[1::2]))
-        check(value, levels, level_start_index, locations, weights, num_points)
+            raise RuntimeError(f"value: {reason}")
 
-        self.counts = tuple(points_per_level(locations, len(levels), num_points))
+        levels = len(level_sizes or ()) // 2 if spatial_shapes is None else len(spatial_shapes)
+        self.counts = tuple(points_per_level(locations, levels, num_points))
         self.queries = locations.shape[1]
         self.value = value.contiguous()
         self.locations = locations.contiguous()
         self.weights = weights.contiguous()
-        self.reference = reference
+        self.reference = None if reference is None else reference.contiguous()
         self.reference_shape = (0, 0)
         if reference is not None:
-            _check_reference(reference, locations, len(levels))
-            self.reference = reference.contiguous()
             self.reference_shape = (reference.shape[2], reference.shape[3])
 
         # What lies on the device is read there, by the kernels; host numbers are passed by value.
         shapes, starts = spatial_shapes, level_start_index
         sizes: tuple[int, ...] = ()
         starts_at: tuple[int, ...] | None = None
-        if shapes is None or shapes.device != value.device:
-            pairs = levels if shapes is None else shapes.tolist()
-            sizes = _by_value(side for pair in pairs for side in pair)
-            shapes = None
+        if shapes is None:
+            sizes = _by_value(level_sizes or ())
+        elif shapes.device != value.device:
+            sizes, shapes = _by_value(shapes.flatten().tolist()), None
         if starts is not None and starts.device != value.device:
             starts_at, starts = _by_value(starts.tolist()), None
         self.inputs = (
@@ -310,24 +300,18 @@ class _Problem:
         return output.to(self.value.dtype)
 
     def backward(
-        self, grad_output: Tensor, deterministic: bool, reference_needs_grad: bool = False
+        self, grad_output: Tensor, deterministic: bool
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Gradients of value, reference points, locations or offsets, weights or logits."""
+        check_gradient(grad_output, self.value, self.locations)
         B, S, M, D = self.value.shape
         Q = self.queries
-        if grad_output.shape != (B, Q, M * D) or grad_output.dtype is not self.value.dtype:
-            raise ValueError(
-                f"grad_output: expected shape {(B, Q, M * D)} and dtype {self.value.dtype}, got "
-                f"{tuple(grad_output.shape)} and {grad_output.dtype}"
-            )
         grad_output = grad_output.contiguous()
         of_locations = torch.empty_like(self.locations, dtype=_stored(self.locations.dtype))
         of_weights = torch.empty_like(self.weights, dtype=_stored(self.weights.dtype))
         of_reference = None
-        if reference_needs_grad:
-            of_reference = self.value.new_empty(
-                (B, Q, M, *self.reference_shape), dtype=torch.float32
-            )
+        if self.reference is not None:  # one of each head, added up below
+            of_reference = self.reference.new_zeros((B, Q, M, *self.reference_shape))
         blocks = self.blocks(backward=True, deterministic=deterministic)
         programs = M * _ceil(Q, blocks.queries)
 
@@ -438,25 +422,6 @@ def _run(
 def _stored(dtype: torch.dtype) -> torch.dtype:
     """The dtype that kernels store for a dtype: Triton's interpreter does not round to bfloat16."""
     return torch.float32 if _INTERPRETED and dtype is torch.bfloat16 else dtype
-
-
-def _check_reference(reference: Tensor, locations: Tensor, num_levels: int) -> None:
-    B, Q = locations.shape[:2]
-    shape = tuple(reference.shape)
-    if len(shape) != 4 or shape[:2] != (B, Q) or shape[3] not in (2, 4):
-        raise ValueError(
-            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, 2 or 4], got {shape}"
-        )
-    if shape[2] not in (1, num_levels):
-        raise ValueError(
-            f"reference_points: expected {num_levels} points, one for each level of "
-            f"spatial_shapes, or 1 in dimension 2, got shape {shape}"
-        )
-    if reference.dtype is not torch.float32 or reference.device != locations.device:
-        raise ValueError(
-            f"reference_points: expected float32 on {locations.device}, got {reference.dtype} on "
-            f"{reference.device}"
-        )
 
 
 def _by_value(numbers: Iterable[int]) -> tuple[int, ...]:

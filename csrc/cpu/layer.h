@@ -1,0 +1,188 @@
+// A layer's points: from reference points, offsets and logits to locations and weights, and back.
+//
+// Done a query at a time, so that neither locations nor weights are ever written to memory.
+#pragma once
+
+#include "points.h"
+
+namespace deform_attn::cpu {
+namespace {  // compiled once for each instruction set, so never shared between them
+
+// e^x for x <= 0: 2^whole * e^rest, |rest| <= ln(2) / 2, e^rest by its Taylor series.
+template <int kLanes>
+DEFORM_ATTN_INLINE Vec<float, kLanes> exponential(Vec<float, kLanes> x) {
+  using V = Vec<float, kLanes>;
+  using N = VectorNumbers<float, kLanes>;
+  x = x < -87.0f ? V{} - 87.0f : x;
+  const V whole = N::round_down(x * 1.44269504f + 0.5f);
+  const V rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;  // ln(2) in two parts
+  V sum = V{} + 1.0f / 5040;
+  for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
+    sum = sum * rest + coefficient;
+  }
+  const auto exponent = (N::whole(whole) + 127) << 23;
+  return sum * bits_as<V>(exponent);
+}
+template <int kLanes>
+DEFORM_ATTN_INLINE Vec<double, kLanes> exponential(Vec<double, kLanes> x) {
+  for (int i = 0; i < kLanes; ++i) x[i] = std::exp(x[i]);
+  return x;
+}
+
+// weights[0 .. count - 1] = softmax of logits; a NaN among them makes all of them NaN.
+template <typename Real, typename T>
+DEFORM_ATTN_INLINE void softmax(const T* logits, Real* weights, int count) {
+  constexpr int kLanes = kNativeLanes<Real>;
+  using V = Vec<Real, kLanes>;
+  if (count == 0) return;
+  Real largest = to_real(logits[0]);
+  for (int i = 0; i < count; ++i) {
+    weights[i] = to_real(logits[i]);
+    largest = weights[i] > largest || weights[i] != weights[i] ? weights[i] : largest;
+  }
+  Real sum = 0;
+  for (int i = 0; i < count; i += kLanes) {
+    const int left = count - i;
+    V power = left < kLanes ? load_some<kLanes>(weights + i, left) : load<kLanes>(weights + i);
+    power = power - largest;
+    // a NaN stays one
+    power = power == power ? exponential<kLanes>(power) : power;
+    if (left < kLanes) {
+      store_some<kLanes>(weights + i, power, left);
+    } else {
+      store<kLanes>(weights + i, power);
+    }
+    for (int lane = 0; lane < kLanes && lane < left; ++lane) sum += power[lane];
+  }
+  for (int i = 0; i < count; ++i) weights[i] /= sum;
+}
+
+// location = origin + offset * step for the points of a head, x and y by turns; the same for all
+// heads of a query.
+template <typename Real>
+struct Steps {
+  Real *origin, *step;  // [2 * points]
+
+  Steps(Arena& arena, const Inputs& in) {
+    origin = arena.take<Real>(2 * int64_t{in.problem.points});
+    step = arena.take<Real>(2 * int64_t{in.problem.points});
+  }
+
+  // The query's reference point or box of a level.
+  static const Real* reference(const Inputs& in, int64_t batch, int64_t query, int level) {
+    const Layer& layer = in.layer;
+    const int64_t at =
+        (batch * in.problem.queries + query) * layer.levels + (layer.levels > 1 ? level : 0);
+    return static_cast<const Real*>(layer.reference) + at * layer.size;
+  }
+  // Of a box's side, the length of one offset.
+  static Real portion(const Inputs& in, int level) {
+    const int points = in.first_point[level + 1] - in.first_point[level];
+    return static_cast<Real>(in.layer.offset_scale / (points > 0 ? points : 1));
+  }
+
+  void of_query(const Inputs& in, int64_t batch, int64_t query) {
+    for (int l = 0; l < in.problem.levels; ++l) {
+      const Real* from = reference(in, batch, query, l);
+      Real across = Real(1) / static_cast<Real>(in.levels[l].width);
+      Real along = Real(1) / static_cast<Real>(in.levels[l].height);
+      if (in.layer.size == 4) {
+        across = from[2] * portion(in, l);
+        along = from[3] * portion(in, l);
+      }
+      for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
+        origin[2 * k] = from[0];
+        origin[2 * k + 1] = from[1];
+        step[2 * k] = across;
+        step[2 * k + 1] = along;
+      }
+    }
+  }
+};
+
+// Locations and weights of some heads of a query: given, or made from a layer.
+template <typename Real>
+class PointSource {
+ public:
+  PointSource(Arena& arena, const Inputs& in, int heads)
+      : steps_(arena, in),
+        locations_(arena.take<Real>(2 * int64_t{heads} * in.problem.points)),
+        weights_(arena.take<Real>(int64_t{heads} * in.problem.points)) {}
+
+  // Calls `use(locations, weights)`. Narrow: the type of weights, and of a layer's offsets.
+  template <typename Narrow, typename Use>
+  DEFORM_ATTN_INLINE void points(const Inputs& in, int64_t batch, int64_t query, int first_head,
+                                 int heads, const Use& use) {
+    const int64_t at = in.problem.point_at(batch, query, first_head);
+    const Narrow* weights = static_cast<const Narrow*>(in.weights) + at;
+    if (in.layer.reference == nullptr) {
+      return use(static_cast<const Real*>(in.locations) + 2 * at, weights);
+    }
+    const Narrow* offsets = static_cast<const Narrow*>(in.locations) + 2 * at;
+    const int count = in.problem.points;
+    steps_.of_query(in, batch, query);
+    for (int head = 0; head < heads; ++head) {
+      const Narrow* from = offsets + int64_t{2} * head * count;
+      Real* to = locations_ + int64_t{2} * head * count;
+      for (int i = 0; i < 2 * count; ++i) {
+        to[i] = steps_.origin[i] + to_real(from[i]) * steps_.step[i];
+      }
+      softmax(weights + int64_t{head} * count, weights_ + int64_t{head} * count, count);
+    }
+    use(static_cast<const Real*>(locations_), static_cast<const Real*>(weights_));
+  }
+
+ private:
+  Steps<Real> steps_;
+  Real *locations_, *weights_;
+};
+
+// From the gradients of locations and weights to those of reference points, offsets and logits.
+template <typename Real, typename Narrow>
+void finish_queries(const Inputs& in, const LayerGradients& grads, int64_t first, int64_t last,
+                    void* scratch) {
+  const Problem& p = in.problem;
+  Arena arena(scratch);
+  Steps<Real> steps(arena, in);
+  Real* weights = arena.take<Real>(p.points);
+  const Layer& layer = in.layer;
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t b = item / p.queries, query = item % p.queries;
+    steps.of_query(in, b, query);
+    Real* to_reference =
+        static_cast<Real*>(grads.reference) + item * layer.levels * int64_t{layer.size};
+    std::memset(to_reference, 0, sizeof(Real) * static_cast<size_t>(layer.levels * layer.size));
+    for (int head = 0; head < p.heads; ++head) {
+      const int64_t at = p.point_at(b, query, head);
+      const Narrow* offsets = static_cast<const Narrow*>(in.locations) + 2 * at;
+      const Real* by_location = static_cast<const Real*>(grads.locations) + 2 * at;
+      const Real* by_weight = static_cast<const Real*>(grads.weights) + at;
+      for (int l = 0; l < p.levels; ++l) {
+        Real sums[4] = {};
+        for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
+          for (int i = 0; i < 2; ++i) {
+            sums[i] += by_location[2 * k + i];
+            sums[2 + i] += by_location[2 * k + i] * to_real(offsets[2 * k + i]);
+          }
+        }
+        Real* to = to_reference + (layer.levels > 1 ? l * layer.size : 0);
+        const Real portion = Steps<Real>::portion(in, l);
+        for (int i = 0; i < layer.size; ++i) to[i] += i < 2 ? sums[i] : sums[i] * portion;
+      }
+      softmax(static_cast<const Narrow*>(in.weights) + at, weights, p.points);
+      Real mean = 0;
+      for (int k = 0; k < p.points; ++k) mean += weights[k] * by_weight[k];
+      Narrow* to_offsets = static_cast<Narrow*>(grads.offsets) + 2 * at;
+      Narrow* to_logits = static_cast<Narrow*>(grads.logits) + at;
+      for (int i = 0; i < 2 * p.points; ++i) {
+        from_real(by_location[i] * steps.step[i], to_offsets[i]);
+      }
+      for (int k = 0; k < p.points; ++k) {
+        from_real(weights[k] * (by_weight[k] - mean), to_logits[k]);
+      }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace deform_attn::cpu
