@@ -8,7 +8,8 @@ OUT ?= results
 
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
-CXX_FILES := $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
+BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
+CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
 .PHONY: setup build lint types format test bench peers kernels emulate gpu wheels clean help
@@ -36,9 +37,11 @@ help:  ## This list
 	@touch $@
 
 build: .venv/torch  ## Compile the libraries into the tree, as far as they changed
-	DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
+	$(BUILD)
 
-test: setup lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels
+test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels
+	@# The CUDA library too: it must compile, link and register, though this machine may not run it.
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(BUILD)
 	$(PY) -m pytest -n auto --maxprocesses 8
 	.venv/bin/torch-abi-audit --check torch deform_attn/*.so
 	$(MAKE) kernels
@@ -62,7 +65,7 @@ bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, 
 peers: .venv/bench  ## Install what can be compared on a CPU and comes from PyPI (compiles for minutes)
 	$(PIP) --constraint .venv/constraints.txt --no-deps --no-build-isolation torch-ms-deform-attn
 
-kernels: setup  ## Compile the CUDA kernels for every architecture: registers, spills, shared memory
+kernels: .venv/dev .venv/cuda  ## Compile the CUDA kernels for every architecture: registers, spills, shared memory
 	@mkdir -p $(OUT)
 	$(PY) -m benchmarks.kernels --json $(OUT)/kernels.json
 	$(PY) -m benchmarks.triton_kernels --json $(OUT)/triton_kernels.json
@@ -71,7 +74,7 @@ emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator run
 	$(PY) -m pytest tests/simt
 
 gpu:  ## On a machine with a GPU, with its own torch and without a network: build, test, sanitize, time
-	PYTHON=$(PYTHON) .ci/gpu $(OUT)
+	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)
 
 wheels: setup  ## One wheel on several versions of torch and Python (downloads gigabytes)
 	$(PY) tests/wheel_matrix.py --out $(OUT)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.cuda_toolkit import NotFound, find_headers, find_toolkit
+from build_tools.toolchain import NotFound, find_cuda
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
@@ -47,7 +47,8 @@ OCCUPANCY_SOURCE = """
 int main() {
   int arch, registers, shared;
   while (std::scanf("%d %d %d", &arch, &registers, &shared) == 3) {
-    const int kilobytes = arch == 75 ? 64 : arch == 80 ? 164 : arch == 90 || arch == 100 ? 228 : 100;
+    const bool server = arch == 90 || arch == 100;
+    const int kilobytes = arch == 75 ? 64 : arch == 80 ? 164 : server ? 228 : 100;
     cudaOccDeviceProp device;
     device.computeMajor = arch / 10;
     device.computeMinor = arch % 10;
@@ -132,7 +133,7 @@ def compile_for(architecture: int, toolkit: Path, folder: Path) -> list[Kernel]:
         [
             str(toolkit / "bin" / "nvcc"),
             *("-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", f"-arch=sm_{architecture}"),
-            *(f"-I{path}" for path in (CSRC, *find_headers())),
+            *(f"-I{path}" for path in (CSRC, *find_cuda().include_folders)),
             *("-o", str(target), str(folder / "all.cu")),
         ]
     )
@@ -156,7 +157,7 @@ def fill_occupancy(kernels: list[Kernel], folder: Path) -> None:
     """Asks CUDA's own occupancy calculator, on the host."""
     source, program = folder / "occupancy.cpp", folder / "occupancy"
     source.write_text(OCCUPANCY_SOURCE)
-    includes = [f"-I{path}" for path in find_headers()]
+    includes = [f"-I{path}" for path in find_cuda().include_folders]
     run(["c++", "-std=c++17", *includes, "-o", str(program), str(source)])
     lines = [f"{k.architecture} {k.registers} {k.shared}" for k in kernels]
     for kernel, percent in zip(kernels, run([str(program)], "\n".join(lines)).split(), strict=True):
@@ -173,9 +174,9 @@ def table_of(kernels: list[Kernel]) -> Table:
         table.add_column(f"sm_{architecture}", justify="right")
     rows: dict[tuple[str, str, str], dict[int, Kernel]] = {}
     for kernel in kernels:
-        rows.setdefault((kernel.name, kernel.dtype, kernel.variant), {})[
-            kernel.architecture
-        ] = kernel
+        rows.setdefault((kernel.name, kernel.dtype, kernel.variant), {})[kernel.architecture] = (
+            kernel
+        )
     for key in sorted(rows):
         cells = []
         for architecture in architectures:
@@ -194,7 +195,7 @@ def main() -> int:
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
     try:
-        toolkit = find_toolkit()
+        toolkit = find_cuda().home
     except NotFound as error:
         console.print(f"[red]{error}[/red]")
         return 2

@@ -134,7 +134,10 @@ def find_cuda() -> CudaToolkit:
         toolkit = _toolkit_of(nvcc)
         if toolkit is not None:
             return toolkit
-    raise NotFound("no CUDA toolkit: no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda")
+    raise NotFound(
+        "no CUDA toolkit: no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda; "
+        "pip install 'deform_attn[cuda]' brings one that compiles"
+    )
 
 
 def _toolkit_of(nvcc: Path) -> CudaToolkit | None:

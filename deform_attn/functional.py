@@ -99,8 +99,8 @@ def ms_deform_attn_fused(
     As :func:`ms_deform_attn` with the softmax of ``attention_logits`` over all points of a head as
     weights, and with locations relative to ``reference_points``: ``(x, y) + offset / (width,
     height)`` for points, ``(cx, cy) + offset * (w, h) * offset_scale / points`` for boxes, where
-    ``points`` is the number of points in the level. On the CPU this is one kernel that writes
-    neither locations nor weights to memory; elsewhere it is composed.
+    ``points`` is the number of points in the level. One kernel that writes neither locations nor
+    weights to memory; the reference backend composes it.
 
     Args:
         value: as in :func:`ms_deform_attn`: ``[batch, rows, num_heads, head_dim]``.
@@ -187,18 +187,19 @@ def _layer(
     if sampling_offsets.dtype != attention_logits.dtype or sampling_offsets.dtype != value.dtype:
         sampling_offsets = _converted("sampling_offsets", sampling_offsets, real)
         attention_logits = _converted("attention_logits", attention_logits, real)
-    if chosen.call_layer is not None and value.device.type in chosen.fused:
+    if chosen.call_layer is not None:
         shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
         counts = None if num_points is None else list(num_points)
         return chosen.call_layer(
             *(value, shapes, starts, reference_points, sampling_offsets, attention_logits),
             *(sizes, counts, offset_scale),
         )
-    # composing broadcasts what does not fit, so what is at fault is looked for first
-    check_layer(
-        *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
-        *(attention_logits, num_points),
-    )
+    if not torch.compiler.is_compiling():
+        # composing broadcasts what does not fit, so what is at fault is looked for first
+        check_layer(
+            *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
+            *(attention_logits, num_points),
+        )
     extent = torch.as_tensor(spatial_shapes, device=value.device)
     locations, weights = layer_points(
         extent, reference_points, sampling_offsets, attention_logits, num_points, offset_scale

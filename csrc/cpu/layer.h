@@ -57,15 +57,19 @@ DEFORM_ATTN_INLINE void softmax(const T* logits, Real* weights, int count) {
   for (int i = 0; i < count; ++i) weights[i] /= sum;
 }
 
-// location = origin + offset * step for the points of a head, x and y by turns; the same for all
-// heads of a query.
+// The way from offset to location for the points of a head, x and y by turns; the same for all heads
+// of a query. From a point: origin + offset / extent, divided and not multiplied by the inverse: an
+// encoder starts with whole offsets from pixel centres, and its locations must not slip off the knot
+// to either side. From a box: origin + offset * extent.
 template <typename Real>
 struct Steps {
-  Real *origin, *step;  // [2 * points]
+  Real *origin, *extent;  // [2 * points]
+  bool from_box;
 
   Steps(Arena& arena, const Inputs& in) {
     origin = arena.take<Real>(2 * int64_t{in.problem.points});
-    step = arena.take<Real>(2 * int64_t{in.problem.points});
+    extent = arena.take<Real>(2 * int64_t{in.problem.points});
+    from_box = in.layer.size == 4;
   }
 
   // The query's reference point or box of a level.
@@ -84,18 +88,27 @@ struct Steps {
   void of_query(const Inputs& in, int64_t batch, int64_t query) {
     for (int l = 0; l < in.problem.levels; ++l) {
       const Real* from = reference(in, batch, query, l);
-      Real across = Real(1) / static_cast<Real>(in.levels[l].width);
-      Real along = Real(1) / static_cast<Real>(in.levels[l].height);
-      if (in.layer.size == 4) {
+      Real across = static_cast<Real>(in.levels[l].width);
+      Real along = static_cast<Real>(in.levels[l].height);
+      if (from_box) {
         across = from[2] * portion(in, l);
         along = from[3] * portion(in, l);
       }
       for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
         origin[2 * k] = from[0];
         origin[2 * k + 1] = from[1];
-        step[2 * k] = across;
-        step[2 * k + 1] = along;
+        extent[2 * k] = across;
+        extent[2 * k + 1] = along;
       }
+    }
+  }
+
+  template <typename T>
+  DEFORM_ATTN_INLINE void locate(const T* offsets, Real* locations, int count) const {
+    if (from_box) {
+      for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_real(offsets[i]) * extent[i];
+    } else {
+      for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_real(offsets[i]) / extent[i];
     }
   }
 };
@@ -124,9 +137,7 @@ class PointSource {
     for (int head = 0; head < heads; ++head) {
       const Narrow* from = offsets + int64_t{2} * head * count;
       Real* to = locations_ + int64_t{2} * head * count;
-      for (int i = 0; i < 2 * count; ++i) {
-        to[i] = steps_.origin[i] + to_real(from[i]) * steps_.step[i];
-      }
+      steps_.locate(from, to, 2 * count);
       softmax(weights + int64_t{head} * count, weights_ + int64_t{head} * count, count);
     }
     use(static_cast<const Real*>(locations_), static_cast<const Real*>(weights_));
@@ -175,7 +186,9 @@ void finish_queries(const Inputs& in, const LayerGradients& grads, int64_t first
       Narrow* to_offsets = static_cast<Narrow*>(grads.offsets) + 2 * at;
       Narrow* to_logits = static_cast<Narrow*>(grads.logits) + at;
       for (int i = 0; i < 2 * p.points; ++i) {
-        from_real(by_location[i] * steps.step[i], to_offsets[i]);
+        from_real(
+            steps.from_box ? by_location[i] * steps.extent[i] : by_location[i] / steps.extent[i],
+            to_offsets[i]);
       }
       for (int k = 0; k < p.points; ++k) {
         from_real(weights[k] * (by_weight[k] - mean), to_logits[k]);

@@ -7,6 +7,7 @@
 //   bound_queries     the pixels that each run of 32 queries reaches, a rectangle a level
 //   backward_gather    the gradient of value without atomics: each tile of pixels gathers from the
 //                     queries that reach it, always in the same order
+//   finish_layer      gradients of a layer's reference points, offsets and logits
 //   round_sums        sums of a 16-bit gradient to its dtype
 //
 // Scattering suits few queries on large maps, gathering many queries and whoever asks for the same
@@ -45,11 +46,11 @@ __global__ void __launch_bounds__(kBlock)
   int level = 0;
   for (int k = 0; k < problem.points; ++k) {
     level = level_of(k, level, levels);
-    const Sample<Sum> sample = points.at(item * problem.points + k);
+    const Sample<Sum> sample = points.at({item * problem.points}, k, level, levels);
     Footprint<Sum> foot;
     foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
-    const auto corner = corner_of<Sum, int64_t>(foot, levels.level[level], sample.weight,
-                                                problem.row_stride());
+    const auto corner =
+        corner_of<Sum, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride());
     Sum dot[4] = {0, 0, 0, 0};
     for (int channel = threadIdx.x; channel < problem.head_dim; channel += blockDim.x) {
       const Sum grad = static_cast<Sum>(grad_output[item * problem.head_dim + channel]);
@@ -81,13 +82,14 @@ __global__ void __launch_bounds__(kBlock)
 
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. All here and nothing
 // in registers, which the pixels and the gradient of the output need.
-template <typename Sum, typename Offset>
+template <typename Sum, typename Offset, typename Query>
 struct Staged {
   Corner<Sum, Offset> corner[kWarp];
   Sum dot[kWarp][4];  // of the four pixels with the gradient of the output
   Sum right[kWarp], down[kWarp], weight[kWarp];
   int level[kWarp];
-  int64_t output_at[kWarp / 4];  // of each team's query; a team has 4 lanes or more
+  Query query[kWarp / 4];        // of each team, which has 4 lanes or more
+  int64_t output_at[kWarp / 4];  // of each team
 };
 
 // Works as `forward_teams` does, on the same blocks. `grad_value` is added to where kScatter, zeros
@@ -101,38 +103,38 @@ __global__ void __launch_bounds__(kBlock, 4)
   constexpr int kWidth = kAtomicWidth<Sum, kVec>;
   __shared__ BlockLevels levels;
   __shared__ Part part;
-  __shared__ Staged<Sum, Offset> all_staged[kBlock / kWarp];
+  __shared__ Staged<Sum, Offset, typename Points::Query> all_staged[kBlock / kWarp];
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, positions, problem.head_dim);
   read_levels(table, problem, levels);
 
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const Teams teams = {lane_bits, static_cast<int>(threadIdx.x % kWarp)};
-  Staged<Sum, Offset>& staged = all_staged[warp];
-  const int64_t start = problem.value_at(part.batch, 0, part.head);
+  auto& staged = all_staged[warp];
 
   for (int turn = warp * teams.count(); turn < part.count; turn += warps * teams.count()) {
     const int staging = turn + teams.lane % teams.count();
     const int mine = turn + teams.team();
-    int64_t first_point = -1;
     __syncwarp();
-    if (staging < part.count) {
-      const int64_t query = query_at(part.first + staging, levels, table.count);
-      first_point = problem.point_at(part.batch, query, part.head);
-      if (teams.lane < teams.count()) {
-        staged.output_at[teams.lane] = problem.output_at(part.batch, query, part.head);
-      }
+    const int64_t staged_query =
+        staging < part.count ? query_at(part.first + staging, levels, table.count) : -1;
+    const auto opened = points.open(problem, part.batch, staged_query, part.head, teams.count());
+    if (teams.lane < teams.count()) {
+      staged.query[teams.lane] = opened;
+      staged.output_at[teams.lane] =
+          staged_query < 0 ? 0 : problem.output_at(part.batch, staged_query, part.head);
     }
     int level = 0;
     for (int first = 0; first < problem.points; first += teams.lanes()) {
       const int k_staged = first + teams.lane / teams.count();
       __syncwarp();
-      if (first_point >= 0 && k_staged < problem.points) {
+      const auto& query = staged.query[teams.lane % teams.count()];
+      if (query.first_point >= 0 && k_staged < problem.points) {
         level = level_of(k_staged, level, levels);
-        const Sample<Sum> sample = points.at(first_point + k_staged);
+        const Sample<Sum> sample = points.at(query, k_staged, level, levels);
         Footprint<Sum> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
-        staged.corner[teams.lane] = corner_of<Sum, Offset>(
-            foot, levels.level[level], sample.weight, problem.row_stride());
+        staged.corner[teams.lane] =
+            corner_of<Sum, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
         staged.right[teams.lane] = foot.right;
         staged.down[teams.lane] = foot.down;
         staged.weight[teams.lane] = sample.weight;
@@ -148,6 +150,7 @@ __global__ void __launch_bounds__(kBlock, 4)
         const int channel = from + teams.channel_lane() * kVec;
         const bool active = mine < part.count && channel < problem.head_dim;
         const auto grad = load_if<kVec>(active, grad_output + output_at + channel);
+        const T* const source = value + problem.value_at(part.batch, 0, part.head) + channel;
 #pragma unroll 1
         for (int k = 0; k < count; ++k) {
           const int entry = k * teams.count() + teams.team();
@@ -155,7 +158,7 @@ __global__ void __launch_bounds__(kBlock, 4)
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             const Offset at = active ? staged.corner[entry].at[i] : Offset{-1};
-            pixel[i] = load_if<kVec>(at >= 0, value + start + channel + at);
+            pixel[i] = load_if<kVec>(at >= 0, source + at);
           }
           Sum dot[4] = {};
 #pragma unroll
@@ -185,12 +188,14 @@ __global__ void __launch_bounds__(kBlock, 4)
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) grad.at[c + j] = some.at[j];
         }
+        Sum* const target = grad_value + problem.value_at(part.batch, 0, part.head);
+#pragma unroll 1
         for (int k = 0; k < count; ++k) {
           const auto& corner = staged.corner[k * teams.count() + teams.team()];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             if (corner.at[i] < 0) continue;
-            Sum* const to = grad_value + start + corner.at[i];
+            Sum* const to = target + corner.at[i];
 #pragma unroll
             for (int c = 0; c < kVec; c += kWidth) {
               if (channel_of(c) >= problem.head_dim) break;
@@ -205,16 +210,15 @@ __global__ void __launch_bounds__(kBlock, 4)
         }
       }
       __syncwarp();
-      if (first_point >= 0 && k_staged < problem.points) {
+      if (query.first_point >= 0 && k_staged < problem.points) {
         Footprint<Sum> foot;
         foot.right = staged.right[teams.lane];
         foot.down = staged.down[teams.lane];
 #pragma unroll
         for (int i = 0; i < 4; ++i) foot.on[i] = staged.corner[teams.lane].at[i] >= 0;
-        const auto gradient =
-            point_gradient(foot, levels.level[staged.level[teams.lane]], staged.weight[teams.lane],
-                           staged.dot[teams.lane]);
-        gradients.set(first_point + k_staged, gradient.x, gradient.y, gradient.weight);
+        const auto gradient = point_gradient(foot, levels.level[staged.level[teams.lane]],
+                                             staged.weight[teams.lane], staged.dot[teams.lane]);
+        gradients.set(query.first_point + k_staged, gradient.x, gradient.y, gradient.weight);
       }
     }
   }
@@ -247,13 +251,13 @@ __global__ void __launch_bounds__(kBlock)
   const int lane = threadIdx.x % kWarp;
   const int64_t position = run * kRun + lane;
   const bool there = position < problem.queries;
-  const int64_t first_point =
-      there ? problem.point_at(batch, query_at(position, levels, table.count), head) : 0;
+  const auto query =
+      points.reopen(problem, batch, there ? query_at(position, levels, table.count) : 0, head);
   for (int l = 0; l < table.count; ++l) {
     const Level level = levels.level[l];
     Rectangle box = {level.width, level.height, -1, -1};
     for (int k = levels.first_point[l]; there && k < levels.first_point[l + 1]; ++k) {
-      const Sample<Sum> sample = points.at(first_point + k);
+      const Sample<Sum> sample = points.at(query, k, l, levels);
       Footprint<Sum> foot;
       if (!foot.place(sample.x, sample.y, level.height, level.width)) continue;
       box = {min(box.left, max(foot.x, 0)), min(box.top, max(foot.y, 0)),
@@ -337,7 +341,7 @@ __device__ inline bool overlap(const Level& a, const Level& b) {
 // bits every time. Levels may overlap: the first level that a row of `value` belongs to owns it, and
 // its tiles gather the points of the other levels too. Rows of no level are left alone.
 template <typename T, typename Points>
-__global__ void __launch_bounds__(kGatherWarps * kWarp, 4)
+__global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
     backward_gather(Problem problem, LevelTable table, Points points,
                     const T* __restrict__ grad_output, const Rectangle* __restrict__ bounds,
                     T* __restrict__ grad_value) {
@@ -375,9 +379,8 @@ __global__ void __launch_bounds__(kGatherWarps * kWarp, 4)
           const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * runs +
                                        base + lane * kGatherWarps + warp];
           near = box.left <= box.right &&
-                 (l != tile.level ||
-                  (box.left < tile.x + kWidth && box.right >= tile.x &&
-                   box.top < tile.y + kTileHeight && box.bottom >= tile.y));
+                 (l != tile.level || (box.left < tile.x + kWidth && box.right >= tile.x &&
+                                      box.top < tile.y + kTileHeight && box.bottom >= tile.y));
         }
         for (unsigned near_runs = __ballot_sync(kAllLanes, near); near_runs;
              near_runs &= near_runs - 1) {
@@ -390,13 +393,14 @@ __global__ void __launch_bounds__(kGatherWarps * kWarp, 4)
             int slot[4] = {-1, -1, -1, -1};
             Sum share[4] = {};
             if (query >= 0) {
-              const auto sample = points.at(problem.point_at(batch, query, head) + k);
+              const auto sample =
+                  points.at(points.reopen(problem, batch, query, head), k, l, levels);
               Footprint<Sum> foot;
               foot.place(sample.x, sample.y, levels.level[l].height, levels.level[l].width);
 #pragma unroll
               for (int i = 0; i < 4; ++i) {
-                if (foot.on[i]) slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1),
-                                                          foot.y + (i >> 1), levels);
+                if (foot.on[i])
+                  slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1), foot.y + (i >> 1), levels);
                 share[i] = foot.weight(i) * sample.weight;
               }
             }
@@ -427,6 +431,80 @@ __global__ void __launch_bounds__(kGatherWarps * kWarp, 4)
       grad_value[problem.value_at(batch, row, head) + first_channel + lane] = static_cast<T>(sum);
     }
     __syncthreads();
+  }
+}
+
+// From the gradients of locations and weights to those of reference points, offsets and logits: what
+// a layer's softmax and its step from offsets to locations do to them. A warp per query.
+template <typename T>
+__global__ void __launch_bounds__(kBlock)
+    finish_layer(Problem problem, LevelTable table, LayerPoints<T> points,
+                 const Real<T>* __restrict__ by_location, const Real<T>* __restrict__ by_weight,
+                 Real<T>* __restrict__ grad_reference, void* grad_offsets, void* grad_logits) {
+  using Sum = Real<T>;
+  __shared__ BlockLevels levels;
+  read_levels(table, problem, levels);
+  const int64_t item = int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
+  if (item >= problem.batch * problem.queries) return;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t batch = item / problem.queries, query = item % problem.queries;
+  const auto set = [&](void* to, int64_t at, Sum number) {
+    if (points.wide) {
+      static_cast<Sum*>(to)[at] = number;
+    } else {
+      static_cast<T*>(to)[at] = static_cast<T>(number);
+    }
+  };
+
+  Sum whole[4] = {};  // of all levels, where they share one reference point
+  for (int l = 0; l < table.count; ++l) {
+    const int first = levels.first_point[l], count = levels.first_point[l + 1] - first;
+    const bool empty = levels.level[l].height == 0;
+    const Pack<Sum, 2> step = points.step_of(item, l, levels);
+    Sum sums[4] = {};
+    for (int i = lane; i < problem.heads * count; i += kWarp) {
+      const int64_t point = (item * problem.heads + i / count) * problem.points + first + i % count;
+      const auto gradient = load<2>(by_location + 2 * point);
+      const auto moved = points.offset(point);
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        sums[j] += gradient.at[j];
+        sums[2 + j] += gradient.at[j] * moved.at[j];
+        set(grad_offsets, 2 * point + j, empty ? Sum(0) : gradient.at[j] * step.at[j]);
+      }
+    }
+    const Sum part = points.portion(l, levels);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      for (int bits = kWarp / 2; bits > 0; bits /= 2) {
+        sums[j] += __shfl_xor_sync(kAllLanes, sums[j], bits);
+      }
+      if (empty) sums[j] = 0;
+      if (j >= 2) sums[j] *= part;
+      whole[j] += sums[j];
+      if (lane == 0 && points.reference_levels > 1 && j < points.reference_size) {
+        grad_reference[(item * points.reference_levels + l) * points.reference_size + j] = sums[j];
+      }
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 4; ++j) {
+    if (lane == 0 && points.reference_levels == 1 && j < points.reference_size) {
+      grad_reference[item * points.reference_size + j] = whole[j];
+    }
+  }
+
+  for (int head = 0; head < problem.heads; ++head) {
+    const auto opened = points.reopen(problem, batch, query, head);
+    Sum mean = 0;
+    for (int k = lane; k < problem.points; k += kWarp) {
+      mean += points.weight(opened, k) * by_weight[opened.first_point + k];
+    }
+    for (int bits = kWarp / 2; bits > 0; bits /= 2) mean += __shfl_xor_sync(kAllLanes, mean, bits);
+    for (int k = lane; k < problem.points; k += kWarp) {
+      const int64_t point = opened.first_point + k;
+      set(grad_logits, point, points.weight(opened, k) * (by_weight[point] - mean));
+    }
   }
 }
 

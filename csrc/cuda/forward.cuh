@@ -16,8 +16,8 @@ constexpr int kBlock = 256;  // the most threads of a block
 
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
-    forward_plain(Problem problem, LevelTable table,
-                  GivenPoints<T> points, const T* __restrict__ value, T* __restrict__ output) {
+    forward_plain(Problem problem, LevelTable table, GivenPoints<T> points,
+                  const T* __restrict__ value, T* __restrict__ output) {
   using Sum = Real<T>;
   __shared__ BlockLevels levels;
   read_levels(table, problem, levels);
@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kBlock)
     for (int l = 0; l < table.count; ++l) {
       const Level level = levels.level[l];
       for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-        const Sample<Sum> sample = points.at(item * problem.points + k);
+        const Sample<Sum> sample = points.at({item * problem.points}, k, l, levels);
         Footprint<Sum> foot;
         foot.place(sample.x, sample.y, level.height, level.width);
         const auto corner =
@@ -52,9 +52,8 @@ __global__ void __launch_bounds__(kBlock)
 // points that belong to query i % teams, and every team reads its own.
 template <typename T, int kVec, typename Offset, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
-    forward_teams(Problem problem, LevelTable table,
-            Points points, const T* __restrict__ value,
-            T* __restrict__ output, int positions, int lane_bits) {
+    forward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
+                  T* __restrict__ output, int positions, int lane_bits) {
   using Sum = Real<T>;
   __shared__ BlockLevels levels;
   __shared__ Part part;  // here and not in registers, which the pixels need
@@ -71,11 +70,10 @@ __global__ void __launch_bounds__(kBlock, 4)
 
   for (int turn = warp * teams.count(); turn < part.count; turn += warps * teams.count()) {
     const int staged = turn + teams.lane % teams.count();
-    const int64_t first_point =
-        staged < part.count
-            ? problem.point_at(part.batch, query_at(part.first + staged, levels, table.count),
-                               part.head)
-            : -1;
+    const auto query =
+        points.open(problem, part.batch,
+                    staged < part.count ? query_at(part.first + staged, levels, table.count) : -1,
+                    part.head, teams.count());
     const int mine = turn + teams.team();
     const bool active = mine < part.count && channel < problem.head_dim;
     Sum sum[kVec] = {};
@@ -84,13 +82,13 @@ __global__ void __launch_bounds__(kBlock, 4)
       __syncwarp();
       for (int entry = teams.lane; entry < kStaged<Sum>; entry += kWarp) {
         const int k = first + entry / teams.count();
-        if (first_point < 0 || k >= problem.points) break;
+        if (query.first_point < 0 || k >= problem.points) break;
         level = level_of(k, level, levels);
-        const Sample<Sum> sample = points.at(first_point + k);
+        const Sample<Sum> sample = points.at(query, k, level, levels);
         Footprint<Sum> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
-        corners[entry] = corner_of<Sum, Offset>(foot, levels.level[level], sample.weight,
-                                                problem.row_stride());
+        corners[entry] =
+            corner_of<Sum, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
       }
       __syncwarp();
       const int count = active ? min(slots, problem.points - first) : 0;
@@ -115,8 +113,8 @@ __global__ void __launch_bounds__(kBlock, 4)
       Pack<T, kVec> result;
 #pragma unroll
       for (int c = 0; c < kVec; ++c) result.at[c] = static_cast<T>(sum[c]);
-      const int64_t query = query_at(part.first + mine, levels, table.count);
-      T* const to = output + problem.output_at(part.batch, query, part.head) + channel;
+      const int64_t to_query = query_at(part.first + mine, levels, table.count);
+      T* const to = output + problem.output_at(part.batch, to_query, part.head) + channel;
       *reinterpret_cast<Pack<T, kVec>*>(to) = result;
     }
   }

@@ -4,7 +4,7 @@
 //   Shape                       the blocks of `forward_teams` and `backward_teams`
 //   check_launch                an error that names the kernel, and what to do about it
 //   forward_call                launches a forward kernel
-//   BackwardPlan, plan_backward whether to scatter or to gather, and the memory that it takes
+//   chosen_way, plan_backward   whether to scatter or to gather, and the memory that it takes
 //   backward_call               launches the backward kernels
 //
 // Free of torch: the emulator's tests and the extension call the same functions.
@@ -20,22 +20,44 @@ namespace deform_attn {
 
 enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 
+// How a layer's points come about; see LayerPoints.
+struct Layer {
+  const void* reference;  // null: points are given as locations and weights
+  int levels;             // of reference: 1 or as many as there are
+  int size;               // 2 or 4
+  double offset_scale;
+};
+
 struct Inputs {
   Problem problem;
   LevelTable levels;
-  Type type;           // of value, output and their gradients
+  Type type;              // of value, output and their gradients
   bool weights_are_real;  // weights have the dtype of locations, not that of value
   const void* value;
-  const void* locations;
-  const void* weights;
+  const void* locations;  // of a layer: offsets, in the dtype of weights
+  const void* weights;    // of a layer: logits
+  Layer layer;
 };
 
 struct Device {
-  int processors;       // multiprocessors
-  int capability;       // 90 for 9.0
+  int processors;  // multiprocessors
+  int capability;  // 90 for 9.0
   cudaStream_t stream;
   bool long_offsets = false;  // int64_t offsets where int would do: for tests
 };
+
+// Calls body with where the points come from. `statistics`: of LayerPoints.
+template <typename T, typename Body>
+void with_points(const Inputs& in, void* statistics, const Body& body) {
+  if (!in.layer.reference) {
+    return body(
+        GivenPoints<T>{static_cast<const Real<T>*>(in.locations), in.weights, in.weights_are_real});
+  }
+  body(LayerPoints<T>{static_cast<const Real<T>*>(in.layer.reference), in.locations, in.weights,
+                      static_cast<Real<T>*>(statistics),
+                      static_cast<Real<T>>(in.layer.offset_scale), in.layer.levels, in.layer.size,
+                      in.weights_are_real});
+}
 
 // Calls body with a null T* for the dtype.
 template <typename Body>
@@ -68,9 +90,7 @@ void with_access(const Problem& problem, bool aligned, bool long_offsets, const 
   small ? body(Access<kVec, int>()) : body(Access<kVec, int64_t>());
 }
 
-inline bool aligned(const void* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
-}
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // The blocks of `forward_teams` and `backward_teams`.
 struct Shape {
@@ -91,8 +111,7 @@ inline Shape shape_of(const Problem& problem, int vec, int least_lane_bits, bool
   const int teams = kWarp >> lane_bits;
   int positions = 64;
   const auto blocks = [&] {
-    return problem.batch * problem.heads * pieces *
-           ((problem.queries + positions - 1) / positions);
+    return problem.batch * problem.heads * pieces * ((problem.queries + positions - 1) / positions);
   };
   while (positions > teams && blocks() < 2 * processors) positions /= 2;
   if (positions < teams) positions = teams;
@@ -128,7 +147,8 @@ inline std::string launch_error(const char* kernel, cudaError_t error, const cha
                                 int capability) {
   const std::string name = std::string("deform_attn: CUDA kernel ") + kernel;
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    const std::string here = std::to_string(capability / 10) + "." + std::to_string(capability % 10);
+    const std::string here =
+        std::to_string(capability / 10) + "." + std::to_string(capability % 10);
     return name + " was not built for this GPU, which has compute capability " + here +
            "; built for: " + architectures() + ". Build it: TORCH_CUDA_ARCH_LIST=\"" + here +
            "\" pip install --no-build-isolation .";
@@ -163,20 +183,23 @@ inline void forward_call(const Inputs& in, void* output, const Device& device, b
     using T = std::remove_pointer_t<decltype(type)>;
     const T* const value = static_cast<const T*>(in.value);
     T* const to = static_cast<T*>(output);
-    const GivenPoints<T> points = {static_cast<const Real<T>*>(in.locations), in.weights,
-                                   in.weights_are_real};
     if (plain) {
-      LAUNCH(forward_plain<T>, grid_striding(numbers), kBlock, device.stream, problem,
-             in.levels, points, value, to);
+      const GivenPoints<T> points = {static_cast<const Real<T>*>(in.locations), in.weights,
+                                     in.weights_are_real};
+      LAUNCH(forward_plain<T>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+             points, value, to);
       return check_launch("forward_plain", device);
     }
-    with_access<T>(problem, aligned(value) && aligned(to), device.long_offsets, [&](auto access) {
-      using A = decltype(access);
-      const Shape shape = shape_of(problem, A::kVec, 0, true, device.processors);
-      LAUNCH((forward_teams<T, A::kVec, typename A::Offset, GivenPoints<T>>),
-             grid_of("forward_teams", shape.blocks), shape.threads, device.stream, problem, in.levels, points, value, to, shape.positions,
-             shape.lane_bits);
-      check_launch("forward_teams", device);
+    with_points<T>(in, nullptr, [&](const auto& points) {
+      using Points = std::decay_t<decltype(points)>;
+      with_access<T>(problem, aligned(value) && aligned(to), device.long_offsets, [&](auto access) {
+        using A = decltype(access);
+        const Shape shape = shape_of(problem, A::kVec, 0, true, device.processors);
+        LAUNCH((forward_teams<T, A::kVec, typename A::Offset, Points>),
+               grid_of("forward_teams", shape.blocks), shape.threads, device.stream, problem,
+               in.levels, points, value, to, shape.positions, shape.lane_bits);
+        check_launch("forward_teams", device);
+      });
     });
   });
 }
@@ -184,51 +207,58 @@ inline void forward_call(const Inputs& in, void* output, const Device& device, b
 // kPlain: as in 2020. kScatter: one kernel, atomics. kGather: no atomics, the same bits every time.
 enum class Way { kPlain, kScatter, kGather };
 
-struct BackwardPlan {
-  Way way;
-  size_t sums;    // bytes, zeros: the gradient of a 16-bit value in float; 0: not needed
-  size_t bounds;  // bytes
-};
-
 // Gathering costs a look at every tile of the maps, scattering an atomic for every pixel of a point:
 // gather where a pixel of value is hit at least once on average.
-inline BackwardPlan plan_backward(const Problem& problem, Type type, bool deterministic) {
-  const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
-  const bool narrow = type == Type::kHalf || type == Type::kBFloat16;
-  if (deterministic || problem.queries * problem.points >= problem.rows) {
-    const int64_t runs = (problem.queries + kRun - 1) / kRun;
-    return {Way::kGather, 0,
-            static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
-                sizeof(Rectangle)};
-  }
-  return {Way::kScatter, narrow ? static_cast<size_t>(numbers) * sizeof(float) : 0, 0};
+inline Way chosen_way(const Problem& problem, bool deterministic) {
+  const bool dense = problem.queries * problem.points >= problem.rows;
+  return deterministic || dense ? Way::kGather : Way::kScatter;
 }
 
-inline BackwardPlan plan_plain_backward(const Problem& problem, Type type) {
+// Working memory, in bytes.
+struct BackwardPlan {
+  Way way;
+  size_t sums;        // zeros: the gradient of a 16-bit value in float, to be rounded once
+  size_t bounds;      // of backward_gather
+  size_t statistics;  // of LayerPoints
+};
+
+inline BackwardPlan plan_backward(const Problem& problem, Type type, Way way) {
   const bool narrow = type == Type::kHalf || type == Type::kBFloat16;
-  const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
-  return {Way::kPlain, narrow ? static_cast<size_t>(numbers) * sizeof(float) : 0, 0};
+  const int64_t real = type == Type::kDouble ? sizeof(double) : sizeof(float);
+  const int64_t items = problem.batch * problem.queries * problem.heads;
+  const int64_t runs = (problem.queries + kRun - 1) / kRun;
+  BackwardPlan plan = {way, 0, 0, static_cast<size_t>(2 * items * real)};
+  if (way == Way::kGather) {
+    plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
+                  sizeof(Rectangle);
+  } else if (narrow) {
+    plan.sums = static_cast<size_t>(problem.batch * problem.rows * problem.row_stride() * real);
+  }
+  return plan;
 }
 
 struct Outputs {
-  void* value;      // [B, S, M, D]; zeros before
-  void* locations;  // [B, Q, M, K, 2]
-  void* weights;    // [B, Q, M, K]
-  void* sums;       // as planned
-  void* bounds;     // as planned
+  void* value;       // [B, S, M, D]; zeros before
+  void* locations;   // [B, Q, M, K, 2]; of a layer: working memory in the dtype of sums
+  void* weights;     // [B, Q, M, K]; of a layer: likewise
+  void* sums;        // as planned
+  void* bounds;      // as planned
+  void* statistics;  // as planned; this and what follows: of a layer
+  void* reference;
+  void* offsets;
+  void* logits;
 };
 
-template <typename T>
-void gather_value(const Inputs& in, const GivenPoints<T>& points, const T* grad_output,
-                  const Outputs& out, const Device& device) {
+template <typename T, typename Points>
+void gather_value(const Inputs& in, const Points& points, const T* grad_output, const Outputs& out,
+                  const Device& device) {
   const Problem& problem = in.problem;
   const int64_t runs = (problem.queries + kRun - 1) / kRun;
   const int64_t warps = problem.batch * problem.heads * runs;
   constexpr int kWarps = kBlock / kWarp;
   Rectangle* const bounds = static_cast<Rectangle*>(out.bounds);
-  LAUNCH((bound_queries<T, GivenPoints<T>>),
-         grid_of("bound_queries", (warps + kWarps - 1) / kWarps), kBlock, device.stream, problem,
-         in.levels, points, bounds);
+  LAUNCH((bound_queries<T, Points>), grid_of("bound_queries", (warps + kWarps - 1) / kWarps),
+         kBlock, device.stream, problem, in.levels, points, bounds);
   check_launch("bound_queries", device);
 
   // Sizes on the device cannot be counted here: enough blocks for maps as large as `value`. Blocks
@@ -243,11 +273,10 @@ void gather_value(const Inputs& in, const GivenPoints<T>& points, const T* grad_
                ((in.levels.width[l] + kWidth - 1) / kWidth);
     }
   }
-  const int64_t planes =
-      problem.batch * problem.heads * ((problem.head_dim + kWarp - 1) / kWarp);
+  const int64_t planes = problem.batch * problem.heads * ((problem.head_dim + kWarp - 1) / kWarp);
   const int64_t most = ((int64_t{1} << 31) - 1) / planes;
   if (tiles > most) tiles = most;
-  LAUNCH((backward_gather<T, GivenPoints<T>>), grid_of("backward_gather", planes * tiles),
+  LAUNCH((backward_gather<T, Points>), grid_of("backward_gather", planes * tiles),
          kGatherWarps * kWarp, device.stream, problem, in.levels, points, grad_output, bounds,
          static_cast<T*>(out.value));
   check_launch("backward_gather", device);
@@ -263,32 +292,45 @@ inline void backward_call(const Inputs& in, const void* grad_output, const Outpu
     const T* const value = static_cast<const T*>(in.value);
     const T* const grad = static_cast<const T*>(grad_output);
     Sum* const sums = static_cast<Sum*>(plan.sums ? out.sums : out.value);
-    const GivenPoints<T> points = {static_cast<const Sum*>(in.locations), in.weights,
-                                   in.weights_are_real};
     const GivenPointGradients<T> gradients = {static_cast<Sum*>(out.locations), out.weights,
-                                              in.weights_are_real};
+                                              in.weights_are_real || in.layer.reference};
     if (plan.way == Way::kPlain) {
+      const GivenPoints<T> points = {static_cast<const Sum*>(in.locations), in.weights,
+                                     in.weights_are_real};
       const int64_t items = problem.batch * problem.queries * problem.heads;
       const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
       LAUNCH(backward_plain<T>, grid_of("backward_plain", items),
-             static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream,
-             problem, in.levels, points, value, grad, sums, gradients);
+             static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream, problem,
+             in.levels, points, value, grad, sums, gradients);
       check_launch("backward_plain", device);
     } else {
-      const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
-      with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
-        using A = decltype(access);
-        const Shape shape = shape_of(problem, A::kVec, 2, false, device.processors);
-        const auto launch = [&](auto scatter) {
-          LAUNCH((backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value,
-                                  GivenPoints<T>, GivenPointGradients<T>>),
-                 grid_of("backward_teams", shape.blocks), shape.threads, device.stream, problem, in.levels, points, value,
-                 grad, sums, gradients, shape.positions, shape.lane_bits);
-          check_launch("backward_teams", device);
-        };
-        plan.way == Way::kScatter ? launch(std::true_type()) : launch(std::false_type());
+      with_points<T>(in, out.statistics, [&](const auto& points) {
+        using Points = std::decay_t<decltype(points)>;
+        const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
+        with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
+          using A = decltype(access);
+          const Shape shape = shape_of(problem, A::kVec, 2, false, device.processors);
+          const auto launch = [&](auto scatter) {
+            LAUNCH((backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points,
+                                   GivenPointGradients<T>>),
+                   grid_of("backward_teams", shape.blocks), shape.threads, device.stream, problem,
+                   in.levels, points, value, grad, sums, gradients, shape.positions,
+                   shape.lane_bits);
+            check_launch("backward_teams", device);
+          };
+          plan.way == Way::kScatter ? launch(std::true_type()) : launch(std::false_type());
+        });
+        if (plan.way == Way::kGather) gather_value<T>(in, points, grad, out, device);
+        if constexpr (std::is_same_v<Points, LayerPoints<T>>) {
+          const int64_t queries = problem.batch * problem.queries;
+          constexpr int kWarps = kBlock / kWarp;
+          LAUNCH(finish_layer<T>, grid_of("finish_layer", (queries + kWarps - 1) / kWarps), kBlock,
+                 device.stream, problem, in.levels, points, gradients.locations,
+                 static_cast<const Sum*>(out.weights), static_cast<Sum*>(out.reference),
+                 out.offsets, out.logits);
+          check_launch("finish_layer", device);
+        }
       });
-      if (plan.way == Way::kGather) gather_value<T>(in, points, grad, out, device);
     }
     if constexpr (sizeof(T) == 2) {
       if (plan.sums) {

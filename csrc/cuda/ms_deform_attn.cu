@@ -2,7 +2,7 @@
 //
 //   Here              the device and stream of a call, entered for as long as it lasts
 //   level_table       the levels as kernels take them: never waits for the device
-//   forward, backward, build
+//   forward, backward, layer_forward, layer_backward, build
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -22,8 +22,7 @@ using MaybeTensor = std::optional<Tensor>;
 using MaybeSizes = std::optional<std::vector<int64_t>>;
 
 void check(const char* what, cudaError_t error) {
-  DEFORM_ATTN_REQUIRE(error == cudaSuccess, "deform_attn: ", what, ": ",
-                      cudaGetErrorString(error));
+  DEFORM_ATTN_REQUIRE(error == cudaSuccess, "deform_attn: ", what, ": ", cudaGetErrorString(error));
 }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -77,8 +76,8 @@ Levels level_table(const Call& call) {
                       kMaxLevels, " levels, got ", table.count);
   for (size_t l = 0; l < call.first_point.size(); ++l) table.first_point[l] = call.first_point[l];
   const auto on_device = [&](const Tensor& numbers) {
-    levels.held.push_back(Call::contiguous_of(
-        numbers.scalar_type() == ScalarType::Long ? numbers
+    levels.held.push_back(Call::contiguous_of(numbers.scalar_type() == ScalarType::Long
+                                                  ? numbers
                                                   : torch::stable::to(numbers, ScalarType::Long)));
     return static_cast<const int64_t*>(levels.held.back().const_data_ptr());
   };
@@ -117,7 +116,8 @@ Tensor pairwise_aligned(const Tensor& locations) {
   return fits ? locations : torch::stable::clone(locations);
 }
 
-Inputs inputs_of(const Call& call, const Levels& levels, const Tensor& locations) {
+Inputs inputs_of(const Call& call, const Levels& levels, const Tensor& locations,
+                 double offset_scale = 0) {
   Inputs in;
   in.problem = call.problem;
   in.levels = levels.table;
@@ -126,7 +126,18 @@ Inputs inputs_of(const Call& call, const Levels& levels, const Tensor& locations
   in.value = call.value.const_data_ptr();
   in.locations = locations.const_data_ptr();
   in.weights = call.weights.const_data_ptr();
+  in.layer = {};
+  if (call.reference) {
+    in.layer = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
+                static_cast<int>(call.reference->size(3)), offset_scale};
+  }
   return in;
+}
+
+Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
+  const std::vector<int64_t> shape = {static_cast<int64_t>(count)};
+  return zeros ? torch::stable::new_zeros(like, shape, ScalarType::Byte)
+               : torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -143,11 +154,13 @@ Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
-    const MaybeTensor level_start_index, const Tensor sampling_locations,
-    const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
-    bool deterministic) {
+std::tuple<Tensor, Tensor, Tensor> backward(const Tensor grad_output, const Tensor value,
+                                            const MaybeTensor spatial_shapes,
+                                            const MaybeTensor level_start_index,
+                                            const Tensor sampling_locations,
+                                            const Tensor attention_weights,
+                                            const MaybeSizes level_sizes,
+                                            const MaybeSizes num_points, bool deterministic) {
   const Here here(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
@@ -155,21 +168,73 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Tensor locations = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output);
   const Inputs in = inputs_of(call, levels, locations);
-  const BackwardPlan plan = plan_backward(in.problem, in.type, deterministic);
+  const BackwardPlan plan =
+      plan_backward(in.problem, in.type, chosen_way(in.problem, deterministic));
 
   Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes());
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
-  const auto bytes = [](size_t count) { return static_cast<int64_t>(count); };
-  const Tensor sums =
-      torch::stable::new_zeros(call.value, {bytes(plan.sums)}, ScalarType::Byte);
-  const Tensor bounds =
-      torch::stable::new_empty(call.value, {bytes(plan.bounds)}, ScalarType::Byte);
-  const Outputs out = {grad_value.mutable_data_ptr(), grad_locations.mutable_data_ptr(),
-                       grad_weights.mutable_data_ptr(), sums.mutable_data_ptr(),
-                       bounds.mutable_data_ptr()};
+  const Tensor sums = bytes_of(call.value, plan.sums, true);
+  const Tensor bounds = bytes_of(call.value, plan.bounds, false);
+  Outputs out = {};
+  out.value = grad_value.mutable_data_ptr();
+  out.locations = grad_locations.mutable_data_ptr();
+  out.weights = grad_weights.mutable_data_ptr();
+  out.sums = sums.mutable_data_ptr();
+  out.bounds = bounds.mutable_data_ptr();
   backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
   return {grad_value, grad_locations, grad_weights};
+}
+
+Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
+                     const MaybeTensor level_start_index, const Tensor reference_points,
+                     const Tensor sampling_offsets, const Tensor attention_logits,
+                     const MaybeSizes level_sizes, const MaybeSizes num_points,
+                     double offset_scale) {
+  const Here here(value);
+  const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
+                  attention_logits, level_sizes, num_points);
+  const Levels levels = level_table(call);
+  const Tensor offsets = pairwise_aligned(call.locations);
+  Tensor output = torch::stable::new_empty(call.value, call.output_shape());
+  forward_call(inputs_of(call, levels, offsets, offset_scale), output.mutable_data_ptr(),
+               here.device);
+  return output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
+    const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
+    const MaybeTensor level_start_index, const Tensor reference_points,
+    const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
+    const MaybeSizes num_points, double offset_scale, bool deterministic) {
+  const Here here(value);
+  const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
+                  attention_logits, level_sizes, num_points);
+  const Levels levels = level_table(call);
+  const Tensor offsets = pairwise_aligned(call.locations);
+  const Tensor gradient = call.checked_gradient(grad_output);
+  const Inputs in = inputs_of(call, levels, offsets, offset_scale);
+  const BackwardPlan plan =
+      plan_backward(in.problem, in.type, chosen_way(in.problem, deterministic));
+
+  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes());
+  // zeros: a call without points has none of the gradients below written
+  Tensor grad_reference = torch::stable::new_zeros(*call.reference, call.reference->sizes());
+  Tensor grad_offsets = torch::stable::new_empty(call.locations, call.locations.sizes());
+  Tensor grad_logits = torch::stable::new_empty(call.weights, call.weights.sizes());
+  const ScalarType real = call.real_type();
+  const Tensor locations = torch::stable::new_empty(call.locations, call.locations.sizes(), real);
+  const Tensor weights = torch::stable::new_empty(call.weights, call.weights.sizes(), real);
+  const Tensor sums = bytes_of(call.value, plan.sums, true);
+  const Tensor bounds = bytes_of(call.value, plan.bounds, false);
+  const Tensor statistics = bytes_of(call.value, plan.statistics, false);
+  const Outputs out = {grad_value.mutable_data_ptr(),     locations.mutable_data_ptr(),
+                       weights.mutable_data_ptr(),        sums.mutable_data_ptr(),
+                       bounds.mutable_data_ptr(),         statistics.mutable_data_ptr(),
+                       grad_reference.mutable_data_ptr(), grad_offsets.mutable_data_ptr(),
+                       grad_logits.mutable_data_ptr()};
+  backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
+  return {grad_value, grad_reference, grad_offsets, grad_logits};
 }
 
 std::string build() {
@@ -187,6 +252,8 @@ std::string build() {
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CUDA, library) {
   library.impl("ms_deform_attn", TORCH_BOX(&forward));
   library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
+  library.impl("ms_deform_attn_fused", TORCH_BOX(&layer_forward));
+  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&layer_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {

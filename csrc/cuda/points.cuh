@@ -2,6 +2,7 @@
 //
 //   Sample        location and weight of one point
 //   GivenPoints   points as the caller's locations and weights
+//   LayerPoints   points as the caller's reference points, offsets and logits
 //   Teams         which (query, head) a lane works for, and on which of its channels
 //   Part          which queries, head and channels a block works on
 //   Corner        the four pixels of a point and what each counts for
@@ -17,18 +18,134 @@ struct Sample {
   Sum x, y, weight;
 };
 
-// Weights have the dtype of `value`, or that of the sums where `wide`.
+// A source of points answers, for a query of a head:
+//
+//   open     what is to be known of the query before its points, or a query of no points where
+//            `query` is negative. All lanes of a warp call it together; lane i works for the query
+//            of team i % teams
+//   reopen   the same, for a lane alone, after an earlier kernel has opened the query
+//   at       point k, which samples `level`
+
+// Points as the caller gives them. Weights have the dtype of `value`, or that of the sums where
+// `wide`.
 template <typename T>
 struct GivenPoints {
   const Real<T>* locations;  // [B, Q, M, K, 2]
   const void* weights;       // [B, Q, M, K]
   bool wide;
 
-  __device__ Sample<Real<T>> at(int64_t point) const {
+  struct Query {
+    int64_t first_point;  // -1: none
+  };
+
+  __device__ Query open(const Problem& problem, int64_t batch, int64_t query, int head, int) const {
+    return {query < 0 ? -1 : problem.point_at(batch, query, head)};
+  }
+  __device__ Query reopen(const Problem& problem, int64_t batch, int64_t query, int head) const {
+    return {problem.point_at(batch, query, head)};
+  }
+  __device__ Sample<Real<T>> at(const Query& query, int k, int, const BlockLevels&) const {
+    const int64_t point = query.first_point + k;
     const auto location = load<2>(locations + 2 * point);
     return {location.at[0], location.at[1],
             wide ? static_cast<const Real<T>*>(weights)[point]
                  : static_cast<Real<T>>(static_cast<const T*>(weights)[point])};
+  }
+};
+
+// Points as a layer projects them: offsets from reference points or boxes, and logits whose softmax
+// over all points of a query and head are the weights. Neither locations nor weights are written to
+// memory.
+template <typename T>
+struct LayerPoints {
+  using Sum = Real<T>;
+  const Sum* reference;  // [B, Q, L or 1, 2 or 4]: (x, y), or (x, y, width, height)
+  const void* offsets;   // [B, Q, M, K, 2]: in pixels, or in parts of the box
+  const void* logits;    // [B, Q, M, K]
+  Sum* statistics;       // [B, Q, M, 2], for `reopen`; null: not kept
+  Sum offset_scale;
+  int reference_levels;
+  int reference_size;
+  bool wide;  // offsets and logits have the dtype of the sums
+
+  struct Query {
+    int64_t first_point;       // -1: none
+    int64_t item;              // batch * queries + query
+    Sum largest, inverse_sum;  // of the logits, and of their exponentials
+  };
+
+  __device__ Sum logit(int64_t point) const {
+    return wide ? static_cast<const Sum*>(logits)[point]
+                : static_cast<Sum>(static_cast<const T*>(logits)[point]);
+  }
+  __device__ Pack<Sum, 2> offset(int64_t point) const {
+    if (wide) return load<2>(static_cast<const Sum*>(offsets) + 2 * point);
+    const auto narrow = load<2>(static_cast<const T*>(offsets) + 2 * point);
+    return {static_cast<Sum>(narrow.at[0]), static_cast<Sum>(narrow.at[1])};
+  }
+  __device__ Sum weight(const Query& query, int k) const {
+    using std::exp;
+    return exp(logit(query.first_point + k) - query.largest) * query.inverse_sum;
+  }
+  // The query's reference point or box of a level.
+  __device__ const Sum* reference_of(int64_t item, int level) const {
+    const int64_t row = item * reference_levels + (reference_levels > 1 ? level : 0);
+    return reference + row * reference_size;
+  }
+  // Of a box's side, the length of one offset.
+  __device__ Sum portion(int level, const BlockLevels& levels) const {
+    const int points = levels.first_point[level + 1] - levels.first_point[level];
+    return offset_scale / static_cast<Sum>(max(points, 1));
+  }
+  // How far an offset of one moves a location, x and y.
+  __device__ Pack<Sum, 2> step_of(int64_t item, int level, const BlockLevels& levels) const {
+    if (reference_size == 4) {
+      const Sum* const box = reference_of(item, level);
+      const Sum part = portion(level, levels);
+      return {box[2] * part, box[3] * part};
+    }
+    return {Sum(1) / static_cast<Sum>(levels.level[level].width),
+            Sum(1) / static_cast<Sum>(levels.level[level].height)};
+  }
+
+  __device__ Query open(const Problem& problem, int64_t batch, int64_t query, int head,
+                        int teams) const {
+    using std::exp;
+    const int lane = threadIdx.x % kWarp;
+    Query opened;
+    opened.first_point = query < 0 ? -1 : problem.point_at(batch, query, head);
+    opened.item = batch * problem.queries + query;
+    opened.largest = -INFINITY;
+    const int count = query < 0 ? 0 : problem.points;
+    for (int k = lane / teams; k < count; k += kWarp / teams) {
+      opened.largest = max(opened.largest, logit(opened.first_point + k));
+    }
+    for (int step = teams; step < kWarp; step *= 2) {
+      opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
+    }
+    Sum sum = 0;
+    for (int k = lane / teams; k < count; k += kWarp / teams) {
+      sum += exp(logit(opened.first_point + k) - opened.largest);
+    }
+    for (int step = teams; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    opened.inverse_sum = Sum(1) / sum;
+    if (statistics && query >= 0 && lane < teams) {
+      const int64_t at = 2 * (opened.item * problem.heads + head);
+      *reinterpret_cast<Pack<Sum, 2>*>(statistics + at) = {opened.largest, opened.inverse_sum};
+    }
+    return opened;
+  }
+  __device__ Query reopen(const Problem& problem, int64_t batch, int64_t query, int head) const {
+    const int64_t item = batch * problem.queries + query;
+    const auto kept = load<2>(statistics + 2 * (item * problem.heads + head));
+    return {problem.point_at(batch, query, head), item, kept.at[0], kept.at[1]};
+  }
+  __device__ Sample<Sum> at(const Query& query, int k, int level, const BlockLevels& levels) const {
+    const Sum* const from = reference_of(query.item, level);
+    const Pack<Sum, 2> step = step_of(query.item, level, levels);
+    const Pack<Sum, 2> moved = offset(query.first_point + k);
+    return {from[0] + moved.at[0] * step.at[0], from[1] + moved.at[1] * step.at[1],
+            weight(query, k)};
   }
 };
 
@@ -105,8 +222,8 @@ template <typename Sum, typename Offset>
 __device__ Corner<Sum, Offset> corner_of(const Footprint<Sum>& foot, const Level& level, Sum weight,
                                          int64_t row_stride) {
   Corner<Sum, Offset> corner;
-  const Offset left = static_cast<Offset>(level.start) +
-                      static_cast<Offset>(foot.y) * level.width + foot.x;
+  const Offset left =
+      static_cast<Offset>(level.start) + static_cast<Offset>(foot.y) * level.width + foot.x;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const Offset row = left + (i & 1) + (i & 2 ? level.width : 0);

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -22,40 +22,48 @@ logger = logging.getLogger("deform_attn")
 class Backend:
     """One implementation of the operators.
 
-    ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can. ``fused``
-    are the devices on which ``call_layer`` is one kernel; elsewhere a layer is composed.
+    ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can.
+    ``call_layer`` is None where a layer has no kernel and is composed.
     """
 
     name: str
     why_not: Callable[[str, torch.dtype], str | None]
     call: operator.Operator
-    call_layer: operator.Operator | None = None
-    fused: frozenset[str] = frozenset()
+    call_layer: operator.Operator | None
 
 
 def _define_backends() -> dict[str, Backend]:
-    names = {
-        "compiled": "ms_deform_attn",
-        "triton": "ms_deform_attn_triton",
-        "reference": "ms_deform_attn_reference",
+    attention, layer = "ms_deform_attn", "ms_deform_attn_fused"
+    backends = {
+        "compiled": Backend(
+            "compiled",
+            compiled.why_not,
+            operator.define(attention, operator.ATTENTION),
+            operator.define(layer, operator.LAYER),
+        ),
+        "triton": Backend(
+            "triton",
+            triton.why_not,
+            operator.define(f"{attention}_triton", operator.ATTENTION),
+            operator.define(f"{layer}_triton", operator.LAYER),
+        ),
+        "reference": Backend(
+            "reference",
+            reference.why_not,
+            operator.define(f"{attention}_reference", operator.ATTENTION),
+            None,
+        ),
     }
-    calls = {name: operator.define(op, operator.ATTENTION) for name, op in names.items()}
-    layer = operator.define("ms_deform_attn_fused", operator.LAYER)
     for device in ("cpu", "cuda"):
         operator.LIBRARY.define(f"{device}_build() -> str")
     compiled.load()  # after the schemas: loading a library registers its kernels for them
-    for name, module, key in (
-        ("triton", triton, "CUDA"),
-        ("triton", triton, "CPU"),
-        ("reference", reference, "CompositeExplicitAutograd"),
-    ):
-        operator.LIBRARY.impl(names[name], module.forward, key)
-        operator.LIBRARY.impl(f"{names[name]}_backward", module.backward, key)
-    modules = {"compiled": compiled, "triton": triton, "reference": reference}
-    backends = {name: Backend(name, modules[name].why_not, calls[name]) for name in names}
-    backends["compiled"] = replace(
-        backends["compiled"], call_layer=layer, fused=frozenset({"cpu", "meta"})
-    )
+    kernels = [(f"{attention}_reference", reference, "CompositeExplicitAutograd", "")]
+    for key in ("CUDA", "CPU"):  # the CPU's are interpreted, for tests
+        kernels.append((f"{attention}_triton", triton, key, ""))
+        kernels.append((f"{layer}_triton", triton, key, "layer_"))
+    for name, module, key, prefix in kernels:
+        operator.LIBRARY.impl(name, getattr(module, f"{prefix}forward"), key)
+        operator.LIBRARY.impl(f"{name}_backward", getattr(module, f"{prefix}backward"), key)
     return backends
 
 

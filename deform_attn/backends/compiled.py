@@ -21,11 +21,7 @@ def _load(device_type: str) -> str | None:
     if device_type == "cuda" and torch.version.cuda is None:
         return f"this PyTorch ({torch.__version__}) was built without CUDA"
     if not library.exists():
-        return (
-            f"{library.name} was not built; reinstall with a C++ compiler"
-            f"{' and nvcc' if device_type == 'cuda' else ''} "
-            "(DEFORM_ATTN_REQUIRE_EXT=1 pip install ... shows what went wrong)"
-        )
+        return f"{library.name} was not built: {_why_not_built(device_type)}"
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _LOWEST_TORCH:
         return f"{library.name} needs PyTorch 2.10 or newer, this is {torch.__version__}"
@@ -34,6 +30,15 @@ def _load(device_type: str) -> str | None:
     except OSError as error:
         return f"{library.name} could not be loaded: {error}"
     return None
+
+
+def _why_not_built(device_type: str) -> str:
+    """What the build recorded beside the libraries."""
+    record = _FOLDER / "_libraries.json"
+    if not record.exists():
+        return "nothing was compiled in this folder yet (pip install . does)"
+    reasons: dict[str, str | None] = json.loads(record.read_text(encoding="utf-8"))
+    return reasons[device_type] or "it was, but the file is gone; install again"
 
 
 # Why a device's library is not there, None where it is; tracing ("meta") needs the schema alone.

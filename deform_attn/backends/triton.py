@@ -108,8 +108,8 @@ def blocks_for(
     by_thread = math.gcd(head_dim, 16 // element_size if many else 4)  # as it is aligned
     side_by_side = max(1, 32 * by_thread // channels)
     warps = 4 if many else 1
-    small = many or deterministic or (backward and fused)  # what holds many numbers already
-    unroll = 1 if small or any(count % 2 for count in counts) else 2
+    one = many or deterministic or fused or any(count % 2 for count in counts)
+    unroll = 1 if one else 2
     registers = None
     if side_by_side * channels > 32 * by_thread:  # several loads a pixel
         registers = 128

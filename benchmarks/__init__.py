@@ -1,0 +1,1 @@
+"""Benchmarks of deform_attn: named workloads, peers, whole models and the machine's own limits."""

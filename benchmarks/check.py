@@ -1,0 +1,133 @@
+"""Is an op right? Its output and gradients against the float64 oracle of the tests.
+
+The oracle takes seconds and gigabytes on an encoder, so it is asked about a random subset of the
+queries there. Output, location gradients and weight gradients of a query depend on that query
+alone: these rows of the full call are compared. The value gradient sums over all queries: it is
+compared for a grad_output that is zero outside the subset. The full one, g, has to satisfy
+<g, g> = <op(g), grad_output>, which holds because the op is linear in value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from benchmarks.peers import Op
+from benchmarks.workloads import Inputs
+
+# Largest difference over largest magnitude of the truth. A float32 location of a 167 pixels wide
+# map is known to 1e-5 pixel; 16-bit outputs and gradients are rounded to 11 or 8 bits.
+TOLERANCES = {
+    torch.float64: 1e-12,
+    torch.float32: 3e-5,
+    torch.float16: 2**-10,
+    torch.bfloat16: 2**-7,
+}
+SUBSET_POINTS = 2**16  # the oracle keeps about 1 kB a point and channel pair
+# Nearer to the middle of a pixel the slope jumps, and peers that round the location take the other
+# side. Which side is right is tested elsewhere; a benchmark compares away from there.
+KNOT = 1e-4  # pixel
+
+
+@dataclasses.dataclass(frozen=True)
+class Truth:
+    """What the oracle says about the queries of a subset."""
+
+    queries: Tensor  # [N] indices
+    output: Tensor  # [B, N, M * D]
+    gradients: tuple[Tensor, Tensor, Tensor]  # of value, locations [B, N, ...], weights [B, N, ...]
+    smooth: Tensor  # [B, N, ..., 1] locations away from knots
+
+
+def truth_of(x: Inputs, seed: int = 0) -> Truth:
+    """Ask the oracle, on the CPU."""
+    oracle, cases = _tests()
+    batch, queries = x.sampling_locations.shape[:2]
+    points = x.attention_weights[0, 0].numel() * batch
+    count = min(queries, max(1, SUBSET_POINTS // points))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = torch.randperm(queries, generator=generator)[:count].sort().values
+    locations, weights, grad_output = (
+        tensor.cpu()[:, chosen]
+        for tensor in (x.sampling_locations, x.attention_weights, x.grad_output)
+    )
+    call = cases.Inputs(
+        x.value.cpu(),
+        x.spatial_shapes.cpu(),
+        x.level_start_index.cpu(),
+        locations,
+        weights,
+        x.num_points,
+    )
+    with torch.no_grad():
+        output = oracle.ms_deform_attn(call)
+    return Truth(
+        chosen, output, oracle.gradients(call, grad_output), _away_from_knots(x, locations)
+    )
+
+
+def errors_of(op: Op, x: Inputs, truth: Truth) -> dict[str, float]:
+    """Largest difference over largest magnitude, for the output and each gradient."""
+    leaves = x.map(lambda tensor: tensor.detach().requires_grad_())
+    output = op(leaves)
+    chosen = truth.queries.to(output.device)
+    grads = torch.autograd.grad(output, leaves.differentiable, x.grad_output, retain_graph=True)
+    masked = torch.zeros_like(x.grad_output)
+    masked[:, chosen] = x.grad_output[:, chosen]
+    (of_subset,) = torch.autograd.grad(output, leaves.value, masked)
+    smooth = truth.smooth.to(output.device)
+    return {
+        "output": _error(output[:, chosen], truth.output),
+        "grad_value": _error(of_subset, truth.gradients[0]),
+        "grad_value, all queries": _linearity_error(op, x, grads[0]),
+        "grad_sampling_locations": _error(
+            grads[1][:, chosen] * smooth, truth.gradients[1] * truth.smooth
+        ),
+        "grad_attention_weights": _error(grads[2][:, chosen], truth.gradients[2]),
+    }
+
+
+def verdict(errors: dict[str, float], dtype: torch.dtype) -> str | None:
+    """What is wrong, or None."""
+    limit = TOLERANCES[dtype]
+    wrong = [
+        f"{name} is off by {error:.1e}" for name, error in errors.items() if not error <= limit
+    ]
+    return f"{', '.join(wrong)} (at most {limit:.1e})" if wrong else None
+
+
+def _error(got: Tensor, truth: Tensor) -> float:
+    difference = (got.detach().cpu().double() - truth).abs().max()
+    return float(difference / truth.abs().max())  # NaN where either holds one
+
+
+def _linearity_error(op: Op, x: Inputs, of_value: Tensor) -> float:
+    with torch.no_grad():
+        output = op(dataclasses.replace(x, value=of_value))
+    square = of_value.double().square().sum()
+    product = (output.double() * x.grad_output.double()).sum()
+    return float((product - square).abs() / square)
+
+
+def _away_from_knots(x: Inputs, locations: Tensor) -> Tensor:
+    counts = x.num_points or [locations.shape[4]] * len(x.spatial_shapes)
+    sizes = x.spatial_shapes.cpu().flip(-1).repeat_interleave(torch.tensor(counts), 0)  # [K, 2]
+    sizes = sizes.view(*locations.shape[3:])
+    pixels = locations.double() * sizes - 0.5
+    return ((pixels - pixels.round()).abs() > KNOT).all(-1, keepdim=True)
+
+
+def _tests() -> tuple[ModuleType, ModuleType]:
+    """The oracle and its input type; the tests lie beside this folder and import each other."""
+    folder = str(Path(__file__).resolve().parent.parent / "tests")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    import cases
+    import oracle
+
+    return oracle, cases

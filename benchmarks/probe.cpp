@@ -1,0 +1,97 @@
+// What one core of this machine can do, for roofline.py. Compiled there at run time for this very
+// processor; plain C functions, all return seconds.
+//
+//   multiply_add  fused multiply-adds in registers
+//   stream        reads memory from its beginning to its end
+//   gather        reads rows in a given order and sums them, weighted, as the operator does
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+#elif defined(__AVX__)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
+constexpr int kLanes = kBytes / sizeof(float);
+typedef float Vector __attribute__((vector_size(kBytes)));
+
+constexpr int kChains = 12;  // enough independent sums to hide the latency of an addition
+constexpr int kRow = 32;     // floats: head_dim of most models
+constexpr int kParts = kRow / kLanes;
+constexpr int kAhead = 24;  // rows between a prefetch and its use
+
+double now() {
+  using namespace std::chrono;
+  return duration<double>(steady_clock::now().time_since_epoch()).count();
+}
+
+Vector load(const float* from) {
+  Vector v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+void keep(Vector& v) { asm volatile("" : "+m"(v)); }  // the compiler may not drop its computation
+
+}  // namespace
+
+extern "C" {
+
+int lanes() { return kLanes; }
+
+double multiply_add(int64_t count) {  // of vectors
+  Vector sums[kChains] = {};
+  Vector a = Vector{} + 1.0f, b = Vector{} + 0.5f;
+  keep(a), keep(b);
+  const double start = now();
+  for (int64_t i = 0; i < count; i += kChains)
+    for (Vector& sum : sums) sum = a * sum + b;
+  const double seconds = now() - start;
+  for (Vector& sum : sums) keep(sum);
+  return seconds;
+}
+
+double stream(const float* data, int64_t size, int64_t repeats) {  // size: floats
+  Vector sums[kChains] = {};
+  const int64_t step = int64_t{kChains} * kLanes;
+  const double start = now();
+  for (int64_t r = 0; r < repeats; ++r) {
+    for (int64_t i = 0; i + step <= size; i += step)
+      for (int j = 0; j < kChains; ++j) sums[j] += load(data + i + j * kLanes);
+    asm volatile("" ::: "memory");
+  }
+  const double seconds = now() - start;
+  for (Vector& sum : sums) keep(sum);
+  return seconds;
+}
+
+double gather(const float* data, const int32_t* rows, const float* weights, int64_t count,
+              int64_t repeats) {
+  Vector sums[2][kParts] = {};
+  const double start = now();
+  for (int64_t r = 0; r < repeats; ++r) {
+    for (int64_t i = 0; i < count; i += 2) {
+      for (int k = 0; k < 2; ++k) {
+        const char* later = reinterpret_cast<const char*>(
+            data + int64_t{rows[i + k + kAhead < count ? i + k + kAhead : i + k]} * kRow);
+        __builtin_prefetch(later);
+        __builtin_prefetch(later + 64);
+        const float* row = data + int64_t{rows[i + k]} * kRow;
+        for (int p = 0; p < kParts; ++p) sums[k][p] += weights[i + k] * load(row + p * kLanes);
+      }
+    }
+    asm volatile("" ::: "memory");
+  }
+  const double seconds = now() - start;
+  for (auto& half : sums)
+    for (Vector& sum : half) keep(sum);
+  return seconds;
+}
+
+}  // extern "C"

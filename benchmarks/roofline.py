@@ -1,0 +1,239 @@
+"""How far is the CPU kernel from what the machine allows?
+
+    python -m benchmarks.roofline [--out results]
+
+A sampling point reads four rows of head_dim numbers and does four multiply-adds a channel. A probe
+(probe.cpp, compiled here for this processor) measures on one core what a multiply-add costs, and
+what reading a row of a set of some size costs, in random order with prefetching, as a good kernel
+would read. No kernel can take less than
+
+    arithmetic  the multiply-adds
+    L1          four rows of a set that fits into the nearest cache
+    far         each row that the workload touches is fetched once, from wherever a set as large as
+                all of them lies, and locations, weights and output pass by once
+
+and the bound is the greatest of the three. `L2` is what four rows from L2 would cost: no bound, but
+what a kernel pays where neighbouring queries do not find each other's rows in L1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import dataclasses
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks import measure
+from benchmarks.environment import environment
+from benchmarks.peers import PEERS
+from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
+
+ROW = 32  # floats in a row of the probe
+REPEATS = 5  # the fastest counts: a bound is what the machine can do at best
+
+
+SETS = {  # bytes that the probe reads
+    "16 kB": 2**14,
+    "256 kB": 2**18,
+    "1 MB": 2**20,
+    "4 MB": 2**22,
+    "16 MB": 2**24,
+    "64 MB": 2**26,
+    "512 MB": 2**29,
+}
+L1, L2 = 2**14, 2**18  # sets that fit into these caches of any processor of the last ten years
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """One core: nanoseconds of a vector multiply-add and of a 128 byte row, GB/s of a stream."""
+
+    lanes: int  # floats in a vector
+    multiply_add: float
+    row: dict[int, float]  # by bytes of the set that is read
+    stream: dict[int, float]
+
+    def row_of(self, size: float) -> float:
+        """Cost of a row in a set of at least the greatest measured size that `size` reaches."""
+        return self.row[max((known for known in self.row if known <= size), default=L1)]
+
+
+def probe() -> Machine:
+    """Compile the probe and ask it; a few seconds."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise RuntimeError("the probe needs a C++ compiler: c++, g++ or clang++ on PATH")
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder) / "probe.so"
+        source = Path(__file__).with_name("probe.cpp")
+        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
+        subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
+        functions = ctypes.CDLL(str(library))
+        for name in ("multiply_add", "stream", "gather"):
+            getattr(functions, name).restype = ctypes.c_double
+        return _measure(functions)
+
+
+def _measure(functions: ctypes.CDLL) -> Machine:
+    count = 12_000_000
+    multiply_add = min(functions.multiply_add(ctypes.c_int64(count)) for _ in range(REPEATS))
+    row, stream = {}, {}
+    generator = np.random.default_rng(0)
+    for size in SETS.values():
+        floats = size // 4
+        data = np.ones(floats, np.float32)
+        reads = max(1, 2**27 // size)
+        best = min(
+            functions.stream(_pointer(data), ctypes.c_int64(floats), ctypes.c_int64(reads))
+            for _ in range(REPEATS)
+        )
+        stream[size] = size * reads / best / 1e9
+        order = generator.permutation(floats // ROW).astype(np.int32)[: 2**20]
+        order = order[: len(order) // 2 * 2]
+        weights = generator.random(len(order), np.float32)
+        rounds = max(1, 2**21 // len(order))
+        best = min(
+            functions.gather(
+                *(_pointer(data), _pointer(order), _pointer(weights)),
+                *(ctypes.c_int64(len(order)), ctypes.c_int64(rounds)),
+            )
+            for _ in range(REPEATS)
+        )
+        row[size] = best / (len(order) * rounds) * 1e9
+    # a larger set is not faster to read: where it seems so, the smaller one was disturbed
+    row = {size: min(ns for other, ns in row.items() if other >= size) for size in row}
+    return Machine(functions.lanes(), multiply_add / count * 1e9, row, stream)
+
+
+def _pointer(array: Any) -> ctypes.c_void_p:
+    return ctypes.c_void_p(array.ctypes.data)
+
+
+def bounds(machine: Machine, workload: Workload, x: Inputs) -> dict[str, float]:
+    """Nanoseconds a point, and how many rows a point brings in from memory."""
+    row_bytes = 4 * workload.head_dim
+    share = workload.head_dim / ROW  # of the probe's row
+    loads = 4 * workload.head_dim / machine.lanes
+    touched = _rows_touched(x)
+    passing = 12 + row_bytes / sum(workload.points)  # location, weight, output: bytes a point
+    fetched = touched / workload.samples * share * machine.row_of(touched * row_bytes)
+    found = {
+        "arithmetic": loads * machine.multiply_add,
+        "L1": 4 * share * machine.row[L1],
+        "far": fetched + passing / machine.stream[max(machine.stream)],
+    }
+    return {
+        "loads": loads,
+        "touched": touched / workload.samples,
+        **found,
+        "L2": 4 * share * machine.row[L2],
+        "bound": max(found.values()),
+    }
+
+
+def _rows_touched(x: Inputs) -> int:
+    """Different rows (pixel and head) that a call reads."""
+    batch, queries, heads = x.sampling_locations.shape[:3]
+    locations = x.sampling_locations.reshape(batch, queries, heads, -1, 2)
+    levels = x.spatial_shapes.tolist()
+    counts = x.num_points or [locations.shape[3] // len(levels)] * len(levels)
+    touched = torch.zeros(batch, x.value.shape[1], heads, dtype=torch.bool)
+    who = torch.arange(batch)[:, None, None, None]
+    head = torch.arange(heads)[:, None]
+    for (height, width), start, xy in zip(
+        levels, x.level_start_index.tolist(), locations.split(counts, 3)
+    ):
+        left, top = (xy * torch.tensor([width, height]) - 0.5).floor().long().unbind(-1)
+        for y in (top, top + 1):
+            for column in (left, left + 1):
+                inside = (y >= 0) & (y < height) & (column >= 0) & (column < width)
+                row = start + y.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+                where = torch.broadcast_tensors(who, row, head)
+                touched[tuple(part[inside] for part in where)] = True
+    return int(touched.sum())
+
+
+def measure_workload(machine: Machine, workload: Workload, seconds: float) -> dict[str, Any]:
+    """Forward of the compiled backend on one thread, and its bounds."""
+    x = draw(workload)
+    entrant = measure.Entrant(PEERS["compiled"](workload, "cpu"), [x])
+    measure.race([entrant], seconds, rounds=(5, 200))
+    found = bounds(machine, workload, x)
+    taken = statistics.median(entrant.times["forward"]) / workload.samples * 1e9
+    return {
+        "workload": workload.name,
+        "ns": taken,
+        **found,
+        "ratio": taken / found["bound"],
+    }
+
+
+def print_results(console: Console, machine: Machine, rows: Sequence[dict[str, Any]]) -> None:
+    """Two tables: the machine, and the workloads."""
+    table = Table(title="one core of this machine", title_justify="left", title_style="bold")
+    for heading in ("in a set of", *SETS):
+        table.add_column(heading, justify="right")
+    table.add_row("ns a row of 128 bytes", *(f"{ns:.2f}" for ns in machine.row.values()))
+    table.add_row("GB/s of a stream", *(f"{speed:.0f}" for speed in machine.stream.values()))
+    console.print(table)
+    console.print(
+        f"a multiply-add of {machine.lanes} floats: {machine.multiply_add:.3f} ns "
+        f"({2 * machine.lanes / machine.multiply_add:.0f} GFLOP/s)"
+    )
+    title = "forward, float32, one thread: ns, vector loads and rows touched a point"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for heading in (
+        *("workload", "measured", "loads, FMAs", "rows touched"),
+        *("arithmetic", "L1", "far", "bound", "measured / bound", "L2"),
+    ):
+        table.add_column(heading, justify="left" if heading == "workload" else "right")
+    for row in rows:
+        table.add_row(
+            row["workload"],
+            f"{row['ns']:.1f}",
+            f"{row['loads']:.0f}",
+            f"{row['touched']:.2f}",
+            *(f"{row[name]:.1f}" for name in ("arithmetic", "L1", "far", "bound")),
+            f"{row['ratio']:.1f}x",
+            f"{row['L2']:.1f}",
+        )
+    console.print(table)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Print the tables and write them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="results", type=Path, help="folder of the results")
+    parser.add_argument("--seconds", default=1.5, type=float, help="timing of a workload")
+    args = parser.parse_args(argv)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    machine = probe()
+    rows = [measure_workload(machine, workload, args.seconds) for workload in WORKLOADS.values()]
+    print_results(console, machine, rows)
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = {
+        "environment": environment(),
+        "machine": dataclasses.asdict(machine),
+        "rows": rows,
+    }
+    (args.out / "roofline.json").write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

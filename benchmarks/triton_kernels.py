@@ -1,0 +1,238 @@
+"""Compiles every Triton kernel for every architecture, and shows what it takes of each.
+
+    python -m benchmarks.triton_kernels [--architectures 75 90] [--json triton_kernels.json]
+
+No GPU is needed: Triton brings ptxas. Kernels are compiled with the block sizes that the backend
+launches for Deformable DETR's encoder and, with few queries, its decoder. Fails where one spills
+registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import sys
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ARCHITECTURES = (75, 80, 86, 90, 100, 120)
+DTYPES = {"f32": ("float32", "*fp32"), "f16": ("float16", "*fp16"), "bf16": ("bfloat16", "*bf16")}
+JOBS = 2
+
+FUSED = {"reference": (4, 2)}  # a reference point of two coordinates for each of four levels
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "many queries": ("forward", {}),
+    "few queries": ("forward", {"queries": 300}),
+    "softmax and locations inside": ("forward", FUSED),
+    "few queries, softmax and locations inside": ("forward", {**FUSED, "queries": 300}),
+    "atomic": ("backward", {}),
+    "deterministic": ("backward", {"deterministic": True}),
+    "atomic, softmax and locations inside": ("backward", FUSED),
+    "": ("add_up_rows", {}),
+}
+
+
+@dataclasses.dataclass
+class Kernel:
+    """What ptxas says of one kernel on one architecture."""
+
+    architecture: int
+    name: str
+    dtype: str
+    variant: str
+    registers: int  # of a thread
+    spills: int  # bytes stored and loaded
+    shared: int  # bytes
+    warps: int
+    ptx: str = dataclasses.field(repr=False)
+
+
+def compile_kernel(
+    name: str,
+    architecture: int,
+    dtype: str,
+    *,
+    variant: str = "",
+    head_dim: int = 32,
+    counts: tuple[int, ...] = (4, 4, 4, 4),
+    queries: int = 22223,
+    heads: int = 8,
+    levels_on_device: bool = False,
+    wide: bool = False,
+    deterministic: bool = False,
+    reference: tuple[int, int] = (0, 0),
+    blocks: Any = None,
+) -> Kernel:
+    """Compile one kernel as the backend launches it for a shape.
+
+    Args:
+        name: a kernel of deform_attn/backends/_triton_kernels.py.
+        architecture: 90 for sm_90.
+        dtype: of value, output and weights: f32, f16 or bf16.
+        variant: what to call it.
+        head_dim: D.
+        counts: points in each level.
+        queries: Q, at batch 1.
+        heads: M.
+        levels_on_device: sizes and starts in device tensors, else host numbers.
+        wide: value of 2**31 elements and more.
+        deterministic: the backward kernel without atomic additions.
+        reference: number and coordinates of a query's reference points, for the fused kernels.
+        blocks: other block sizes than the backend's.
+
+    Raises:
+        RuntimeError: triton was imported as an interpreter (TRITON_INTERPRET=1).
+    """
+    import torch
+    import triton
+    from triton import knobs
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from deform_attn.backends import _triton_kernels
+    from deform_attn.backends import triton as backend
+
+    if knobs.runtime.interpret:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: nothing can be compiled")
+    torch_dtype, value = DTYPES[dtype]
+    blocks = blocks or backend.blocks_for(
+        getattr(torch, torch_dtype).itemsize,
+        head_dim,
+        counts,
+        queries,
+        queries * heads,
+        backward=name != "forward",
+        deterministic=deterministic,
+        fused=reference != (0, 0),
+    )
+    constants = backend.constants(head_dim, counts, blocks, wide=wide, reference=reference)
+    constants |= {"BLOCK_R": blocks.queries, "starts_at": None}
+    types = {
+        **dict.fromkeys(("rows", "queries", "heads", "points", "first_batch"), "i32"),
+        **dict.fromkeys(("value", "weights", "output", "grad_output", "grad_weights"), value),
+        **dict.fromkeys(("locations", "grad_locations", "shares"), "*fp32"),
+        **dict.fromkeys(("reference", "grad_reference"), "*fp32"),
+        **dict.fromkeys(("shapes", "starts", "order", "begins"), "*i64"),
+        "targets": "*i32",
+        "offset_scale": "fp32",
+        "grad_value": value if name == "add_up_rows" else "*fp32",
+        "sizes": () if levels_on_device else ("i32",) * (2 * len(counts)),
+    }
+    absent = [] if levels_on_device else ["shapes", "starts"]
+    if name == "backward":
+        absent += ["grad_value"] if deterministic else ["targets", "shares"]
+    if reference == (0, 0):
+        absent += ["reference", "grad_reference"]
+    constants |= dict.fromkeys(absent)
+
+    function = getattr(_triton_kernels, name)
+    signature = {n: "constexpr" if n in constants else types[n] for n in function.arg_names}
+    places = {name: (i,) for i, name in enumerate(function.arg_names)}
+    source = ASTSource(
+        function,
+        signature,
+        {places[name]: constant for name, constant in constants.items() if name in places},
+        # torch's allocations are aligned, and the launcher sees it
+        {
+            places[name]: [["tt.divisibility", 16]]
+            for name, kind in signature.items()
+            if kind and kind[0] == "*"
+        },
+    )
+    log = io.StringIO()
+    before = knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log
+    knobs.compilation.always_compile = knobs.nvidia.dump_ptxas_log = True
+    try:
+        with contextlib.redirect_stdout(log):
+            compiled = triton.compile(
+                source,
+                target=GPUTarget("cuda", architecture, 32),
+                options={"num_warps": blocks.warps, "maxnreg": blocks.registers},
+            )
+    finally:
+        knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log = before
+    spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
+    registers = re.search(r"Used (\d+) registers", log.getvalue())
+    if spills is None or registers is None:
+        raise RuntimeError(f"ptxas reported no registers of {name}:\n{log.getvalue()}")
+    return Kernel(
+        architecture,
+        name,
+        dtype,
+        variant,
+        registers=int(registers[1]),
+        spills=int(spills[1]) + int(spills[2]),
+        shared=compiled.metadata.shared,
+        warps=blocks.warps,
+        ptx=compiled.asm["ptx"],
+    )
+
+
+def compile_variant(variant: str, architecture: int, dtype: str) -> Kernel:
+    """One cell of the table."""
+    name, shape = VARIANTS[variant]
+    return compile_kernel(name, architecture, dtype, variant=variant, **shape)
+
+
+def table_of(kernels: Iterable[Kernel]) -> Table:
+    """A row for each kernel and dtype, a column for each architecture: registers."""
+    rows: dict[tuple[str, str, str], dict[int, Kernel]] = {}
+    for kernel in kernels:
+        rows.setdefault((kernel.name, kernel.variant, kernel.dtype), {})[kernel.architecture] = (
+            kernel
+        )
+    architectures = sorted({architecture for row in rows.values() for architecture in row})
+    table = Table(title="registers, spilled bytes (where any)")
+    for heading in ("kernel", "variant", "dtype", "warps", "shared"):
+        table.add_column(heading)
+    for architecture in architectures:
+        table.add_column(f"sm_{architecture}", justify="right")
+    for key, row in rows.items():
+        cells = []
+        for architecture in architectures:
+            kernel = row[architecture]
+            spilled = f" [red]{kernel.spills} B[/red]" if kernel.spills else ""
+            cells.append(f"{kernel.registers}{spilled}")
+        shared = max(kernel.shared for kernel in row.values())
+        table.add_row(*key, str(kernel.warps), str(shared), *cells)
+    return table
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    options = parser.parse_args()
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    cells = [
+        (variant, architecture, dtype)
+        for variant in VARIANTS
+        for dtype in DTYPES
+        for architecture in options.architectures
+    ]
+    with ProcessPoolExecutor(JOBS) as pool:
+        work = pool.map(compile_variant, *zip(*cells), chunksize=6)
+        kernels = list(track(work, "compiling", total=len(cells), console=console))
+    console.print(table_of(kernels))
+    failed = sum(kernel.spills > 0 for kernel in kernels)
+    console.print(f"{len(kernels)} kernels, {failed} that spill")
+    if options.json:
+        figures = [dataclasses.asdict(kernel) for kernel in kernels]
+        for row in figures:
+            del row["ptx"]
+        options.json.write_text(json.dumps({"kernels": figures}, indent=1) + "\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,305 @@
+"""Small hostile calls: what the inputs are, in which dtypes, and how they lie in memory.
+
+Inputs   the arguments of one call
+Dtypes   the dtypes of its three floating inputs
+Case     how to make such a call; CASES is the table that every kernel is tried on
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Inputs:
+    value: Tensor  # [B, S, M, D]
+    spatial_shapes: Any  # int tensor [L, 2] or list of (height, width)
+    level_start_index: Any  # int tensor [L], list or None
+    sampling_locations: Tensor  # [B, Q, M, L, P, 2] or [B, Q, M, K, 2]
+    attention_weights: Tensor
+    num_points: list[int] | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.value, self.sampling_locations, self.attention_weights
+
+    @property
+    def points_per_level(self) -> list[int]:
+        if self.num_points is not None:
+            return list(self.num_points)
+        return [self.sampling_locations.shape[4]] * len(self.spatial_shapes)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of `deform_attn.ms_deform_attn`, without the keywords."""
+        return (self.value, self.spatial_shapes, self.level_start_index, *self.tensors[1:])
+
+    def replace(self, **changes: Any) -> Inputs:
+        return dataclasses.replace(self, **changes)
+
+    def replace_tensors(self, value: Tensor, locations: Tensor, weights: Tensor) -> Inputs:
+        return self.replace(value=value, sampling_locations=locations, attention_weights=weights)
+
+    def to(self, device: str) -> Inputs:
+        moved = {
+            field.name: tensor.to(device)
+            for field in dataclasses.fields(self)
+            if isinstance(tensor := getattr(self, field.name), Tensor)
+        }
+        return self.replace(**moved)
+
+    def leaves(self) -> Inputs:
+        """The same call from tensors that collect a gradient; strides are kept."""
+        return self.replace_tensors(*(t.detach().requires_grad_() for t in self.tensors))
+
+
+@dataclass(frozen=True)
+class Dtypes:
+    name: str
+    value: torch.dtype
+    locations: torch.dtype
+    weights: torch.dtype
+
+    @property
+    def native(self) -> bool:
+        """Kernels read these as they are, nothing is cast before."""
+        real = f64 if self.value is f64 else f32
+        return self.locations is real and self.weights in (self.value, real)
+
+
+f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
+DTYPES = {
+    dtypes.name: dtypes
+    for dtypes in (
+        Dtypes("f64", f64, f64, f64),
+        Dtypes("f32", f32, f32, f32),
+        Dtypes("f16", f16, f32, f16),
+        Dtypes("bf16", bf16, f32, bf16),
+    )
+}
+# weights in the dtype of the locations are read as they are; everything else is cast
+MIXED_DTYPES = {
+    dtypes.name: dtypes
+    for dtypes in (
+        Dtypes("f16_weights_f32", f16, f32, f32),
+        Dtypes("bf16_weights_f32", bf16, f32, f32),
+        Dtypes("bf16_weights_f16", bf16, f32, f16),
+        Dtypes("bf16_throughout", bf16, bf16, bf16),
+        Dtypes("f32_locations_bf16", f32, bf16, f32),
+        Dtypes("f32_locations_f64", f32, f64, f32),
+        Dtypes("f32_weights_f16", f32, f32, f16),
+        Dtypes("f32_weights_f64", f32, f32, f64),
+        Dtypes("f64_locations_f32", f64, f32, f64),
+        Dtypes("f64_weights_f32", f64, f64, f32),
+    )
+}
+
+
+def uniform(shape: Sequence[int], generator: torch.Generator, low: float, high: float) -> Tensor:
+    return low + (high - low) * torch.rand(shape, generator=generator, dtype=f64)
+
+
+def around_the_map(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
+    return uniform(shape, generator, -0.2, 1.2)
+
+
+def far_outside(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
+    """Half the coordinates on the map, the others further and further away."""
+    distance = 10.0 ** torch.randint(0, 38, shape, generator=generator)
+    far = torch.rand(shape, generator=generator) < 0.5
+    return torch.where(
+        far, uniform(shape, generator, -1, 1) * distance, uniform(shape, generator, 0, 1)
+    )
+
+
+def chosen_from(*numbers: float) -> Callable[..., Tensor]:
+    """Every location one of a few numbers: so both coordinates, each alone, and neither."""
+
+    def draw(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
+        return torch.tensor(numbers, dtype=f64)[
+            torch.randint(len(numbers), tuple(shape), generator=generator)
+        ]
+
+    return draw
+
+
+def on_pixels(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
+    """Pixel centres of the first level (powers of two: then they are exact in every dtype)."""
+    height, width = case.levels[0]
+    x = (torch.randint(-1, width + 1, shape[:-1], generator=generator) + 0.5) / width
+    y = (torch.randint(-1, height + 1, shape[:-1], generator=generator) + 0.5) / height
+    return torch.stack((x, y), -1).double()
+
+
+def same_point(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
+    """All queries at one place: the value gradient of four pixels collects everything."""
+    return uniform((2,), generator, 0.3, 0.6).expand(tuple(shape))
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    levels: tuple[tuple[int, int], ...] = ((5, 7), (3, 4), (2, 1))
+    batch: int = 2
+    queries: int = 5
+    heads: int = 2
+    head_dim: int = 8
+    points: int | tuple[int, ...] = 2  # a tuple: the flat layout and num_points
+    starts: tuple[int, ...] | None = None  # None: one level behind the other
+    rows: int | None = None  # of value; None: as many as the levels need
+    metadata: str = "int64"  # or int32, list, shapes_only, list_only (without level_start_index)
+    layout: str = "plain"  # how the three tensors lie in memory: see `lay_out`
+    locations: Callable[..., Tensor] = around_the_map
+
+    @property
+    def work(self) -> int:
+        """Sampled points: what an interpreted kernel spends its time on."""
+        points = (
+            self.points if isinstance(self.points, tuple) else (self.points,) * len(self.levels)
+        )
+        return self.batch * self.queries * self.heads * sum(points)
+
+    def smaller(self, work: int) -> Case:
+        """With fewer queries, heads and batches until it is little work; hostile as before."""
+        case = self
+        for name, least in (
+            ("queries", 2),
+            ("heads", 2),
+            ("batch", 1),
+            ("queries", 1),
+            ("heads", 1),
+        ):
+            while case.work > work and getattr(case, name) > least:
+                case = dataclasses.replace(case, **{name: getattr(case, name) - 1})
+        return case
+
+    @property
+    def level_starts(self) -> tuple[int, ...]:
+        if self.starts is not None:
+            return self.starts
+        ends = [sum(h * w for h, w in self.levels[: i + 1]) for i in range(len(self.levels))]
+        return (0, *ends[:-1])
+
+    def make(self, dtypes: Dtypes, device: str = "cpu") -> Inputs:
+        """The same numbers for every device; rounded to the dtypes."""
+        generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
+        B, Q, M, D = self.batch, self.queries, self.heads, self.head_dim
+        starts = self.level_starts
+        ends = [start + h * w for start, (h, w) in zip(starts, self.levels)]
+        S = max(ends) if self.rows is None else self.rows
+
+        value = uniform((B, S, M, D), generator, -1, 1)
+        used = torch.zeros(S, dtype=torch.bool)
+        for start, end in zip(starts, ends):
+            used[start:end] = True
+        value[:, ~used] = NAN  # rows of no level are never read
+
+        if isinstance(self.points, tuple):
+            point_shape: tuple[int, ...] = (sum(self.points),)
+        else:
+            point_shape = (len(self.levels), self.points)
+        locations = self.locations((B, Q, M, *point_shape, 2), generator, self)
+        weights = uniform((B, Q, M, *point_shape), generator, -0.25, 1)
+
+        shapes: Any = [tuple(pair) for pair in self.levels]
+        first_rows: Any = list(starts)
+        if self.metadata.endswith("_only"):
+            first_rows = None
+        if not self.metadata.startswith("list"):
+            integer = torch.int32 if self.metadata == "int32" else torch.int64
+            shapes = torch.tensor(shapes, dtype=integer, device=device)
+            if first_rows is not None:
+                first_rows = torch.tensor(first_rows, dtype=integer, device=device)
+        return Inputs(
+            lay_out(value.to(device, dtypes.value), self.layout),
+            shapes,
+            first_rows,
+            lay_out(locations.to(device, dtypes.locations), self.layout),
+            lay_out(weights.to(device, dtypes.weights), self.layout),
+            list(self.points) if isinstance(self.points, tuple) else None,
+        )
+
+
+def lay_out(tensor: Tensor, layout: str) -> Tensor:
+    """The same numbers in another place: strided, behind an offset, or read again and again."""
+    if layout == "plain" or tensor.dim() == 0:
+        return tensor
+    if layout == "transposed":
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1)
+    wall = NAN if tensor.is_floating_point() else 10**9
+    if layout == "strided":  # every other number of each dimension of a tensor full of NaN
+        wide = tensor.new_full([2 * n for n in tensor.shape], wall)
+        view = wide[(slice(None, None, 2),) * tensor.dim()]
+        return view.copy_(tensor)
+    if layout == "offset":  # contiguous, one number off any alignment, between walls of NaN
+        wide = tensor.new_full((tensor.numel() + 130,), wall)
+        view = wide[65 : 65 + tensor.numel()].view(tensor.shape)
+        return view.copy_(tensor)
+    if layout == "expanded":  # stride 0 along the batch
+        return tensor[:1].expand_as(tensor)
+    raise AssertionError(layout)
+
+
+_ALL = (
+    Case("non_square"),
+    Case("one_level", levels=((6, 4),)),
+    Case("one_pixel_level", levels=((1, 1), (4, 3), (1, 1))),
+    Case("wide_and_tall_levels", levels=((1, 90), (90, 1))),
+    Case("no_batch", batch=0),
+    Case("no_queries", queries=0),
+    Case("no_points", points=0),
+    Case("one_of_each", levels=((1, 1),), batch=1, queries=1, heads=1, head_dim=1, points=1),
+    Case("more_points_than_levels", levels=((4, 5), (2, 3)), points=5),
+    Case("more_levels_than_points", levels=((4, 5),) * 5, points=1),
+    Case("many_points", levels=((4, 5), (2, 3)), points=23, queries=2),
+    Case("many_levels", levels=((2, 3),) * 40, points=1, queries=2),
+    Case("many_listed_levels", levels=((2, 3),) * 40, points=1, queries=2, metadata="list"),
+    Case("odd_heads", heads=7, head_dim=5),
+    *(
+        Case(f"head_dim_{d}", head_dim=d, queries=3, batch=1)
+        for d in (1, 4, 8, 16, 30, 32, 64, 71, 128, 256)
+    ),
+    Case("far_outside", locations=far_outside),
+    Case("on_borders", locations=chosen_from(0.0, 1.0, 0.5, -0.25, 1.25), levels=((4, 2), (2, 8))),
+    Case("on_pixels", locations=on_pixels, levels=((4, 8), (8, 4))),
+    Case("not_finite", locations=chosen_from(NAN, INF, -INF, 0.41, 0.73), queries=20),
+    Case("nothing_on_the_map", locations=chosen_from(NAN, INF, -INF, 7.0, -7.0)),
+    Case("same_point", locations=same_point, queries=40, batch=1),
+    Case("transposed", layout="transposed"),
+    Case("strided", layout="strided"),
+    Case("offset", layout="offset"),
+    Case("offset_head_dim_32", layout="offset", head_dim=32, queries=2),
+    Case("expanded", layout="expanded"),
+    Case("overlapping_levels", levels=((4, 5), (5, 4), (2, 3)), starts=(0, 0, 7)),
+    Case("levels_in_reverse", levels=((2, 3), (4, 5)), starts=(20, 0)),
+    Case("gaps_between_levels", levels=((4, 5), (2, 3)), starts=(3, 30), rows=50),
+    Case("rows_behind_levels", levels=((4, 5), (2, 3)), rows=40, metadata="shapes_only"),
+    Case("listed_points", points=(3, 6, 3)),
+    Case("listed_points_equal", points=(2, 2, 2)),
+    Case("level_without_points", points=(0, 2, 1)),
+    Case("listed_points_all_zero", points=(0, 0, 0)),
+    Case("starts_omitted", metadata="shapes_only"),
+    Case("list_metadata", metadata="list"),
+    Case("list_metadata_starts_omitted", metadata="list_only", points=(3, 6, 3)),
+    Case("int32_metadata", metadata="int32"),
+    Case(
+        "shared_among_threads",
+        levels=((9, 11), (4, 5)),
+        queries=24,
+        heads=8,
+        head_dim=32,
+        points=4,
+    ),
+)
+CASES = {case.name: case for case in _ALL}
+assert len(CASES) == len(_ALL)

@@ -1,0 +1,156 @@
+"""Options and fixtures: each test body runs for every runner, dtype and case that it asks for.
+
+Fixtures `runner`, `dtypes`, `case` (from runners.py and cases.py) are combined at collection; a
+combination that cannot run is not collected, and the header says which runners do not run and why.
+The marker `only` narrows the choice, and further for slow runners (interpreted kernels):
+
+    @pytest.mark.only(runners=package, dtypes=["f64", "f32"], slow={"dtypes": ["f32"]})
+    @pytest.mark.only(cases=lambda case: case.batch > 0, slow=None)  # none of them
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+from cases import CASES, DTYPES, MIXED_DTYPES
+from runners import Runner, all_runners, unavailable
+
+ALL_DTYPES = DTYPES | MIXED_DTYPES
+
+quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("repeatable", derandomize=True, **quiet)
+settings.register_profile("explore", derandomize=False, print_blob=True, **quiet)
+settings.load_profile("repeatable")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("deform_attn")
+    group.addoption(
+        "--goldens",
+        type=Path,
+        default=Path(__file__).parent / "goldens",
+        help="folder with the recorded reference outputs",
+    )
+    group.addoption(
+        "--runners", default="", help="comma-separated names (see the header); default: all"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "only(runners, dtypes, cases, slow): what to try")
+    wanted = [name for name in config.getoption("--runners").split(",") if name]
+    known = {runner.name: runner for runner in all_runners()}
+    if unknown := set(wanted) - set(known):
+        raise pytest.UsageError(f"--runners: no {sorted(unknown)}; here are {sorted(known)}")
+    if wanted:
+        chosen = [known[name] for name in wanted]
+    else:
+        chosen = [runner for runner in known.values() if runner.default]
+    reasons = unavailable()
+    if impossible := [runner.name for runner in chosen if wanted and runner.name in reasons]:
+        raise pytest.UsageError(f"--runners: {impossible[0]} cannot run: {reasons[impossible[0]]}")
+    config.stash[CHOSEN] = [runner for runner in chosen if runner.name not in reasons]
+
+
+CHOSEN = pytest.StashKey[list[Runner]]()
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    chosen = config.stash[CHOSEN]
+    lines = ["runners:"]
+    for runner in chosen:
+        dtypes = [name for name, dtypes in DTYPES.items() if runner.why_not(dtypes) is None]
+        lines.append(f"  {runner.name}: {', '.join(dtypes)}")
+    reasons = unavailable()
+    for runner in all_runners():
+        if runner not in chosen:
+            reasons.setdefault(runner.name, f"on request: --runners {runner.name}")
+    names = {runner.name for runner in chosen}
+    lines += [f"  not {name}: {why}" for name, why in reasons.items() if name not in names]
+    return lines
+
+
+def _picked(choice: Any, everything: dict[str, Any]) -> list[Any]:
+    if choice is None:
+        return list(everything.values())
+    if callable(choice):
+        return [thing for thing in everything.values() if choice(thing)]
+    return [everything[name] for name in choice]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = [n for n in ("runner", "dtypes", "case") if n in metafunc.fixturenames]
+    if not names:
+        return
+    marker = metafunc.definition.get_closest_marker("only")
+    only = dict(marker.kwargs) if marker else {}
+    for_slow = only.pop("slow", {})
+    rows, ids = [], []
+    for runner in metafunc.config.stash[CHOSEN] if "runner" in names else [None]:
+        choice = only
+        if runner is not None:
+            if runner.slow and for_slow is None:
+                continue
+            choice = only | for_slow if runner.slow else only
+            if not choice.get("runners", lambda _: True)(runner):
+                continue
+        dtypes = _picked(choice.get("dtypes", list(DTYPES)), ALL_DTYPES)
+        cases = _picked(choice.get("cases"), CASES)
+        for dtype, case in itertools.product(
+            dtypes if "dtypes" in names else [None], cases if "case" in names else [None]
+        ):
+            if runner is not None and not runner.takes(case, dtype):
+                continue
+            fitted = runner.fitted(case) if runner is not None and case is not None else case
+            row = {"runner": runner, "dtypes": dtype, "case": fitted}
+            rows.append([row[name] for name in names])
+            ids.append("-".join(row[name].name for name in names))
+    if not rows:  # nothing that runs here: collected as one deselected item, not as a skip
+        rows, ids = [[None] * len(names)], [NOTHING]
+    metafunc.parametrize(names, rows, ids=ids)
+
+
+NOTHING = "nothing-to-run"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    empty = [item for item in items if NOTHING in item.name]
+    if empty:
+        config.hook.pytest_deselected(items=empty)
+        items[:] = [item for item in items if item not in empty]
+
+
+@pytest.fixture
+def goldens(request: pytest.FixtureRequest) -> Path:
+    folder: Path = request.config.getoption("--goldens")
+    assert folder.is_dir(), f"--goldens: no folder {folder}"
+    return folder
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Fresh memory is full of NaN, so that an element nobody writes is seen; deterministic mode."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(autouse=True)
+def same_numbers_every_time() -> None:
+    torch.manual_seed(0)

@@ -1,0 +1,1 @@
+"""The CUDA kernels run without a GPU: simt.h emulates them, the tests here try the emulator."""

@@ -1,0 +1,100 @@
+"""Compiles the emulated kernels with this machine's C++ compiler, once for each source text."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+FOLDER = ROOT / "build" / "simt"
+
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from build_tools.toolchain import NotFound, find_cuda  # noqa: E402
+
+COMPILER = os.environ.get("CXX", "g++")
+FLAGS = ("-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-class-memaccess", "-pthread")
+
+
+def why_not() -> str | None:
+    """Why nothing can be built here, or None."""
+    if shutil.which(COMPILER) is None:
+        return f"no C++ compiler ({COMPILER}) on PATH"
+    if importlib.util.find_spec("pybind11") is None:
+        return "pybind11 is not installed"
+    try:
+        find_cuda()
+    except NotFound as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _sources_digest() -> str:
+    digest = hashlib.sha256()
+    for folder, patterns in ((HERE, ("*.h", "*.cpp")), (ROOT / "csrc", ("*.h", "cuda/*.cuh"))):
+        for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+
+
+def compiled(source: str, output: str, *flags: str, link: tuple[str, ...] | None = None) -> Path:
+    """The file made of a source of this folder; compiled only where it is not there yet.
+
+    Linked with the same flags, or only with those of `link`.
+    """
+    includes = [f"-I{path}" for path in (*find_cuda().include_folders, ROOT / "csrc", HERE)]
+    command = [COMPILER, *FLAGS, *flags, *includes]
+    key = hashlib.sha256((_sources_digest() + " ".join(command)).encode()).hexdigest()[:16]
+    target = FOLDER / key / output
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = target.with_name(f"{os.getpid()}.{output}")
+    if link is None:
+        _run([*command, str(HERE / source), "-o", str(unfinished), "-ldl"])
+    else:
+        objects = unfinished.with_suffix(".o")
+        _run([*command, "-c", str(HERE / source), "-o", str(objects)])
+        _run([COMPILER, *link, str(objects), "-o", str(unfinished), "-ldl"])
+        objects.unlink()
+    unfinished.replace(target)  # at once, whoever else builds it
+    return target
+
+
+@functools.cache
+def module(name: str, *flags: str, link: tuple[str, ...] | None = None) -> ModuleType:
+    """module.cpp as a Python module of this name."""
+    import pybind11
+
+    includes = (pybind11.get_include(), sysconfig.get_paths()["include"])
+    path = compiled(
+        "module.cpp",
+        f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}",
+        *("-O2", "-fPIC", "-shared", f"-DSIMT_MODULE={name}"),
+        *(f"-isystem{folder}" for folder in includes),
+        *flags,
+        link=link,
+    )
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found

@@ -1,0 +1,244 @@
+"""The emulated kernels as functions of torch tensors.
+
+Emulated   one build of the kernels: forward, backward, and what it was made to do
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simt import build
+
+TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
+WAYS = ("plain", "scatter", "gather", "planned")
+NAN = float("nan")
+PROCESSORS = 132  # multiprocessors of the GPU that block sizes are chosen for
+
+
+@dataclass(frozen=True)
+class Emulated:
+    """The kernels with atomics on `atomic_floats` floats at a time (4 as since sm_90, 1 before)."""
+
+    atomic_floats: int = 4
+    processors: int = PROCESSORS
+    long_offsets: bool = False  # int64 offsets where int32 would do
+
+    counting: bool = False  # a build that counts what the kernels access
+
+    @property
+    def module(self) -> Any:
+        floats = f"-DATOMIC_FLOATS={self.atomic_floats}"
+        if self.counting:
+            # the hooks of the thread sanitizer, without its library
+            flags = ("-DSIMT_TRAFFIC", "-fsanitize=thread", "-fno-tree-sra")
+            name = f"counting_{self.atomic_floats}"
+            return build.module(name, floats, *flags, link=("-shared",))
+        return build.module(f"kernels_{self.atomic_floats}", floats)
+
+    def set_order(self, order: str, seed: int = 0) -> None:
+        """In which order warps and lanes run: forward, reversed or shuffled."""
+        self.module.set_order(order, seed)
+
+    def forward(
+        self,
+        value: Tensor,  # [B, S, M, D]
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],  # a tensor is read by the kernel
+        level_start_index: Tensor | None,
+        sampling_locations: Tensor,  # [B, Q, M, L, P, 2] or [B, Q, M, K, 2]
+        attention_weights: Tensor,
+        num_points: Sequence[int] | None = None,
+        plain: bool = False,
+        output: Tensor | None = None,  # to be written to
+    ) -> Tensor:
+        """The output, [B, Q, M * D]."""
+        call = _Call(
+            value,
+            spatial_shapes,
+            level_start_index,
+            sampling_locations,
+            attention_weights,
+            num_points,
+        )
+        B, _, M, D = value.shape
+        if output is None:
+            output = value.new_full((B, sampling_locations.shape[1], M * D), NAN)
+        self.module.forward(
+            call.fields, output.data_ptr(), plain, self.processors, self.long_offsets
+        )
+        return output
+
+    def backward(
+        self,
+        grad_output: Tensor,
+        value: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        level_start_index: Tensor | None,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        num_points: Sequence[int] | None = None,
+        way: str = "planned",
+        targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of value, sampling_locations and attention_weights."""
+        assert way in WAYS
+        call = _Call(
+            value,
+            spatial_shapes,
+            level_start_index,
+            sampling_locations,
+            attention_weights,
+            num_points,
+        )
+        if targets is None:
+            targets = self.targets(
+                *(value, spatial_shapes, level_start_index),
+                *(sampling_locations, attention_weights, num_points),
+                way=way,
+            )
+        outputs = (*(tensor.data_ptr() for tensor in targets), 0, 0, 0)  # nothing of a layer
+        self.module.backward(
+            *(call.fields, grad_output.data_ptr(), outputs, way),
+            *(self.processors, self.long_offsets),
+        )
+        return targets[0], targets[1], targets[2]
+
+    def targets(self, *arguments: Any, way: str) -> tuple[Tensor, ...]:
+        """The three gradients as they must be before the call, and its working memory."""
+        value, _, _, locations, weights = arguments[:5]
+        return (
+            torch.zeros_like(value),
+            torch.full_like(locations, NAN),
+            torch.full_like(weights, NAN),
+            *self._scratch(_Call(*arguments), way),
+        )
+
+    def _scratch(self, call: _Call, way: str) -> tuple[Tensor, Tensor, Tensor]:
+        _, sums, bounds, statistics = self.module.plan(call.fields, way)
+        return (
+            torch.zeros(sums, dtype=torch.uint8),
+            torch.full((bounds,), 255, dtype=torch.uint8),
+            torch.full((statistics,), 255, dtype=torch.uint8),
+        )
+
+    def layer_forward(
+        self,
+        value: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        level_start_index: Tensor | None,
+        reference_points: Tensor,  # [B, Q, L or 1, 2 or 4]
+        sampling_offsets: Tensor,
+        attention_logits: Tensor,
+        num_points: Sequence[int] | None,
+        offset_scale: float,
+    ) -> Tensor:
+        """The output, [B, Q, M * D]."""
+        call = _Call(
+            *(value, spatial_shapes, level_start_index, sampling_offsets, attention_logits),
+            *(num_points, reference_points, offset_scale),
+        )
+        B, Q = reference_points.shape[:2]
+        output = value.new_full((B, Q, value.shape[2] * value.shape[3]), NAN)
+        self.module.forward(
+            call.fields, output.data_ptr(), False, self.processors, self.long_offsets
+        )
+        return output
+
+    def layer_backward(
+        self,
+        grad_output: Tensor,
+        value: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        level_start_index: Tensor | None,
+        reference_points: Tensor,
+        sampling_offsets: Tensor,
+        attention_logits: Tensor,
+        num_points: Sequence[int] | None,
+        offset_scale: float,
+        way: str = "planned",
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Gradients of value, reference_points, sampling_offsets and attention_logits."""
+        call = _Call(
+            *(value, spatial_shapes, level_start_index, sampling_offsets, attention_logits),
+            *(num_points, reference_points, offset_scale),
+        )
+        grads = (
+            torch.zeros_like(value),
+            torch.full_like(reference_points, NAN),
+            torch.full_like(sampling_offsets, NAN),
+            torch.full_like(attention_logits, NAN),
+        )
+        work = [
+            torch.full_like(t, NAN, dtype=reference_points.dtype)
+            for t in (sampling_offsets, attention_logits)
+        ]
+        targets = (grads[0], *work, *self._scratch(call, way), *grads[1:])
+        self.module.backward(
+            *(call.fields, grad_output.data_ptr(), tuple(t.data_ptr() for t in targets), way),
+            *(self.processors, self.long_offsets),
+        )
+        return grads
+
+    def way_of(self, *arguments: Any) -> str:
+        """The way that is chosen for a call."""
+        return self.module.plan(_Call(*arguments).fields, "planned")[0]
+
+
+class _Call:
+    """The arguments as the module takes them, and the tensors that must live as long."""
+
+    def __init__(
+        self,
+        value: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
+        level_start_index: Tensor | None,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        num_points: Sequence[int] | None = None,
+        reference_points: Tensor | None = None,  # with it, offsets and logits come before
+        offset_scale: float = 0.0,
+    ) -> None:
+        for tensor in (value, sampling_locations, attention_weights):
+            assert tensor.is_contiguous()
+        levels = len(spatial_shapes)
+        counts = num_points
+        if counts is None:
+            counts = [sampling_locations.shape[4]] * levels
+        on_device = isinstance(spatial_shapes, Tensor)
+        self.kept = [
+            tensor.long().contiguous() if isinstance(tensor, Tensor) else None
+            for tensor in (spatial_shapes, level_start_index)
+        ]
+        real = torch.float64 if value.dtype == torch.float64 else torch.float32
+        layer = reference_points is not None
+        assert sampling_locations.dtype == (attention_weights.dtype if layer else real)
+        assert attention_weights.dtype in (real, value.dtype)
+        assert not layer or (reference_points.dtype == real and reference_points.is_contiguous())
+        B, S, M, D = value.shape
+        self.fields = {
+            "batch": B,
+            "rows": S,
+            "queries": sampling_locations.shape[1],
+            "heads": M,
+            "head_dim": D,
+            "levels": levels,
+            "points": sum(counts),
+            "shapes": self.kept[0].data_ptr() if on_device else 0,
+            "starts": self.kept[1].data_ptr() if self.kept[1] is not None else 0,
+            "sizes": [] if on_device else [(int(h), int(w)) for h, w in spatial_shapes],
+            "first_point": [0, *itertools.accumulate(counts)],
+            "type": TYPES[value.dtype],
+            "weights_are_real": attention_weights.dtype == real,
+            "value": value.data_ptr(),
+            "locations": sampling_locations.data_ptr(),
+            "weights": attention_weights.data_ptr(),
+            "reference": reference_points.data_ptr() if layer else 0,
+            "reference_levels": reference_points.shape[2] if layer else 0,
+            "reference_size": reference_points.shape[3] if layer else 0,
+            "offset_scale": offset_scale,
+        }

@@ -1,0 +1,112 @@
+// The shipped kernels and their launchers, run by the emulator and bound to Python. Tensors come as
+// addresses, so that every dtype of torch fits.
+#include <pybind11/functional.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "simt.h"
+// after simt.h
+#include "cuda/launch.cuh"
+#if defined(SIMT_TRAFFIC)
+#include "traffic.h"
+#endif
+
+namespace py = pybind11;
+using namespace deform_attn;
+
+namespace {
+
+template <typename T = void>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+Inputs inputs_of(const py::dict& call) {
+  Inputs in = {};
+  const auto number = [&](const char* name) { return call[name].cast<int64_t>(); };
+  in.problem.batch = number("batch");
+  in.problem.rows = number("rows");
+  in.problem.queries = number("queries");
+  in.problem.heads = static_cast<int>(number("heads"));
+  in.problem.head_dim = static_cast<int>(number("head_dim"));
+  in.problem.levels = static_cast<int>(number("levels"));
+  in.problem.points = static_cast<int>(number("points"));
+  in.levels.count = in.problem.levels;
+  in.levels.shapes = at<const int64_t>(call["shapes"].cast<uintptr_t>());
+  in.levels.starts = at<const int64_t>(call["starts"].cast<uintptr_t>());
+  const auto sizes = call["sizes"].cast<std::vector<std::pair<int64_t, int64_t>>>();
+  for (size_t l = 0; l < sizes.size(); ++l) {
+    in.levels.height[l] = sizes[l].first;
+    in.levels.width[l] = sizes[l].second;
+  }
+  std::fill(in.levels.start, in.levels.start + kMaxLevels, -1);
+  const auto first_point = call["first_point"].cast<std::vector<int>>();
+  std::copy(first_point.begin(), first_point.end(), in.levels.first_point);
+  in.type = static_cast<Type>(number("type"));
+  in.weights_are_real = call["weights_are_real"].cast<bool>();
+  in.value = at(call["value"].cast<uintptr_t>());
+  in.locations = at(call["locations"].cast<uintptr_t>());
+  in.weights = at(call["weights"].cast<uintptr_t>());
+  in.layer = {at(call["reference"].cast<uintptr_t>()), static_cast<int>(number("reference_levels")),
+              static_cast<int>(number("reference_size")), call["offset_scale"].cast<double>()};
+  return in;
+}
+
+Device device(int processors, bool long_offsets) { return {processors, 90, nullptr, long_offsets}; }
+
+BackwardPlan plan(const py::dict& call, const std::string& name) {
+  const Inputs in = inputs_of(call);
+  const Way way = name == "plain"     ? Way::kPlain
+                  : name == "scatter" ? Way::kScatter
+                                      : chosen_way(in.problem, name == "gather");
+  return plan_backward(in.problem, in.type, way);
+}
+
+const char* name_of(Way way) {
+  return way == Way::kPlain ? "plain" : way == Way::kScatter ? "scatter" : "gather";
+}
+
+}  // namespace
+
+PYBIND11_MODULE(SIMT_MODULE, module) {
+  module.attr("atomic_floats") = kAtomicFloats;
+  module.attr("max_levels") = kMaxLevels;
+
+  module.def("forward", [](const py::dict& call, uintptr_t output, bool plain, int processors,
+                           bool long_offsets) {
+    const Inputs in = inputs_of(call);
+    const py::gil_scoped_release release;
+    forward_call(in, at(output), device(processors, long_offsets), plain);
+  });
+  module.def("plan", [](const py::dict& call, const std::string& way) {
+    const BackwardPlan it = plan(call, way);
+    return py::make_tuple(name_of(it.way), it.sums, it.bounds, it.statistics);
+  });
+  module.def("backward", [](const py::dict& call, uintptr_t grad_output, const py::tuple& outputs,
+                            const std::string& way, int processors, bool long_offsets) {
+    const Inputs in = inputs_of(call);
+    const auto address = [&](size_t i) { return at(outputs[i].cast<uintptr_t>()); };
+    const Outputs out = {address(0), address(1), address(2), address(3), address(4),
+                         address(5), address(6), address(7), address(8)};
+    const BackwardPlan planned = plan(call, way);
+    const py::gil_scoped_release release;
+    backward_call(in, at(grad_output), out, planned, device(processors, long_offsets));
+  });
+  module.def("set_order", [](const std::string& order, unsigned seed) {
+    simt::options.order = order == "reversed"   ? simt::Order::kReversed
+                          : order == "shuffled" ? simt::Order::kShuffled
+                                                : simt::Order::kForward;
+    simt::options.seed = seed;
+  });
+  module.def("launches", [] { return simt::launches(); });
+  module.def("plant_error",
+             [](int error) { simt::planted_error = static_cast<cudaError_t>(error); });
+#if defined(SIMT_TRAFFIC)
+  // ranges: [(name, address, bytes)]
+  module.def("watch", [](const std::vector<std::tuple<std::string, uintptr_t, size_t>>& ranges,
+                         int processors) { traffic::start(ranges, processors); });
+  // {(kernel, tensor, "read" | "write" | "atomic"):
+  //  (instructions of a warp, accesses of a lane, sectors, sectors that miss the modelled L1)}
+  module.def("counts", [] { return traffic::stop(); });
+#endif
+}

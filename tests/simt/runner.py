@@ -1,0 +1,41 @@
+"""The emulated kernels as runners: every test body that tries the CPU kernel tries them too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from cases import Inputs
+from runners import Runner
+from torch import Tensor
+
+from simt import build
+from simt.emulated import Emulated
+
+LARGEST_WORK = 300  # of a case: a fiber a thread takes its time
+
+
+def _runner(name: str, kernels: Emulated, way: str) -> Runner:
+    def forward(inputs: Inputs) -> Tensor:
+        inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
+        return kernels.forward(*inputs.arguments, inputs.num_points, plain=way == "plain")
+
+    def backward(inputs: Inputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
+        return kernels.backward(grad_output, *inputs.arguments, inputs.num_points, way=way)
+
+    return Runner.from_kernels(
+        name,
+        forward,
+        backward,
+        why_not=lambda dtypes: build.why_not(),
+        deterministic=way == "gather",
+        largest_work=LARGEST_WORK,
+    )
+
+
+def runners() -> Iterator[Runner]:
+    """Each way to the gradient of value, with the atomics of new and old GPUs."""
+    yield _runner("emulated/gather", Emulated(), "gather")
+    yield _runner("emulated/scatter", Emulated(), "scatter")
+    yield _runner("emulated/scatter_before_sm_90", Emulated(atomic_floats=1), "scatter")
+    yield _runner("emulated/plain", Emulated(), "plain")

@@ -1,0 +1,270 @@
+// A program that runs kernels under the emulator, to be built with a sanitizer.
+//
+//   sanitized kernels    all kernels on small hostile calls; each against forward_plain or
+//                        backward_plain on the same call
+//   sanitized able       what the emulator can do
+//   sanitized NAME       one kernel of selftest.h with its fault
+//   sanitized ok:NAME    the same kernel without it
+//
+// Exit status 0: all as it should be; 1: a wrong result; 2: the emulator refused, and said why.
+#include <cmath>
+#include <cstdio>
+
+#include "simt.h"
+// after simt.h
+#include "cuda/launch.cuh"
+#include "selftest.h"
+
+using namespace deform_attn;
+
+namespace {
+
+int failures = 0;
+
+void expect(bool right, const std::string& what) {
+  if (right) return;
+  ++failures;
+  std::fprintf(stderr, "wrong: %s\n", what.c_str());
+}
+
+// ---- the shipped kernels
+
+struct Case {
+  std::vector<std::pair<int64_t, int64_t>> levels;
+  std::vector<int64_t> starts;  // empty: one behind the other
+  std::vector<int> counts;      // points of each level
+  int64_t batch, queries;       // queries 0: the pixels
+  int heads, head_dim;
+  bool lies;  // sizes on the device that do not fit
+};
+
+const Case kCases[] = {
+    {{{9, 12}, {5, 6}}, {}, {4, 4}, 1, 0, 2, 32, false},           // an encoder
+    {{{5, 7}, {3, 4}, {2, 1}}, {}, {3, 6, 3}, 2, 5, 2, 8, false},  // a list of counts
+    {{{5, 7}, {1, 1}}, {}, {2, 2}, 1, 37, 3, 30, false},
+    {{{4, 5}, {2, 3}}, {}, {1, 1}, 1, 3, 1, 71, false},
+    {{{4, 5}}, {}, {5}, 2, 3, 2, 1, false},
+    {{{3, 3}}, {}, {23}, 1, 2, 1, 128, false},
+    {{{4, 5}, {5, 4}, {2, 3}}, {0, 0, 7}, {2, 0, 2}, 1, 9, 2, 4, false},  // overlapping levels
+    {{{4, 5}, {2, 3}}, {3, 30}, {2, 2}, 1, 9, 2, 16, false},              // gaps
+    {{{1000000, 1000000}, {-3, 5}, {4, 4}}, {0, 5, 12}, {2, 2, 2}, 1, 9, 2, 16, true},
+    {{{4, 5}, {2, 3}}, {-7, int64_t{1} << 62}, {2, 2}, 1, 9, 2, 16, true},
+};
+
+template <typename T>
+std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) {
+  std::uniform_real_distribution<float> uniform(low, high);
+  std::vector<T> numbers(count);
+  for (T& number : numbers) number = static_cast<T>(uniform(random));
+  return numbers;
+}
+
+template <typename T>
+bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
+  double largest = 1e-3;
+  for (const T& number : a) {
+    if (std::isfinite(static_cast<double>(number))) {
+      largest = std::max(largest, std::abs(static_cast<double>(number)));
+    }
+  }
+  for (size_t i = 0; i < a.size(); ++i) {
+    const double x = static_cast<double>(a[i]), y = static_cast<double>(b[i]);
+    if (!(std::abs(x - y) <= tolerance * largest)) return false;
+  }
+  return true;
+}
+
+template <typename T>
+void run(const Case& test, Type type, size_t index) {
+  using Sum = Real<T>;
+  Inputs in = {};
+  Problem& problem = in.problem;
+  std::vector<int64_t> shapes, starts = test.starts;
+  int64_t rows = 0;
+  for (size_t l = 0; l < test.levels.size(); ++l) {
+    const auto [height, width] = test.levels[l];
+    shapes.push_back(height);
+    shapes.push_back(width);
+    if (!test.lies) rows = std::max(rows, (starts.empty() ? rows : starts[l]) + height * width);
+    in.levels.start[l] = -1;
+    in.levels.first_point[l + 1] = in.levels.first_point[l] + test.counts[l];
+  }
+  if (test.lies) rows = 28;
+  in.levels.count = problem.levels = static_cast<int>(test.levels.size());
+  in.levels.shapes = shapes.data();
+  in.levels.starts = starts.empty() ? nullptr : starts.data();
+  problem.points = in.levels.first_point[problem.levels];
+  problem.batch = test.batch;
+  problem.rows = rows;
+  problem.queries = test.queries ? test.queries : rows;
+  problem.heads = test.heads;
+  problem.head_dim = test.head_dim;
+  in.type = type;
+  in.weights_are_real = index % 2;
+
+  std::mt19937 random(static_cast<unsigned>(index));
+  const size_t width = static_cast<size_t>(problem.row_stride());
+  const size_t outputs = static_cast<size_t>(problem.batch * problem.queries) * width;
+  const size_t points = static_cast<size_t>(problem.batch * problem.queries) *
+                        static_cast<size_t>(problem.heads * problem.points);
+  const auto value = drawn<T>(static_cast<size_t>(problem.batch * rows) * width, random, -1, 1);
+  const auto grad = drawn<T>(outputs, random, -1, 1);
+  auto locations = drawn<Sum>(2 * points, random, -0.3f, 1.3f);
+  for (size_t i = 0; i < locations.size(); i += 11) {
+    locations[i] = i % 3 ? NAN : static_cast<Sum>(1e30);
+  }
+  const auto narrow = drawn<T>(points, random, 0, 1);
+  const std::vector<Sum> wide(narrow.begin(), narrow.end());
+  in.value = value.data();
+  in.locations = locations.data();
+  in.weights = in.weights_are_real ? static_cast<const void*>(wide.data()) : narrow.data();
+
+  const double tolerance = sizeof(T) == 2 ? 2e-2 : sizeof(T) == 4 ? 1e-5 : 1e-13;
+  const std::string name =
+      "case " + std::to_string(index) + ", " + std::to_string(sizeof(T)) + " bytes: ";
+  const Device device = {4, 90, nullptr, index % 4 == 3};
+  std::vector<T> plain(outputs), output(outputs);
+  forward_call(in, plain.data(), device, true);
+  forward_call(in, output.data(), device);
+  expect(close(plain, output, tolerance), name + "forward");
+
+  struct Result {
+    std::vector<T> value;
+    std::vector<Sum> locations, wide;
+    std::vector<T> narrow;
+  };
+  const auto backward = [&](BackwardPlan plan) {
+    Result result = {std::vector<T>(value.size()), std::vector<Sum>(2 * points),
+                     std::vector<Sum>(points), std::vector<T>(points)};
+    std::vector<unsigned char> sums(plan.sums), bounds(plan.bounds, 0xff);
+    const Outputs out = {
+        result.value.data(),
+        result.locations.data(),
+        in.weights_are_real ? static_cast<void*>(result.wide.data()) : result.narrow.data(),
+        sums.data(),
+        bounds.data(),
+        nullptr,
+        nullptr,
+        nullptr,
+        nullptr};
+    backward_call(in, grad.data(), out, plan, device);
+    return result;
+  };
+  const auto by = [&](Way way) { return backward(plan_backward(problem, type, way)); };
+  const Result expected = by(Way::kPlain);
+  const Result results[] = {by(Way::kScatter), by(Way::kGather)};
+  for (const Result& result : results) {
+    const std::string way = &result == results ? "scatter" : "gather";
+    expect(close(expected.value, result.value, tolerance), name + way + ", value");
+    expect(close(expected.locations, result.locations, tolerance), name + way + ", locations");
+    expect(close(expected.wide, result.wide, tolerance), name + way + ", weights");
+    expect(close(expected.narrow, result.narrow, tolerance), name + way + ", weights");
+  }
+}
+
+void kernels() {
+  size_t index = 0;
+  for (const Case& test : kCases) {
+    run<float>(test, Type::kFloat, index);
+    run<__half>(test, Type::kHalf, index);
+    run<__nv_bfloat16>(test, Type::kBFloat16, index + 1);
+    if (index % 3 == 0) run<double>(test, Type::kDouble, index);
+    ++index;
+  }
+  std::printf("%zu cases\n", index);
+}
+
+// ---- the emulator
+
+void able() {
+  using namespace selftest;
+  std::vector<float> in(kThreads), sums(kThreads), down(kThreads);
+  std::vector<unsigned> votes(kThreads);
+  for (int t = 0; t < kThreads; ++t) in[t] = static_cast<float>(t);
+  LAUNCH(collectives, 1, kThreads, nullptr, in.data(), sums.data(), votes.data(), down.data());
+  for (int t = 0; t < kThreads; ++t) {
+    const int warp = t / 32, lane = t % 32;
+    float sum = static_cast<float>(warp ? 32 * 32 + 496 : 496);
+    if (lane < 16) sum += static_cast<float>(warp * 32 + 5 + 1000);
+    expect(sums[t] == sum, "shuffles");
+    expect(votes[t] == (0x49249249u & (lane < 16 ? 0xffffu : 0xffff0000u)), "votes of half a warp");
+    expect(down[t] == static_cast<float>(lane < 29 ? t + 3 : t), "__shfl_down_sync");
+  }
+
+  float f = 0;
+  double d = 0;
+  int i = 0;
+  float2 f2 = {0, 0};
+  float4 f4 = {0, 0, 0, 0};
+  __half2 h2 = __floats2half2_rn(0, 0);
+  __nv_bfloat162 b2 = __floats2bfloat162_rn(0, 0);
+  LAUNCH(all_atomics, 2, kThreads, nullptr, &f, &d, &i, &f2, &f4, &h2, &b2);
+  expect(f == 64 && d == 32 && i == 256 && f2.y == 256 && f4.x == 128 && f4.w == 512, "atomics");
+  expect(__low2float(h2) == 128 && __high2float(h2) == 256, "half2 atomics");
+  expect(__low2float(b2) == 128 && __high2float(b2) == 256, "bfloat162 atomics");
+
+  std::vector<int> from(3 * kThreads), to(3 * kThreads);
+  for (size_t t = 0; t < from.size(); ++t) from[t] = static_cast<int>(t);
+  for (const bool dynamic : {false, true}) {
+    simt::launch(reinterpret_cast<void*>(&reverse), 3, kThreads, kThreads * sizeof(int),
+                 [&] { reverse(from.data(), to.data(), dynamic); });
+    for (int t = 0; t < 3 * kThreads; ++t) {
+      expect(to[t] == t / kThreads * kThreads + kThreads - 1 - t % kThreads, "shared memory");
+    }
+  }
+}
+
+void fault(const std::string& name, bool planted) {
+  using namespace selftest;
+  std::vector<int> in(kThreads), out(kThreads);
+  float sum = 0;
+  const auto is = [&](const char* kernel) { return name == kernel; };
+  if (is("missing_barrier")) {
+    LAUNCH(missing_barrier, 1, kThreads, nullptr, in.data(), out.data(), planted);
+  } else if (is("missing_warp_barrier")) {
+    LAUNCH(missing_warp_barrier, 1, kThreads, nullptr, in.data(), out.data(), planted);
+  } else if (is("non_atomic_add")) {
+    LAUNCH(non_atomic_add, 1, kThreads, nullptr, &sum, planted);
+  } else if (is("non_atomic_add_of_blocks")) {
+    LAUNCH(non_atomic_add_of_blocks, 2, kThreads, nullptr, &sum, planted);
+  } else if (is("out_of_bounds_read")) {
+    LAUNCH(out_of_bounds_read, 1, kThreads, nullptr, in.data(), out.data(), planted);
+  } else if (is("out_of_bounds_shared")) {
+    LAUNCH(out_of_bounds_shared, 1, kThreads, nullptr, out.data(), planted);
+  } else if (is("divergent_barrier")) {
+    LAUNCH(divergent_barrier, 1, kThreads, nullptr, out.data(), planted);
+  } else if (is("divergent_lanes")) {
+    LAUNCH(divergent_lanes, 1, kThreads, nullptr, out.data(), planted);
+  } else if (is("lane_left_early")) {
+    LAUNCH(lane_left_early, 1, kThreads, nullptr, out.data(), planted);
+  } else if (is("lane_outside_its_mask")) {
+    LAUNCH(lane_outside_its_mask, 1, kThreads, nullptr, out.data(), planted);
+  } else {
+    throw std::invalid_argument("no kernel " + name);
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  try {
+    for (int i = 1; i < count; ++i) {
+      const std::string what = arguments[i];
+      if (what == "--reversed") {
+        simt::options.order = simt::Order::kReversed;
+      } else if (what == "kernels") {
+        kernels();
+      } else if (what == "able") {
+        able();
+      } else if (what.rfind("ok:", 0) == 0) {
+        fault(what.substr(3), false);
+      } else {
+        fault(what, true);
+      }
+    }
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "refused: %s\n", error.what());
+    return 2;
+  }
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,258 @@
+"""What only the CUDA kernels have: ways to one result, orders of threads, levels that lie.
+
+That they compute the operator is tried where every other backend is: see runner.py.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import re
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import oracle
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, Inputs
+from tolerances import RESULTS, check_results, grad_output_for
+from torch import Tensor
+
+from simt import build
+from simt.emulated import WAYS, Emulated
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+KERNELS = Emulated()
+OLD = Emulated(atomic_floats=1)
+ENCODER = Case("encoder", levels=((9, 12), (5, 6), (3, 3)), batch=1, queries=147, head_dim=32)
+
+
+@pytest.fixture(autouse=True)
+def usual_order() -> Iterator[None]:
+    yield
+    for kernels in (KERNELS, OLD):
+        kernels.set_order("forward")
+
+
+def run(inputs: Inputs, grad_output: Tensor, kernels: Emulated, way: str) -> tuple[Tensor, ...]:
+    """The four RESULTS."""
+    arguments = (*inputs.arguments, inputs.num_points)
+    output = kernels.forward(*arguments, plain=way == "plain")
+    return output, *kernels.backward(grad_output, *arguments, way=way)
+
+
+def tried(inputs: Inputs, kernels: Emulated = KERNELS, way: str = "planned") -> None:
+    grad_output = grad_output_for(inputs)
+    check_results(run(inputs, grad_output, kernels, way), inputs, grad_output)
+
+
+@pytest.mark.parametrize("head_dim", [1, 4, 8, 16, 30, 32, 64, 71, 128, 256])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["scatter", "gather"])
+def test_head_dims(head_dim: int, dtype: str, way: str) -> None:
+    """Queries that are the pixels, so that tiles, bands and shared pixels are all at work."""
+    case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
+    tried(case.make(DTYPES[dtype]), way=way)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", WAYS)
+def test_encoder(dtype: str, way: str) -> None:
+    tried(ENCODER.make(DTYPES[dtype]), way=way)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["scatter", "gather"])
+def test_long_offsets(dtype: str, way: str) -> None:
+    """The kernels for tensors of 2**31 elements and more, on small ones."""
+    tried(ENCODER.make(DTYPES[dtype]), Emulated(long_offsets=True), way)
+
+
+def untouched(*shape: int) -> Tensor:
+    """Zeros in float16 that take memory only where they are written to."""
+    memory = mmap.mmap(-1, 2 * math.prod(shape), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=torch.float16).view(shape)
+
+
+def test_tensor_of_more_than_2_31_elements() -> None:
+    heads, head_dim = 2, 8
+    start = 2**31 // (heads * head_dim) + 5
+    case = Case("end", levels=((5, 7), (3, 4)), batch=1, heads=heads, queries=9, head_dim=head_dim)
+    small = case.make(DTYPES["f16"])
+    rows = small.value.shape[1]
+    large, grad_value = (untouched(1, start + rows, heads, head_dim) for _ in range(2))
+    assert large.numel() > 2**31
+    large[:, start:] = small.value
+    starts = torch.tensor([start, start + 35])
+    grad_output = grad_output_for(small)
+    arguments = (
+        large,
+        case.levels,
+        starts,
+        *small.tensors[1:],
+    )  # sizes that the host knows: few tiles
+    _, *targets = KERNELS.targets(*small.arguments, way="gather")
+    found = (
+        KERNELS.forward(*arguments),
+        *KERNELS.backward(grad_output, *arguments, way="gather", targets=(grad_value, *targets)),
+    )
+    expected = run(small, grad_output, KERNELS, "gather")
+    assert torch.equal(found[1][:, start:], expected[1])
+    for i in (0, 2, 3):
+        assert torch.equal(found[i], expected[i])
+
+
+@pytest.mark.parametrize("processors", [1, 1000])
+@pytest.mark.parametrize("way", ["scatter", "gather"])
+def test_block_sizes(processors: int, way: str) -> None:
+    """A GPU of one multiprocessor gets the largest blocks, one of a thousand the smallest."""
+    for name in ("shared_among_threads", "listed_points", "head_dim_64"):
+        case = CASES[name].smaller(400)
+        tried(case.make(DTYPES["f32"]), Emulated(processors=processors), way)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("metadata", ["tensor", "list"])
+def test_deterministic(dtype: str, metadata: str) -> None:
+    """The same bits in ten runs, each with the threads in another order."""
+    inputs = ENCODER.make(DTYPES[dtype])
+    if metadata == "list":
+        inputs = inputs.replace(spatial_shapes=list(ENCODER.levels), level_start_index=None)
+    grad_output = grad_output_for(inputs)
+    first = run(inputs, grad_output, KERNELS, "gather")
+    for seed in range(10):
+        KERNELS.set_order("reversed" if seed == 0 else "shuffled", seed)
+        for name, one, again in zip(RESULTS, first, run(inputs, grad_output, KERNELS, "gather")):
+            assert torch.equal(one, again), f"{name}, order {seed}"
+
+
+def test_scattered_sums_depend_on_the_order() -> None:
+    """The test above can fail: with atomics the bits do change."""
+    inputs = CASES["same_point"].make(DTYPES["f32"])
+    inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
+    grad_output = grad_output_for(inputs)
+    found = set()
+    for seed in range(10):
+        KERNELS.set_order("shuffled", seed)
+        grad_value = run(inputs, grad_output, KERNELS, "scatter")[1]
+        found.add(grad_value.numpy().tobytes())
+    assert len(found) > 1
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kernels", [KERNELS, OLD], ids=["sm_90", "before_sm_90"])
+def test_orders_of_threads(kernels: Emulated, way: str) -> None:
+    inputs = ENCODER.make(DTYPES["f32"])
+    for order in ("reversed", "shuffled"):
+        kernels.set_order(order, seed=3)
+        tried(inputs, kernels, way)
+
+
+def test_small_gradients_are_not_lost() -> None:
+    """A thousand terms of 2**-12 beside one of 1: a bfloat16 sum would stay at 1."""
+    B, Q, M, D = 1, 1024, 1, 8
+    value = torch.zeros(B, 4, M, D, dtype=torch.bfloat16)
+    locations = torch.full((B, Q, M, 1, 1, 2), 0.25)  # the centre of pixel (0, 0) of 2 x 2
+    weights = torch.full((B, Q, M, 1, 1), 2.0**-12)
+    weights[:, 0] = 1
+    grad_output = torch.ones(B, Q, M * D, dtype=torch.bfloat16)
+    for way in ("scatter", "gather", "plain"):
+        grad = KERNELS.backward(grad_output, value, [(2, 2)], None, locations, weights, way=way)[0]
+        assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), way
+
+
+LIES = {
+    "huge": [(2**40, 2**40), (4, 5), (3, 3)],
+    "negative": [(-4, -5), (4, 5), (3, 3)],
+    "zero": [(0, 5), (4, 0), (3, 3)],
+    "beyond_the_end": [(4, 5), (100, 100), (3, 3)],
+    "products_that_overflow": [(2**32, 2**32), (2**31, 2), (2**62, 4)],
+    "one_row_too_many": [(4, 5), (5, 6), (1, 1)],
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("starts", [None, (0, 20, 40), (-1, 2**62, 49), (2**63 - 1, -(2**63), 7)])
+def test_levels_that_lie(lie: str, starts: tuple[int, ...] | None) -> None:
+    """Such a level counts as empty: the oracle's rule, and nothing outside is read or written."""
+    case = Case("lie", levels=((1, 1), (1, 1), (1, 1)), rows=49, batch=1, head_dim=4, queries=7)
+    shapes = torch.tensor(LIES[lie])
+    inputs = case.make(DTYPES["f32"]).replace(spatial_shapes=shapes)
+    inputs = inputs.replace_tensors(inputs.value.nan_to_num(0.5), *inputs.tensors[1:])
+    if starts is None:  # as the kernels lay them out: a level that fits nowhere has no rows
+        areas = [h * w if h > 0 and w > 0 and h * w <= 49 else 0 for h, w in LIES[lie]]
+        starts = tuple(sum(areas[:i]) for i in range(3))
+        given = None
+    else:
+        given = torch.tensor(starts)
+    truthful = inputs.replace(level_start_index=torch.tensor(starts))
+    grad_output = grad_output_for(inputs)
+    exact = (oracle.ms_deform_attn(truthful), *oracle.gradients(truthful, grad_output))
+    for way in WAYS:
+        found = run(inputs.replace(level_start_index=given), grad_output, KERNELS, way)
+        for name, one, true in zip(RESULTS, found, exact):
+            error = (one.double() - true).abs().max().item()
+            assert error <= 1e-4 * true.abs().max().clamp(min=1).item(), f"{way}: {name}"
+
+
+def test_errors_name_the_kernel() -> None:
+    inputs = CASES["non_square"].make(DTYPES["f32"])
+    arguments = (*inputs.arguments, inputs.num_points)
+    KERNELS.module.plant_error(700)
+    with pytest.raises(RuntimeError, match="CUDA kernel forward_teams was not launched: planted"):
+        KERNELS.forward(*arguments)
+    KERNELS.module.plant_error(209)  # cudaErrorNoKernelImageForDevice
+    with pytest.raises(RuntimeError) as caught:
+        KERNELS.backward(grad_output_for(inputs), *arguments, way="scatter")
+    text = str(caught.value)
+    assert "backward_teams was not built for this GPU, which has compute capability 9.0" in text
+    assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
+
+
+def declared_kernels() -> set[str]:
+    text = "".join(path.read_text() for path in (build.ROOT / "csrc" / "cuda").glob("*.cuh"))
+    text = re.sub(r"//.*", "", text)
+    text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
+    return set(re.findall(r"__global__\s+void\s+(\w+)\(", text))
+
+
+def run_layer(inputs: Inputs, kernels: Emulated, way: str) -> None:
+    """The fused kernels on the same maps; test_layer_kernels.py tries what they compute."""
+    B, Q = inputs.sampling_locations.shape[:2]
+    reference = inputs.sampling_locations.new_full((B, Q, 1, 2), 0.5)
+    arguments = (
+        *(inputs.value, inputs.spatial_shapes, inputs.level_start_index, reference),
+        inputs.sampling_locations.to(inputs.attention_weights.dtype),
+        *(inputs.attention_weights, inputs.num_points, 1.0),
+    )
+    kernels.layer_forward(*arguments)
+    kernels.layer_backward(grad_output_for(inputs), *arguments, way=way)
+
+
+def test_every_kernel_is_reached(record_property: Any) -> None:
+    """Calls that reach every __global__ function in every dtype; how often, for the record."""
+    for dtype in DTYPES:
+        for name in ("non_square", "head_dim_32", "head_dim_71"):
+            inputs = CASES[name].make(DTYPES[dtype])
+            for way in WAYS:
+                for kernels in (KERNELS, Emulated(long_offsets=True)):
+                    run(inputs, grad_output_for(inputs), kernels, way)
+                    if way in ("scatter", "gather"):
+                        run_layer(inputs, kernels, way)
+    launched = KERNELS.module.launches()
+    counts: Counter[str] = Counter()
+    for full_name, count in launched.items():
+        counts[re.search(r"deform_attn::(\w+)", full_name)[1]] += count
+    assert set(counts) == declared_kernels()
+    types = {"double", "float", "__half", "__nv_bfloat16"}
+    for kernel in declared_kernels():
+        wanted = types - {"double", "float"} if kernel == "round_sums" else types
+        reached = {re.search(r"<(\w+)", name)[1] for name in launched if f"::{kernel}<" in name}
+        assert reached == wanted, kernel
+    for name, count in sorted(counts.items()):
+        record_property(name, count)
+        print(
+            f"{name}: launched {count} times as {sum(f'::{name}<' in n for n in launched)} kernels"
+        )

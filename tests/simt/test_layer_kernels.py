@@ -1,0 +1,134 @@
+"""The fused kernels: a layer's softmax and offsets inside, against the formula in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases import DTYPES
+from torch import Tensor
+
+from deform_attn import formula
+from simt import build
+from simt.emulated import Emulated
+
+pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+
+LEVELS = ((9, 12), (5, 6), (3, 3))
+ROWS = sum(height * width for height, width in LEVELS)
+NAMES = ("output", "value", "reference_points", "sampling_offsets", "attention_logits")
+SCALE = 0.75
+
+
+def drawn(
+    dtype: torch.dtype, queries: int, head_dim: int, counts: list[int], levels: int, size: int
+) -> tuple[Tensor, ...]:
+    """value, reference_points, sampling_offsets, attention_logits, grad_output."""
+    generator = torch.Generator().manual_seed(queries + head_dim + levels + size)
+    real = torch.float64 if dtype == torch.float64 else torch.float32
+    B, M, K = 2, 3, sum(counts)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    reference = 0.5 + 0.3 * normal(B, queries, levels, size)
+    return (
+        normal(B, ROWS, M, head_dim).to(dtype),
+        reference.to(real),
+        (2 * normal(B, queries, M, K, 2)).to(dtype),
+        (3 * normal(B, queries, M, K)).to(dtype),
+        normal(B, queries, M * head_dim).to(dtype),
+    )
+
+
+def by_formula(tensors: tuple[Tensor, ...], counts: list[int], exact: bool) -> tuple[Tensor, ...]:
+    """The NAMES from the formula: in float64, or in the dtypes of the kernels."""
+    if exact:
+        tensors = tuple(tensor.double() for tensor in tensors)
+    leaves = [tensor.clone().requires_grad_() for tensor in tensors[:4]]
+    value, reference, offsets, logits = leaves
+    sizes = torch.tensor(LEVELS)
+    output = formula.layer(value, sizes, None, reference, offsets, logits, None, counts, SCALE)
+    return output, *torch.autograd.grad(output, leaves, tensors[4])
+
+
+def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[int]) -> None:
+    """An error may be twice that of the formula in the same dtypes."""
+    true = by_formula(tensors, counts, exact=True)
+    rough = by_formula(tensors, counts, exact=False)
+    for name, one, exact, other in zip(NAMES, found, true, rough):
+        # in float64 the formula is the truth, its own rounding unknown
+        units = 64 if one.dtype == torch.float64 else 4
+        limit = units * torch.finfo(one.dtype).eps * exact.abs().max().item()
+        limit = max(limit, 2 * (other.double() - exact).abs().max().item())
+        error = (one.double() - exact).abs().max().item()
+        assert error <= limit, f"{name}: error {error:.3g}, at most {limit:.3g} is right"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("way", ["scatter", "gather"])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("levels", [1, 3], ids=["shared_reference", "reference_a_level"])
+@pytest.mark.parametrize(
+    ("queries", "head_dim", "counts"),
+    [(ROWS, 32, [2, 2, 2]), (7, 8, [3, 6, 3]), (5, 30, [0, 40, 1])],
+    ids=["pixels", "counts", "many_points"],
+)
+def test_layer(
+    dtype: str, way: str, size: int, levels: int, queries: int, head_dim: int, counts: list[int]
+) -> None:
+    value_dtype = DTYPES[dtype].value
+    if queries == ROWS and (levels, size) != (3, 2):
+        queries = 31  # one large case is enough
+    tensors = drawn(value_dtype, queries, head_dim, counts, levels, size)
+    value, reference, offsets, logits, grad_output = tensors
+    kernels = Emulated(long_offsets=size == 4)
+    arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
+    found = (
+        kernels.layer_forward(*arguments),
+        *kernels.layer_backward(grad_output, *arguments, way=way),
+    )
+    check(found, tensors, counts)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_wide_projections(dtype: str) -> None:
+    """Offsets and logits in float32 beside a 16-bit value are read as they are."""
+    counts = [2, 1, 3]
+    value, reference, offsets, logits, grad_output = drawn(torch.float32, 9, 16, counts, 3, 4)
+    value, grad_output = (t.to(DTYPES[dtype].value) for t in (value, grad_output))
+    arguments = (value, list(LEVELS), None, reference, offsets, logits, counts, SCALE)
+    kernels = Emulated()
+    found = kernels.layer_forward(*arguments)
+    grads = kernels.layer_backward(grad_output, *arguments)
+    check((found, *grads), (value, reference, offsets, logits, grad_output), counts)
+    assert grads[2].dtype == grads[3].dtype == torch.float32
+
+
+def test_deterministic() -> None:
+    counts = [2, 2, 2]
+    value, reference, offsets, logits, grad_output = drawn(torch.float32, ROWS, 32, counts, 3, 2)
+    arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
+    kernels = Emulated()
+    first = kernels.layer_backward(grad_output, *arguments, way="gather")
+    try:
+        for seed in range(3):
+            kernels.set_order("shuffled", seed)
+            again = kernels.layer_backward(grad_output, *arguments, way="gather")
+            assert all(torch.equal(one, two) for one, two in zip(first, again))
+    finally:
+        kernels.set_order("forward")
+
+
+def test_level_that_does_not_fit() -> None:
+    """It counts as empty, and no gradient is NaN for it."""
+    counts = [2, 2, 2]
+    value, reference, offsets, logits, grad_output = drawn(torch.float32, 9, 8, counts, 3, 2)
+    lie = torch.tensor([(9, 12), (500, 600), (3, 3)])
+    starts = torch.tensor([0, 108, 138])
+    kernels = Emulated()
+    arguments = (value, lie, starts, reference, offsets, logits, counts, SCALE)
+    output = kernels.layer_forward(*arguments)
+    grads = kernels.layer_backward(grad_output, *arguments)
+    assert all(tensor.isfinite().all() for tensor in (output, *grads))
+    assert (grads[2][..., 2:4, :] == 0).all()
+    assert (grads[1][:, :, 1] == 0).all()

@@ -1,0 +1,234 @@
+"""The fused layer: the same as its parts, on every backend, with all gradients."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import deform_attn
+from deform_attn import formula, ms_deform_attn_fused
+
+SHAPES = [(7, 5), (3, 4), (1, 1)]
+ROWS = sum(height * width for height, width in SHAPES)
+BATCH, QUERIES, HEADS = 2, 9, 3
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def draw(
+    dtype: torch.dtype,
+    *,
+    size: int,
+    levels: int = len(SHAPES),
+    num_points: list[int] | None = None,
+    head_dim: int = 20,
+    queries: int = QUERIES,
+) -> tuple[Tensor, ...]:
+    """value, reference_points, sampling_offsets, attention_logits."""
+    generator = torch.Generator().manual_seed(size + levels + head_dim)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    real = torch.promote_types(dtype, torch.float32)
+    points = [sum(num_points)] if num_points else [len(SHAPES), 4]
+    reference = torch.rand((BATCH, queries, levels, size), generator=generator, dtype=torch.float64)
+    return (
+        normal(BATCH, ROWS, HEADS, head_dim).to(dtype),
+        reference.to(real),
+        normal(BATCH, queries, HEADS, *points, 2).to(dtype),
+        (3 * normal(BATCH, queries, HEADS, *points)).to(dtype),
+    )
+
+
+def truth(inputs: tuple[Tensor, ...], num_points: list[int] | None, scale: float) -> Tensor:
+    value, reference, offsets, logits = inputs
+    sizes = [side for shape in SHAPES for side in shape]
+    return formula.layer(value, None, None, reference, offsets, logits, sizes, num_points, scale)
+
+
+def with_gradients(function, inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    output = function(*leaves)
+    return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output.dtype))]
+
+
+@pytest.mark.parametrize("num_points", [None, [3, 0, 2]], ids=["uniform", "listed"])
+@pytest.mark.parametrize("levels", [1, len(SHAPES)])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_values_and_gradients(
+    backend: str, dtype: torch.dtype, size: int, levels: int, num_points: list[int] | None
+) -> None:
+    inputs = draw(dtype, size=size, levels=levels, num_points=num_points)
+    grad = torch.randn(BATCH, QUERIES, HEADS * 20, dtype=torch.float64).to(dtype)
+
+    def call(*inputs: Tensor) -> Tensor:
+        value, *rest = inputs
+        return ms_deform_attn_fused(
+            value, SHAPES, None, *rest, num_points=num_points, offset_scale=0.7, backend=backend
+        )
+
+    exact = tuple(tensor.double() for tensor in inputs)
+    wanted = with_gradients(lambda *x: truth(x, num_points, 0.7), exact, grad.double())
+    got = with_gradients(call, inputs, grad)
+    for name, a, b, like in zip(
+        ["output", "value", "reference_points", "sampling_offsets", "attention_logits"],
+        got,
+        wanted,
+        [inputs[0], *inputs],
+    ):
+        assert a.dtype == like.dtype, name
+        assert a.shape == b.shape, name
+        # sums of a few dozen terms in float32 at least, rounded once to the dtype of the result
+        limit = (
+            4 * torch.finfo(a.dtype).eps
+            + 20 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+        )
+        error = (a.double() - b).abs().max() / b.abs().max()
+        assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradcheck(size: int) -> None:
+    inputs = draw(torch.float64, size=size, head_dim=3, queries=2)
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+
+    def call(value: Tensor, *rest: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, SHAPES, None, *rest)
+
+    assert torch.autograd.gradcheck(call, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
+
+
+def test_operator_checks() -> None:
+    value, *rest = (t.requires_grad_() for t in draw(torch.float64, size=4, queries=2))
+    operands = (value, torch.tensor(SHAPES), None, *rest, None, None, 0.5)
+    torch.library.opcheck(torch.ops.deform_attn.ms_deform_attn_fused.default, operands)
+
+
+def test_compiles_to_one_node() -> None:
+    inputs = draw(torch.float32, size=4)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    def call(value: Tensor, *rest: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, SHAPES, None, *rest)
+
+    got = torch.compile(call, fullgraph=True, backend=backend)(*inputs)
+    assert torch.equal(got, call(*inputs))
+    nodes = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert nodes == ["deform_attn.ms_deform_attn_fused.default"]
+
+
+def test_vmap_over_queries_of_two_models() -> None:
+    value, *rest = draw(torch.float32, size=2)
+    stacked = [torch.stack([tensor, tensor + 0.1]) for tensor in rest]
+
+    def call(*rest: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, SHAPES, None, *rest)
+
+    got = torch.func.vmap(call)(*stacked)
+    for i in range(2):
+        torch.testing.assert_close(got[i], call(*(tensor[i] for tensor in stacked)))
+
+
+def test_gradients_are_the_same_bits_on_any_number_of_threads() -> None:
+    inputs = draw(torch.float32, size=4, queries=200)
+    grad = torch.randn(BATCH, 200, HEADS * 20)
+
+    def call(value: Tensor, *rest: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, SHAPES, None, *rest, backend="compiled")
+
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7, 16):
+            torch.set_num_threads(threads)
+            results.append(with_gradients(call, inputs, grad))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def test_a_nan_logit_spoils_its_own_head_alone() -> None:
+    value, reference, offsets, logits = draw(torch.float32, size=2)
+    logits[0, 3, 1, 0, 0] = math.nan
+    output = ms_deform_attn_fused(value, SHAPES, None, reference, offsets, logits)
+    spoiled = output.view(BATCH, QUERIES, HEADS, -1).isnan()
+    assert spoiled[0, 3, 1].all()
+    assert spoiled.sum() == spoiled[0, 3, 1].numel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"reference_points": torch.zeros(BATCH, QUERIES, 3, 3)}, "reference_points: expected 2"),
+        ({"reference_points": torch.zeros(BATCH, QUERIES, 2, 2)}, "reference_points: expected sh"),
+        ({"reference_points": torch.zeros(BATCH, 1, 3, 2)}, "reference_points: expected shape"),
+        ({"reference_points": torch.zeros(BATCH, QUERIES, 3, 2).int()}, "reference_points: expec"),
+        ({"sampling_offsets": torch.zeros(BATCH, QUERIES, HEADS, 12, 2)}, "sampling_offsets: exp"),
+        ({"attention_logits": torch.zeros(BATCH, QUERIES, HEADS, 12)}, "attention_logits: expect"),
+        ({"spatial_shapes": [(70, 50), (3, 4), (1, 1)]}, "spatial_shapes: level 0"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+def test_bad_input_is_named(backend: str, change: dict[str, object], message: str) -> None:
+    value, reference, offsets, logits = draw(torch.float32, size=2)
+    arguments = {
+        "value": value,
+        "spatial_shapes": SHAPES,
+        "level_start_index": None,
+        "reference_points": reference,
+        "sampling_offsets": offsets,
+        "attention_logits": logits,
+    }
+    with pytest.raises(ValueError, match=message):
+        ms_deform_attn_fused(**(arguments | change), backend=backend)
+
+
+def test_module_is_the_composition_of_its_parts() -> None:
+    torch.manual_seed(0)
+    module = deform_attn.MSDeformAttn(d_model=24, n_levels=3, n_heads=3, n_points=2)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    query, features = torch.randn(2, 5, 24), torch.randn(2, ROWS, 24)
+    reference = torch.rand(2, 5, 3, 4)
+    with deform_attn.use_backend("reference"):
+        wanted = module(query, reference, features, torch.tensor(SHAPES))
+    got = module(query, reference, features, torch.tensor(SHAPES))
+    torch.testing.assert_close(got, wanted)
+
+
+def test_an_encoders_first_locations_stay_on_their_knots() -> None:
+    """Whole offsets from pixel centres: fused and composed take the same side of each knot."""
+    height, width = 9, 13
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    centres = torch.stack([(x + 0.5) / width, (y + 0.5) / height], -1)
+    reference = centres.view(1, height * width, 1, 2)
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(1, height * width, 2, 8, generator=generator)
+    offsets = torch.randint(-2, 3, (1, height * width, 2, 1, 4, 2), generator=generator).float()
+    logits = torch.randn(1, height * width, 2, 1, 4, generator=generator)
+    grad = torch.randn(1, height * width, 16, generator=generator)
+
+    def call(value: Tensor, *rest: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, [(height, width)], None, *rest, backend="compiled")
+
+    def composed(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        sizes = torch.tensor([[height, width]])
+        points = formula.layer_points(sizes, reference, offsets, logits, None, 0.5)
+        return deform_attn.ms_deform_attn(
+            value, [(height, width)], None, *points, backend="compiled"
+        )
+
+    inputs = (value, reference, offsets, logits)
+    for a, b in zip(with_gradients(call, inputs, grad), with_gradients(composed, inputs, grad)):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

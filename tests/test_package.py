@@ -1,0 +1,262 @@
+"""The package around the operator: what a build finds, what it leaves out and says, and info."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import deform_attn
+from deform_attn import info
+from deform_attn.backends import BACKENDS, compiled
+
+PACKAGE = Path(deform_attn.__file__).parent
+ROOT = Path(__file__).resolve().parent.parent
+needs_source = pytest.mark.skipif(
+    not (ROOT / "setup.py").exists(), reason="the tests run outside a source tree"
+)
+
+
+def run(*command: str, cwd: Path | None = None, **environ: str) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("DEFORM_ATTN_")}
+    return subprocess.run(
+        command, cwd=cwd, env=inherited | environ, capture_output=True, text=True, check=False
+    )
+
+
+# --- what was built
+
+
+def test_built_libraries_are_loaded() -> None:
+    """A library that a build reports as made must serve its device."""
+    file = PACKAGE / "_libraries.json"
+    assert file.exists(), "nothing was built yet: python setup.py build_ext --inplace"
+    record = json.loads(file.read_text())
+    for device, why in record.items():
+        if device == "cuda" and torch.version.cuda is None:
+            continue
+        loaded = compiled.why_not(device, torch.float32)
+        assert (loaded is None) == (why is None), f"{device}: built: {why}; loaded: {loaded}"
+
+
+def test_required_library_is_there() -> None:
+    if os.environ.get("DEFORM_ATTN_REQUIRE_EXT") == "1":
+        assert compiled.why_not("cpu", torch.float32) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_library_is_of_this_version(device: str) -> None:
+    """One that an editable install forgot to compile again would serve old kernels."""
+    facts = compiled.build_facts(device)
+    assert facts is None or facts["version"] == deform_attn.__version__
+
+
+def test_libraries_tell_no_path_of_their_builder() -> None:
+    for library in PACKAGE.glob("*.so"):
+        strings = [s.decode() for s in re.findall(rb"/[\w.+/-]{5,}", library.read_bytes())]
+        private = ("/home/", "/root/", "/tmp/", f"{ROOT}/", f"{sys.prefix}/")
+        assert not [s for s in strings if s.startswith(private)]
+
+
+CUDA_LIBRARY = PACKAGE / "_C_cuda.abi3.so"
+REGISTERED = """
+import ctypes, sys, torch, deform_attn
+ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
+torch.ops.load_library(sys.argv[2])
+for name in ("ms_deform_attn", "ms_deform_attn_backward"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deform_attn::{name}", "CUDA"), name
+print(torch.ops.deform_attn.cuda_build())
+"""
+
+
+@pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="no CUDA library (FORCE_CUDA=1 builds it)")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch loads it by itself")
+def test_cuda_library_links_and_registers(tmp_path: Path) -> None:
+    """A torch without CUDA lacks one function that it needs; with a stand-in, the rest must fit."""
+    stub = tmp_path / "stub.cpp"
+    stub.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
+    library = stub.with_suffix(".so")
+    compiler = os.environ.get("CXX", "c++")
+    assert run(compiler, "-shared", "-fPIC", str(stub), "-o", str(library)).returncode == 0
+    done = run(sys.executable, "-c", REGISTERED, str(library), str(CUDA_LIBRARY), cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["version"] == deform_attn.__version__
+    assert facts["architectures"]
+
+
+# --- info
+
+
+def test_info_explains_every_backend() -> None:
+    done = run(sys.executable, "-m", "deform_attn.info", "--json", cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["versions"]["torch"] == torch.__version__
+    assert set(facts["libraries"]) == set(facts["backends"]) == {"cpu", "cuda"}
+    for by_dtype in facts["backends"].values():
+        for choice in by_dtype.values():
+            better = list(BACKENDS)[: list(BACKENDS).index(choice["chosen"])]
+            assert set(better) <= set(choice["why_not"])
+
+
+def test_info_in_words_names_libraries_and_backends() -> None:
+    done = run(sys.executable, "-m", "deform_attn.info", cwd=PACKAGE.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    for word in ("torch", "cpu", "cuda", info.report()["backends"]["cpu"]["float32"]["chosen"]):
+        assert word in done.stdout
+
+
+def test_info_shows_a_forced_backend_that_cannot_run() -> None:
+    done = run(
+        sys.executable,
+        *("-m", "deform_attn.info", "--json"),
+        cwd=PACKAGE.parent,
+        DEFORM_ATTN_BACKEND="triton",
+        TRITON_INTERPRET="0",
+    )
+    facts = json.loads(done.stdout)
+    on_cpu = facts["backends"]["cpu"]["float32"]
+    assert facts["forced"] == "triton"
+    assert on_cpu["chosen"] is None
+    assert "cuda" in on_cpu["why_not"]["triton"]
+
+
+# --- what a build finds
+
+
+@pytest.fixture
+def toolchain(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
+    return pytest.importorskip("toolchain")
+
+
+def fake_toolkit(home: Path) -> Path:
+    """A folder whose nvcc answers like the real one."""
+    nvcc = home / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text(
+        "#!/bin/sh\n"
+        'case "$1" in\n'
+        f"  --dryrun) echo '#$ TOP={home}/bin/..' >&2 ;;\n"
+        "  --version) echo 'Cuda compilation tools, release 12.6, V12.6.20' ;;\n"
+        "  --list-gpu-arch) printf 'compute_75\\ncompute_80\\ncompute_86\\ncompute_89\\n"
+        "compute_90\\n' ;;\n"
+        "esac\n"
+    )
+    nvcc.chmod(0o755)
+    return home
+
+
+@needs_source
+def test_torch_is_found_where_nothing_can_be_imported() -> None:
+    """As in pip's isolated build: the interpreter is the environment's, its packages are hidden."""
+    find = """
+import sys
+sys.path = ["build_tools", *(folder for folder in sys.path if "site-packages" not in folder)]
+import toolchain
+print(toolchain.find_torch().version, "torch" in sys.modules)
+"""
+    done = run(sys.executable, "-c", find, cwd=ROOT)
+    assert done.stdout.split() == [torch.__version__, "False"], done.stderr
+
+
+@needs_source
+def test_wrapper_of_nvcc_leads_to_its_toolkit(
+    toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = fake_toolkit(tmp_path / "toolkit")
+    wrapper = tmp_path / "bin" / "nvcc"
+    wrapper.parent.mkdir()
+    wrapper.write_text(f'#!/bin/sh\nexec {home}/bin/nvcc "$@"\n')
+    wrapper.chmod(0o755)
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{wrapper.parent}:/usr/bin:/bin")
+    toolkit = toolchain.find_cuda()
+    assert (toolkit.home, toolkit.version) == (home.resolve(), "12.6")
+
+
+@needs_source
+def test_wrong_cuda_home_is_named(
+    toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(toolchain.NotFound, match=re.escape(f"CUDA_HOME={tmp_path}")):
+        toolchain.find_cuda()
+
+
+@needs_source
+def test_architectures(toolchain, tmp_path: Path) -> None:
+    old = toolchain.CudaToolkit(fake_toolkit(tmp_path / "toolkit"), "12.6")
+    assert toolchain.cuda_architectures(old, {}) == ["7.5", "8.0", "8.6", "8.9", "9.0+PTX"]
+    asked = toolchain.cuda_architectures(old, {"TORCH_CUDA_ARCH_LIST": "8.0;9.0a 12.0+PTX"})
+    assert asked == ["8.0", "9.0a", "12.0+PTX"]
+    assert toolchain.gencode_flags(asked) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST.*'Ampere'"):
+        toolchain.cuda_architectures(old, {"TORCH_CUDA_ARCH_LIST": "Ampere"})
+
+
+# --- a build that fails
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A copy of the tree, to build in."""
+    ignore = shutil.ignore_patterns("*.so", "_libraries.json", "__pycache__")
+    for folder in ("build_tools", "csrc", "deform_attn"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=ignore)
+    for file in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tmp_path)
+    return tmp_path
+
+
+@needs_source
+def test_failing_compiler_leaves_a_pure_wheel_that_says_why(source: Path) -> None:
+    build = ("setup.py", "bdist_wheel", "--dist-dir", "dist")
+    stale = source / "deform_attn" / "_C_cpu.abi3.so"
+    stale.write_text("of an earlier build")
+    done = run(sys.executable, *build, cwd=source, CXX="false", FORCE_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    assert "deform_attn: no cpu library: false" in done.stderr
+    (wheel,) = (source / "dist").iterdir()
+    assert wheel.name.endswith("-py3-none-any.whl")
+    shutil.unpack_archive(wheel, source / "unpacked", "zip")
+    package = source / "unpacked" / "deform_attn"  # not in a folder for one platform
+    assert not list(package.glob("*.so"))
+    record = json.loads((package / "_libraries.json").read_text())
+    assert record == {"cpu": "the compiler failed: no output", "cuda": "FORCE_CUDA=0"}
+    told = run(sys.executable, "-m", "deform_attn.info", "--json", cwd=package.parent)
+    facts = json.loads(told.stdout)
+    assert "the compiler failed" in facts["libraries"]["cpu"]["missing"]
+    assert "the compiler failed" in facts["backends"]["cpu"]["float32"]["why_not"]["compiled"]
+
+
+@needs_source
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"CXX": "false", "FORCE_CUDA": "0", "DEFORM_ATTN_REQUIRE_EXT": "1"},
+        {"CXX": "false", "FORCE_CUDA": "1"},
+        {"CXX": "", "PATH": "", "FORCE_CUDA": "0", "DEFORM_ATTN_REQUIRE_EXT": "1"},
+    ],
+)
+def test_required_library_fails_the_build(source: Path, environ: dict[str, str]) -> None:
+    build = ("setup.py", "build_ext", "--inplace")
+    done = run(sys.executable, *build, cwd=source, **environ)
+    assert done.returncode != 0
+    assert re.search("error: deform_attn: no (cpu|cuda) library", done.stderr)
+    assert not list((source / "deform_attn").glob("*.so"))

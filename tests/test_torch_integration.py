@@ -1,0 +1,376 @@
+"""The operator inside PyTorch: opcheck, compile, export, autocast, and the choice of a backend."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import logging
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, DTYPES, Case, Dtypes, Inputs
+from runners import Runner, operators, package
+from test_autograd import Recorder
+from tolerances import check_results, grad_output_for, results
+
+import deform_attn
+from deform_attn import MSDeformAttn
+from deform_attn.backends import BACKENDS
+
+FORMS = ["non_square", "listed_points", "list_metadata", "starts_omitted"]
+
+
+def op_arguments(inputs: Inputs) -> tuple[Any, ...]:
+    """As the package calls its operator: list shapes become level_sizes."""
+    shapes, starts, sizes = inputs.spatial_shapes, inputs.level_start_index, None
+    if not isinstance(shapes, torch.Tensor):
+        sizes = [side for pair in shapes for side in pair]
+        shapes = None
+    if isinstance(starts, list):
+        starts = torch.tensor(starts)
+    return (inputs.value, shapes, starts, *inputs.tensors[1:], sizes, inputs.num_points)
+
+
+@pytest.mark.only(
+    runners=package,
+    dtypes=["bf16_weights_f32"],
+    cases=FORMS,
+    slow={"cases": ["listed_points"]},
+)
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["", "with_gradients"])
+def test_opcheck(runner: Runner, dtypes: Dtypes, case: Case, with_gradients: bool) -> None:
+    """Schema, fake kernel, autograd registration and AOT dispatch with symbolic sizes."""
+    inputs = case.make(dtypes, runner.device)
+    grad_output = grad_output_for(inputs)
+    if with_gradients:
+        inputs, grad_output = inputs.leaves(), grad_output.requires_grad_()
+    forward, backward = operators(runner)
+    arguments = op_arguments(inputs)
+    torch.library.opcheck(forward.default, arguments)
+    torch.library.opcheck(backward.default, (grad_output, *arguments, False))
+
+
+# ------------------------------------------------------------------------------------ compile
+
+
+class Compiled:
+    """torch.compile without graph breaks, counting the graphs and the operator's nodes in them."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+
+        def backend(graph: torch.fx.GraphModule, example_inputs: list[Any]) -> Any:
+            self.graphs.append(graph)
+            return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
+
+        torch._dynamo.reset()
+        self.call = torch.compile(function, fullgraph=True, backend=backend, **options)
+
+
+@pytest.mark.only(
+    runners=package,
+    dtypes=["f32", "bf16"],
+    cases=FORMS,
+    slow={"dtypes": ["f32"], "cases": ["listed_points"]},
+)
+def test_compile_full_graph(runner: Runner, dtypes: Dtypes, case: Case) -> None:
+    """Forward and gradients in one graph each, with the bits of eager mode."""
+    inputs = case.make(dtypes, runner.device)
+    compiled = Compiled(lambda *tensors: runner.call(inputs.replace_tensors(*tensors)))
+    with torch.no_grad():
+        assert torch.equal(compiled.call(*inputs.tensors), runner.forward(inputs))
+    leaves = inputs.leaves()
+    grad_output = grad_output_for(inputs)
+    found = torch.autograd.grad(compiled.call(*leaves.tensors), leaves.tensors, grad_output)
+    for one, other in zip(found, runner.gradients(inputs, grad_output)):
+        torch.testing.assert_close(one, other)
+    assert len(compiled.graphs) == 2  # without and with gradients
+
+
+@pytest.mark.only(runners=package, dtypes=["f32"], slow=None)
+@pytest.mark.parametrize("levels", ["tensor", "list"])
+def test_compile_with_dynamic_sizes(runner: Runner, dtypes: Dtypes, levels: str) -> None:
+    """One graph serves other batch sizes, numbers of queries and maps of another size."""
+
+    def call(*arguments: Any) -> torch.Tensor:
+        return deform_attn.ms_deform_attn(*arguments, backend=runner.backend)
+
+    compiled = Compiled(call, dynamic=True)
+    # no two sizes of the first call are alike: Dynamo would take them for one
+    sizes = [(7, 5, ((5, 7), (3, 4))), (3, 4, ((6, 5), (4, 2))), (4, 9, ((3, 9), (2, 5)))]
+    for batch, queries, maps in sizes:
+        case = Case("dynamic", levels=maps, batch=batch, queries=queries, heads=6, head_dim=8)
+        inputs = case.make(dtypes, runner.device).leaves()
+        if levels == "list":
+            inputs = inputs.replace(
+                spatial_shapes=[tuple(pair) for pair in maps], level_start_index=None
+            )
+        grad_output = grad_output_for(inputs)
+        output = compiled.call(*inputs.arguments)
+        grads = torch.autograd.grad(output, inputs.tensors, grad_output)
+        check_results((output.detach(), *grads), inputs, grad_output)
+    assert len(compiled.graphs) == 1
+
+
+@pytest.mark.only(
+    runners=lambda runner: package(runner) and runner.device == "cpu", dtypes=["f32"], slow=None
+)
+def test_compile_with_inductor(runner: Runner, dtypes: Dtypes) -> None:
+    """The whole way to generated code, softmax before and projection behind, training."""
+    module = MSDeformAttn(32, 3, 4, 2)
+    arguments = module_arguments(module)
+    torch._dynamo.reset()
+    with deform_attn.use_backend(str(runner.backend)):
+        expected = module(*arguments)
+        expected_grads = torch.autograd.grad(expected.sum(), list(module.parameters()))
+        found = torch.compile(module, fullgraph=True)(*arguments)
+        grads = torch.autograd.grad(found.sum(), list(module.parameters()))
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(grads, expected_grads):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def module_arguments(module: MSDeformAttn, device: str = "cpu") -> tuple[torch.Tensor, ...]:
+    """query, reference_points, input_flatten, shapes, starts."""
+    shapes = torch.tensor([(5, 7), (3, 4), (2, 1)][: module.n_levels], device=device)
+    areas = shapes.prod(-1)
+    torch.nn.init.normal_(module.sampling_offsets.weight, std=0.2)
+    torch.nn.init.normal_(module.attention_weights.weight, std=0.2)
+    return (
+        torch.randn(2, 5, module.d_model, device=device),
+        torch.rand(2, 5, module.n_levels, 2, device=device),
+        torch.randn(2, int(areas.sum()), module.d_model, device=device),
+        shapes,
+        areas.cumsum(0) - areas,
+    )
+
+
+# ------------------------------------------------------------------------------------- export
+
+
+@pytest.mark.only(runners=package, dtypes=["f32"], slow=None)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_export_keeps_one_node(runner: Runner, dtypes: Dtypes, dynamic: bool) -> None:
+    module = MSDeformAttn(32, 3, 4, 2).to(runner.device).eval()
+    arguments = module_arguments(module, runner.device)
+    queries = torch.export.Dim("queries", min=2, max=1000)
+    shapes = ({1: queries}, {1: queries}, None, None, None) if dynamic else None
+    with deform_attn.use_backend(str(runner.backend)):
+        program = torch.export.export(module, arguments, dynamic_shapes=shapes)
+        targets = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+        assert sum(target.startswith("deform_attn.") for target in targets) == 1
+        assert not any("grid" in target or "index" in target for target in targets)
+        expected = module(*arguments)
+    torch.testing.assert_close(program.module()(*arguments), expected)
+    if dynamic:
+        more = (*(t.repeat(1, 3, *[1] * (t.dim() - 2)) for t in arguments[:2]), *arguments[2:])
+        with deform_attn.use_backend(str(runner.backend)):
+            torch.testing.assert_close(program.module()(*more), module(*more))
+    decomposed = program.run_decompositions()
+    nodes = [str(node.target) for node in decomposed.graph.nodes]
+    assert sum(node.startswith("deform_attn.") for node in nodes) == 1
+    saved = io.BytesIO()
+    torch.export.save(program, saved)
+    saved.seek(0)
+    torch.testing.assert_close(torch.export.load(saved).module()(*arguments), expected)
+
+
+@pytest.mark.only(runners=package)
+def test_meta_and_fake_tensors(runner: Runner, dtypes: Dtypes) -> None:
+    """Shapes without numbers: nothing of the metadata is read."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    inputs = CASES["listed_points"].make(dtypes)
+    forward, backward = operators(runner)
+    meta = inputs.to("meta")
+    assert forward(*meta.arguments, None, meta.num_points).shape == (2, 5, 16)
+    with FakeTensorMode() as mode:
+        fake = inputs.replace_tensors(*(mode.from_tensor(t) for t in inputs.tensors)).replace(
+            spatial_shapes=mode.from_tensor(inputs.spatial_shapes),
+            level_start_index=mode.from_tensor(inputs.level_start_index),
+        )
+        output = forward(*fake.arguments, None, fake.num_points)
+        grads = backward(output, *fake.arguments, None, fake.num_points, False)
+    assert (output.shape, output.dtype) == ((2, 5, 16), dtypes.value)
+    for grad, tensor in zip(grads, inputs.tensors):
+        assert (grad.shape, grad.dtype) == (tensor.shape, tensor.dtype)
+
+
+# ----------------------------------------------------------------------------------- autocast
+
+
+@pytest.mark.only(runners=package, dtypes=["f32", "bf16", "f64"], slow=None)
+def test_autocast_leaves_the_operator_alone(runner: Runner, dtypes: Dtypes) -> None:
+    inputs = CASES["non_square"].make(dtypes, runner.device)
+    grad_output = grad_output_for(inputs)
+    expected = results(runner, inputs, grad_output)
+    with torch.autocast(runner.device, torch.bfloat16):
+        found = results(runner, inputs, grad_output)
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.only(runners=package, dtypes=["bf16", "f16"], slow={"dtypes": ["bf16"]})
+@pytest.mark.parametrize("reference_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_module_keeps_locations_in_float32(
+    runner: Runner, dtypes: Dtypes, reference_dtype: torch.dtype
+) -> None:
+    module = MSDeformAttn(32, 3, 4, 2).to(runner.device)
+    query, reference, *rest = module_arguments(module, runner.device)
+    with (
+        deform_attn.use_backend(str(runner.backend)),
+        torch.autocast(runner.device, dtypes.value),
+        Recorder() as recorder,
+    ):
+        output = module(query, reference.to(reference_dtype), *rest)
+    output.sum().backward()
+    assert output.dtype == dtypes.value
+    name, arguments = next(call for call in recorder.calls if not call[0].endswith("_backward"))
+    assert arguments[0].dtype == dtypes.value
+    assert arguments[3].dtype == torch.float32  # locations, or reference points where fused
+    if "fused" not in name:
+        # the offsets are predicted in 16 bits, but the reference point is added in 32
+        assert not torch.equal(arguments[3], arguments[3].to(dtypes.value).float())
+    for parameter in module.parameters():
+        assert parameter.grad.dtype == torch.float32
+        assert parameter.grad.isfinite().all()
+
+
+# ------------------------------------------------------------------------- copies and pickles
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
+    ids=["deepcopy", "pickle"],
+)
+def test_module_copies(copied: Callable[[MSDeformAttn], MSDeformAttn]) -> None:
+    module = MSDeformAttn(32, 3, 4, 2)
+    arguments = module_arguments(module)
+    other = copied(module)
+    assert torch.equal(other(*arguments), module(*arguments))
+    with torch.no_grad():
+        other.value_proj.weight.zero_()
+    assert not torch.equal(other(*arguments), module(*arguments))
+
+
+# -------------------------------------------------------------------------- choice of a backend
+
+
+def called(function: Callable[[], Any]) -> list[str]:
+    with Recorder() as recorder:
+        function()
+    return [name for name, _ in recorder.calls]
+
+
+@pytest.mark.only(runners=lambda runner: package(runner) and runner.device == "cpu")
+def test_backend_is_forced(runner: Runner) -> None:
+    """By argument and by context manager; the argument wins, and blocks end."""
+    inputs = CASES["one_of_each"].make(DTYPES["f32"])
+    name = operators(runner)[0].__name__
+    plain = called(lambda: deform_attn.ms_deform_attn(*inputs.arguments))
+    assert called(lambda: runner.forward(inputs)) == [name]
+    with deform_attn.use_backend(str(runner.backend)):
+        assert called(lambda: deform_attn.ms_deform_attn(*inputs.arguments)) == [name]
+        argument = lambda: deform_attn.ms_deform_attn(  # noqa: E731
+            *inputs.arguments, backend="reference"
+        )
+        assert called(argument) == ["ms_deform_attn_reference"]
+        with deform_attn.use_backend("reference"):
+            assert called(lambda: deform_attn.ms_deform_attn(*inputs.arguments)) == [
+                "ms_deform_attn_reference"
+            ]
+        with pytest.raises(ZeroDivisionError), deform_attn.use_backend("reference"):
+            raise ZeroDivisionError
+        assert called(lambda: deform_attn.ms_deform_attn(*inputs.arguments)) == [name]
+    assert called(lambda: deform_attn.ms_deform_attn(*inputs.arguments)) == plain
+
+
+def test_first_backend_that_runs_is_chosen() -> None:
+    for dtypes in DTYPES.values():
+        able = [n for n, b in BACKENDS.items() if b.why_not("cpu", dtypes.value) is None]
+        assert able
+        assert deform_attn.choose_backend("cpu", dtypes.value).name == able[0]
+    assert list(BACKENDS) == ["compiled", "triton", "reference"]
+
+
+def test_unknown_backend() -> None:
+    inputs = CASES["one_of_each"].make(DTYPES["f32"])
+    for force in (
+        lambda: deform_attn.ms_deform_attn(*inputs.arguments, backend="fastest"),
+        lambda: deform_attn.use_backend("fastest").__enter__(),
+        lambda: deform_attn.choose_backend("cpu", backend="fastest"),
+    ):
+        with pytest.raises(ValueError, match="compiled, triton, reference.*fastest"):
+            force()
+
+
+@pytest.mark.parametrize("way", ["argument", "block"])
+def test_forced_backend_that_cannot_run_says_why(way: str) -> None:
+    """Float64 is not for Triton, on any device."""
+    inputs = CASES["one_of_each"].make(DTYPES["f64"])
+    reason = BACKENDS["triton"].why_not("cpu", torch.float64)
+    assert reason
+    forced = deform_attn.use_backend("triton") if way == "block" else contextlib.nullcontext()
+    backend = "triton" if way == "argument" else None
+    with forced, pytest.raises(RuntimeError) as caught:
+        deform_attn.ms_deform_attn(*inputs.arguments, backend=backend)
+    for words in ("triton", "cpu", "float64", reason):
+        assert words in str(caught.value)
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+def test_environment_variable_forces_a_backend() -> None:
+    code = "import deform_attn; print(deform_attn.choose_backend('cpu').name)"
+    done = run_python(code, DEFORM_ATTN_BACKEND="reference")
+    assert (done.returncode, done.stdout.strip()) == (0, "reference"), done.stderr
+    done = run_python(code, DEFORM_ATTN_BACKEND="fastest")
+    assert done.returncode != 0
+    assert "DEFORM_ATTN_BACKEND: expected one of compiled, triton, reference" in done.stderr
+    code = (
+        "import torch, deform_attn\n"
+        "try: deform_attn.choose_backend('cpu', torch.float64)\n"
+        "except RuntimeError as error: print(error)"
+    )
+    done = run_python(code, DEFORM_ATTN_BACKEND="triton")
+    assert "triton" in done.stdout, done.stderr
+    assert "float64" in done.stdout
+
+
+def test_fallback_is_logged_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line under the logger deform_attn, with the reason."""
+    from deform_attn import backends
+
+    broken = {
+        **BACKENDS,
+        "compiled": backends.Backend("compiled", lambda *_: "not built", BACKENDS["compiled"].call),
+        "triton": backends.Backend("triton", lambda *_: "no GPU", BACKENDS["triton"].call),
+    }
+    monkeypatch.setattr(backends, "BACKENDS", broken)
+    monkeypatch.setattr(backends, "_told", set())
+    with caplog.at_level(logging.DEBUG, logger="deform_attn"):
+        for _ in range(3):
+            assert deform_attn.choose_backend("cpu").name == "reference"
+    assert len(caplog.records) == 1
+    assert "not built" in caplog.text
+    assert "no GPU" in caplog.text
+    assert caplog.records[0].name == "deform_attn"
