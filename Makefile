@@ -12,7 +12,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build lint types format test bench peers kernels emulate gpu wheels clean help
+.PHONY: setup build lint types format test bench peers kernels emulate traffic gpu wheels clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -72,6 +72,9 @@ kernels: .venv/dev .venv/cuda  ## Compile the CUDA kernels for every architectur
 
 emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator runs, also under sanitizers
 	$(PY) -m pytest tests/simt
+
+traffic: .venv/dev .venv/cuda  ## Sectors that the CUDA kernels move, counted, against the committed table
+	$(PY) -m benchmarks.traffic --check tests/simt/traffic.json
 
 gpu:  ## On a machine with a GPU, with its own torch and without a network: build, test, sanitize, time
 	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)

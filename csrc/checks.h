@@ -41,6 +41,19 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
+inline Type type_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Double:
+      return Type::kDouble;
+    case ScalarType::Half:
+      return Type::kHalf;
+    case ScalarType::BFloat16:
+      return Type::kBFloat16;
+    default:
+      return Type::kFloat;
+  }
+}
+
 // The numbers of a call as they came; the tensors are those of the schema.
 struct Call {
   Tensor value, locations, weights;  // contiguous; of a layer: offsets and logits

@@ -63,19 +63,6 @@ class Scratch {
   void* bytes_;
 };
 
-cpu::Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return cpu::Type::kDouble;
-    case ScalarType::Half:
-      return cpu::Type::kHalf;
-    case ScalarType::BFloat16:
-      return cpu::Type::kBFloat16;
-    default:
-      return cpu::Type::kFloat;
-  }
-}
-
 // Whether query i is pixel i of the levels in turn.
 bool queries_are_pixels(const Problem& problem, const std::vector<Level>& levels) {
   int64_t next = 0;

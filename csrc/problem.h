@@ -3,6 +3,8 @@
 //   Level      where one feature map lies in the rows of `value`
 //   LevelTable the levels of a call as a kernel's parameter: host numbers, device tensors, or both
 //   Problem    the sizes, and every offset
+//   Type       dtypes of value
+//   Layer      where points come from instead of locations and weights
 #pragma once
 
 #include <cstdint>
@@ -34,9 +36,8 @@ struct LevelTable {
   const int64_t* starts;       // [L] on the device; null: see `start`
   int64_t height[kMaxLevels];  // where shapes is null
   int64_t width[kMaxLevels];
-  int64_t start[kMaxLevels];  // where starts is null; -1: directly behind the level before
-  int first_point[kMaxLevels +
-                  1];  // points first_point[l] .. first_point[l + 1] - 1 sample level l
+  int64_t start[kMaxLevels];        // where starts is null; -1: directly behind the level before
+  int first_point[kMaxLevels + 1];  // level l has points first_point[l] .. first_point[l + 1] - 1
 };
 
 struct Problem {
@@ -61,6 +62,18 @@ struct Problem {
   HOST_DEVICE int64_t point_at(int64_t b, int64_t query, int head) const {
     return ((b * queries + query) * heads + head) * points;
   }
+};
+
+// Dtypes of value.
+enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
+
+// Locations and weights may come from a layer's projections: locations are then offsets from a
+// query's reference points, weights the logits of a softmax over its points.
+struct Layer {
+  const void* reference;  // [B, Q, levels, size] in the type of sums; null: no layer
+  int levels;             // 1: the same for all
+  int size;               // 2: (x, y); 4: (cx, cy, w, h)
+  double offset_scale;    // of a box: its side * offset_scale / points of the level is one offset
 };
 
 }  // namespace deform_attn

@@ -8,17 +8,6 @@
 
 namespace deform_attn::cpu {
 
-enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
-
-// Locations and weights may come from a layer's projections: locations are then offsets from a
-// query's reference points, weights the logits of a softmax over its points.
-struct Layer {
-  const void* reference;  // [B, Q, levels, size] in the type of sums; null: no layer
-  int levels;             // 1: the same for all
-  int size;               // 2: (x, y); 4: (cx, cy, w, h)
-  double offset_scale;    // of a box: its side * offset_scale / points of the level is one offset
-};
-
 struct Inputs {
   Problem problem;
   const Level* levels;     // [L], each within value

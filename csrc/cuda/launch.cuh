@@ -18,16 +18,6 @@
 
 namespace deform_attn {
 
-enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
-
-// How a layer's points come about; see LayerPoints.
-struct Layer {
-  const void* reference;  // null: points are given as locations and weights
-  int levels;             // of reference: 1 or as many as there are
-  int size;               // 2 or 4
-  double offset_scale;
-};
-
 struct Inputs {
   Problem problem;
   LevelTable levels;

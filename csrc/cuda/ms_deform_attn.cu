@@ -49,19 +49,6 @@ class Here {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Type::kDouble;
-    case ScalarType::Half:
-      return Type::kHalf;
-    case ScalarType::BFloat16:
-      return Type::kBFloat16;
-    default:
-      return Type::kFloat;
-  }
-}
-
 // Metadata as the kernels read it, and whatever must live until they have been launched.
 struct Levels {
   LevelTable table = {};

@@ -29,7 +29,7 @@ class Backend:
     name: str
     why_not: Callable[[str, torch.dtype], str | None]
     call: operator.Operator
-    call_layer: operator.Operator | None
+    call_layer: operator.Operator | None = None
 
 
 def _define_backends() -> dict[str, Backend]:

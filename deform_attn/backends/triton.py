@@ -34,7 +34,8 @@ __all__ = [
     "why_not",
 ]
 
-_INSTALLED = importlib.util.find_spec("triton") is not None
+_SPEC = importlib.util.find_spec("triton")
+_INSTALLED = _SPEC is not None and _SPEC.origin is not None  # not just a folder of that name
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it at import, so do we
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
