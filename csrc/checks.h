@@ -41,8 +41,8 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-inline Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+inline Type type_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Double:
       return Type::kDouble;
     case ScalarType::Half:
@@ -62,6 +62,7 @@ struct Call {
   std::vector<int64_t> sizes;    // [h0, w0, h1, w1, ...] where shapes is not given
   std::vector<int> first_point;  // [L + 1]
   Problem problem;
+  ScalarType type;        // of value
   bool weights_are_real;  // weights have the dtype of sums
 
   Call(const Tensor& value_, const std::optional<Tensor>& spatial_shapes,
@@ -118,7 +119,7 @@ struct Call {
 
   // The dtype of sums, locations and reference points.
   ScalarType real_type() const {
-    return value.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+    return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
   static Tensor contiguous_of(const Tensor& tensor) {
@@ -128,29 +129,32 @@ struct Call {
  private:
   const char *locations_name_, *weights_name_;
 
-  void check_types() const {
-    const ScalarType type = value.scalar_type();
+  // Each look at a tensor is a call into torch: none is made twice.
+  void check_types() {
+    type = value.scalar_type();
     DEFORM_ATTN_REQUIRE(type == ScalarType::Double || type == ScalarType::Float ||
                             type == ScalarType::Half || type == ScalarType::BFloat16,
                         "value: expected float64, float32, float16 or bfloat16");
     const ScalarType real = real_type();
-    DEFORM_ATTN_REQUIRE(weights.scalar_type() == real || weights.scalar_type() == type,
-                        weights_name_, ": expected value's dtype, or that of its sums");
+    const ScalarType locations_type = locations.scalar_type(), weights_type = weights.scalar_type();
+    weights_are_real = weights_type == real;
+    DEFORM_ATTN_REQUIRE(weights_are_real || weights_type == type, weights_name_,
+                        ": expected value's dtype, or that of its sums");
+    const auto device = value.device();
     if (reference) {
-      DEFORM_ATTN_REQUIRE(locations.scalar_type() == weights.scalar_type(), locations_name_,
+      DEFORM_ATTN_REQUIRE(locations_type == weights_type, locations_name_,
                           ": expected the dtype of attention_logits");
       DEFORM_ATTN_REQUIRE(reference->scalar_type() == real,
                           "reference_points: expected float32, or float64 with a float64 value");
-      DEFORM_ATTN_REQUIRE(reference->device() == value.device(),
+      DEFORM_ATTN_REQUIRE(reference->device() == device,
                           "reference_points: expected on value's device");
     } else {
-      DEFORM_ATTN_REQUIRE(locations.scalar_type() == real, locations_name_,
+      DEFORM_ATTN_REQUIRE(locations_type == real, locations_name_,
                           ": expected float32, or float64 with a float64 value");
     }
-    DEFORM_ATTN_REQUIRE(locations.device() == value.device(), locations_name_,
+    DEFORM_ATTN_REQUIRE(locations.device() == device, locations_name_,
                         ": expected on value's device");
-    DEFORM_ATTN_REQUIRE(weights.device() == value.device(), weights_name_,
-                        ": expected on value's device");
+    DEFORM_ATTN_REQUIRE(weights.device() == device, weights_name_, ": expected on value's device");
   }
 
   void check_levels(const std::optional<std::vector<int64_t>>& level_sizes) {
@@ -239,8 +243,11 @@ struct Call {
     DEFORM_ATTN_REQUIRE(!num_points || points == locations.size(3), locations_name_, ": expected ",
                         points, " points (the sum of num_points) in dimension 3, got ",
                         shape_of(locations));
-    bool same = weights.dim() == rank - 1;
-    for (int64_t i = 0; same && i < rank - 1; ++i) same = weights.size(i) == locations.size(i);
+    const auto points_shape = locations.sizes(), weights_shape = weights.sizes();
+    bool same = static_cast<int64_t>(weights_shape.size()) == rank - 1;
+    for (size_t i = 0; same && i < weights_shape.size(); ++i) {
+      same = weights_shape[i] == points_shape[i];
+    }
     DEFORM_ATTN_REQUIRE(same, weights_name_,
                         ": expected the shape of sampling_locations without its "
                         "last dimension, got ",
@@ -256,7 +263,6 @@ struct Call {
     problem.points = static_cast<int>(points);
     narrow(locations_name_, int64_t{problem.heads} * problem.points);
     narrow("value", problem.row_stride());
-    weights_are_real = weights.scalar_type() == real_type();
   }
 
   static int narrow(const char* name, int64_t size) {

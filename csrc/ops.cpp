@@ -81,7 +81,7 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.levels = levels.data();
   in.first_point = call.first_point.data();
   in.queries_are_pixels = queries_are_pixels(call.problem, levels);
-  in.value_type = type_of(call.value);
+  in.value_type = type_of(call.type);
   in.weights_are_real = call.weights_are_real;
   in.value = call.value.const_data_ptr();
   in.locations = call.locations.const_data_ptr();
@@ -172,7 +172,7 @@ Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<L
           }
         });
   }
-  const ScalarType type = call.value.scalar_type();
+  const ScalarType type = call.type;
   return call.real_type() == type ? grad_value : torch::stable::to(grad_value, type);
 }
 
@@ -183,7 +183,7 @@ Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
   const std::vector<Level> levels = levels_on_host(call);
-  const Tensor output = empty(call.output_shape(), call.value.scalar_type());
+  const Tensor output = empty(call.output_shape(), call.type);
   run_forward(call, inputs_of(call, levels), output);
   return output;
 }
@@ -211,7 +211,7 @@ Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
                   attention_logits, level_sizes, num_points);
   const std::vector<Level> levels = levels_on_host(call);
-  const Tensor output = empty(call.output_shape(), call.value.scalar_type());
+  const Tensor output = empty(call.output_shape(), call.type);
   run_forward(call, inputs_of(call, levels, offset_scale), output);
   return output;
 }

@@ -68,17 +68,22 @@ def ms_deform_attn(
         torch.Size([2, 5, 64])
     """
     arguments = (
-        *(value, spatial_shapes, level_start_index, sampling_locations, attention_weights),
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
         num_points,
+        backend,
     )
     if torch.compiler.is_compiling():
-        return _attention(*arguments, backend)
+        return _attention(*arguments)
     try:
-        return _attention(*arguments, backend)
+        return _attention(*arguments)
     except (RuntimeError, ValueError, TypeError, AttributeError):
         # Kernels refuse what does not fit; which argument is at fault is looked for only then,
         # because looking costs as much as a small call.
-        check(*arguments)
+        check(*arguments[:-1])
         raise
 
 
@@ -159,11 +164,11 @@ def _attention(
     backend: str | None,
 ) -> Tensor:
     chosen = choose_backend(value.device.type, value.dtype, backend)
-    real = location_dtype(value.dtype)
+    dtype = value.dtype
+    real = location_dtype(dtype)
     if sampling_locations.dtype is not real:
         sampling_locations = _converted("sampling_locations", sampling_locations, real)
-    weight_dtype = attention_weights.dtype
-    if weight_dtype is not real and weight_dtype is not value.dtype:
+    if attention_weights.dtype is not real and attention_weights.dtype is not dtype:
         attention_weights = _converted("attention_weights", attention_weights, real)
     shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
     counts = None if num_points is None else list(num_points)

@@ -108,7 +108,7 @@ Inputs inputs_of(const Call& call, const Levels& levels, const Tensor& locations
   Inputs in;
   in.problem = call.problem;
   in.levels = levels.table;
-  in.type = type_of(call.value);
+  in.type = type_of(call.type);
   in.weights_are_real = call.weights_are_real;
   in.value = call.value.const_data_ptr();
   in.locations = locations.const_data_ptr();

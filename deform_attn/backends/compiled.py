@@ -53,9 +53,10 @@ def load() -> None:
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the compiled kernels cannot run on a device, or None."""
-    if device_type in _REASONS:
+    try:
         return _REASONS[device_type]
-    return f"compiled kernels exist for cpu and cuda, not for {device_type}"
+    except KeyError:
+        return f"compiled kernels exist for cpu and cuda, not for {device_type}"
 
 
 def build_facts(device_type: str) -> dict[str, Any] | None:
