@@ -4,7 +4,7 @@
 //                     as the yardstick and as the text to read first
 //   backward_teams    gradients of points and weights, or of a layer's offsets and logits, summed in
 //                     the lanes. Where kScatter, the gradient of value too, with the widest atomics
-//                     there are; elsewhere the pixels that the block's queries reach
+//                     there are; elsewhere the pixels that the queries reach
 //   backward_gather   the gradient of value without atomics: each tile of pixels gathers from the
 //                     queries that reach it, always in the same order
 //   sum_heads         what the heads add to the gradient of a layer's reference points
@@ -85,23 +85,28 @@ struct alignas(16) Rectangle {
   int left, top, right, bottom;
 };
 
-// The part of the queries that block `part` of a head works on has number part.first / positions.
-__device__ inline int64_t parts_of(const Problem& problem, int positions) {
-  return (problem.queries + positions - 1) / positions;
+__device__ inline int64_t runs_of(const Problem& problem, int run) {
+  return (problem.queries + run - 1) / run;
 }
 
-// bounds [batch, heads, levels, parts]: the pixels that the queries of a part touch. The warps of the
-// block take the levels by turns, a lane per query; the locations are still in the cache.
+// bounds [batch, heads, levels, runs]: the pixels that each `run` queries touch, one after the other
+// in the order of visits: all of a block, or one. The warps of the block take the levels by turns, a
+// lane per query; the locations are still in the cache.
 template <typename Points>
-__device__ void bound_part(const Problem& problem, const BlockLevels& levels, const Points& points,
-                           const Part& part, int positions, Rectangle* bounds) {
+__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
+                              const Points& points, const Part& part, int run, Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const Level& level = levels.level[l];
-    Rectangle box = {level.width, level.height, -1, -1};
+    const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
+    Rectangle* const to = bounds + plane * runs_of(problem, run) + part.first / run;
+    const Rectangle none = {level.width, level.height, -1, -1};
+    Rectangle box = none;
     for (int i = lane; i < part.count; i += kWarp) {
+      if (run == 1) box = none;
       const int64_t at = query_at(part.first + i, levels, problem.levels);
       const auto query = points.find(problem, part.batch, at, part.head);
+#pragma unroll 1  // here and below: more at a time, and registers spill
       for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
         const auto location = points.location(query, k, l, levels);
         Footprint<std::decay_t<decltype(location.at[0])>> foot;
@@ -110,15 +115,16 @@ __device__ void bound_part(const Problem& problem, const BlockLevels& levels, co
                max(box.right, min(foot.x + 1, level.width - 1)),
                max(box.bottom, min(foot.y + 1, level.height - 1))};
       }
+      if (run == 1) to[i] = box;
     }
+    if (run == 1) continue;
     for (int step = kWarp / 2; step > 0; step /= 2) {
       box.left = min(box.left, __shfl_xor_sync(kAllLanes, box.left, step));
       box.top = min(box.top, __shfl_xor_sync(kAllLanes, box.top, step));
       box.right = max(box.right, __shfl_xor_sync(kAllLanes, box.right, step));
       box.bottom = max(box.bottom, __shfl_xor_sync(kAllLanes, box.bottom, step));
     }
-    const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
-    if (lane == 0) bounds[plane * parts_of(problem, positions) + part.first / positions] = box;
+    if (lane == 0) *to = box;
   }
 }
 
@@ -159,6 +165,7 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
     const Sum portion = points.portion(level, levels);
     for (int j = teams.channel_lane(); j < size; j += teams.lanes()) {
       Sum sum = 0;
+#pragma unroll 1
       for (int k = begin; k < end; ++k) {
         sum += staged.dot[(k - first) * teams.count() + teams.team()][j];
       }
@@ -176,7 +183,7 @@ template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                    const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
-                   typename Points::Gradients gradients, Rectangle* __restrict__ bounds,
+                   typename Points::Gradients gradients, Rectangle* __restrict__ bounds, int run,
                    int positions, int lane_bits) {
   using Sum = Real<T>;
   constexpr int kWidth = kAtomicWidth<Sum, kVec>;
@@ -332,13 +339,14 @@ __global__ void __launch_bounds__(kBlock, 4)
         mean += __shfl_xor_sync(kAllLanes, mean, step);
       }
       const auto& query = staged.query[teams.lane % teams.count()];
+#pragma unroll 1
       for (int k = teams.lane / teams.count(); query.first_point >= 0 && k < problem.points;
            k += teams.lanes()) {
         gradients.set_logit(query.first_point + k, points.weight(query, k) * (by_weight(k) - mean));
       }
     }
   }
-  if constexpr (!kScatter) bound_part(problem, levels, points, part, positions, bounds);
+  if constexpr (!kScatter) bound_queries(problem, levels, points, part, run, bounds);
 }
 
 // backward_gather: a block owns a tile of kTileHeight x kTileWidth pixels of one head and 32 channels.
@@ -404,11 +412,17 @@ __device__ int64_t owned_row(const Tile& tile, int slot, const BlockLevels& leve
   return in_a_level(row, levels, tile.level) ? -1 : row;
 }
 
+// The place of the n-th bit that is set, n from 0.
+__device__ inline int nth_bit(unsigned bits, int n) {
+  for (; n > 0; --n) bits &= bits - 1;
+  return __ffs(bits) - 1;
+}
+
 __device__ inline bool overlap(const Level& a, const Level& b) {
   return a.start < b.start + area(b) && b.start < a.start + area(a);
 }
 
-// Every warp has its own sums of the whole tile and gathers from every kGatherWarps-th part of the
+// Every warp has its own sums of the whole tile and gathers from every kGatherWarps-th run of
 // queries; then the sums of the warps are added in their order. No atomic and no race: the same
 // bits every time. Levels may overlap: the first level that a row of `value` belongs to owns it, and
 // its tiles gather the points of the other levels too. Rows of no level get zeros.
@@ -416,7 +430,7 @@ template <typename T, typename Points>
 __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
     backward_gather(Problem problem, LevelTable table, Points points,
                     const T* __restrict__ grad_output, const Rectangle* __restrict__ bounds,
-                    T* __restrict__ grad_value, int positions) {
+                    T* __restrict__ grad_value, int run) {
   using Sum = Real<T>;
   constexpr int kWidth = kTileWidth<T>;
   __shared__ BlockLevels levels;
@@ -435,7 +449,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
   }
   read_levels(table, problem, levels);
   const bool on = first_channel + lane < problem.head_dim;
-  const int parts = static_cast<int>(parts_of(problem, positions));
+  const int runs = static_cast<int>(runs_of(problem, run));
   const auto row_of = [&](int64_t row) {
     return grad_value + problem.value_at(batch, row, head) + first_channel + lane;
   };
@@ -456,52 +470,61 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
     for (int l = 0; l < table.count; ++l) {
       if (!overlap(levels.level[l], levels.level[tile.level])) continue;
       const int count = levels.first_point[l + 1] - levels.first_point[l];  // points of a query
-      for (int base = 0; base < parts; base += kGatherWarps * kWarp) {
+      for (int base = 0; base < runs; base += kGatherWarps * kWarp) {
         bool near = false;
-        if (base + lane * kGatherWarps + warp < parts) {
-          const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * parts +
+        if (base + lane * kGatherWarps + warp < runs) {
+          const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * runs +
                                        base + lane * kGatherWarps + warp];
           near = box.left <= box.right &&
                  (l != tile.level || (box.left < tile.x + kWidth && box.right >= tile.x &&
                                       box.top < tile.y + kTileHeight && box.bottom >= tile.y));
         }
-        for (unsigned near_parts = __ballot_sync(kAllLanes, near); near_parts;
-             near_parts &= near_parts - 1) {
-          const int part = base + (__ffs(near_parts) - 1) * kGatherWarps + warp;
-          const int64_t begin = int64_t{part} * positions;
-          const int queries = static_cast<int>(min(int64_t{positions}, problem.queries - begin));
-          // Lanes take the points one after the other: those of a query and level lie in a row.
-          for (int item = lane; item - lane < queries * count; item += kWarp) {
-            // This lane's point: which pixels of the tile it touches, -1 for those outside.
-            int slot[4] = {-1, -1, -1, -1};
-            Sum share[4] = {};
-            int64_t query = 0;
-            if (item < queries * count) {
-              query = query_at(begin + item / count, levels, table.count);
-              const auto sample = points.at(points.reopen(problem, batch, query, head),
-                                            levels.first_point[l] + item % count, l, levels);
-              Footprint<Sum> foot;
-              foot.place(sample.x, sample.y, levels.level[l].height, levels.level[l].width);
+        const unsigned near_runs = __ballot_sync(kAllLanes, near);
+        const int total = __popc(near_runs) * run * count;
+        // Lanes take the points one after the other: those of a query and level lie in a row.
+        for (int item = lane; item - lane < total; item += kWarp) {
+          // This lane's point: which pixels of the tile it touches, -1 for those outside.
+          int slot[4] = {-1, -1, -1, -1};
+          Sum share[4] = {};
+          bool hit = false;
+          int64_t query = 0;
+          const int place = item / count;
+          const int64_t position =
+              item < total
+                  ? int64_t{base + nth_bit(near_runs, place / run) * kGatherWarps + warp} * run +
+                        place % run
+                  : problem.queries;
+          if (position < problem.queries) {
+            query = query_at(position, levels, table.count);
+            const int k = levels.first_point[l] + item % count;
+            const auto location =
+                points.location(points.find(problem, batch, query, head), k, l, levels);
+            Footprint<Sum> foot;
+            foot.place(location.at[0], location.at[1], levels.level[l].height,
+                       levels.level[l].width);
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                if (foot.on[i])
-                  slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1), foot.y + (i >> 1), levels);
-                share[i] = foot.weight(i) * sample.weight;
-              }
+            for (int i = 0; i < 4; ++i) {
+              if (foot.on[i])
+                slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1), foot.y + (i >> 1), levels);
+              hit = hit || slot[i] >= 0;
             }
-            const bool hit = slot[0] >= 0 || slot[1] >= 0 || slot[2] >= 0 || slot[3] >= 0;
-            for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
-              const int from = __ffs(hits) - 1;
-              const int64_t source =
-                  problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
-              const Sum grad =
-                  on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+            if (hit) {  // of most points nothing but the location is read
+              const Sum weight = points.weight(points.reopen(problem, batch, query, head), k);
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int to = __shfl_sync(kAllLanes, slot[i], from);
-                const Sum part = __shfl_sync(kAllLanes, share[i], from);
-                if (to >= 0) sums[warp][to][lane] += part * grad;
-              }
+              for (int i = 0; i < 4; ++i) share[i] = foot.weight(i) * weight;
+            }
+          }
+          for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
+            const int from = __ffs(hits) - 1;
+            const int64_t source =
+                problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
+            const Sum grad =
+                on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int to = __shfl_sync(kAllLanes, slot[i], from);
+              const Sum part = __shfl_sync(kAllLanes, share[i], from);
+              if (to >= 0) sums[warp][to][lane] += part * grad;
             }
           }
         }

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,14 @@ def why_not() -> str | None:
     except NotFound as error:
         return str(error)
     return None
+
+
+def declared_kernels() -> set[str]:
+    """The names of all __global__ functions of csrc/cuda."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    text = re.sub(r"//.*", "", text)
+    text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
+    return set(re.findall(r"__global__\s+void\s+(\w+)\(", text))
 
 
 @functools.cache
