@@ -38,6 +38,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "atomic": ("backward", {}),
     "deterministic": ("backward", {"deterministic": True}),
     "atomic, softmax and locations inside": ("backward", FUSED),
+    "deterministic, softmax and locations inside": (
+        "backward",
+        {**FUSED, "deterministic": True},
+    ),
     "": ("add_up_rows", {}),
 }
 
