@@ -81,17 +81,17 @@ class _Setting:
     registers: int
 
 
-# Chosen by shape, without trials on the device. The registers are the fewest, in steps of 8, that no
-# architecture from 7.5 to 12.0 spills at.
+# Chosen by shape, without trials on the device. The registers are the fewest, in steps of 8, that
+# no architecture from 7.5 to 12.0 spills at.
 #
-# Many queries, enough to fill a GPU: 16 bytes a thread, the widest load; four warps, which share what
-# they read in the L1 cache; one point at a time, in few registers: warps enough to wait for memory.
-# Few queries: four channels a thread, so more threads; a program of one warp, to reach every
-# multiprocessor; two points at a time, as more warps than there are could not hide the wait.
+# Many queries, enough to fill a GPU: 16 bytes a thread, the widest load; four warps, which share
+# what they read in the L1 cache; one point at a time, in few registers: warps enough to wait for
+# memory. Few queries: four channels a thread, so more threads; a program of one warp, to reach
+# every multiprocessor; two points at a time, as more warps than there are could not hide the wait.
 #
 # Backward: four channels a thread, the widest atomic addition in float32, also where it could load
-# more: one layout for both keeps the tiles out of shared memory. A program is one warp, so that what
-# it stores for a query gets there by shuffles: with two, every point waits at a barrier.
+# more: one layout for both keeps the tiles out of shared memory. A program is one warp, so that
+# what it stores for a query gets there by shuffles: with two, every point waits at a barrier.
 _SETTINGS = {
     ("forward", "many"): _Setting(bytes=16, warps=4, unroll=1, registers=64),
     ("forward", "few"): _Setting(bytes=None, warps=1, unroll=2, registers=72),
