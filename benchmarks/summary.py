@@ -9,27 +9,32 @@ import json
 import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.measure import PHASES, ratio
-from benchmarks.peers import KERNELS, OURS, PEERS, PLAIN
+from benchmarks.peers import KERNELS, OURS, PEERS
 from benchmarks.report import KEY, Row
 
 SANITIZERS = ("memcheck", "racecheck")
 SHOWN = (PHASES[0], PHASES[2])  # forward, forward + backward
 
 
+def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    lines = [heads, ["---"] * len(heads), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
 def steps(folder: Path) -> list[str]:
     """A line for each step: what came of it, how long it took of the time it had."""
-    lines = ["| step | result | seconds | at most |", "|---|---|---|---|"]
+    results = {"0": "passed", "124": "**timed out**", "137": "**timed out**"}
+    rows = []
     for line in (folder / "steps.tsv").read_text().splitlines():
         name, status, seconds, limit = line.split("\t")
-        result = {"0": "passed", "124": "**timed out**", "137": "**timed out**"}
-        lines.append(f"| {name} | {result.get(status, '**failed**')} | {seconds} | {limit} |")
-    return lines
+        rows.append((name, results.get(status, "**failed**"), seconds, limit))
+    return _table(("step", "result", "seconds", "at most"), rows)
 
 
 def tests(report_file: Path) -> list[str]:
@@ -77,41 +82,34 @@ def times(rows: Sequence[Row]) -> list[str]:
     """Two tables: times of all that ran, and how many times as fast the compiled kernels are."""
     timed = [row for row in rows if "times" in row]
     names = [name for name in PEERS if any(row["contestant"] == name for row in timed)]
-    rivals = [name for name in names if name not in (*OURS, *KERNELS)]
-    absolute = [
-        f"| forward / forward + backward | {' | '.join(names)} |",
-        "|---" * (len(names) + 1),
-    ]
-    heads = ["plain kernel", "triton", "scatter", "gather", "best peer"]
-    relative = [f"| compiled is faster by | {' | '.join(heads)} |", "|---" * (len(heads) + 1)]
-    absolute[1] += "|"
-    relative[1] += "|"
+    absolute, relative = [], []
     for workload, dtype in dict.fromkeys((row["workload"], row["dtype"]) for row in timed):
         here = [row for row in timed if (row["workload"], row["dtype"]) == (workload, dtype)]
-        cells = []
-        for name in names:
-            row = report.find(here, contestant=name)
-            taken = (
-                [report.seconds(statistics.median(row["times"][p])) for p in SHOWN] if row else []
-            )
-            cells.append(" / ".join(taken) or "-")
-        absolute.append(f"| {workload} {dtype} | {' | '.join(cells)} |")
-        ours = report.find(here, contestant=OURS[0])
-        if ours is None:
-            continue
-        against = {name: [faster(here, ours, name, phase) for phase in SHOWN] for name in names}
-        cells = [_factors(against.get(name, (None, None))) for name in (PLAIN, OURS[1])]
-        cells += [
-            _factors(against.get(f"compiled, {way}", (None, None))) for way in ("scatter", "gather")
-        ]
-        best = min(
-            (name for name in rivals if against[name][1] is not None),
-            key=lambda name: against[name][1],
-            default=None,
-        )
-        cells.append("-" if best is None else f"{_factors(against[best])} ({best})")
-        relative.append(f"| {workload} {dtype} | {' | '.join(cells)} |")
-    return [*absolute, "", *relative]
+        found = {name: report.find(here, contestant=name) for name in names}
+        absolute.append((f"{workload} {dtype}", *map(_cell, found.values())))
+        ours = found.get(OURS[0])
+        if ours is not None:
+            against = {
+                name: [faster(here, ours, name, phase) for phase in SHOWN]
+                for name, row in found.items()
+                if row is not None
+            }
+            cells = [_factors(against.get(name, (None, None))) for name in (*KERNELS, OURS[1])]
+            rivals = [name for name in against if name not in (*OURS, *KERNELS)]
+            best = min(rivals, key=lambda name: against[name][1], default=None)
+            cells.append("-" if best is None else f"{_factors(against[best])} ({best})")
+            relative.append((f"{workload} {dtype}", *cells))
+    return [
+        *_table(("forward / forward + backward", *names), absolute),
+        "",
+        *_table(("compiled is faster by", *KERNELS, OURS[1], "best peer"), relative),
+    ]
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return "-"
+    return " / ".join(report.seconds(statistics.median(row["times"][phase])) for phase in SHOWN)
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:

@@ -75,14 +75,14 @@ class Blocks:
 class _Setting:
     """A row of the table below."""
 
-    bytes: int | None  # of the channels that a thread takes side by side; None: four channels
+    load: int | None  # bytes of the channels that a thread takes side by side; None: four channels
     warps: int
     unroll: int
     registers: int
 
 
-# Chosen by shape, without trials on the device. The registers are the fewest, in steps of 8, that
-# no architecture from 7.5 to 12.0 spills at.
+# Chosen by shape, without trials on the device. `registers` is a limit at which no architecture
+# from 7.5 to 12.0 spills (benchmarks/triton_kernels.py); with 8 fewer, some forward kernel does.
 #
 # Many queries, enough to fill a GPU: 16 bytes a thread, the widest load; four warps, which share
 # what they read in the L1 cache; one point at a time, in few registers: warps enough to wait for
@@ -93,13 +93,13 @@ class _Setting:
 # more: one layout for both keeps the tiles out of shared memory. A program is one warp, so that
 # what it stores for a query gets there by shuffles: with two, every point waits at a barrier.
 _SETTINGS = {
-    ("forward", "many"): _Setting(bytes=16, warps=4, unroll=1, registers=64),
-    ("forward", "few"): _Setting(bytes=None, warps=1, unroll=2, registers=72),
-    ("forward, layer", "many"): _Setting(bytes=16, warps=4, unroll=1, registers=72),
-    ("forward, layer", "few"): _Setting(bytes=None, warps=1, unroll=1, registers=64),
-    ("backward", "any"): _Setting(bytes=None, warps=1, unroll=2, registers=88),
-    ("backward, deterministic", "any"): _Setting(bytes=None, warps=1, unroll=1, registers=96),
-    ("backward, layer", "any"): _Setting(bytes=None, warps=1, unroll=1, registers=96),
+    ("forward", "many"): _Setting(load=16, warps=4, unroll=1, registers=64),
+    ("forward", "few"): _Setting(load=None, warps=1, unroll=2, registers=72),
+    ("forward, layer", "many"): _Setting(load=16, warps=4, unroll=1, registers=72),
+    ("forward, layer", "few"): _Setting(load=None, warps=1, unroll=1, registers=64),
+    ("backward", "any"): _Setting(load=None, warps=1, unroll=2, registers=88),
+    ("backward, deterministic", "any"): _Setting(load=None, warps=1, unroll=1, registers=96),
+    ("backward, layer", "any"): _Setting(load=None, warps=1, unroll=1, registers=96),
 }
 _MANY = 2**22  # channels of all queries and heads
 _SEVERAL_LOADS = 128  # registers where a warp's threads do not reach across a head's channels
@@ -137,7 +137,7 @@ def blocks_for(
     kernel += ", layer" if fused else ", deterministic" if backward and deterministic else ""
     size = "any" if backward else "many" if vectors * channels >= _MANY else "few"
     setting = _SETTINGS[kernel, size]
-    by_thread = 4 if setting.bytes is None else setting.bytes // element_size
+    by_thread = 4 if setting.load is None else setting.load // element_size
     by_thread = math.gcd(head_dim, by_thread)  # as a head is aligned
     side_by_side = max(1, 32 * by_thread // channels)
     return Blocks(
