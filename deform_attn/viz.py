@@ -3,28 +3,30 @@
 The operator is watched at PyTorch's dispatcher. One watcher sees every way to it (this package's
 modules and functions, accelerated models, old repositories' extension calls), its schema names its
 arguments, and it costs nothing while nobody records: no test on the way to a kernel, no global that
-a compiled graph would have to guard. What no operator knows, reference points and the padding of
-images, is an argument of the modules round it: hooks read it by the name that the field gives it.
-By name too is understood a stock module that is given locations and weights but never calls the
-operator.
+a compiled graph would have to guard. (Discrete sampling is no operator but a function, wrapped for
+as long.) What no operator knows, reference points and the padding of images, is an argument of the
+modules round it: hooks read it by the name that the field gives it. By name too is understood a
+stock module that is given locations and weights but never calls the operator.
 """
 
 from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any, overload
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deform_attn.formula import layer_points
+from deform_attn import functional
+from deform_attn.formula import discrete, layer_points
 from deform_attn.inputs import points_per_level
 
 if TYPE_CHECKING:
@@ -125,7 +127,7 @@ def record(module: nn.Module) -> Iterator[Recordings]:
     watch = _Watch()
     with ExitStack() as stack:
         for name, child in module.named_modules():
-            if child is not module and _NAMES.isdisjoint(_parameters(child)):
+            if child is not module and _NAMES.isdisjoint(_parameters(child.forward)):
                 continue
             path = [part for part in name.split(".") if part != "_orig_mod"]  # torch.compile's
             layer = ".".join(path) or type(child).__name__
@@ -135,6 +137,7 @@ def record(module: nn.Module) -> Iterator[Recordings]:
             stack.callback(leave.remove)
         if "torch._dynamo" in sys.modules:  # else nothing is compiled, and to ask would import it
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(patch.object(functional, "discrete", watch.of_function(discrete)))
         stack.enter_context(watch)
         yield watch.seen
     if not watch.entered:
@@ -149,52 +152,65 @@ def record(module: nn.Module) -> Iterator[Recordings]:
         )
 
 
-# What a module is understood by: the names of its arguments.
-_POINTS = {"sampling_locations", "attention_weights"}
-_NAMES = _POINTS | {"reference_points", "valid_ratios"}
+# Modules are understood by the names of their arguments. One that has these has an operator's.
+_OPERANDS = {"value_spatial_shapes", "sampling_locations", "attention_weights"}
+_NAMES = {"sampling_locations", "reference_points", "valid_ratios"}
 
 
 class _Watch(TorchDispatchMode):
-    """Sees calls of the operators, and the arguments of the modules that they happen in."""
+    """Sees calls of the operators, and the arguments of the modules that they are inside of."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.seen = Recordings()
         self.entered = False
-        self._around: list[
-            tuple[str, Mapping[str, Any]]
-        ] = []  # layer and arguments, outermost first
+        self._around: list[tuple[str, dict[str, Any]]] = []  # names and arguments, outermost first
 
     def enter(self, layer: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Forward pre-hook."""
         self.entered = True
-        self._around.append((layer, dict(zip(_parameters(module), args)) | kwargs))
+        self._around.append((layer, dict(zip(_parameters(module.forward), args)) | kwargs))
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         """Forward hook; called after an exception too, then without an output."""
         given = self._around[-1][1]
-        if output is not None and given.keys() >= _POINTS:
+        if given.keys() >= _OPERANDS and output is not None:
             self._add(given)
         self._around.pop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        if func.namespace == "deform_attn" and self._around:
-            given = dict(zip((x.name for x in func._schema.arguments), args)) | kwargs
-            # what is inside a module that is given the points is recorded when that returns
-            if "grad_output" not in given and not self._around[-1][1].keys() >= _POINTS:
-                self._add(given)
+        if func.namespace == "deform_attn":
+            names = [argument.name for argument in func._schema.arguments]
+            self._see(dict(zip(names, args)) | kwargs)
         return output
 
-    def _add(self, given: Mapping[str, Any]) -> None:
+    def of_function(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function, its calls seen as those of an operator are."""
+
+        def seen(*args: Any) -> Tensor:
+            output = function(*args)
+            self._see(dict(zip(_parameters(function), args)))
+            return output
+
+        return seen
+
+    def _see(self, given: dict[str, Any]) -> None:
+        """Add a call inside of the module, not backward; what has the operands adds itself."""
+        if not self._around or "grad_output" in given:
+            return
+        if not self._around[-1][1].keys() >= _OPERANDS:
+            self._add(given)
+
+    def _add(self, given: dict[str, Any]) -> None:
         """Record one attention from the arguments of its operator or module."""
         shapes = _spatial_shapes(given)
         num_points = given.get("num_points")
         if "sampling_offsets" in given:
             locations, weights = layer_points(
-                torch.tensor(shapes, device=given["value"].device),
-                *(given["reference_points"], given["sampling_offsets"], given["attention_logits"]),
+                *(shapes, given["reference_points"]),
+                *(given["sampling_offsets"], given["attention_logits"]),
                 *(num_points, given["offset_scale"]),
             )
         else:
@@ -218,7 +234,7 @@ class _Watch(TorchDispatchMode):
     def _nearest(
         self,
         name: str,
-        given: Mapping[str, Any],
+        given: dict[str, Any],
         leading: tuple[int, ...],
         num_levels: int,
         widths: tuple[int, ...],
@@ -235,11 +251,11 @@ class _Watch(TorchDispatchMode):
         return None
 
 
-def _parameters(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
 
 
-def _spatial_shapes(given: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
+def _spatial_shapes(given: dict[str, Any]) -> tuple[tuple[int, int], ...]:
     if given.get("level_sizes") is not None:
         sides = iter(given["level_sizes"])
         return tuple(zip(sides, sides))

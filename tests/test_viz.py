@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 import deform_attn
-from deform_attn import MSDeformAttn, ms_deform_attn, viz
+from deform_attn import (
+    MSDeformableAttention,
+    MSDeformAttn,
+    MultiScaleDeformableAttention,
+    formula,
+    functional,
+    ms_deform_attn,
+    viz,
+)
 
 B, Q, M, P = 2, 5, 4, 3
 SHAPES = [(8, 6), (4, 3)]
@@ -78,6 +86,49 @@ def test_what_a_layer_samples(backend: str, width: int, grad: bool) -> None:
     assert found.spatial_shapes == tuple(SHAPES)
     assert found.num_points == (P, P)
     assert found.valid_ratios is None
+
+
+FAMILY = {
+    "official": lambda: MSDeformAttn(32, L, M, P),
+    "mmcv": lambda: MultiScaleDeformableAttention(32, M, L, P, dropout=0, batch_first=True),
+    "rtdetr": lambda: MSDeformableAttention(32, M, L, P, variant="rtdetr"),
+    "rtdetrv2": lambda: MSDeformableAttention(32, M, L, [1, 4]),
+    "discrete": lambda: MSDeformableAttention(32, M, L, [2, 3], "discrete"),
+    "dfine": lambda: MSDeformableAttention(32, M, L, [4, 2], variant="dfine"),
+}
+
+
+@pytest.mark.parametrize("backend", ["compiled", "reference"])
+@pytest.mark.parametrize("name", FAMILY)
+def test_all_that_a_module_samples(name: str, backend: str) -> None:
+    """From the recording and the feature maps follows what the module attended to."""
+    module = FAMILY[name]()
+    for projection in (module.sampling_offsets, module.attention_weights):
+        nn.init.normal_(projection.weight, std=0.2)
+    query, _, memory, shapes = arguments()
+    reference = torch.rand(B, Q, 1, 4)
+    with deform_attn.use_backend(backend), viz.record(module) as seen:
+        if name == "mmcv":
+            boxes = reference.expand(-1, -1, L, -1)
+            output = module(query, value=memory, reference_points=boxes, spatial_shapes=shapes)
+            output = output - query
+        elif name == "official":
+            output = module(query, reference.expand(-1, -1, L, -1), memory, shapes)
+        else:
+            output = module(query, reference, memory, SHAPES)
+    (found,) = seen
+    value = memory if name == "dfine" else module.value_proj(memory)
+    attended = ms_deform_attn(
+        value.view(B, ROWS, M, -1),
+        *(SHAPES, None, found.sampling_locations, found.attention_weights),
+        num_points=found.num_points,
+        method="discrete" if name == "discrete" else "default",
+    )
+    torch.testing.assert_close(
+        output, attended if name == "dfine" else module.output_proj(attended)
+    )
+    assert found.reference_points is not None
+    assert torch.equal(found.reference_points, reference.expand(-1, -1, L, -1))
 
 
 def test_a_compiled_layer() -> None:
@@ -210,6 +261,7 @@ def test_nothing_is_left_behind() -> None:
         module(torch.rand(1), *arguments()[1:])
     with pytest.raises(ZeroDivisionError), viz.record(module):
         raise ZeroDivisionError
+    assert functional.discrete is formula.discrete
     assert not module._forward_hooks
     assert not module._forward_pre_hooks
     assert not _get_current_dispatch_mode_stack()
