@@ -18,9 +18,6 @@
 namespace deform_attn {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-using MaybeSizes = std::optional<std::vector<int64_t>>;
-
 void check(const char* what, cudaError_t error) {
   DEFORM_ATTN_REQUIRE(error == cudaSuccess, "deform_attn: ", what, ": ", cudaGetErrorString(error));
 }
