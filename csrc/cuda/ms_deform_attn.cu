@@ -20,8 +20,6 @@
 namespace deform_attn {
 namespace {
 
-using MaybeTensor = std::optional<Tensor>;
-using MaybeSizes = std::optional<std::vector<int64_t>>;
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
 
 void check(const char* what, cudaError_t error) {
