@@ -480,6 +480,14 @@ def test_bad_levels_and_values_are_named(name: str) -> None:
         module(**(call | {value: bad}))
 
 
+def test_levels_of_other_sizes_are_named() -> None:
+    """As many rows together, so that nothing else would tell."""
+    module, call = FAMILY["dfine"].make(), FAMILY["dfine"].arguments()
+    rows = torch.cat(call["value"], -1)
+    with pytest.raises(ValueError, match=r"^value: expected .* level 1 with 12 pixels, got .* 7\)"):
+        module(**(call | {"value": rows.split([35, 7, 7], -1)}))
+
+
 @pytest.mark.parametrize("name", [name for name in FAMILY if name != "dfine"])
 def test_bad_masks_are_named(name: str) -> None:
     """Floats, another shape or device, and the polarity under which no pixel is left."""
