@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
-from matplotlib.image import imread
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -26,6 +23,11 @@ from deform_attn import (
     ms_deform_attn,
     viz,
 )
+
+pytest.importorskip("matplotlib")
+from matplotlib.axes import Axes
+from matplotlib.image import imread
+from PIL import Image
 
 B, Q, M, P = 2, 5, 4, 3
 SHAPES = [(8, 6), (4, 3)]
@@ -293,8 +295,7 @@ def test_nothing_recorded() -> None:
 
 
 def test_a_stock_model_with_a_padded_image() -> None:
-    import transformers
-
+    transformers = pytest.importorskip("transformers")
     config = transformers.DeformableDetrConfig(
         use_timm_backbone=False,
         use_pretrained_backbone=False,
