@@ -1,0 +1,286 @@
+"""Every model type that deform_attn accelerates, on several versions of transformers: a table.
+
+    python tests/transformers_matrix.py --transformers 5.17.0 5.24.0
+
+Each version is installed with what it needs into a temporary folder, before this environment's own
+packages on the path, unless it is the one installed here. For each model: the worst relative
+difference of its outputs (evaluation) and of the gradients of all parameters (training, its own
+loss where it has one), and whether what torch.compile takes as one graph still is one. float64
+tells right from wrong; float32 is there to see what a user sees, and rounding before a topk may
+choose another query there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TESTS = Path(__file__).resolve().parent
+LIMIT = 1e-9  # of a relative difference in float64
+LIKE_NOTHING = 1e-6  # a gradient this much smaller than the model's largest counts as that large
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a model computes: outputs in evaluation, then one step of training."""
+
+    outputs: list[Tensor]
+    loss: Tensor
+    gradients: dict[str, Tensor]
+    parameters: dict[str, Tensor]  # after the step
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Models make tensors of their own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def result_of(model: nn.Module, inputs: dict[str, Any]) -> Result:
+    from transformers_models import loss_of, tensors_of
+
+    model = copy.deepcopy(model)  # it may cache, and is stepped
+    torch.manual_seed(3)
+    with torch.no_grad():
+        outputs = tensors_of(model.eval()(**inputs))
+    torch.manual_seed(4)
+    loss = loss_of(model.train()(**inputs))
+    loss.backward()
+    given = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9).step()
+    return Result(outputs, loss.detach(), given, dict(model.named_parameters()))
+
+
+def values_differ(found: Result, expected: Result) -> float:
+    """The largest difference of an output or of the loss, over the largest number of it."""
+    assert len(found.outputs) == len(expected.outputs) > 0
+    pairs = [*zip(found.outputs, expected.outputs), (found.loss, expected.loss)]
+    return max(difference(a, b) for a, b in pairs)
+
+
+def gradients_differ(found: Result, expected: Result) -> float:
+    """The same of every parameter's gradient, and of what a step made of the parameter."""
+    assert found.gradients.keys() == expected.gradients.keys()
+    largest = max(float(g.abs().max()) for g in expected.gradients.values())
+    gradients = [
+        difference(found.gradients[name], expected.gradients[name], LIKE_NOTHING * largest)
+        for name in expected.gradients
+    ]
+    stepped = [
+        difference(found.parameters[name], expected.parameters[name])
+        for name in expected.parameters
+    ]
+    return max(gradients + stepped)
+
+
+def difference(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
+    assert found.shape == expected.shape
+    if expected.numel() == 0:
+        return 0.0
+    apart = float((found - expected).detach().abs().nan_to_num(float("inf")).max())
+    return apart / max(float(expected.detach().abs().max()), least) if apart else 0.0
+
+
+class OneGraph:
+    """A model through torch.compile(fullgraph=True), and the operators in what came of it."""
+
+    def __init__(self, model: nn.Module, backend: str = "aot_eager") -> None:
+        self.model, self.backend = model, backend
+        self.operators: list[str] = []
+
+    def __call__(self, inputs: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Outputs, and the gradients of their sum, in evaluation mode and without labels."""
+        from torch._dynamo.backends.common import aot_autograd
+        from transformers_models import tensors_of
+
+        def seen(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
+            self.operators += [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+            return graph
+
+        torch._dynamo.reset()
+        backend: Any = aot_autograd(fw_compiler=seen, bw_compiler=seen)
+        compiled = torch.compile(
+            self.model.eval(),
+            fullgraph=True,
+            backend=backend if self.backend == "aot_eager" else self.backend,
+        )
+        outputs = tensors_of(compiled(**without_labels(inputs)))
+        sum(output.sum() for output in outputs).backward()
+        given = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
+        return [output.detach() for output in outputs], given
+
+    def count(self, name: str) -> int:
+        return self.operators.count(f"deform_attn.{name}.default")
+
+
+def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if "labels" not in name}
+
+
+def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager") -> str:
+    """"one graph", or why not; a stock model that is not one graph is no fault of ours."""
+    from transformers_models import build, inputs_of, tensors_of
+
+    from deform_attn.integrations.transformers import accelerate
+
+    inputs = inputs_of(small, dtype)
+    model = build(small, dtype)
+    try:
+        OneGraph(copy.deepcopy(model), backend)(inputs)
+    except Exception as error:
+        return f"stock does not: {type(error).__name__}"
+    model, report = accelerate(model)
+    eager = copy.deepcopy(model)
+    outputs = tensors_of(eager(**without_labels(inputs)))
+    sum(output.sum() for output in outputs).backward()
+    given = {name: p.grad for name, p in eager.named_parameters() if p.grad is not None}
+    graph = OneGraph(model, backend)
+    found, found_given = graph(inputs)
+    if "discrete" not in small.name and backend == "aot_eager":  # discrete is no operator
+        counts = graph.count("ms_deform_attn"), graph.count("ms_deform_attn_backward")
+        if counts != (len(report.replaced),) * 2:
+            return f"FAIL: {counts} operators for {len(report.replaced)} layers"
+    differ = max(difference(a, b.detach()) for a, b in zip(found, outputs, strict=True))
+    largest = max(float(g.abs().max()) for g in given.values())
+    differ = max(
+        differ, *(difference(found_given[n], given[n], LIKE_NOTHING * largest) for n in given)
+    )
+    return "one graph" if differ <= LIMIT else f"FAIL: differs by {differ:.0e}"
+
+
+def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
+    """(values, gradients, report) of a model accelerated against itself as it ships."""
+    from transformers_models import build, inputs_of
+
+    from deform_attn.integrations.transformers import accelerate
+
+    with default_dtype(dtype):
+        inputs, model = inputs_of(small, dtype), build(small, dtype)
+        expected = result_of(model, inputs)
+        model, report = accelerate(model)
+        found = result_of(model, inputs)
+    return values_differ(found, expected), gradients_differ(found, expected), report
+
+
+# ------------------------------------------------------------------------------------------ command
+
+
+def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
+    """The table of the transformers on this path, a model at a time."""
+    import transformers
+    from transformers_models import SMALL
+
+    for small in SMALL.values():
+        if names and small.name not in names:
+            continue
+        start = time.perf_counter()
+        row: dict[str, Any] = {"transformers": transformers.__version__, "model": small.name}
+        try:
+            if not hasattr(transformers.models, small.model_type):
+                yield row | {"status": "absent"}
+                continue
+            values, gradients, report = compare(small, torch.float64)
+            values32, gradients32, _ = compare(small, torch.float32)
+            with default_dtype(torch.float64):
+                compiled = compiles(small, torch.float64, backend)
+            right = max(values, gradients) <= LIMIT and not report.left and report.replaced
+            row |= {
+                "status": "ok" if right and "FAIL" not in compiled else "FAIL",
+                "replaced": len(report.replaced),
+                "values": values,
+                "gradients": gradients,
+                "values_f32": values32,
+                "gradients_f32": gradients32,
+                "compile": compiled,
+            }
+        except Exception as error:
+            row |= {"status": "FAIL", "error": f"{type(error).__name__}: {error}"}
+            traceback.print_exc()
+        yield row | {"seconds": round(time.perf_counter() - start, 1)}
+
+
+COLUMNS = ("values", "gradients", "values_f32", "gradients_f32")
+
+
+def line(row: dict[str, Any]) -> str:
+    if "values" not in row:
+        cells = [row.get("error", row["status"]), "", "", "", ""]
+    else:
+        cells = [*(f"{row[name]:.0e}" for name in COLUMNS), row["compile"]]
+    return f"| {row['transformers']} | {row['model']} | " + " | ".join(cells) + " |"
+
+
+def install(version: str, folder: Path) -> None:
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--target", str(folder), f"transformers=={version}"]
+    subprocess.run(command, check=True)
+
+
+def main() -> int:
+    """Exit status 1 where any model of any version fails."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--transformers", nargs="+", default=["5.17.0", "5.24.0"])
+    parser.add_argument("--models", nargs="+", default=[])
+    parser.add_argument("--backend", default="aot_eager", help="of torch.compile, e.g. inductor")
+    parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
+    parser.add_argument("--here", action="store_true", help="print the rows of this environment")
+    arguments = parser.parse_args()
+    if arguments.here:
+        for row in rows(arguments.models, arguments.backend):
+            print(json.dumps(row), flush=True)
+        return 0
+
+    from importlib.metadata import version as installed
+
+    found = []
+    header = ("transformers", "model", "values", "gradients", "values f32", "gradients f32")
+    print("| " + " | ".join((*header, "compile")) + " |")
+    print("|" + "---|" * 7, flush=True)
+    command = [sys.executable, __file__, "--here", "--backend", arguments.backend]
+    if arguments.models:
+        command += ["--models", *arguments.models]
+    for version in arguments.transformers:
+        with tempfile.TemporaryDirectory(prefix="transformers-") as folder:
+            paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            if version != installed("transformers"):
+                install(version, Path(folder))
+                paths.insert(0, folder)
+            environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+            process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+            assert process.stdout is not None
+            for printed in process.stdout:
+                row = json.loads(printed)
+                assert row["transformers"] == version, f"{row['transformers']} came instead"
+                found.append(row)
+                print(line(row), flush=True)
+            if process.wait() != 0:
+                raise SystemExit(f"transformers {version}: exit status {process.returncode}")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / "transformers.json").write_text(json.dumps(found, indent=1) + "\n")
+    return 0 if all(row["status"] in ("ok", "absent") for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
