@@ -21,7 +21,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import FunctionType, ModuleType
 from typing import Any, TypeVar
-from unittest import mock
 
 from torch import Tensor, nn
 
@@ -106,7 +105,7 @@ def multi_scale_deformable_attention_v2(
         sampling_locations,
         attention_weights,
         num_points=num_points_list,
-        **({} if method=='default' else {'method':method}),
+        method=method,
     )
 
 
@@ -215,7 +214,7 @@ def restore(model: Model) -> Model:
     """
     for module in model.modules():
         if type(module) in _STOCK:
-            module.__class__ = _STOCK[type(module)]
+            module.__class__ = _STOCK[type(module)][0]
         elif vars(module).get(_ATTRIBUTE) in _FUNCTIONS.values():
             function = vars(module)[_ATTRIBUTE]
             setattr(module, _ATTRIBUTE, vars(_module_of(type(module)))[function.__name__])
@@ -263,34 +262,37 @@ def _find(module: nn.Module) -> _Found | str | None:
 
 def _calls(function: Any, name: str) -> bool:
     """Whether a function's code names this global function."""
-    return (
-        isinstance(function, FunctionType)
-        and name in function.__code__.co_names
-        and isinstance(function.__globals__.get(name), FunctionType)
-    )
+    return name in _names_in(function) and isinstance(function.__globals__.get(name), FunctionType)
 
 
-# Subclasses that call this package, and the classes of transformers that they stand for.
-_STOCK: dict[type[nn.Module], type[nn.Module]] = {}
+def _names_in(function: Any) -> tuple[str, ...]:
+    return function.__code__.co_names if isinstance(function, FunctionType) else ()
 
 
-@functools.cache
+# Subclasses that call this package: the class of transformers, and the name of what it calls.
+_STOCK: dict[type[nn.Module], tuple[type[nn.Module], str]] = {}
+
+
 def _accelerated(stock: type[nn.Module], name: str) -> type[nn.Module]:
     """A subclass that differs in the operator.
 
     A class and not a ``forward`` on the module: that would survive neither a pickle nor a guard.
     """
-    if name == _LAYER:
-        forward: Any = MultiScaleDeformableAttention.forward
-    else:
-        forward = _rebound(stock.forward, name)
-    body = {"forward": forward, "__reduce_ex__": _reduce, "__module__": __name__}
+    for subclass, known in _STOCK.items():
+        if known == (stock, name):
+            return subclass
+    ours = MultiScaleDeformableAttention.forward
+    body = {
+        "forward": ours if name == _LAYER else _rebound(stock.forward, name),
+        "__reduce_ex__": _reduce,
+        "__module__": __name__,
+    }
     subclass = type(f"Accelerated{stock.__name__}", (stock,), body)
-    _STOCK[subclass] = stock
+    _STOCK[subclass] = (stock, name)
     return subclass
 
 
-def _rebound(function: Any, name: str) -> FunctionType:
+def _rebound(function: Any, name: str) -> Any:
     """The same code, calling this package's function of that name."""
     names = {**function.__globals__, name: _FUNCTIONS[name]}
     # Dynamo looks a module up by it, and would find the module's own function there
@@ -304,10 +306,8 @@ def _rebound(function: Any, name: str) -> FunctionType:
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
     """Pickle by the class that transformers has; the subclass is made again."""
-    stock = _STOCK[type(self)]
-    name = next((name for name in _FUNCTIONS if _calls(stock.forward, name)), _LAYER)
-    _, _, *state = object.__reduce_ex__(self, protocol)
-    return (_new, (stock, name), *state)
+    reduced: Any = object.__reduce_ex__(self, protocol)
+    return (_new, _STOCK[type(self)], *reduced[2:])
 
 
 def _new(stock: type[nn.Module], name: str) -> nn.Module:
@@ -371,29 +371,47 @@ def patch_transformers() -> Iterator[Report]:
                 if reason is not None:
                     left.append(Left(path, f"{attribute}: {reason}"))
                     continue
-                stack.enter_context(mock.patch.object(target, attribute, ours, create=True))
+                stack.enter_context(_set(target, attribute, ours))
                 name = attribute if target is module else f"{target.__name__}.{attribute}"
                 replaced.append((path, name))
         yield Report(f"transformers {version}", tuple(replaced), tuple(left))
 
 
+@contextmanager
+def _set(target: Any, attribute: str, value: Any) -> Iterator[None]:
+    """An attribute of a class or a module, as it was before afterwards."""
+    missing = object()
+    before = vars(target).get(attribute, missing)
+    setattr(target, attribute, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(target, attribute)
+        else:
+            setattr(target, attribute, before)
+
+
 def _patches(module: ModuleType) -> Iterator[tuple[Any, str, Any, str | None]]:
     """What to set on what in a modeling module, and why not where that is wrong."""
-    for name, thing in list(vars(module).items()):
-        if getattr(thing, "__module__", None) != module.__name__:
+    names = vars(module)
+    misfits = {name: _misfit(names[name], f) for name, f in _FUNCTIONS.items() if name in names}
+    for name, reason in misfits.items():
+        yield module, name, _FUNCTIONS[name], reason
+    for name, thing in list(names.items()):
+        if not isinstance(thing, type) or thing.__module__ != module.__name__:
             continue
         if name == _LAYER:
             ours = MultiScaleDeformableAttention.forward
             yield thing, "forward", ours, _misfit(thing.forward, ours)
-        elif name in _FUNCTIONS:
-            yield module, name, _FUNCTIONS[name], _misfit(thing, _FUNCTIONS[name])
-        elif isinstance(thing, type) and _ATTRIBUTE in thing.__init__.__code__.co_names:
-            yield thing, _ATTRIBUTE, property(_core, _keep_core), None
+        elif _ATTRIBUTE in _names_in(vars(thing).get("__init__")):
+            reason = next((reason for reason in misfits.values() if reason), None)
+            yield thing, _ATTRIBUTE, property(_core, _keep_core), reason
 
 
 def _core(self: nn.Module) -> Callable[..., Tensor]:
     """A property of the class: it comes before the attribute of modules that exist already."""
-    kept = vars(self)[_ATTRIBUTE]
+    kept: Callable[..., Tensor] = vars(self)[_ATTRIBUTE]
     return _FUNCTIONS.get(getattr(kept, "__name__", ""), kept)
 
 
@@ -440,9 +458,7 @@ def register_kernels() -> None:
         raise ImportError(f"register_kernels: `kernels` is not installed ({error})") from None
     utils: Any = importlib.import_module("transformers.utils.import_utils")
     if not utils.is_kernels_available():
-        lowest, end = (
-            getattr(utils, f"KERNELS_{bound}_VERSION", "?") for bound in ("MIN", "MAX")
-        )
+        lowest, end = (getattr(utils, f"KERNELS_{bound}_VERSION", "?") for bound in ("MIN", "MAX"))
         raise ImportError(
             f"register_kernels: this transformers works with kernels >= {lowest}, < {end}, and "
             f"{kernels.__version__} is installed; accelerate() needs no kernels"
