@@ -28,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 TESTS = Path(__file__).resolve().parent
 LIMIT = 1e-9  # of a relative difference in float64
@@ -103,63 +105,60 @@ def difference(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
 class OneGraph:
     """A model through torch.compile(fullgraph=True), and the operators in what came of it."""
 
-    def __init__(self, model: nn.Module, backend: str = "aot_eager") -> None:
-        self.model, self.backend = model, backend
+    def __init__(self, model: nn.Module, backend: str) -> None:
         self.operators: list[str] = []
-
-    def __call__(self, inputs: dict[str, Any]) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Outputs, and the gradients of their sum, in evaluation mode and without labels."""
-        from functorch.compile import make_boxed_func
-        from torch._dynamo.backends.common import aot_autograd
-        from transformers_models import tensors_of, without_labels
 
         def seen(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
             self.operators += [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
             return make_boxed_func(graph.forward)
 
         torch._dynamo.reset()
-        backend: Any = aot_autograd(fw_compiler=seen, bw_compiler=seen)
-        compiled = torch.compile(
-            self.model.eval(),
-            fullgraph=True,
-            backend=backend if self.backend == "aot_eager" else self.backend,
-        )
-        outputs = tensors_of(compiled(**without_labels(inputs)))
-        sum(output.sum() for output in outputs).backward()
-        given = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None}
-        return [output.detach() for output in outputs], given
+        chosen: Any = backend
+        if backend == "aot_eager":
+            chosen = aot_autograd(fw_compiler=seen, bw_compiler=seen)
+        self.call = torch.compile(model, fullgraph=True, backend=chosen)
 
     def count(self, name: str) -> int:
         return self.operators.count(f"deform_attn.{name}.default")
 
 
-def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager") -> str:
+def sum_of_gradients(
+    call: Any, model: nn.Module, inputs: dict[str, Any]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Outputs of a call, and the gradients of their sum for the model's parameters."""
+    from transformers_models import tensors_of
+
+    outputs = tensors_of(call(**inputs))
+    model.zero_grad()
+    sum(output.sum() for output in outputs).backward()
+    given = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return [output.detach() for output in outputs], given
+
+
+def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: bool = True) -> str:
     """Say "one graph", or why not; a stock model that is not one graph is no fault of ours."""
-    from transformers_models import build, inputs_of, tensors_of, without_labels
+    from transformers_models import build, inputs_of, without_labels
 
     from deform_attn.integrations.transformers import accelerate
 
-    inputs = inputs_of(small, dtype)
-    model = build(small, dtype)
-    try:
-        OneGraph(copy.deepcopy(model), backend)(inputs)
-    except Exception as error:
-        return f"stock does not: {type(error).__name__}"
+    inputs, model = without_labels(inputs_of(small, dtype)), build(small, dtype)
+    if stock:
+        try:
+            OneGraph(copy.deepcopy(model), "eager").call(**inputs)
+        except Exception as error:
+            return f"stock does not: {type(error).__name__}"
     model, report = accelerate(model)
-    eager = copy.deepcopy(model)
-    outputs = tensors_of(eager(**without_labels(inputs)))
-    sum(output.sum() for output in outputs).backward()
-    given = {name: p.grad for name, p in eager.named_parameters() if p.grad is not None}
+    expected, expected_gradients = sum_of_gradients(model, model, inputs)
     graph = OneGraph(model, backend)
-    found, found_given = graph(inputs)
-    if "discrete" not in small.name and backend == "aot_eager":  # discrete is no operator
+    found, gradients = sum_of_gradients(graph.call, model, inputs)
+    if backend == "aot_eager" and "discrete" not in small.name:  # which is no operator
         counts = graph.count("ms_deform_attn"), graph.count("ms_deform_attn_backward")
         if counts != (len(report.replaced),) * 2:
             return f"FAIL: {counts} operators for {len(report.replaced)} layers"
-    differ = max(difference(a, b.detach()) for a, b in zip(found, outputs, strict=True))
-    largest = max(float(g.abs().max()) for g in given.values())
+    least = LIKE_NOTHING * max(float(g.abs().max()) for g in expected_gradients.values())
     differ = max(
-        differ, *(difference(found_given[n], given[n], LIKE_NOTHING * largest) for n in given)
+        *(difference(a, b) for a, b in zip(found, expected, strict=True)),
+        *(difference(gradients[name], g, least) for name, g in expected_gradients.items()),
     )
     return "one graph" if differ <= LIMIT else f"FAIL: differs by {differ:.0e}"
 

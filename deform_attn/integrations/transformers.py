@@ -29,7 +29,6 @@ from deform_attn.inputs import Levels
 
 __all__ = [
     "MODEL_TYPES",
-    "Left",
     "Report",
     "accelerate",
     "patch_transformers",
@@ -129,30 +128,23 @@ def _misfit(stock: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
 
 
 @dataclass(frozen=True)
-class Left:
-    """Deformable attention that was left as it is."""
-
-    path: str  #: where: the name of a submodule, or of a Python module
-    reason: str
-
-
-@dataclass(frozen=True)
 class Report:
     """What a call replaced, where, and why anything was not.
 
-    ``str(report)`` is for people: a line for each place.
+    Places are names of submodules, or of Python modules. ``str(report)`` is for people: a line for
+    each place.
     """
 
     subject: str  #: what was looked through
-    replaced: tuple[tuple[str, str], ...]  #: (path, name of the class or function)
-    left: tuple[Left, ...] = ()
+    replaced: tuple[tuple[str, str], ...]  #: (place, name of the class or function)
+    left: tuple[tuple[str, str], ...]  #: deformable attention that is as it was: (place, reason)
 
     def __str__(self) -> str:
         if not self.replaced and not self.left:
             return f"{self.subject}: no deformable attention found"
         lines = [f"{self.subject}: {len(self.replaced)} replaced, {len(self.left)} left"]
-        lines += [f"  replaced {path}: {name}" for path, name in self.replaced]
-        lines += [f"  left     {left.path}: {left.reason}" for left in self.left]
+        lines += [f"  replaced {place}: {name}" for place, name in self.replaced]
+        lines += [f"  left     {place}: {reason}" for place, reason in self.left]
         return "\n".join(lines)
 
 
@@ -186,22 +178,27 @@ def accelerate(model: Model) -> tuple[Model, Report]:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    replaced: list[tuple[str, str]] = []
-    left: list[Left] = []
+    replaced: dict[str, str] = {}
+    left: dict[str, str] = {}
     for path, module in model.named_modules():
         found = _find(module)
         if isinstance(found, str):
-            left.append(Left(path or type(module).__name__, found))
+            left[path] = found
         elif found is not None:
             found.apply()
-            replaced.append((path or type(module).__name__, found.name))
-    done = [path for path, _ in replaced]
+            replaced[path] = found.name
     for path, module in model.named_modules():
-        if _is_attention(module) and not any(_within(inner, path) for inner in done):
-            told = any(_within(each.path, path) for each in left)
-            if not told and type(module) not in _STOCK:
-                left.append(Left(path or type(module).__name__, _unknown(module)))
-    return model, Report(type(model).__name__, tuple(replaced), tuple(left))
+        if _is_attention(module) and not any(_within(place, path) for place in replaced | left):
+            cls = type(module)
+            left[path] = f"{cls.__module__}.{cls.__qualname__} calls no operator that is known here"
+            if cls.__module__.startswith("deform_attn."):
+                left[path] = "deform_attn's own module"
+    subject = type(model).__name__
+    return model, Report(
+        subject,
+        tuple((path or subject, name) for path, name in replaced.items()),
+        tuple((path or subject, reason) for path, reason in left.items()),
+    )
 
 
 def restore(model: Model) -> Model:
@@ -216,8 +213,8 @@ def restore(model: Model) -> Model:
         if type(module) in _STOCK:
             module.__class__ = _STOCK[type(module)][0]
         elif vars(module).get(_ATTRIBUTE) in _FUNCTIONS.values():
-            function = vars(module)[_ATTRIBUTE]
-            setattr(module, _ATTRIBUTE, vars(_module_of(type(module)))[function.__name__])
+            stock = vars(sys.modules[type(module).__module__])
+            setattr(module, _ATTRIBUTE, stock[vars(module)[_ATTRIBUTE].__name__])
     return model
 
 
@@ -242,12 +239,13 @@ def _find(module: nn.Module) -> _Found | str | None:
     if cls.__name__ == _LAYER and cls.__module__.startswith("transformers."):
         name, reason = _LAYER, _misfit(cls.forward, MultiScaleDeformableAttention.forward)
     else:
-        called = [name for name in _FUNCTIONS if _calls(inspect.unwrap(cls.forward), name)]
+        forward: Any = inspect.unwrap(cls.forward)
+        called = [name for name in _FUNCTIONS if _calls(forward, name)]
         if not called:
             return None
         name = called[0]
-        reason = _misfit(cls.forward.__globals__[name], _FUNCTIONS[name])
-        if hasattr(cls.forward, "__wrapped__"):
+        reason = _misfit(forward.__globals__[name], _FUNCTIONS[name])
+        if forward is not cls.forward:
             reason = f"a decorator hides the forward that calls {name}"
     if "forward" in vars(module):
         reason = "its forward was replaced on this one module, by `kernels` or a hook"
@@ -323,19 +321,8 @@ def _is_attention(module: nn.Module) -> bool:
     )
 
 
-def _unknown(module: nn.Module) -> str:
-    cls = type(module)
-    if cls.__module__.startswith("deform_attn."):
-        return "deform_attn's own module"
-    return f"{cls.__module__}.{cls.__qualname__} calls no operator that is known here"
-
-
 def _within(path: str, ancestor: str) -> bool:
     return not ancestor or path == ancestor or path.startswith(f"{ancestor}.")
-
-
-def _module_of(cls: type) -> ModuleType:
-    return sys.modules[cls.__module__]
 
 
 # --------------------------------------------------------------------------- all models, in a block
@@ -358,18 +345,18 @@ def patch_transformers() -> Iterator[Report]:
     """
     version = importlib.import_module("transformers").__version__
     replaced: list[tuple[str, str]] = []
-    left: list[Left] = []
+    left: list[tuple[str, str]] = []
     with ExitStack() as stack:
         for model_type in MODEL_TYPES:
             path = f"transformers.models.{model_type}.modeling_{model_type}"
             try:
                 module = importlib.import_module(path)
             except ModuleNotFoundError as error:
-                left.append(Left(path, f"not in transformers {version} ({error})"))
+                left.append((path, f"not in transformers {version} ({error})"))
                 continue
             for target, attribute, ours, reason in _patches(module):
                 if reason is not None:
-                    left.append(Left(path, f"{attribute}: {reason}"))
+                    left.append((path, f"{attribute}: {reason}"))
                     continue
                 stack.enter_context(_set(target, attribute, ours))
                 name = attribute if target is module else f"{target.__name__}.{attribute}"
@@ -403,7 +390,7 @@ def _patches(module: ModuleType) -> Iterator[tuple[Any, str, Any, str | None]]:
             continue
         if name == _LAYER:
             ours = MultiScaleDeformableAttention.forward
-            yield thing, "forward", ours, _misfit(thing.forward, ours)
+            yield thing, "forward", ours, _misfit(vars(thing)["forward"], ours)
         elif _ATTRIBUTE in _names_in(vars(thing).get("__init__")):
             reason = next((reason for reason in misfits.values() if reason), None)
             yield thing, _ATTRIBUTE, property(_core, _keep_core), reason
