@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import os
@@ -360,10 +361,10 @@ def test_fallback_is_logged_once(
     """One line under the logger deform_attn, with the reason."""
     from deform_attn import backends
 
-    broken = {
-        **BACKENDS,
-        "compiled": backends.Backend("compiled", lambda *_: "not built", BACKENDS["compiled"].call),
-        "triton": backends.Backend("triton", lambda *_: "no GPU", BACKENDS["triton"].call),
+    reasons = {"compiled": "not built", "triton": "no GPU"}
+    broken = BACKENDS | {
+        name: dataclasses.replace(BACKENDS[name], why_not=lambda *_, why=why: why)
+        for name, why in reasons.items()
     }
     monkeypatch.setattr(backends, "BACKENDS", broken)
     monkeypatch.setattr(backends, "_told", set())
