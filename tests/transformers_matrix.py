@@ -22,7 +22,6 @@ import tempfile
 import time
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,17 +45,6 @@ class Result:
     loss: Tensor  # in training
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]  # after the step
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Models make tensors of their own."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def result_of(model: nn.Module, inputs: dict[str, Any], training: bool = True) -> Result:
@@ -165,7 +153,7 @@ def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: 
 
 def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
     """(values, gradients, report) of a model accelerated against itself as it ships."""
-    from transformers_models import build, inputs_of
+    from transformers_models import build, default_dtype, inputs_of
 
     from deform_attn.integrations.transformers import accelerate
 
@@ -184,7 +172,7 @@ def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
 def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
     """The table of the transformers on this path, a model at a time."""
     import transformers
-    from transformers_models import SMALL
+    from transformers_models import SMALL, default_dtype
 
     for small in SMALL.values():
         if names and small.name not in names:

@@ -7,7 +7,8 @@ gradients jump. `build` draws them so that signals keep their size, and spreads 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,35 +36,52 @@ class Small:
         return self.name.removesuffix("_discrete")
 
 
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Models make tensors of their own."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def build(small: Small, dtype: torch.dtype = torch.float64) -> nn.Module:
     """The model in evaluation mode, from the same random numbers each time."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
-    model = small.build().to(dtype)
-    for name, module in model.named_modules():
-        if isinstance(module, (nn.Linear, nn.Conv2d)):
-            points = name.endswith(("sampling_offsets", "attention_weights"))
-            gain = 1.0 if isinstance(module, nn.Linear) else 2.0**0.5
-            nn.init.normal_(module.weight, std=gain * module.weight[0].numel() ** -0.5)
-            if module.bias is not None:
-                with torch.no_grad():
-                    module.bias += (0.5 if points else 0.1) * torch.randn_like(module.bias)
-        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
-            nn.init.ones_(module.weight)
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 1.0  # one image tells its running statistics all
-    with torch.no_grad():
-        model.train()(**without_labels(inputs_of(small, dtype)))
+    with default_dtype(dtype):
+        model = small.build()
+        for name, module in model.named_modules():
+            _draw(name, module)
+        with torch.no_grad():
+            model.train()(**without_labels(inputs_of(small, dtype)))
     return model.eval()
 
 
-def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in inputs.items() if "labels" not in name}
+def _draw(name: str, module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        points = name.endswith(("sampling_offsets", "attention_weights"))
+        gain = 1.0 if isinstance(module, nn.Linear) else 2.0**0.5
+        nn.init.normal_(module.weight, std=gain * module.weight[0].numel() ** -0.5)
+        if module.bias is not None:
+            with torch.no_grad():
+                module.bias += (0.5 if points else 0.1) * torch.randn_like(module.bias)
+    elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
+        nn.init.ones_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0  # one batch tells its running statistics all
 
 
 def inputs_of(small: Small, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
     torch.manual_seed(1)
-    return _to(small.inputs(), dtype)
+    with default_dtype(dtype):
+        return small.inputs()
+
+
+def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in inputs.items() if "labels" not in name}
 
 
 def loss_of(output: Any) -> Tensor:
@@ -90,16 +108,6 @@ def tensors_of(output: Any) -> list[Tensor]:
     if isinstance(output, (list, tuple)):
         return [tensor for part in output for tensor in tensors_of(part)]
     return []
-
-
-def _to(thing: Any, dtype: torch.dtype) -> Any:
-    if isinstance(thing, Tensor):
-        return thing.to(dtype) if thing.is_floating_point() else thing
-    if isinstance(thing, dict):
-        return {name: _to(part, dtype) for name, part in thing.items()}
-    if isinstance(thing, list):
-        return [_to(part, dtype) for part in thing]
-    return thing
 
 
 # Inputs --------------------------------------------------------------------------------------
@@ -159,7 +167,7 @@ def _omdet() -> dict[str, Any]:
 
 
 def _segmentation() -> dict[str, Any]:
-    masks = [(torch.rand(count, HEIGHT, WIDTH) > 0.5).float() for count in (3, 2)]
+    masks = [torch.rand(count, HEIGHT, WIDTH).round() for count in (3, 2)]
     return _image() | {
         "mask_labels": masks,
         "class_labels": [torch.randint(LABELS, (len(mask),)) for mask in masks],

@@ -382,18 +382,24 @@ def _set(target: Any, attribute: str, value: Any) -> Iterator[None]:
 def _patches(module: ModuleType) -> Iterator[tuple[Any, str, Any, str | None]]:
     """What to set on what in a modeling module, and why not where that is wrong."""
     names = vars(module)
-    misfits = {name: _misfit(names[name], f) for name, f in _FUNCTIONS.items() if name in names}
-    for name, reason in misfits.items():
-        yield module, name, _FUNCTIONS[name], reason
-    for name, thing in list(names.items()):
-        if not isinstance(thing, type) or thing.__module__ != module.__name__:
+    classes = [
+        thing
+        for thing in names.values()
+        if isinstance(thing, type) and thing.__module__ == module.__name__
+    ]
+    holders = [cls for cls in classes if _ATTRIBUTE in _names_in(vars(cls).get("__init__"))]
+    for name, ours in _FUNCTIONS.items():
+        if name not in names:
             continue
-        if name == _LAYER:
-            ours = MultiScaleDeformableAttention.forward
-            yield thing, "forward", ours, _misfit(vars(thing)["forward"], ours)
-        elif _ATTRIBUTE in _names_in(vars(thing).get("__init__")):
-            reason = next((reason for reason in misfits.values() if reason), None)
-            yield thing, _ATTRIBUTE, property(_core, _keep_core), reason
+        reason = _misfit(names[name], ours)
+        for cls in holders:  # models made inside the block must hold their own function
+            yield cls, _ATTRIBUTE, property(_core, _keep_core), reason
+        if not holders:
+            yield module, name, ours, reason
+    for cls in classes:
+        if cls.__name__ == _LAYER:
+            forward = MultiScaleDeformableAttention.forward
+            yield cls, "forward", forward, _misfit(vars(cls)["forward"], forward)
 
 
 def _core(self: nn.Module) -> Callable[..., Tensor]:
