@@ -2,8 +2,8 @@
 
     python tests/transformers_matrix.py --transformers 5.17.0 5.24.0
 
-Each version is installed with what it needs into a temporary folder, before this environment's own
-packages on the path, unless it is the one installed here. For each model: the worst relative
+Each version, unless it is the one installed here, is installed with what it needs and with the
+`kernels` it works with into a temporary folder that comes first on the path. For each model: the worst relative
 difference of its outputs (evaluation) and of the gradients of all parameters (training, its own
 loss where it has one), and whether what torch.compile takes as one graph still is one. float64
 tells right from wrong; float32 is there to see what a user sees, and rounding before a topk may
@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib.metadata
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -169,14 +172,46 @@ def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
 # ------------------------------------------------------------------------------------------ command
 
 
+def kernelized(small: Any) -> tuple[float, float]:
+    """(values, gradients) of a model as ``from_pretrained(..., use_kernels=True)`` makes it."""
+    from unittest import mock
+
+    from transformers_models import build, default_dtype, inputs_of
+
+    import deform_attn
+    from deform_attn.integrations import transformers as integration
+
+    dtype = torch.float64
+    with default_dtype(dtype):
+        inputs, model = inputs_of(small, dtype), build(small, dtype)
+        expected = result_of(model, inputs)
+        integration.register_kernels()
+        integration.register_kernels()  # twice is once
+        model.use_kernels = True
+        spy = mock.Mock(wraps=deform_attn.ms_deform_attn)
+        with mock.patch.object(integration, "ms_deform_attn", spy):
+            found = result_of(model, inputs)
+    assert spy.call_count > 0, "`kernels` served the model without deform_attn"
+    return values_differ(found, expected), gradients_differ(found, expected)
+
+
+def kernels_row() -> dict[str, Any]:
+    from transformers_models import SMALL
+
+    try:
+        values, gradients = kernelized(SMALL["rt_detr"])
+    except ImportError as error:
+        return {"status": "absent", "error": str(error)}
+    status = "ok" if max(values, gradients) <= LIMIT else "FAIL"
+    return {"status": status, "error": f"values {values:.0e}, gradients {gradients:.0e}"}
+
+
 def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
     """The table of the transformers on this path, a model at a time."""
     import transformers
     from transformers_models import SMALL, default_dtype
 
-    for small in SMALL.values():
-        if names and small.name not in names:
-            continue
+    for small in [SMALL[name] for name in names or SMALL]:
         start = time.perf_counter()
         row: dict[str, Any] = {"transformers": transformers.__version__, "model": small.name}
         try:
@@ -201,6 +236,8 @@ def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
             row |= {"status": "FAIL", "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
         yield row | {"seconds": round(time.perf_counter() - start, 1)}
+    version = transformers.__version__
+    yield {"transformers": version, "model": "register_kernels, rt_detr"} | kernels_row()
 
 
 COLUMNS = ("values", "gradients", "values_f32", "gradients_f32")
@@ -215,9 +252,20 @@ def line(row: dict[str, Any]) -> str:
 
 
 def install(version: str, folder: Path) -> None:
+    """Into a folder: transformers, unless it is here, and the `kernels` it works with, if any."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--target", str(folder), f"transformers=={version}"]
-    subprocess.run(command, check=True)
+    command += ["--target", str(folder)]
+    package = importlib.util.find_spec("transformers")
+    assert package is not None
+    assert package.origin is not None
+    where = Path(package.origin).parent
+    if version != importlib.metadata.version("transformers"):
+        subprocess.run([*command, f"transformers=={version}"], check=True)
+        where = folder / "transformers"
+    bounds = (where / "utils" / "import_utils.py").read_text()
+    lowest, end = re.findall(r'^KERNELS_M(?:IN|AX)_VERSION = "(.*)"', bounds, re.MULTILINE)
+    # not every version that transformers asks for can be had; the table says so
+    subprocess.run([*command, f"kernels>={lowest},<{end}"], check=False, capture_output=True)
 
 
 def main() -> int:
@@ -226,7 +274,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--transformers", nargs="+", default=["5.17.0", "5.24.0"])
-    parser.add_argument("--models", nargs="+", default=[])
+    parser.add_argument("--models", nargs="+", default=[], help="some of them, in this order")
     parser.add_argument("--backend", default="aot_eager", help="of torch.compile, e.g. inductor")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
     parser.add_argument("--here", action="store_true", help="print the rows of this environment")
@@ -235,8 +283,6 @@ def main() -> int:
         for row in rows(arguments.models, arguments.backend):
             print(json.dumps(row), flush=True)
         return 0
-
-    from importlib.metadata import version as installed
 
     found = []
     header = ("transformers", "model", "values", "gradients", "values f32", "gradients f32")
@@ -247,10 +293,8 @@ def main() -> int:
         command += ["--models", *arguments.models]
     for version in arguments.transformers:
         with tempfile.TemporaryDirectory(prefix="transformers-") as folder:
-            paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
-            if version != installed("transformers"):
-                install(version, Path(folder))
-                paths.insert(0, folder)
+            paths = [folder, str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            install(version, Path(folder))
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
             assert process.stdout is not None
