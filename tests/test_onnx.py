@@ -96,6 +96,11 @@ def test_a_form_that_is_none() -> None:
         decompositions("gridsample")
 
 
+def test_a_model_in_training() -> None:
+    with pytest.raises(ValueError, match="model: expected one in evaluation mode"):
+        export(nn.Linear(2, 2), (torch.rand(1, 2),))
+
+
 # Graphs --------------------------------------------------------------------------------------
 
 
@@ -202,8 +207,8 @@ def test_level_sizes_in_a_tensor(tmp_path: Path) -> None:
     weights = torch.rand(2, 5, 4, 12).softmax(-1)
     inputs = (torch.randn(2, rows, 4, 8), shapes, torch.rand(2, 5, 4, 12, 2), weights)
     with pytest.raises(ValueError, match=r"spatial_shapes: expected a list of \(height, width\)"):
-        export(Levels(), inputs, form="grid_sample", verbose=False)
-    model = export(Levels(), inputs, form="gather", verbose=False).model_proto
+        export(Levels().eval(), inputs, form="grid_sample", verbose=False)
+    model = export(Levels().eval(), inputs, form="gather", verbose=False).model_proto
     for sizes in (shapes, shapes.flip(-1)):
         changed = (inputs[0], sizes, *inputs[2:])
         (output,) = run(model, changed)
@@ -240,7 +245,8 @@ def test_rt_detr_of_transformers(form: str) -> None:
         assert difference(output, wanted) <= 5e-5
 
 
-def test_what_is_exported_already(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_exported_already() -> None:
+    """A program, of any backend."""
     layer, inputs = Layer().eval(), layer_inputs(2, 5)
     program = torch.export.export(layer, inputs)
     with pytest.raises(ValueError, match="dynamic_shapes: an exported program has its own"):

@@ -3,11 +3,11 @@
     python tests/transformers_matrix.py --transformers 5.17.0 5.24.0
 
 Each version, unless it is the one installed here, is installed with what it needs and with the
-`kernels` it works with into a temporary folder that comes first on the path. For each model: the worst relative
-difference of its outputs (evaluation) and of the gradients of all parameters (training, its own
-loss where it has one), and whether what torch.compile takes as one graph still is one. float64
-tells right from wrong; float32 is there to see what a user sees, and rounding before a topk may
-choose another query there.
+`kernels` it works with into a temporary folder that comes first on the path. For each model: the
+worst relative difference of its outputs (evaluation) and of the gradients of all parameters
+(training, its own loss where it has one), and whether what torch.compile takes as one graph still
+is one. float64 tells right from wrong; float32 is there to see what a user sees, and rounding
+before a topk may choose another query there.
 """
 
 from __future__ import annotations

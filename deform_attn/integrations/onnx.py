@@ -72,8 +72,9 @@ def export(
         The exported program; ``program.model_proto`` is the ONNX model.
 
     Raises:
-        ValueError: no such form, or one that needs level sizes as numbers where the model has them
-            in a tensor: pass ``spatial_shapes`` as a list, or take ``"gather"`` or ``"tensorrt"``.
+        ValueError: a model in training mode; no such form; or one that needs level sizes as
+            numbers where the model has them in a tensor: pass ``spatial_shapes`` as a list, or take
+            ``"gather"`` or ``"tensorrt"``.
         ModuleNotFoundError: ``onnx`` or ``onnxscript`` is not installed.
 
     Example:
@@ -88,12 +89,17 @@ def export(
         False
     """
     table = decompositions(form, plugin_version=plugin_version)
-    if not isinstance(model, torch.export.ExportedProgram):
+    if isinstance(model, torch.export.ExportedProgram):
+        if dynamic_shapes is not None:
+            raise ValueError("dynamic_shapes: an exported program has its own, expected None")
+    elif model.training:
+        raise ValueError(
+            "model: expected one in evaluation mode, got one in training: model.eval()"
+        )
+    else:
         model = torch.export.export(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
-    elif dynamic_shapes is not None:
-        raise ValueError("dynamic_shapes: an exported program has its own, expected None")
     with torch.no_grad():
         model = model.run_decompositions(table)
     options = {"opset_version": OPSET} | options
