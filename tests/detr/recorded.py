@@ -59,7 +59,9 @@ class Golden:
             state[entry["name"]] = weight = _weight(entry, scale)
             first = self.arrays.get("/".join(filter(None, ["check", variant, entry["name"]])))
             if first is not None:
-                same = torch.allclose(weight.flatten()[: len(first)], torch.from_numpy(first).float(), 1e-6)
+                same = torch.allclose(
+                    weight.flatten()[: len(first)], torch.from_numpy(first).float(), 1e-6
+                )
                 assert same, f"{self.name}: the formula does not give {entry['name']}"
         return state
 
