@@ -366,23 +366,22 @@ DAB_SINES = {"temperature": 20.0, "shift": 0.0}
 
 
 def stewart(
-    backbone: Backbone, num_classes: int, *, steps: int = 5, hidden: int = 250, until: float = 0.5
+    backbone: Backbone, num_classes: int, size: Size = Size(d=250), *, steps: int = 5
 ) -> System:
     """Stewart et al. (arXiv 1506.04878), where sets of boxes began: an LSTM says them in order.
 
     Args:
         backbone: images to maps; the last one's pixels are the cells.
         num_classes: number of classes; one, people, in the paper.
+        size: ``d`` units of the LSTM.
         steps: boxes of a cell.
-        hidden: units of the LSTM.
-        until: a cell has said all when a score is less.
     """
-    decoder = SequentialDecoder(backbone.channels[-1], num_classes, steps, hidden)
+    decoder = SequentialDecoder(backbone.channels[-1], num_classes, steps, size.d)
     criterion = Criterion(
         {"class": 1, "l1": 0.03}, match=Lexicographic(steps), classification=losses.cross_entropy
     )
     model = SequentialDetector(backbone, decoder)
-    return System(model, criterion, partial(best_classes, until=until))
+    return System(model, criterion, partial(best_classes, until=0.5))
 
 
 def detr(
