@@ -116,12 +116,18 @@ class Denoising(nn.Module):
         corners = to_corners(boxes) + sign * u * torch.cat([half, half], -1)
         return from_corners(corners.clamp(0, 1))
 
-    def queries(self, noised: Noised) -> Queries:
-        """What the decoder is given, before the queries that are matched."""
+    def before(self, matched: Queries, noised: Noised) -> Queries:
+        """Noised queries before the matched ones."""
+        assert matched.reference is not None, "denoising needs references"
+        content = torch.cat([self.content(noised), matched.content], 1)
+        return Queries(content, torch.cat([noised.boxes.sigmoid(), matched.reference], 1))
+
+    def content(self, noised: Noised) -> Tensor:
+        """Embedded labels: ``[B, D, d]``."""
         real = noised.labels >= 0
-        content = self.embed(noised.labels.where(real, self.classes))
+        content: Tensor = self.embed(noised.labels.where(real, self.classes))
         if not self.padding:
             content = content * real[..., None]
         if self.indicator:
             content = torch.cat([content, real[..., None].float()], -1)
-        return Queries(content, noised.boxes.sigmoid())
+        return content

@@ -181,9 +181,8 @@ class Criterion(nn.Module):
         """Sets whose pairs come from one-to-one matching, each with what it is told."""
         for name, prediction in layers_of(outputs, "layer"):
             yield name, prediction, targets, self.match(prediction, targets)
-        for name in ("pre", "encoder", "encoder_o2m"):
-            if (prediction := outputs.get(name)) is None:
-                continue
+        for name in (n for n in ("pre", "encoder", "encoder_o2m") if n in outputs):
+            prediction = outputs[name]
             if name == "pre" or self.encoder == "classes":
                 yield name, prediction, targets, self.match(prediction, targets)
                 continue

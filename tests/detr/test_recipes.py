@@ -68,6 +68,16 @@ def test_a_step_reaches_every_parameter(name: str) -> None:
     assert not unreached
 
 
+@pytest.mark.parametrize("name", ["detr", "dino", "deim", "mr_detr"])
+def test_half_precision(name: str) -> None:
+    model, criterion, _ = made(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(*padded(), TARGETS)
+    found = criterion(outputs, TARGETS)
+    assert all(loss.isfinite() and loss.dtype is torch.float32 for loss in found.values())
+    torch.stack(list(found.values())).sum().backward()
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_images_without_objects(name: str) -> None:
     model, criterion, _ = made(name)
@@ -161,16 +171,14 @@ def test_noise_of_boxes_alone() -> None:
     bound = torch.tensor([0.1, 0.15, 0.2, 0.3])
     assert (shift.abs() <= bound * 1.001).all()
     assert (abs(shift.abs().mean((0, 1, 2)) / bound - 0.5) < 0.02).all()
-    queries = plain.queries(noised)
-    assert (queries.content[..., -1] == 1).all()
+    assert (plain.content(noised)[..., -1] == 1).all()
 
 
 def test_padding_slots_are_zero() -> None:
     denoising = Denoising(3, 8, number=6)
     noised = denoising.noise(TARGETS)
     assert noised is not None
-    queries = denoising.queries(noised)
-    assert not queries.content[1].any()
+    assert not denoising.content(noised)[1].any()
     assert not noised.boxes[1].any()
     assert len(noised.pairs[1][0]) == 0
     assert denoising.noise(NOTHING) is None
