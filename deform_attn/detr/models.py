@@ -424,7 +424,7 @@ def deformable_detr(
     return System(model, Criterion(TWO, encoder="binary"), partial(best_scores, number=100))
 
 
-def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size()) -> System:
+def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-Deformable-DETR (arXiv 2201.12329): learnt boxes that say where to sample."""
     d = size.d
     said = heads(size, classes, refine="layer", eps=1e-3)
@@ -435,7 +435,7 @@ def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size()) -
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
-def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size()) -> System:
+def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR: noised boxes are to be restored."""
     system = dab_deformable_detr(backbone, classes, size)
     # The last channel of the content says whether a query is noised.
@@ -530,7 +530,7 @@ def dfine(
         classes: number of classes.
         size: of the model.
         eval_layers: decoder layers to run in evaluation.
-        act: activation of the heads.
+        act: activation of layers and heads.
         scale: of the edges' bins; larger for smaller corrections, 8 in the largest model.
         encoder: ``expansion`` and ``depth`` of its blocks, which are RT-DETR's.
     """
@@ -543,7 +543,7 @@ def dfine(
         act=act,
     )
     attend = partial(sampling_boxes, size, "dfine")
-    layers = layers_with(attend, size, "silu", gated=True, limit=65504)
+    layers = layers_with(attend, size, act, gated=True, limit=65504)
     decoder = dec.Decoder(layers, dec.BoxPosition(d, act, limit=10), said, eval_layers=eval_layers)
     model = hybrid(backbone, classes, size, decoder, act, project=False, **encoder)
     weights = ONE | {"fgl": 0.15, "ddf": 1.5}
@@ -556,12 +556,14 @@ def deim(
     backbone: Backbone,
     classes: int,
     size: Size = Size(levels=3, points=(3, 6, 3)),
+    *,
+    act: str = "silu",
     **options: Any,
 ) -> System:
     """DEIM (arXiv 2412.04234): D-FINE with a loss that does not give up on poor matches; that
     images hold more objects is the data's part.
     """
-    system = dfine(backbone, classes, size, **options)
+    system = dfine(backbone, classes, size, act=act, **options)
     system.criterion.classification = losses.matchability_aware
     return system
 
