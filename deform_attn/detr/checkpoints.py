@@ -156,6 +156,7 @@ _MR_DETR: Rules = [
 RULES: dict[str, Rules] = {
     "detr": _DETR,
     "dab_detr": _DAB_DETR,
+    "dn_detr": _DAB_DETR,
     "deformable_detr": _DEFORMABLE,
     "dab_deformable_detr": _DEFORMABLE,
     "dn_deformable_detr": _DEFORMABLE,

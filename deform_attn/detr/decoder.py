@@ -78,19 +78,29 @@ class LearntQueries(nn.Module):
 
 
 class AnchorQueries(nn.Module):
-    """Learnt boxes (DAB-DETR); ``content`` of the d channels are learnt, the others 0."""
+    """Learnt boxes (DAB-DETR) and content, which may be narrower than d: the rest is 0.
 
-    def __init__(self, number: int, d: int, *, content: int) -> None:
+    ``content`` is a number of learnt channels, an embedding of which all take the last row
+    (DN-DETR: "no label"), or None.
+    """
+
+    def __init__(self, number: int, d: int, *, content: int | nn.Embedding | None) -> None:
         super().__init__()
         self.boxes = nn.Embedding(number, 4)
         nn.init.uniform_(self.boxes.weight)
-        self.content = nn.Embedding(number, content) if content else None
+        self.label = content if isinstance(content, nn.Embedding) else None
+        self.content = nn.Embedding(number, content) if isinstance(content, int) else None
         self.d = d
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The same queries for every image; no proposals."""
         B = len(memory.features)
-        learnt = self.boxes.weight[:, :0] if self.content is None else self.content.weight
+        if self.content is not None:
+            learnt = self.content.weight
+        elif self.label is not None:
+            learnt = self.label.weight[-1].expand(len(self.boxes.weight), -1)
+        else:
+            learnt = self.boxes.weight[:, :0]
         content = F.pad(learnt, (0, self.d - learnt.shape[1]))
         reference = self.boxes.weight.sigmoid()
         return Queries(content.expand(B, -1, -1), reference.expand(B, -1, -1)), {}

@@ -387,7 +387,7 @@ def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -
     ]
     said = heads(size, classes, shared=True, norm=True, refine="twice", eps=1e-3)
     decoder = dec.Decoder(layers, dec.ConditionalPosition(d), said)
-    queries = dec.AnchorQueries(size.queries, d, content=0)
+    queries = dec.AnchorQueries(size.queries, d, content=None)
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
@@ -435,13 +435,25 @@ def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidd
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
+def restoring(classes: int, size: Size) -> Denoising:
+    """DN-DETR's noise. The last channel of a content says whether a query is noised."""
+    how: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4, "indicator": True}
+    return Denoising(classes, size.d, contrastive=False, **how)
+
+
+def dn_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
+    """DN-DETR (arXiv 2203.01305) on DAB-DETR: noised boxes are to be restored."""
+    system = dab_detr(backbone, classes, size)
+    noise = system.model.denoising = restoring(classes, size)
+    system.model.queries = dec.AnchorQueries(size.queries, size.d, content=noise.embed)
+    return system
+
+
 def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
-    """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR: noised boxes are to be restored."""
+    """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR."""
     system = dab_deformable_detr(backbone, classes, size)
-    # The last channel of the content says whether a query is noised.
+    system.model.denoising = restoring(classes, size)
     system.model.queries = dec.AnchorQueries(size.queries, size.d, content=size.d - 1)
-    noise: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4}
-    system.model.denoising = Denoising(classes, size.d, contrastive=False, indicator=True, **noise)
     return system
 
 

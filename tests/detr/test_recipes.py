@@ -26,6 +26,7 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "stewart": models.stewart,
     "detr": models.detr,
     "dab_detr": models.dab_detr,
+    "dn_detr": models.dn_detr,
     "one_stage": models.deformable_detr,
     "refined": partial(models.deformable_detr, refine=True),
     "two_stage": partial(models.deformable_detr, two_stage=True),
@@ -111,7 +112,7 @@ def test_results_are_boxes_in_pixels(name: str) -> None:
     assert (distance < 1e-3).all()
 
 
-@pytest.mark.parametrize("name", ["dn_deformable_detr", "dino", "rtdetr", "deim"])
+@pytest.mark.parametrize("name", ["dn_detr", "dn_deformable_detr", "dino", "rtdetr", "deim"])
 def test_noised_queries_are_not_seen(name: str) -> None:
     model: Any = made(name).model.train()
     for module in model.modules():
