@@ -150,17 +150,16 @@ class Criterion(nn.Module):
         """
         count = object_count(targets, outputs["logits"].device)
         matched = list(self.matched(outputs, targets))
-        shared = union([pairs for *_, pairs in matched]) if self.share_matches else None
+        shared = union([pairs for *_, pairs in matched])
+        positives = sum(len(queries) for queries, _ in shared)
+        of_shared = averaged(count.new_tensor(float(positives)))
         # Denoising queries' edges are balanced as the matched ones', as in the official code.
-        positives = sum(len(queries) for queries, _ in shared or matched[0][-1])
         balance = (positives, outputs["logits"][0, ..., 0].numel() - positives)
         found = {}
 
         for name, prediction, goals, pairs in matched:
             found[name] = {"class": self.classes(prediction, goals, pairs, count)}
-            told, number = pairs, count
-            if shared is not None:
-                told, number = shared, averaged(count.new_tensor(float(positives)))
+            told, number = (shared, of_shared) if self.share_matches else (pairs, count)
             found[name] |= self.boxes(prediction, goals, told, number, balance)
 
         for name, prediction, pairs, number in self.assigned(outputs, targets, count):
@@ -215,7 +214,7 @@ class Criterion(nn.Module):
         logits, where = prediction["logits"], at(pairs)
         labels = chosen(targets, pairs, "labels").long()
         iou = overlap(prediction["boxes"][where].detach(), chosen(targets, pairs, "boxes"))[0]
-        # A query with several objects keeps the last one's label.
+        # A query with several objects keeps one label: the last one's, on a CPU.
         label = torch.full(logits.shape[:2], -1, device=logits.device).index_put(where, labels)
         hot = (label[..., None] == torch.arange(logits.shape[-1], device=logits.device)).float()
         quality = hot * torch.zeros_like(label, dtype=iou.dtype).index_put(where, iou)[..., None]

@@ -558,9 +558,8 @@ def dfine(
     layers = layers_with(attend, size, act, gated=True, limit=65504)
     decoder = dec.Decoder(layers, dec.BoxPosition(d, act, limit=10), said, eval_layers=eval_layers)
     model = hybrid(backbone, classes, size, decoder, act, project=False, **encoder)
-    weights = ONE | {"fgl": 0.15, "ddf": 1.5}
-    learn = losses.varifocal
-    criterion = Criterion(weights, classification=learn, share_matches=True, bins=bins)
+    weights, kind = ONE | {"fgl": 0.15, "ddf": 1.5}, losses.varifocal
+    criterion = Criterion(weights, classification=kind, share_matches=True, bins=bins)
     return System(model, criterion, best_scores)
 
 
@@ -569,13 +568,15 @@ def deim(
     classes: int,
     size: Size = Size(levels=3, points=(3, 6, 3)),
     *,
-    act: str = "silu",
+    base: Callable[..., System] = dfine,
     **options: Any,
 ) -> System:
-    """DEIM (arXiv 2412.04234): D-FINE with a loss that does not give up on poor matches; that
-    images hold more objects is the data's part.
+    """DEIM (arXiv 2412.04234): a loss that does not give up on poor matches, for D-FINE or, as
+    ``base``, RT-DETRv2; that images hold more objects is the data's part.
     """
-    system = dfine(backbone, classes, size, act=act, **options)
+    if base is dfine:
+        options = {"act": "silu", **options}
+    system = base(backbone, classes, size, **options)
     system.criterion.classification = losses.matchability_aware
     return system
 

@@ -38,6 +38,7 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "rtdetr_v2_discrete": partial(models.rtdetr, version=2, method="discrete"),
     "dfine": models.dfine,
     "deim": models.deim,
+    "deim_on_rtdetr": partial(models.deim, base=models.rtdetr, version=2),
     "mr_detr": models.mr_detr,
 }
 TARGETS = [
