@@ -18,7 +18,7 @@ are the differences between the systems:
     D-FINE, DEIM     selected                   MLP of box     gated         distributions
     Mr. DETR         selected, learnt content   fixed          deformable    look forward twice
 
-Look forward twice (DINO, 3.4): a layer's box also corrects the layer before it, for its reference
+Look forward twice (DINO, 3.5): a layer's box also corrects the layer before it, for its reference
 keeps that layer's graph; the reference that attention and the next layer see does not.
 """
 
@@ -333,7 +333,7 @@ class ConditionalCrossAttention(ConditionalAttention):
 
 
 class InstructedSelfAttention(nn.Module):
-    """Learnt tokens beside the queries tell a layer to answer many to one (Mr. DETR, 3.3)."""
+    """Learnt tokens beside the queries tell a layer to answer many to one (Mr. DETR)."""
 
     def __init__(self, attention: nn.Module, d: int, tokens: int) -> None:
         super().__init__()
@@ -498,7 +498,7 @@ class Decoder(nn.Module):
 
 
 class SequentialDecoder(nn.Module):
-    """The ancestor (Stewart et al., arXiv 1506.04878, 3.1): an LSTM says one box after another.
+    """The ancestor (Stewart et al., arXiv 1506.04878): an LSTM says one box after another.
 
     It sees one cell of the image, the same at each step, and remembers what it has said.
 

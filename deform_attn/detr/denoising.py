@@ -56,6 +56,7 @@ class Denoising(nn.Module):
         box_noise: of half a box's size.
         indicator: the last channel of the content tells noised queries (1) from matched (0).
         padding: padding slots have an embedding of their own, else zeros (RT-DETR).
+        eps: of the inverse sigmoid of boxes.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Denoising(nn.Module):
         box_noise: float = 1.0,
         indicator: bool = False,
         padding: bool = False,
+        eps: float = 1e-3,
     ) -> None:
         super().__init__()
         self.classes, self.contrastive, self.indicator = classes, contrastive, indicator
-        self.number, self.groups = number, groups
+        self.number, self.groups, self.eps = number, groups, eps
         self.label_noise, self.box_noise, self.padding = label_noise, box_noise, padding
         last = classes if padding else None
         self.embed = nn.Embedding(classes + 1, d - 1 if indicator else d, padding_idx=last)
@@ -93,7 +95,7 @@ class Denoising(nn.Module):
         for i, (n, target) in enumerate(zip(counts, targets)):
             labels[i, ..., :n] = self._other_labels(target["labels"].expand(groups, signs, n))
             moved = self._moved(target["boxes"].expand(groups, signs, n, 4))
-            boxes[i, ..., :n, :] = inverse_sigmoid(moved, 1e-5)
+            boxes[i, ..., :n, :] = inverse_sigmoid(moved, self.eps)
             group = torch.arange(groups, device=device)[:, None] * (signs * most)
             slot = torch.arange(n, device=device)
             pairs.append(((group + slot).flatten(), slot.repeat(groups)))

@@ -34,13 +34,13 @@ def focal(logits: Tensor, hot: Tensor, quality: Tensor, alpha: float = 0.25) -> 
 
 
 def varifocal(logits: Tensor, hot: Tensor, quality: Tensor, alpha: float = 0.75) -> Tensor:
-    """The score learns the IoU, weighted by it: low uncertainty is selected (RT-DETR, eq. 4)."""
+    """The score learns the IoU, weighted by it: low uncertainty is selected (RT-DETR, 4.3)."""
     weight = alpha * logits.sigmoid().detach() ** 2 * (1 - hot) + quality
     return F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="none")
 
 
 def matchability_aware(logits: Tensor, hot: Tensor, quality: Tensor, gamma: float = 1.5) -> Tensor:
-    """As varifocal, but a poor box is no less weighted than a good one (DEIM, eq. 3)."""
+    """As varifocal, but a poor box is no less weighted than a good one (DEIM)."""
     weight = logits.sigmoid().detach() ** gamma * (1 - hot) + hot
     return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight, reduction="none")
 

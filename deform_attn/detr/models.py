@@ -521,7 +521,7 @@ def hybrid(
     encoder = enc.HybridEncoder(backbone.channels, d, heads=size.heads, hidden=size.hidden, **how)
     head, box = class_head(d, classes), box_head(d, act=act)
     queries = dec.SelectedQueries(size.queries, d, head, box, content="memory")
-    denoising = Denoising(classes, d, padding=True)
+    denoising = Denoising(classes, d, padding=True, eps=1e-5)
     return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
 
