@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from deform_attn.backends import choose_backend
-from deform_attn.formula import layer_points
-from deform_attn.inputs import Levels, check, check_layer, location_dtype
+from deform_attn.formula import discrete, layer_points, on_device
+from deform_attn.inputs import Levels, check, check_layer, check_method, location_dtype
 
 __all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
 
@@ -23,6 +23,8 @@ def ms_deform_attn(
     attention_weights: Tensor,
     *,
     num_points: Sequence[int] | None = None,
+    method: str = "default",
+    official_clamp: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Sample feature maps of several scales at a few points a query and sum them, weighted.
@@ -45,6 +47,13 @@ def ms_deform_attn(
         attention_weights: shape of ``sampling_locations`` without its last dimension; in value's
             or the locations' dtype, others are converted.
         num_points: number of points in each level where they differ.
+        method: ``"default"``, or ``"discrete"`` as in RT-DETRv2 (arXiv 2407.17140):
+            a point samples the one pixel ``trunc(location * size + 1/2)``, or the nearest on the
+            map (pixel 0 for NaN), and locations get no gradient. Pixels are gathered in plain
+            PyTorch on every device: no kernel, and any order of derivatives.
+        official_clamp: for ``"discrete"``, pixels as RT-DETRv2's official code picks them, which
+            takes the height for the width: ``x`` is at most ``height - 1``. Needed for what was
+            trained that way on wide maps; the same on square ones.
         backend: ``"compiled"``, ``"triton"`` or ``"reference"``; None chooses the first that runs
             on value's device (see :func:`deform_attn.choose_backend`).
 
@@ -74,6 +83,8 @@ def ms_deform_attn(
         sampling_locations,
         attention_weights,
         num_points,
+        method,
+        official_clamp,
         backend,
     )
     if torch.compiler.is_compiling():
@@ -83,7 +94,7 @@ def ms_deform_attn(
     except (RuntimeError, ValueError, TypeError, AttributeError):
         # Kernels refuse what does not fit; which argument is at fault is looked for only then,
         # because looking costs as much as a small call.
-        check(*arguments[:-1])
+        check(*arguments[:6])
         raise
 
 
@@ -97,6 +108,8 @@ def ms_deform_attn_fused(
     *,
     num_points: Sequence[int] | None = None,
     offset_scale: float = 0.5,
+    method: str = "default",
+    official_clamp: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The part of a layer between its projections: softmax, offsets to locations, attention.
@@ -120,6 +133,9 @@ def ms_deform_attn_fused(
         attention_logits: shape of ``sampling_offsets`` without its last dimension.
         num_points: number of points in each level where they differ.
         offset_scale: portion of a box's side that the offsets of a level span together.
+        method: as in :func:`ms_deform_attn`; with ``"discrete"`` reference points and offsets get
+            no gradient.
+        official_clamp: as in :func:`ms_deform_attn`.
         backend: as in :func:`ms_deform_attn`.
 
     Returns:
@@ -145,10 +161,11 @@ def ms_deform_attn_fused(
         *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
         *(attention_logits, num_points),
     )
+    options = (offset_scale, method, official_clamp, backend)
     if torch.compiler.is_compiling():
-        return _layer(*arguments, offset_scale, backend)
+        return _layer(*arguments, *options)
     try:
-        return _layer(*arguments, offset_scale, backend)
+        return _layer(*arguments, *options)
     except (RuntimeError, ValueError, TypeError, AttributeError):
         check_layer(*arguments)
         raise
@@ -161,6 +178,8 @@ def _attention(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Sequence[int] | None,
+    method: str,
+    official_clamp: bool,
     backend: str | None,
 ) -> Tensor:
     chosen = choose_backend(value.device.type, value.dtype, backend)
@@ -170,6 +189,15 @@ def _attention(
         sampling_locations = _converted("sampling_locations", sampling_locations, real)
     if attention_weights.dtype is not real and attention_weights.dtype is not dtype:
         attention_weights = _converted("attention_weights", attention_weights, real)
+    if method != "default":
+        check_method(method)
+        arguments = (
+            *(value, spatial_shapes, level_start_index, sampling_locations, attention_weights),
+            num_points,
+        )
+        if not torch.compiler.is_compiling():
+            check(*arguments)
+        return discrete(*arguments, official_clamp)
     shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
     counts = None if num_points is None else list(num_points)
     return chosen.call(value, shapes, starts, sampling_locations, attention_weights, sizes, counts)
@@ -184,6 +212,8 @@ def _layer(
     attention_logits: Tensor,
     num_points: Sequence[int] | None,
     offset_scale: float,
+    method: str,
+    official_clamp: bool,
     backend: str | None,
 ) -> Tensor:
     chosen = choose_backend(value.device.type, value.dtype, backend)
@@ -192,7 +222,8 @@ def _layer(
     if sampling_offsets.dtype != attention_logits.dtype or sampling_offsets.dtype != value.dtype:
         sampling_offsets = _converted("sampling_offsets", sampling_offsets, real)
         attention_logits = _converted("attention_logits", attention_logits, real)
-    if chosen.call_layer is not None:
+    check_method(method)
+    if chosen.call_layer is not None and method == "default":
         shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
         counts = None if num_points is None else list(num_points)
         return chosen.call_layer(
@@ -205,12 +236,13 @@ def _layer(
             *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
             *(attention_logits, num_points),
         )
-    extent = torch.as_tensor(spatial_shapes, device=value.device)
     locations, weights = layer_points(
-        extent, reference_points, sampling_offsets, attention_logits, num_points, offset_scale
+        on_device(spatial_shapes, value.device),
+        *(reference_points, sampling_offsets, attention_logits, num_points, offset_scale),
     )
     return _attention(
-        *(value, spatial_shapes, level_start_index, locations, weights, num_points), chosen.name
+        *(value, spatial_shapes, level_start_index, locations, weights, num_points),
+        *(method, official_clamp, chosen.name),
     )
 
 

@@ -1,0 +1,1 @@
+"""What makes other people's models call this package; a module for each framework."""
