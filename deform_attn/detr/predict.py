@@ -35,7 +35,9 @@ class Predictor:
     def __init__(self, content: dict[str, Any], device: str | torch.device = "cpu") -> None:
         self.classes, self.size = content["classes"], content["size"]
         self.facts = {name: content[name] for name in ("settings", "step", "ap")}
-        system = build(content["settings"]["recipe"], len(self.classes))
+        settings = content["settings"]
+        sizes = (settings[name] for name in ("width", "layers", "queries"))
+        system = build(settings["recipe"], len(self.classes), *sizes)
         system.model.load_state_dict(content["model"])
         self.model, self.postprocess = system.model.eval().to(device), system.postprocess
 

@@ -45,12 +45,16 @@ class Settings:
     steps: int = 800
     batch: int = 16  # images of a step, of all processes together
     size: int = 0  # sides of the images in pixels; 0: those of the data
+    width: int = 64  # channels, a multiple of 32
+    layers: int = 2  # of the decoder
+    queries: int = 20
     lr: float = 1e-3
     backbone_lr: float = 1.0  # times lr; 0.1 is usual for a backbone that was trained before
     weight_decay: float = 1e-4
     clip: float = 0.1  # largest norm of all gradients together
     augment: str = ""  # one of AUGMENTATIONS; by default the recipe's
     amp: str = "none"  # matrix products in bfloat16, or in float16 with scaled losses
+    freeze_norms: int = 0  # 1: batch norms keep their statistics, as those of DETR's backbone do
     seed: int = 0
     evaluate_every: int = 100  # steps
     save_every: int = 100  # steps
@@ -92,7 +96,7 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
         decay = settings.weight_decay if parameter.dim() > 1 else 0.0
         groups.setdefault((factor * settings.lr, decay), []).append(parameter)
     return [
-        {"params": parameters, "lr": lr, "weight_decay": decay}
+        {"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay}
         for (lr, decay), parameters in groups.items()
     ]
 
@@ -147,16 +151,19 @@ class _Run:
         augment = settings.augment or RECIPES[settings.recipe].augment
         self.augmented = Augmented(self.data, augment, settings.steps, settings.seed)
         torch.manual_seed(settings.seed)
-        system = build(settings.recipe, len(self.data.classes))
+        system = build(
+            settings.recipe,
+            len(self.data.classes),
+            settings.width,
+            settings.layers,
+            settings.queries,
+        )
         self.criterion, self.postprocess = system.criterion, system.postprocess
         self.model = system.model.to(device)
         if world > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, settings))
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: learning_rate_factor(step, settings.steps)
-        )
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         self.step = 0
         self.history: dict[str, Any] = {"loss": [], "parts": [], "ap": [], "cpu_seconds": 0.0}
@@ -165,10 +172,10 @@ class _Run:
         if (out / "checkpoint.pt").exists():
             self._load(out / "checkpoint.pt")
 
-    # Checkpoints. The order of the images and their augmentation follow from seed and step.
+    # Checkpoints. Learning rates, order and augmentation of the images follow from seed and step.
 
     def _parts(self) -> dict[str, Any]:
-        names = ("model", "average", "optimizer", "scheduler", "scaler")
+        names = ("model", "average", "optimizer", "scaler")
         return {name: getattr(self, name) for name in names}
 
     def _save(self) -> None:
@@ -231,6 +238,10 @@ class _Run:
         if self.world > 1:
             model = DistributedDataParallel(model, find_unused_parameters=True)
         model.train()
+        if settings.freeze_norms:
+            for module in self.model.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
         began = time.process_time() - self.history["cpu_seconds"]
         with self._progress() as show:
             for images, targets in batches:
@@ -259,13 +270,14 @@ class _Run:
         if not loss.isfinite():
             parts = {name: value.item() for name, value in losses.items()}
             raise FloatingPointError(f"step {self.step}: expected finite losses, got {parts}")
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * learning_rate_factor(self.step, self.settings.steps)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step()
         self.step += 1
         self._follow()
         numbers = torch.stack([value.detach() for value in losses.values()])
