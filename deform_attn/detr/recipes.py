@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from deform_attn.detr import models
 from deform_attn.detr.models import Size, SmallBackbone, System
@@ -28,7 +29,8 @@ class Recipe:
 
 
 SAMPLING = ("sampling_offsets", "reference_points")
-LIGHT = {"depth": 1 / 3, "expansion": 0.5}  # RT-DETR's encoder as its smallest models have it
+# RT-DETR's encoder as its smallest models have it.
+LIGHT: dict[str, Any] = {"depth": 1 / 3, "expansion": 0.5}
 RECIPES = {
     "detr": Recipe(models.detr),
     "dab_detr": Recipe(models.dab_detr),
@@ -43,7 +45,6 @@ RECIPES = {
     "rtdetrv2": Recipe(partial(models.rtdetr, version=2, **LIGHT)),
     "dfine": Recipe(partial(models.dfine, **LIGHT)),
     "deim": Recipe(partial(models.deim, **LIGHT), augment="dense"),
-    "stewart": Recipe(models.stewart),
     "mr_detr": Recipe(models.mr_detr, slow=SAMPLING),
 }
 

@@ -234,7 +234,7 @@ class _Run:
             num_workers=workers,
             generator=generator,
         )
-        model = self.model
+        model: nn.Module = self.model
         if self.world > 1:
             model = DistributedDataParallel(model, find_unused_parameters=True)
         model.train()
@@ -289,12 +289,10 @@ class _Run:
     def _follow(self) -> None:
         """Move the average of the weights: over a twentieth of the training, less at its start."""
         span = max(1.0, min(self.settings.steps / 20, self.step / 4))
-        average, model = self.average, self.model
+        follow, lead = ([*m.parameters(), *m.buffers()] for m in (self.average, self.model))
         with torch.no_grad():
-            for mean, now in zip(average.parameters(), model.parameters()):
-                mean.lerp_(now, 1 / span)
-            for mean, now in zip(average.buffers(), model.buffers()):
-                mean.copy_(now if not mean.is_floating_point() else mean.lerp(now, 1 / span))
+            for mean, now in zip(follow, lead):
+                mean.copy_(mean.lerp(now, 1 / span) if mean.is_floating_point() else now)
 
     def _evaluate(self, losses: dict[str, float]) -> None:
         self.history["parts"].append({"step": self.step, **losses})
