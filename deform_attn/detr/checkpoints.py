@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import cast
 
 from torch import Tensor, nn
 
@@ -138,7 +139,10 @@ _MR_DETR: Rules = [
     (r"^(decoder\.layers\.\d+)\.attentions\.0\.norm_o2o\.", r"\1.join_self.norm."),
     (r"^decoder\.(layers\.\d+)\.attentions\.0\.norm_o2m\.", r"o2m.1.\1.join_self.norm."),
     (r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m\.", r"o2m.1.\1.self_attn.tokens."),
-    (r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m_pos\.", r"o2m.1.\1.self_attn.positions."),
+    (
+        r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m_pos\.",
+        r"o2m.1.\1.self_attn.positions.",
+    ),
     (r"^(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn.attention."),
     (r"^(decoder\.layers\.\d+)\.norms\.0\.", r"\1.join_cross.norm."),
     (r"^(decoder\.layers\.\d+)\.norms\.1\.", r"\1.join_ffn.norm."),
@@ -163,14 +167,18 @@ RULES: dict[str, Rules] = {
 }
 
 
-def renamed(model: nn.Module, system: str, name: str) -> str:
-    """Our name of an official tensor, in a model that was made by the function ``system``."""
+def renamed(system: str, name: str, layers: int) -> str:
+    """Our name of an official tensor.
+
+    Args:
+        system: the name of the recipe in :mod:`~deform_attn.detr.models`.
+        name: the tensor's in the official checkpoint.
+        layers: of the decoder; in two stages the encoder's heads are one more in its lists.
+    """
     for pattern, ours in RULES[system]:
         name = re.sub(pattern, ours, name)
-    # Two stages: the encoder's head is one more in the list of the decoder's.
-    beyond = len(model.get_submodule("decoder.layers"))
-    name = re.sub(rf"^decoder\.heads\.classes\.{beyond}\.", "queries.classes.", name)
-    return re.sub(rf"^decoder\.heads\.boxes\.{beyond}\.", "queries.box.", name)
+    name = re.sub(rf"^decoder\.heads\.classes\.{layers}\.", "queries.classes.", name)
+    return re.sub(rf"^decoder\.heads\.boxes\.{layers}\.", "queries.box.", name)
 
 
 def load_official(model: nn.Module, system: str, state: Mapping[str, Tensor]) -> None:
@@ -185,7 +193,8 @@ def load_official(model: nn.Module, system: str, state: Mapping[str, Tensor]) ->
         KeyError: there are no rules for this system.
         RuntimeError: names are missing or left over, or shapes differ.
     """
-    given = {renamed(model, system, name): tensor for name, tensor in state.items()}
+    layers = len(cast(nn.ModuleList, model.get_submodule("decoder.layers")))
+    given = {renamed(system, name, layers): tensor for name, tensor in state.items()}
     own = model.state_dict(keep_vars=True)
     named = {id(own[name]): name for name in given if name in own}
     for name, tensor in own.items():

@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn.detr.boxes import inverse_sigmoid, sine, sine_of_box
+from deform_attn.detr.dfine import Gate
 from deform_attn.detr.encoder import MLP, AddNorm, FeedForward, Memory, pixel_centres
 
 
@@ -254,7 +255,9 @@ class DenseCrossAttention(nn.Module):
         super().__init__()
         self.attention = nn.MultiheadAttention(d, heads, dropout, batch_first=True)
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory
+    ) -> Tensor:
         """Update of ``x [B, Q, d]``."""
         assert memory.position is not None
         attended, _ = self.attention(
@@ -300,7 +303,9 @@ class ConditionalCrossAttention(nn.Module):
         # The first layer's content knows nothing yet: it asks with its position too.
         self.q_position = nn.Linear(d, d) if first else None
 
-    def forward(self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory) -> Tensor:
+    def forward(
+        self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory
+    ) -> Tensor:
         """Update of ``x [B, Q, d]``; ``position [B, Q, 2 d]``."""
         position, sines = position.chunk(2, -1)
         q, k = self.q_content(x), self.k_content(memory.features)
@@ -353,7 +358,7 @@ class DecoderLayer(nn.Module):
         cross_attn: ``(x, position, reference, memory)``.
         ffn: ``(x)``.
         d: width.
-        join_cross: instead of adding and normalising what was seen (D-FINE's gate).
+        gated: a gate joins what was seen with what was known (D-FINE).
         limit: of the last sum, for half precision (RT-DETR, D-FINE).
     """
 
@@ -365,12 +370,12 @@ class DecoderLayer(nn.Module):
         d: int,
         *,
         dropout: float = 0.0,
-        join_cross: nn.Module | None = None,
+        gated: bool = False,
         limit: float | None = None,
     ) -> None:
         super().__init__()
         self.self_attn, self.cross_attn, self.ffn = self_attn, cross_attn, ffn
-        self.join_self, self.join_cross = AddNorm(d), join_cross or AddNorm(d)
+        self.join_self, self.join_cross = AddNorm(d), Gate(d) if gated else AddNorm(d)
         self.join_ffn = AddNorm(d, limit)
         self.dropout = nn.Dropout(dropout)
 
@@ -386,7 +391,7 @@ class DecoderLayer(nn.Module):
         x = self.join_self(x, self.dropout(self.self_attn(x, position, blocked)))
         x = self.join_cross(x, self.dropout(self.cross_attn(x, position, reference, memory)))
         x = self.join_ffn(x, self.dropout(self.ffn(x)))
-        return x
+        return x  # noqa: RET504
 
 
 # --- What heads say, and where queries look next ----------------------------------------------
@@ -490,3 +495,39 @@ class Decoder(nn.Module):
             for name, value in prediction.items():
                 said.setdefault(name, []).append(value)
         return {name: torch.stack(values) for name, values in said.items()}
+
+
+class SequentialDecoder(nn.Module):
+    """The ancestor (Stewart et al., arXiv 1506.04878, 3.1): an LSTM says one box after another.
+
+    It sees one cell of the image, the same at each step, and remembers what it has said.
+
+    Args:
+        channels: of the map whose pixels are the cells.
+        classes: number of classes; "no object" is one more.
+        steps: boxes of a cell.
+        hidden: units.
+        scale: pixels that the linear layer's unit is.
+    """
+
+    def __init__(
+        self, channels: int, classes: int, steps: int = 5, hidden: int = 250, scale: float = 100
+    ) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(channels, hidden)
+        self.classes, self.boxes = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4)
+        self.steps, self.scale = steps, scale
+
+    def forward(self, cells: Tensor, centres: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        """Predictions ``[1, B, cells * steps, ...]``, a cell's in order.
+
+        Args:
+            cells: ``[B, cells, channels]``.
+            centres: of the cells, ``[B, cells, (x, y)]`` in [0, 1].
+            pixels: the images' ``(width, height, width, height)``.
+        """
+        x, _ = self.lstm(cells.flatten(0, 1).expand(self.steps, -1, -1))
+        x = x.transpose(0, 1).reshape(len(cells), -1, x.shape[-1])  # [B, cells * steps, hidden]
+        offset = self.boxes(x) * self.scale / pixels
+        centres = F.pad(centres, (0, 2)).repeat_interleave(self.steps, 1)
+        return {"logits": self.classes(x)[None], "boxes": (centres + offset)[None]}

@@ -115,6 +115,7 @@ class EdgeBins(nn.Module):
             iou: of their boxes with their objects, their weight; others weigh what the teacher
                 scores them.
             balance: how many are matched and how many not; each kind counts as the root of it.
+            temperature: of both distributions.
         """
         student = prediction["corners"].unflatten(-1, (4, self.count + 1)) / temperature
         teacher = prediction["teacher_corners"].unflatten(-1, (4, self.count + 1)) / temperature

@@ -6,9 +6,9 @@ attention on the smallest map with convolutions between the maps (RT-DETR).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -50,7 +50,7 @@ class Memory:
         return Memory(flat(maps), [(x.shape[-2], x.shape[-1]) for x in maps])
 
     def on_every_level(self, reference: Tensor) -> Tensor:
-        """References ``[B, Q, 2 or 4]``, of images, as fractions of each padded map: ``[B, Q, L, ...]``."""
+        """References ``[B, Q, 2 or 4]`` as fractions of each padded map: ``[B, Q, L, 2 or 4]``."""
         if self.ratios is None:
             return reference[:, :, None]
         ratios = self.ratios.repeat(1, 1, reference.shape[-1] // 2)
@@ -65,10 +65,12 @@ def flat(maps: Sequence[Tensor]) -> Tensor:
 class MLP(nn.Module):
     """Linear layers with an activation between them."""
 
-    def __init__(self, inputs: int, hidden: int, outputs: int, layers: int, act: str = "relu") -> None:
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, layers: int, act: str = "relu"
+    ) -> None:
         super().__init__()
         sizes = [inputs, *[hidden] * (layers - 1), outputs]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.act = ACTIVATIONS[act]()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,9 +116,13 @@ class SelfAttention(nn.Module):
         self.attention = nn.MultiheadAttention(d, heads, dropout, batch_first=True)
 
     def forward(
-        self, x: Tensor, position: Tensor, blocked: Tensor | None = None, padding: Tensor | None = None
+        self,
+        x: Tensor,
+        position: Tensor,
+        blocked: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """Update of ``x [B, Q, d]``; ``blocked [Q, Q]`` and ``padding [B, Q]`` hide what is True."""
+        """Update of ``x [B, Q, d]``; ``blocked [Q, Q]``, ``padding [B, Q]`` hide what is True."""
         q = x + position
         attended, _ = self.attention(
             q, q, x, attn_mask=blocked, key_padding_mask=padding, need_weights=False
@@ -156,7 +162,7 @@ class EncoderLayer(nn.Module):
         """``x [B, S, d]``; ``where`` is whatever the attention takes beside it."""
         x = self.join1(x, self.dropout(self.attention(x, *where)))
         x = self.join2(x, self.dropout(self.ffn(x)))
-        return x
+        return x  # noqa: RET504
 
 
 class DenseEncoder(nn.Module):
@@ -170,7 +176,13 @@ class DenseEncoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, layers: Sequence[EncoderLayer], d: int, *, scale: bool = False, temperature: float = 10000
+        self,
+        channels: int,
+        layers: Sequence[EncoderLayer],
+        d: int,
+        *,
+        scale: bool = False,
+        temperature: float = 10000,
     ) -> None:
         super().__init__()
         self.project = nn.Conv2d(channels, d, 1)
@@ -206,10 +218,17 @@ class DeformableEncoder(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], layers: Sequence[EncoderLayer], d: int, *, levels: int,
-        temperature: float = 10000, shift: float = -0.5,
+        self,
+        channels: Sequence[int],
+        layers: Sequence[EncoderLayer],
+        d: int,
+        *,
+        levels: int,
+        temperature: float = 10000,
+        shift: float = -0.5,
     ) -> None:
         super().__init__()
+
         def projected(inputs: int, **options: int) -> nn.Module:
             return nn.Sequential(nn.Conv2d(inputs, d, **options), nn.GroupNorm(32, d))
 
@@ -266,21 +285,25 @@ def valid_ratio(padding: Tensor) -> Tensor:
 
 
 def pixel_centres(memory: Memory) -> Tensor:
-    """Centre ``(x, y)`` of every pixel as a fraction of its image without padding: ``[B, S, 2]``."""
+    """Centre ``(x, y)`` of every pixel as a fraction of its unpadded image: ``[B, S, 2]``."""
     B, device = memory.features.shape[0], memory.features.device
     levels = []
     for i, (h, w) in enumerate(memory.shapes):
         y = (torch.arange(h, device=device) + 0.5) / h
         x = (torch.arange(w, device=device) + 0.5) / w
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(1, -1, 2)
-        levels.append(grid.expand(B, -1, -1) if memory.ratios is None else grid / memory.ratios[:, i, None])
+        levels.append(
+            grid.expand(B, -1, -1) if memory.ratios is None else grid / memory.ratios[:, i, None]
+        )
     return torch.cat(levels, 1)
 
 
 class ConvNorm(nn.Module):
     """Convolution without bias, batch norm, activation."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, stride: int = 1, act: str | None = None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int = 1, act: str | None = None
+    ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
@@ -335,8 +358,18 @@ class HybridEncoder(nn.Module):
     """
 
     def __init__(
-        self, channels: Sequence[int], d: int, width: int | None = None, *, project: bool = True,
-        heads: int = 8, hidden: int = 1024, dropout: float = 0.0, expansion: float = 1.0, depth: float = 1.0, act: str = "silu",
+        self,
+        channels: Sequence[int],
+        d: int,
+        width: int | None = None,
+        *,
+        project: bool = True,
+        heads: int = 8,
+        hidden: int = 1024,
+        dropout: float = 0.0,
+        expansion: float = 1.0,
+        depth: float = 1.0,
+        act: str = "silu",
     ) -> None:
         super().__init__()
         steps, blocks, width = len(channels) - 1, round(3 * depth), width or d
@@ -352,7 +385,7 @@ class HybridEncoder(nn.Module):
         self.output = nn.ModuleList(last(d, width, 1) if last else nn.Identity() for _ in channels)
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
-        """A backbone's maps, ``[B, c, H, W]``; padding is seen as image, as in the official code."""
+        """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""
         return self.memory(self.fuse(maps))
 
     def fuse(self, maps: Sequence[Tensor]) -> list[Tensor]:

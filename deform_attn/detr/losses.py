@@ -48,12 +48,20 @@ def matchability_aware(logits: Tensor, hot: Tensor, quality: Tensor, gamma: floa
 def softmax(logits: Tensor, hot: Tensor, quality: Tensor, nothing: float = 0.1) -> Tensor:
     """Cross entropy where the last class is "no object", weighted by ``nothing`` (DETR).
 
-    A mean over queries, where the others are a sum over logits that the criterion divides.
+    A weighted mean over queries, where the others are what the criterion sums and divides.
     """
-    labels = torch.where(hot.any(-1), hot.argmax(-1), logits.shape[-1] - 1)
     weights = torch.ones(logits.shape[-1], device=logits.device)
     weights[-1] = nothing
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), weights)
+    return F.cross_entropy(logits.flatten(0, 1), _with_nothing(hot).flatten(), weights)
+
+
+def cross_entropy(logits: Tensor, hot: Tensor, quality: Tensor) -> Tensor:
+    """Cross entropy of every query where the last class is "no object" (Stewart)."""
+    return F.cross_entropy(logits.transpose(1, 2), _with_nothing(hot), reduction="none")
+
+
+def _with_nothing(hot: Tensor) -> Tensor:
+    return torch.where(hot.any(-1), hot.argmax(-1), hot.shape[-1] - 1)
 
 
 def object_count(targets: Sequence[Target], device: torch.device) -> Tensor:
@@ -146,23 +154,25 @@ class Criterion(nn.Module):
         # Denoising queries' edges are balanced as the matched ones', as in the official code.
         positives = sum(len(queries) for queries, _ in shared or matched[0][-1])
         balance = (positives, outputs["logits"][0, ..., 0].numel() - positives)
-        losses = {}
+        found = {}
 
         for name, prediction, goals, pairs in matched:
-            losses |= self._classes(name, prediction, goals, pairs, count)
+            found[name] = {"class": self.classes(prediction, goals, pairs, count)}
             told, number = pairs, count
             if shared is not None:
                 told, number = shared, averaged(count.new_tensor(float(positives)))
-            losses |= self._boxes(name, prediction, goals, told, number, balance)
+            found[name] |= self.boxes(prediction, goals, told, number, balance)
 
         for name, prediction, pairs, number in self.assigned(outputs, targets, count):
-            losses |= self._classes(name, prediction, targets, pairs, number)
-            losses |= self._boxes(name, prediction, targets, pairs, number, balance)
+            found[name] = {"class": self.classes(prediction, targets, pairs, number)}
+            found[name] |= self.boxes(prediction, targets, pairs, number, balance)
 
-        for name in losses:
-            losses[name] = losses[name] * self.weights[name.split("/")[0]]
-            if "/encoder" in name:
-                losses[name] = losses[name] * self.encoder_weight
+        losses = {}
+        for name, values in found.items():
+            scale = self.encoder_weight if name.startswith("encoder") else 1.0
+            for loss, weight in self.weights.items():
+                if loss in values:
+                    losses[f"{loss}/{name}"] = scale * weight * values[loss]
         return losses
 
     def matched(
@@ -189,16 +199,20 @@ class Criterion(nn.Module):
     ) -> Iterator[tuple[str, Prediction, Pairs, Tensor]]:
         """Sets that know their objects: denoising queries, and routes of several queries each."""
         if (noised := outputs.get("dn")) is not None:
-            for name, prediction in layers_of(noised, "dn"):
+            sets = [*layers_of(noised, "dn")]
+            if "pre" in noised:
+                sets.append(("dn_pre", noised["pre"]))
+            for name, prediction in sets:
                 yield name, prediction, noised["pairs"], count * noised["groups"]
         for route in ("o2m", "sep"):
             for name, prediction in layers_of(outputs.get(route, {}), route):
                 assert self.one_to_many is not None, "routes need one_to_many"
                 yield name, prediction, self.one_to_many(prediction, targets), count
 
-    def _classes(
-        self, name: str, prediction: Prediction, targets: Sequence[Target], pairs: Pairs, n: Tensor
-    ) -> dict[str, Tensor]:
+    def classes(
+        self, prediction: Prediction, targets: Sequence[Target], pairs: Pairs, n: Tensor
+    ) -> Tensor:
+        """The classification's loss over all queries, divided by n."""
         logits, where = prediction["logits"], at(pairs)
         labels = chosen(targets, pairs, "labels").long()
         iou = overlap(prediction["boxes"][where].detach(), chosen(targets, pairs, "boxes"))[0]
@@ -207,19 +221,19 @@ class Criterion(nn.Module):
         hot = (label[..., None] == torch.arange(logits.shape[-1], device=logits.device)).float()
         quality = hot * torch.zeros_like(label, dtype=iou.dtype).index_put(where, iou)[..., None]
         loss = self.classification(logits, hot, quality)
-        if (counted := prediction.get("counted")) is not None:
-            loss = loss * counted[..., None]
-        return {f"class/{name}": loss if loss.dim() == 0 else loss.sum() / n}
+        if "counted" in prediction:
+            loss = loss * prediction["counted"][..., None]
+        return loss if loss.dim() == 0 else loss.sum() / n
 
-    def _boxes(
+    def boxes(
         self,
-        name: str,
         prediction: Prediction,
         targets: Sequence[Target],
         pairs: Pairs,
         n: Tensor,
         balance: tuple[int, int],
     ) -> dict[str, Tensor]:
+        """Losses of matched queries' boxes, divided by n; D-FINE's teach the others too."""
         where, truth = at(pairs), chosen(targets, pairs, "boxes")
         boxes = prediction["boxes"][where]
         iou, giou = overlap(boxes, truth)
@@ -233,4 +247,4 @@ class Criterion(nn.Module):
             losses["fgl"] = self.bins.localisation(corners, initial, truth, iou).sum() / n
             if "teacher_corners" in prediction:
                 losses["ddf"] = self.bins.distillation(prediction, where, iou, balance)
-        return {f"{loss}/{name}": value for loss, value in losses.items() if loss in self.weights}
+        return losses

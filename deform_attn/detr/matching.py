@@ -113,7 +113,7 @@ class OneToMany:
             dropped = candidates[torch.randperm(len(candidates))[self.sample :]]
             chosen[dropped] = False
         counts = torch.bincount(choice[chosen], minlength=objects).clamp(max=self.most).tolist()
-        order = quality.argsort(0, descending=True, stable=True)
+        order = quality.argsort(dim=0, descending=True, stable=True)
         queries = torch.cat([order[:count, i] for i, count in enumerate(counts)])
         which = torch.arange(objects, device=logits.device)
         return queries, which.repeat_interleave(torch.tensor(counts, device=logits.device))

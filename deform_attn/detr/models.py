@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -33,10 +34,11 @@ from deform_attn.detr.decoder import (
     InstructedSelfAttention,
     LearntQueries,
     SelectedQueries,
+    SequentialDecoder,
     SinePosition,
 )
 from deform_attn.detr.denoising import Denoising, Noised
-from deform_attn.detr.dfine import EdgeBins, FineHeads, Gate
+from deform_attn.detr.dfine import EdgeBins, FineHeads
 from deform_attn.detr.encoder import (
     MLP,
     AddNorm,
@@ -49,9 +51,10 @@ from deform_attn.detr.encoder import (
     HybridEncoder,
     Memory,
     SelfAttention,
+    pixel_centres,
 )
 from deform_attn.detr.losses import Criterion
-from deform_attn.detr.matching import Hungarian, OneToMany, Target
+from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Target
 
 Outputs = dict[str, Any]
 Results = list[dict[str, Tensor]]
@@ -76,7 +79,7 @@ class SmallBackbone(nn.Module):
         widths = [channels[0], *channels]
         self.stages = nn.ModuleList(
             nn.Sequential(ConvNorm(a, b, 3, 2, "relu"), ConvNorm(b, b, 3, 1, "relu"))
-            for a, b in zip(widths, widths[1:])
+            for a, b in pairwise(widths)
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -90,7 +93,7 @@ class SmallBackbone(nn.Module):
 class System(NamedTuple):
     """A detector with what it is trained and used with."""
 
-    model: Detector  # (images [B, 3, H, W], mask [B, H, W] or None, targets or None) -> outputs
+    model: nn.Module  # (images [B, 3, H, W], mask [B, H, W] or None, targets or None) -> outputs
     criterion: Criterion  # (outputs, targets) -> weighted losses
     postprocess: Callable[[Outputs, Tensor], Results]  # (outputs, sizes [B, (height, width)])
 
@@ -172,6 +175,24 @@ class Detector(nn.Module):
         return outputs
 
 
+class SequentialDetector(nn.Module):
+    """Stewart's: every pixel of the last map is a cell that an LSTM describes."""
+
+    def __init__(self, backbone: Backbone, decoder: SequentialDecoder) -> None:
+        super().__init__()
+        self.backbone, self.decoder = backbone, decoder
+
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, targets: Sequence[Target] | None = None
+    ) -> Outputs:
+        """As :class:`Detector`; padding is seen as image."""
+        memory = Memory.of(self.backbone(images)[-1:])
+        height, width = images.shape[-2:]
+        pixels = torch.tensor([width, height, width, height], device=images.device)
+        outputs: Outputs = self.decoder(memory.features, pixel_centres(memory), pixels)
+        return outputs | {"pixels": pixels, "grid": torch.tensor(memory.shapes[0])}
+
+
 def split(said: Mapping[str, Tensor]) -> Outputs:
     """D-FINE's first guess apart from what all layers say."""
     outputs: Outputs = {name: v for name, v in said.items() if not name.startswith("pre_")}
@@ -223,8 +244,8 @@ def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) ->
     scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)
     keep = torch.ones_like(scores, dtype=torch.bool)
     if until is not None:
-        rows, columns = outputs["grid"]
-        sure = (scores >= until).unflatten(1, (rows * columns, -1))
+        cells = int(outputs["grid"].prod())
+        sure = (scores >= until).unflatten(1, (cells, -1))
         keep = sure.long().cumprod(-1).bool().flatten(1)
     boxes = in_pixels(outputs["boxes"][-1], sizes)
     images = zip(boxes, scores, labels, keep)
@@ -267,14 +288,65 @@ def class_head(d: int, classes: int) -> nn.Linear:
     return head
 
 
-def box_head(d: int, outputs: int = 4, act: str = "relu", size: float = 0.0) -> MLP:
-    """Starts as no correction at all; ``size`` is what is added to the logits of sizes."""
+def box_head(d: int, outputs: int = 4, act: str = "relu") -> MLP:
+    """Starts as no correction at all."""
     head = MLP(d, d, outputs, 3, act)
     nn.init.zeros_(head.layers[-1].weight)
     nn.init.zeros_(head.layers[-1].bias)
-    if size:
-        nn.init.constant_(head.layers[-1].bias[2:], size)
     return head
+
+
+def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) -> nn.ModuleList:
+    """A head for every layer, or one for all."""
+    return nn.ModuleList([make()] * layers if shared else [make() for _ in range(layers)])
+
+
+def heads(
+    size: Size, classes: int, *, shared: bool = False, norm: bool = False, **how: Any
+) -> Heads:
+    """Heads of a decoder; ``how`` is their treatment of references."""
+    d, n = size.d, size.decoder_layers
+    return Heads(
+        each(n, partial(class_head, d, classes), shared=shared),
+        each(n, partial(box_head, d), shared=shared),
+        norm=nn.LayerNorm(d) if norm else None,
+        **how,
+    )
+
+
+def layers_with(
+    cross_attention: Callable[[], nn.Module], size: Size, act: str = "relu", **how: Any
+) -> list[DecoderLayer]:
+    """A decoder's layers with plain self-attention."""
+
+    def layer() -> DecoderLayer:
+        ffn = FeedForward(size.d, size.hidden, act, size.dropout)
+        looks = SelfAttention(size.d, size.heads, size.dropout)
+        return DecoderLayer(looks, cross_attention(), ffn, size.d, dropout=size.dropout, **how)
+
+    return [layer() for _ in range(size.decoder_layers)]
+
+
+def sampling(size: Size) -> DeformableAttention:
+    """Deformable DETR's attention."""
+    assert isinstance(size.points, int), "points of each level are RT-DETRv2's and D-FINE's"
+    return DeformableAttention(MSDeformAttn(size.d, size.levels, size.heads, size.points))
+
+
+def encoder_layers(
+    attention: Callable[[], nn.Module], size: Size, act: str = "relu"
+) -> list[EncoderLayer]:
+    """An encoder's layers."""
+    return [
+        EncoderLayer(attention(), size.d, size.hidden, act, size.dropout)
+        for _ in range(size.encoder_layers)
+    ]
+
+
+def deformable_encoder(backbone: Backbone, size: Size, **sines: float) -> DeformableEncoder:
+    """Of Deformable DETR; DINO's line differs in the sines of positions."""
+    layers = encoder_layers(partial(sampling, size), size)
+    return DeformableEncoder(backbone.channels, layers, size.d, levels=size.levels, **sines)
 
 
 def variant(module: Any, **replaced: nn.Module) -> Any:
@@ -284,45 +356,32 @@ def variant(module: Any, **replaced: nn.Module) -> Any:
     return twin
 
 
-def repeated(module: nn.Module, layers: int) -> nn.ModuleList:
-    """One head for all layers."""
-    return nn.ModuleList([module] * layers)
-
-
-def sampling(size: Size) -> DeformableAttention:
-    """Deformable DETR's attention."""
-    assert isinstance(size.points, int), "a list of points is RT-DETRv2's"
-    return DeformableAttention(MSDeformAttn(size.d, size.levels, size.heads, size.points))
-
-
-def deformable_encoder(backbone: Backbone, size: Size, **sines: float) -> DeformableEncoder:
-    """Of Deformable DETR; DINO's line differs in the sines of positions."""
-    layers = [
-        EncoderLayer(sampling(size), size.d, size.hidden, dropout=size.dropout)
-        for _ in range(size.encoder_layers)
-    ]
-    return DeformableEncoder(backbone.channels, layers, size.d, levels=size.levels, **sines)
-
-
-def deformable_layers(size: Size) -> list[DecoderLayer]:
-    """Of Deformable DETR's decoder."""
-    return [
-        DecoderLayer(
-            SelfAttention(size.d, size.heads, size.dropout),
-            sampling(size),
-            FeedForward(size.d, size.hidden, "relu", size.dropout),
-            size.d,
-            dropout=size.dropout,
-        )
-        for _ in range(size.decoder_layers)
-    ]
-
-
-WEIGHTS = {"class": 2.0, "l1": 5.0, "giou": 2.0}
-DAB_SINES = {"temperature": 20, "shift": 0.0}
-
+# Weights of losses. DETR's line classifies with a softmax or focal loss; Deformable DETR and
+# Mr. DETR weigh it twice.
+ONE = {"class": 1.0, "l1": 5.0, "giou": 2.0}
+TWO = ONE | {"class": 2.0}
+DAB_SINES = {"temperature": 20.0, "shift": 0.0}
 
 # --- Systems -----------------------------------------------------------------------------------
+
+
+def stewart(
+    backbone: Backbone, num_classes: int, size: Size = Size(d=250), *, steps: int = 5
+) -> System:
+    """Stewart et al. (arXiv 1506.04878), where sets of boxes began: an LSTM says them in order.
+
+    Args:
+        backbone: images to maps; the last one's pixels are the cells.
+        num_classes: number of classes; one, people, in the paper.
+        size: ``d`` units of the LSTM.
+        steps: boxes of a cell.
+    """
+    decoder = SequentialDecoder(backbone.channels[-1], num_classes, steps, size.d)
+    criterion = Criterion(
+        {"class": 1, "l1": 0.03}, match=Lexicographic(steps), classification=losses.cross_entropy
+    )
+    model = SequentialDetector(backbone, decoder)
+    return System(model, criterion, partial(best_classes, until=0.5))
 
 
 def detr(
@@ -330,61 +389,29 @@ def detr(
 ) -> System:
     """DETR (arXiv 2005.12872): queries attend to every pixel of one map; sets are matched."""
     d, n = size.d, size.decoder_layers
-
-    def ffn() -> FeedForward:
-        return FeedForward(d, size.hidden, "relu", size.dropout)
-
-    encoder = DenseEncoder(
-        backbone.channels[-1],
-        [
-            EncoderLayer(
-                SelfAttention(d, size.heads, size.dropout), d, size.hidden, dropout=size.dropout
-            )
-            for _ in range(size.encoder_layers)
-        ],
-        d,
-    )
-    layers = [
-        DecoderLayer(
-            SelfAttention(d, size.heads, size.dropout),
-            DenseCrossAttention(d, size.heads, size.dropout),
-            ffn(),
-            d,
-            dropout=size.dropout,
-        )
-        for _ in range(n)
-    ]
-    heads = Heads(
-        repeated(nn.Linear(d, num_classes + 1), n),
-        repeated(MLP(d, d, 4, 3), n),
-        refine="no",
+    look = partial(SelfAttention, d, size.heads, size.dropout)
+    encoder = DenseEncoder(backbone.channels[-1], encoder_layers(look, size), d)
+    said = Heads(
+        each(n, lambda: nn.Linear(d, num_classes + 1), shared=True),  # the last: no object
+        each(n, lambda: MLP(d, d, 4, 3), shared=True),
         norm=nn.LayerNorm(d),
+        refine="no",
     )
-    decoder = Decoder(layers, FixedPosition(), heads)
-    model = Detector(backbone, encoder, LearntQueries(size.queries, d, points=False), decoder)
+    attend = partial(DenseCrossAttention, d, size.heads, size.dropout)
+    decoder = Decoder(layers_with(attend, size), FixedPosition(), said)
+    queries = LearntQueries(size.queries, d, points=False)
     criterion = Criterion(
-        {"class": 1, "l1": 5, "giou": 2},
-        match=Hungarian(classes=1, softmax=True),
-        classification=losses.softmax,
+        ONE, match=Hungarian(classes=1, softmax=True), classification=losses.softmax
     )
-    return System(model, criterion, best_classes)
+    return System(Detector(backbone, encoder, queries, decoder), criterion, best_classes)
 
 
-def dab_detr(
-    backbone: Backbone, num_classes: int, size: Size = Size(hidden=2048)
-) -> System:
+def dab_detr(backbone: Backbone, num_classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
-    d, n = size.d, size.decoder_layers
-    encoder = DenseEncoder(
-        backbone.channels[-1],
-        [
-            EncoderLayer(SelfAttention(d, size.heads), d, size.hidden, "prelu", size.dropout)
-            for _ in range(size.encoder_layers)
-        ],
-        d,
-        scale=True,
-        temperature=20,
-    )
+    d = size.d
+    layers = encoder_layers(lambda: SelfAttention(d, size.heads), size, "prelu")
+    channels = backbone.channels[-1]
+    encoder = DenseEncoder(channels, layers, d, scale=True, temperature=20)
     layers = [
         DecoderLayer(
             ConditionalSelfAttention(d, size.heads),
@@ -393,18 +420,12 @@ def dab_detr(
             d,
             dropout=size.dropout,
         )
-        for i in range(n)
+        for i in range(size.decoder_layers)
     ]
-    heads = Heads(
-        repeated(class_head(d, num_classes), n),
-        repeated(box_head(d), n),
-        refine="twice",
-        norm=nn.LayerNorm(d),
-        eps=1e-3,
-    )
-    decoder = Decoder(layers, ConditionalPosition(d), heads)
-    model = Detector(backbone, encoder, AnchorQueries(size.queries, d, content=0), decoder)
-    return System(model, Criterion({"class": 1, "l1": 5, "giou": 2}), best_scores)
+    said = heads(size, num_classes, shared=True, norm=True, refine="twice", eps=1e-3)
+    decoder = Decoder(layers, ConditionalPosition(d), said)
+    queries = AnchorQueries(size.queries, d, content=0)
+    return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
 def deformable_detr(
@@ -424,88 +445,57 @@ def deformable_detr(
         refine: each layer corrects the boxes of the layer before it.
         two_stage: queries are the encoder's best proposals; refined.
     """
-    d, n = size.d, size.decoder_layers
-    if refine or two_stage:
-        # Without proposals, boxes start small.
-        start = [0.0 if two_stage else -2.0] + [0.0] * n
-        classes = nn.ModuleList(class_head(d, num_classes) for _ in range(n))
-        boxes = nn.ModuleList(box_head(d, size=start[i]) for i in range(n))
-    else:
-        classes = repeated(class_head(d, num_classes), n)
-        boxes = repeated(box_head(d, size=-2.0), n)
-    heads = Heads(classes, boxes, refine="layer" if refine or two_stage else "no")
+    d, moves = size.d, refine or two_stage
+    said = heads(size, num_classes, shared=not moves, refine="layer" if moves else "no")
     queries: nn.Module = LearntQueries(size.queries, d, points=True)
     if two_stage:
+        head, box = class_head(d, num_classes), box_head(d)
         queries = SelectedQueries(
-            size.queries,
-            d,
-            class_head(d, num_classes),
-            box_head(d),
-            content="sine",
-            objectness=True,
-            keep_all=True,
+            size.queries, d, head, box, content="sine", objectness=True, keep_all=True
         )
-    decoder = Decoder(deformable_layers(size), FixedPosition(), heads)
+    else:  # boxes start small
+        nn.init.constant_(said.boxes[0].layers[-1].bias[2:], -2)
+    decoder = Decoder(layers_with(partial(sampling, size), size), FixedPosition(), said)
     model = Detector(backbone, deformable_encoder(backbone, size), queries, decoder)
-    return System(model, Criterion(WEIGHTS, encoder="binary"), partial(best_scores, number=100))
+    return System(model, Criterion(TWO, encoder="binary"), partial(best_scores, number=100))
 
 
-def dab_deformable_detr(
-    backbone: Backbone, num_classes: int, size: Size = Size()
-) -> System:
+def dab_deformable_detr(backbone: Backbone, num_classes: int, size: Size = Size()) -> System:
     """DAB-Deformable-DETR (arXiv 2201.12329): learnt boxes that say where to sample."""
-    d, n = size.d, size.decoder_layers
-    heads = Heads(
-        nn.ModuleList(class_head(d, num_classes) for _ in range(n)),
-        nn.ModuleList(box_head(d) for _ in range(n)),
-        refine="layer",
-        eps=1e-3,
-    )
-    decoder = Decoder(deformable_layers(size), SinePosition(d, scale=True), heads)
+    d = size.d
+    said = heads(size, num_classes, refine="layer", eps=1e-3)
+    layers = layers_with(partial(sampling, size), size)
+    decoder = Decoder(layers, SinePosition(d, scale=True), said)
+    queries = AnchorQueries(size.queries, d, content=d)
     encoder = deformable_encoder(backbone, size, **DAB_SINES)
-    model = Detector(backbone, encoder, AnchorQueries(size.queries, d, content=d), decoder)
-    return System(model, Criterion({"class": 1, "l1": 5, "giou": 2}), best_scores)
+    return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
-def dn_deformable_detr(
-    backbone: Backbone, num_classes: int, size: Size = Size()
-) -> System:
+def dn_deformable_detr(backbone: Backbone, num_classes: int, size: Size = Size()) -> System:
     """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR: noised boxes are to be restored."""
-    model, criterion, postprocess = dab_deformable_detr(backbone, num_classes, size)
+    system = dab_deformable_detr(backbone, num_classes, size)
     # The last channel of the content says whether a query is noised.
-    model.queries = AnchorQueries(size.queries, size.d, content=size.d - 1)
-    model.denoising = Denoising(
-        num_classes,
-        size.d,
-        contrastive=False,
-        groups=5,
-        label_noise=0.2,
-        box_noise=0.4,
-        indicator=True,
+    system.model.queries = AnchorQueries(size.queries, size.d, content=size.d - 1)
+    noise = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4}
+    system.model.denoising = Denoising(
+        num_classes, size.d, contrastive=False, indicator=True, **noise
     )
-    return System(model, criterion, postprocess)
+    return system
 
 
 def dino(
     backbone: Backbone, num_classes: int, size: Size = Size(hidden=2048, queries=900)
 ) -> System:
     """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
-    d, n = size.d, size.decoder_layers
-    heads = Heads(
-        repeated(class_head(d, num_classes), n),
-        repeated(box_head(d), n),
-        refine="twice",
-        norm=nn.LayerNorm(d),
-        eps=1e-3,
-    )
-    queries = SelectedQueries(
-        size.queries, d, class_head(d, num_classes), box_head(d), content="learnt"
-    )
-    decoder = Decoder(deformable_layers(size), SinePosition(d, scale=False), heads)
-    encoder = deformable_encoder(backbone, size, **DAB_SINES)
-    denoising = Denoising(num_classes, d)
+    d = size.d
+    head, box = class_head(d, num_classes), box_head(d)
+    queries = SelectedQueries(size.queries, d, head, box, content="learnt")
+    said = heads(size, num_classes, shared=True, norm=True, refine="twice", eps=1e-3)
+    layers = layers_with(partial(sampling, size), size)
+    decoder = Decoder(layers, SinePosition(d, scale=False), said)
+    encoder, denoising = deformable_encoder(backbone, size, **DAB_SINES), Denoising(num_classes, d)
     model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
-    return System(model, Criterion({"class": 1, "l1": 5, "giou": 2}), best_scores)
+    return System(model, Criterion(ONE), best_scores)
 
 
 def rtdetr(
@@ -516,8 +506,7 @@ def rtdetr(
     version: int = 1,
     method: str = "default",
     eval_layers: int | None = None,
-    expansion: float = 1.0,
-    depth: float = 1.0,
+    **encoder: Any,
 ) -> System:
     """RT-DETR (arXiv 2304.08069) and RT-DETRv2 (2407.17140): a light encoder, and scores that
     know how good their boxes are.
@@ -525,49 +514,38 @@ def rtdetr(
     Args:
         backbone: images to maps.
         num_classes: number of classes.
-        size: of the model; v2 takes a list of points.
+        size: of the model; v2 takes points of each level.
         version: 1 or 2.
         method: "discrete" samples pixels instead of interpolating them (v2).
         eval_layers: decoder layers to run in evaluation.
-        expansion, depth: of the encoder's blocks.
+        encoder: ``expansion`` and ``depth`` of its blocks.
     """
-    d, n = size.d, size.decoder_layers
-    layers = [
-        DecoderLayer(
-            SelfAttention(d, size.heads, size.dropout),
-            DeformableAttention(
-                MSDeformableAttention(
-                    d,
-                    size.heads,
-                    size.levels,
-                    size.points if isinstance(size.points, int) else list(size.points),
-                    method,
-                    variant="rtdetr" if version == 1 else "rtdetrv2",
-                )
-            ),
-            FeedForward(d, size.hidden, "relu", size.dropout),
-            d,
-            dropout=size.dropout,
-            limit=65504 if version == 1 else None,
-        )
-        for _ in range(n)
-    ]
-    heads = Heads(
-        nn.ModuleList(class_head(d, num_classes) for _ in range(n)),
-        nn.ModuleList(box_head(d) for _ in range(n)),
-        refine="twice",
+    attend = partial(sampling_boxes, size, "rtdetr" if version == 1 else "rtdetrv2", method)
+    layers = layers_with(attend, size, limit=65504 if version == 1 else None)
+    said = heads(size, num_classes, refine="twice")
+    decoder = Decoder(layers, BoxPosition(size.d), said, eval_layers=eval_layers)
+    model = hybrid(backbone, num_classes, size, decoder, **encoder)
+    return System(model, Criterion(ONE, classification=losses.varifocal), best_scores)
+
+
+def sampling_boxes(size: Size, variant: str, method: str = "default") -> DeformableAttention:
+    """RT-DETR's attention and its successors'."""
+    points = size.points if isinstance(size.points, int) else list(size.points)
+    return DeformableAttention(
+        MSDeformableAttention(size.d, size.heads, size.levels, points, method, variant=variant)
     )
-    queries = SelectedQueries(
-        size.queries, d, class_head(d, num_classes), box_head(d), content="memory"
-    )
-    encoder = HybridEncoder(
-        backbone.channels, d, heads=size.heads, hidden=size.hidden, expansion=expansion, depth=depth
-    )
-    decoder = Decoder(layers, BoxPosition(d), heads, eval_layers=eval_layers)
-    denoising = Denoising(num_classes, d, padding=True)
-    model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
-    criterion = Criterion({"class": 1, "l1": 5, "giou": 2}, classification=losses.varifocal)
-    return System(model, criterion, best_scores)
+
+
+def hybrid(
+    backbone: Backbone, classes: int, size: Size, decoder: Decoder, act: str = "relu", **how: Any
+) -> Detector:
+    """RT-DETR's frame: hybrid encoder, content from the memory, contrastive denoising."""
+    d = size.d
+    encoder = HybridEncoder(backbone.channels, d, heads=size.heads, hidden=size.hidden, **how)
+    head, box = class_head(d, classes), box_head(d, act=act)
+    queries = SelectedQueries(size.queries, d, head, box, content="memory")
+    denoising = Denoising(classes, d, padding=True)
+    return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
 
 def dfine(
@@ -576,11 +554,9 @@ def dfine(
     size: Size = Size(levels=3, points=(3, 6, 3)),
     *,
     eval_layers: int | None = None,
-    expansion: float = 1.0,
-    depth: float = 1.0,
     act: str = "relu",
-    reg_scale: float = 4.0,
-    hybrid_width: int | None = None,
+    scale: float = 4.0,
+    **encoder: Any,
 ) -> System:
     """D-FINE (arXiv 2410.13842): boxes as distributions of their edges, taught by the last layer.
 
@@ -589,57 +565,25 @@ def dfine(
         num_classes: number of classes.
         size: of the model.
         eval_layers: decoder layers to run in evaluation.
-        expansion, depth: of the encoder's blocks, which are RT-DETR's here.
         act: activation of the heads.
-        reg_scale: larger for smaller corrections; 8 in the largest model.
-        hybrid_width: of the encoder's maps, where it is not the decoder's.
+        scale: of the edges' bins; larger for smaller corrections, 8 in the largest model.
+        encoder: ``expansion`` and ``depth`` of its blocks, which are RT-DETR's.
     """
-    d, n = size.d, size.decoder_layers
-    points = size.points if isinstance(size.points, int) else list(size.points)
-    layers = [
-        DecoderLayer(
-            SelfAttention(d, size.heads, size.dropout),
-            DeformableAttention(
-                MSDeformableAttention(d, size.heads, size.levels, points, variant="dfine")
-            ),
-            FeedForward(d, size.hidden, "silu", size.dropout),
-            d,
-            dropout=size.dropout,
-            join_cross=Gate(d),
-            limit=65504,
-        )
-        for _ in range(n)
-    ]
-    bins = EdgeBins(scale=reg_scale)
-    heads = FineHeads(
-        nn.ModuleList(class_head(d, num_classes) for _ in range(n)),
-        nn.ModuleList(box_head(d, 4 * (bins.count + 1), act) for _ in range(n)),
+    d, n, bins = size.d, size.decoder_layers, EdgeBins(scale=scale)
+    said = FineHeads(
+        each(n, partial(class_head, d, num_classes)),
+        each(n, partial(box_head, d, 4 * (bins.count + 1), act)),
         box_head(d, act=act),
         bins,
         act=act,
     )
-    queries = SelectedQueries(
-        size.queries, d, class_head(d, num_classes), box_head(d, act=act), content="memory"
-    )
-    encoder = HybridEncoder(
-        backbone.channels,
-        hybrid_width or d,
-        d,
-        project=False,
-        heads=size.heads,
-        hidden=size.hidden,
-        expansion=expansion,
-        depth=depth,
-    )
-    decoder = Decoder(layers, BoxPosition(d, act, limit=10), heads, eval_layers=eval_layers)
-    denoising = Denoising(num_classes, d, padding=True)
-    model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
-    criterion = Criterion(
-        {"class": 1, "l1": 5, "giou": 2, "fgl": 0.15, "ddf": 1.5},
-        classification=losses.varifocal,
-        share_matches=True,
-        bins=bins,
-    )
+    attend = partial(sampling_boxes, size, "dfine")
+    layers = layers_with(attend, size, "silu", gated=True, limit=65504)
+    decoder = Decoder(layers, BoxPosition(d, act, limit=10), said, eval_layers=eval_layers)
+    model = hybrid(backbone, num_classes, size, decoder, act, project=False, **encoder)
+    weights = ONE | {"fgl": 0.15, "ddf": 1.5}
+    learn = losses.varifocal
+    criterion = Criterion(weights, classification=learn, share_matches=True, bins=bins)
     return System(model, criterion, best_scores)
 
 
@@ -649,12 +593,12 @@ def deim(
     size: Size = Size(levels=3, points=(3, 6, 3)),
     **options: Any,
 ) -> System:
-    """DEIM (arXiv 2412.04234): D-FINE with a loss that does not give up on poor matches; its
-    denser objects an image are the data's part.
+    """DEIM (arXiv 2412.04234): D-FINE with a loss that does not give up on poor matches; that
+    images hold more objects is the data's part.
     """
-    model, criterion, postprocess = dfine(backbone, num_classes, size, **options)
-    criterion.classification = losses.matchability_aware
-    return System(model, criterion, postprocess)
+    system = dfine(backbone, num_classes, size, **options)
+    system.criterion.classification = losses.matchability_aware
+    return system
 
 
 def mr_detr(
@@ -665,46 +609,27 @@ def mr_detr(
     The three routes share cross-attention, norms and heads. ``o2m`` is told by tokens that many
     may answer; ``sep`` has a feed-forward network of its own instead. Only the first is used.
     """
-    d, n = size.d, size.decoder_layers
-    layers = deformable_layers(size)
-    heads = Heads(
-        nn.ModuleList(class_head(d, num_classes) for _ in range(n)),
-        nn.ModuleList(box_head(d) for _ in range(n)),
-        refine="twice",
-        eps=1e-3,
-    )
-    queries = SelectedQueries(
-        size.queries,
-        d,
-        class_head(d, num_classes),
-        box_head(d),
-        content="learnt",
-        position=True,
-        objectness=True,
-        keep_all=True,
-    )
-    decoder = Decoder(layers, FixedPosition(), heads)
-    instructed = [
-        variant(
-            layer,
-            self_attn=InstructedSelfAttention(layer.self_attn.attention, tokens),
-            join_self=AddNorm(d),
-        )
-        for layer in layers
-    ]
-    apart = [
-        variant(layer, ffn=FeedForward(d, size.hidden, "relu", size.dropout)) for layer in layers
-    ]
+    d = size.d
+    said = heads(size, num_classes, refine="twice", eps=1e-3)
+    how: Any = {"content": "learnt", "position": True, "objectness": True, "keep_all": True}
+    queries = SelectedQueries(size.queries, d, class_head(d, num_classes), box_head(d), **how)
+    layers = layers_with(partial(sampling, size), size)
+    decoder = Decoder(layers, FixedPosition(), said)
+
     many = variant(queries, classes=class_head(d, num_classes), box=box_head(d))
+    o2m, sep = nn.ModuleList(), nn.ModuleList()
+    for layer in layers:
+        told = InstructedSelfAttention(layer.self_attn.attention, tokens)
+        o2m.append(variant(layer, self_attn=told, join_self=AddNorm(d)))
+        sep.append(variant(layer, ffn=FeedForward(d, size.hidden, "relu", size.dropout)))
     model = Detector(
         backbone,
         deformable_encoder(backbone, size),
         queries,
         decoder,
-        o2m=(many, variant(decoder, layers=nn.ModuleList(instructed))),
-        sep=variant(decoder, layers=nn.ModuleList(apart)),
+        o2m=(many, variant(decoder, layers=o2m)),
+        sep=variant(decoder, layers=sep),
     )
-    criterion = Criterion(
-        WEIGHTS, encoder="anchors", one_to_many=OneToMany(sample=int(size.queries * 0.25))
-    )
+    assign = OneToMany(sample=int(size.queries * 0.25))
+    criterion = Criterion(TWO, encoder="anchors", encoder_weight=3, one_to_many=assign)
     return System(model, criterion, partial(best_scores, fuse=True))

@@ -32,6 +32,7 @@ SAMPLING = ("sampling_offsets", "reference_points")
 # RT-DETR's encoder as its smallest models have it.
 LIGHT: dict[str, Any] = {"depth": 1 / 3, "expansion": 0.5}
 RECIPES = {
+    "stewart": Recipe(models.stewart),
     "detr": Recipe(models.detr),
     "dab_detr": Recipe(models.dab_detr),
     "deformable_detr": Recipe(partial(models.deformable_detr, refine=True), slow=SAMPLING),

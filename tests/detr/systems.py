@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deform_attn.detr import models
+from deform_attn.detr import losses, models
+from deform_attn.detr.boxes import overlap
 from deform_attn.detr.checkpoints import load_official, renamed
 from deform_attn.detr.denoising import Noised
-from deform_attn.detr.encoder import Memory
-from deform_attn.detr.matching import Pairs, union
+from deform_attn.detr.dfine import EdgeBins
+from deform_attn.detr.encoder import HybridEncoder, Memory, pixel_centres
+from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Pairs, assign, union
 
 from .recorded import Golden
 
@@ -77,7 +79,8 @@ class Run:
         state = dict(others or {})
         for name, weight in golden.state(variant).items():
             state[prefix + name] = weight
-            self.names[name] = renamed(self.model, self.system, prefix + name)
+            layers = golden.config["decoder_layers"]
+            self.names[name] = renamed(self.system, prefix + name, layers)
         load_official(self.model, self.system, state)
         self.model.train()
         for module in self.model.modules():
@@ -353,7 +356,7 @@ def deim(golden: Golden) -> Found:
     def official(loss: str, of: str) -> str:
         name = {"class": "mal", "l1": "bbox"}.get(loss, loss)
         sets = {"layer0": "aux_0", "layer1": "aux_1", "layer2": "", "encoder": "enc_0"}
-        of = sets.get(of, of.replace("dn", "dn_") if of.startswith("dn") else of)
+        of = sets.get(of, f"dn_{of[2:]}" if of[2:].isdigit() else of)
         return "_".join(filter(None, ["loss", name, of]))
 
     run.losses(outputs, official, weighted=True)
@@ -397,9 +400,7 @@ def mrdetr(golden: Golden) -> Found:
 
 def dense_memory(run: Run) -> Memory:
     encoder: Any = run.model.encoder
-    memory: Memory = encoder.encode(
-        *run.input("src"), run.golden["in/pos"], run.golden["in/mask"]
-    )
+    memory: Memory = encoder.encode(*run.input("src"), run.golden["in/pos"], run.golden["in/mask"])
     return memory
 
 
@@ -463,7 +464,142 @@ def dab_detr_dense(golden: Golden) -> Found:
     return run.found
 
 
+def load_part(
+    part: nn.Module, golden: Golden, case: str, system: str, prefix: str, others: tuple[str, ...]
+) -> dict[str, nn.Parameter]:
+    """Weights that are recorded in full, into a part of a model; parameters by official name."""
+    state = golden.state(case)
+    names = {n: renamed(system, prefix + n, 6).removeprefix("encoder.") for n in state}
+    own = part.state_dict()
+    assert {n for n in own if not n.startswith(others)} == set(names.values())
+    part.load_state_dict(own | {ours: state[n] for n, ours in names.items()})
+    parameters = dict(part.named_parameters())
+    return {n: parameters[ours] for n, ours in names.items() if ours in parameters}
+
+
+def gradients_of_part(
+    found: Found, case: str, scalar: Tensor, inputs: Found, parameters: Mapping[str, Tensor]
+) -> None:
+    wanted = {f"in/{n}": x for n, x in inputs.items()}
+    wanted |= {f"param/{n}": x for n, x in parameters.items()}
+    gradients = torch.autograd.grad(scalar, list(wanted.values()))
+    found |= {f"{case}/grad/{n}": g for n, g in zip(wanted, gradients)}
+
+
+def encoder(golden: Golden) -> Found:
+    found: Found = {}
+    config = golden.config
+    size = models.Size(d=config["d_model"], heads=config["heads"], hidden=config["ffn"])
+    deform = models.deformable_encoder(Maps(8, 16, 32), replace(size, encoder_layers=2))
+    others = ("project.", "level_embed")
+    parameters = load_part(
+        deform, golden, "deformable", "deformable_detr", "transformer.encoder.", others
+    )
+    source = golden["in/deformable/src"].requires_grad_()
+    memory = Memory(
+        source,
+        golden["in/deformable/shapes"].tolist(),
+        golden["in/deformable/padding_mask"],
+        ratios=golden["in/deformable/valid_ratios"],
+    )
+    output = deform.attend(memory, golden["in/deformable/pos"]).features
+    found["deformable/output"] = output
+    found["deformable/reference"] = memory.on_every_level(pixel_centres(memory))
+    gradients_of_part(found, "deformable", output.sin().sum(), {"src": source}, parameters)
+
+    for case, options in config["cases"].items():
+        if case == "deformable":
+            continue
+        hybrid = HybridEncoder(
+            options["in_channels"],
+            options["hidden_dim"],
+            heads=config["heads"],
+            hidden=options["ffn"],
+            expansion=options["expansion"],
+            depth=options["depth_mult"],
+            act=options["activation"],
+        ).eval()
+        parameters = load_part(hybrid, golden, case, "rtdetr", "encoder.", ("output.",))
+        maps = {f"feat{i}": golden[f"in/{case}/feat{i}"].requires_grad_() for i in range(3)}
+        fused = hybrid.fuse(list(maps.values()))
+        found |= {f"{case}/output{i}": x for i, x in enumerate(fused)}
+        scalar = torch.stack([x.sin().sum() for x in fused]).sum()
+        gradients_of_part(found, case, scalar, maps, parameters)
+    return found
+
+
+def matcher_losses(golden: Golden) -> Found:
+    found: Found = {}
+    recorded = golden.outputs()
+    bins = EdgeBins()
+    for i in range(golden.config["problems"]):
+        given = {
+            key: golden[f"in/{i}/{key}"].requires_grad_() for key in ("logits", "boxes", "corners")
+        }
+        logits, boxes, corners = given.values()
+        targets = golden.targets(f"in/{i}")
+        for name in ("deformable", "rtdetr_v2", "deim"):
+            match = Hungarian()
+            found |= of_pairs(f"{i}/match/{name}", match(given, targets))
+            for b, target in enumerate(targets):
+                found[f"{i}/cost/{name}/{b}"] = match.cost(logits[b], boxes[b], target)
+        pairs: Pairs = [tuple(golden[f"in/{i}/indices/{b}"]) for b in range(2)]
+        where, truth = losses.at(pairs), losses.chosen(targets, pairs, "boxes")
+        n = losses.object_count(targets, logits.device)
+        iou = overlap(boxes[where], truth)[0].detach()
+        initial = golden[f"in/{i}/ref_points"][where]
+        left, right_weight = bins.targets(initial, truth)
+        found[f"{i}/iou_matched"] = iou
+        found[f"{i}/fgl_target_left_bin"] = left.flatten()
+        found[f"{i}/fgl_target_weight_right"] = right_weight.flatten()
+        found[f"{i}/fgl_target_weight_left"] = 1 - right_weight.flatten()
+        told = {
+            "corners": corners,
+            "teacher_corners": golden[f"in/{i}/teacher_corners"],
+            "teacher_logits": golden[f"in/{i}/teacher_logits"],
+        }
+        balance = (len(iou), logits[..., 0].numel() - len(iou))
+        of = {
+            "fgl": (bins.localisation(corners[where], initial, truth, iou).sum() / n, "corners"),
+            "ddf": (bins.distillation(told, where, iou, balance), "corners"),
+        }
+        for name, kind in CLASSIFICATIONS.items():
+            criterion = losses.Criterion({"class": 1, "l1": 1, "giou": 1}, classification=kind)
+            of[name] = (criterion.classes(given, targets, pairs, n), "logits")
+            for box_loss, value in criterion.boxes(given, targets, pairs, n, balance).items():
+                of[{"l1": "bbox"}.get(box_loss, box_loss)] = (value, "boxes")
+        for name, (loss, key) in of.items():
+            found[f"{i}/loss/{name}"] = loss
+            if f"{i}/grad_{name}/{key}" in recorded:
+                [gradient] = torch.autograd.grad(loss, given[key], retain_graph=True)
+                found[f"{i}/grad_{name}/{key}"] = gradient
+
+        start = f"in/o2m/{i}"
+        many = OneToMany(sample=golden.config["o2m"]["sample_size"])
+        told = {key: golden[f"{start}/{key}"] for key in ("logits", "boxes")}
+        found |= of_pairs(f"o2m/{i}/match", many(told, golden.targets(start)))
+
+        said, objects = golden[f"in/stewart/{i}/pred"], golden[f"in/stewart/{i}/gt"]
+        said_by, which = assign(Lexicographic.cost(said, objects))
+        offset = (said[said_by, :2] - objects[which, :2]).abs() / objects[which, 2:]
+        missed, distance = (offset > 0.5).any(-1).sum(), (said[said_by] - objects[which]).abs()
+        triple = torch.stack([missed.float(), said_by.sum().float(), distance.sum()])
+        found[f"stewart/{i}/cost"] = triple
+        answer = torch.full((len(said),), -1).index_put((said_by,), which)
+        found[f"stewart/{i}/match"] = torch.stack([torch.arange(len(said)), answer])
+    return found
+
+
+CLASSIFICATIONS = {
+    "focal": losses.focal,
+    "vfl": losses.varifocal,
+    "mal": losses.matchability_aware,
+}
 SYSTEMS: dict[str, Callable[[Golden], Found]] = {
+    "matcher_losses": matcher_losses,
+    "encoder": encoder,
+    "detr": detr,
+    "dab_detr_dense": dab_detr_dense,
     "deformable": deformable,
     "dab_deformable": dab_deformable,
     "dn_dab_deformable": dn_dab_deformable,
@@ -474,6 +610,4 @@ SYSTEMS: dict[str, Callable[[Golden], Found]] = {
     "rtdetr_v2_discrete": rtdetr,
     "deim": deim,
     "mrdetr": mrdetr,
-    "detr": detr,
-    "dab_detr_dense": dab_detr_dense,
 }
