@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deform_attn.backends import choose_backend
+from deform_attn.backends import Backend, choose_backend
 from deform_attn.formula import discrete, layer_points, on_device
 from deform_attn.inputs import Levels, check, check_layer, check_method, location_dtype
 
@@ -171,6 +172,31 @@ def ms_deform_attn_fused(
         raise
 
 
+def gradients(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of value, sampling_locations and attention_weights: for callers that have autograd's part."""
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    chosen, operands = _settled(*inputs, None, None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        grads = chosen.backward(grad_output.contiguous(), *operands, deterministic)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        check(*inputs, None)
+        raise
+    of_value, of_locations, of_weights = grads
+    return (
+        of_value,
+        of_locations.to(sampling_locations.dtype),
+        of_weights.to(attention_weights.dtype),
+    )
+
+
 def _attention(
     value: Tensor,
     spatial_shapes: Levels,
@@ -182,6 +208,30 @@ def _attention(
     official_clamp: bool,
     backend: str | None,
 ) -> Tensor:
+    check_method(method)
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    chosen, operands = _settled(*inputs, num_points, backend)
+    if method == "default":
+        return chosen.call(*operands)
+    if not torch.compiler.is_compiling():
+        # composing broadcasts what does not fit, so what is at fault is looked for first
+        check(*inputs, num_points)
+    _, _, _, locations, weights, _, counts = operands
+    return discrete(
+        *(value, spatial_shapes, level_start_index, locations, weights, counts, official_clamp)
+    )
+
+
+def _settled(
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int] | None,
+    backend: str | None,
+) -> tuple[Backend, tuple[Any, ...]]:
+    """The backend of a call, and the operands that it takes."""
     chosen = choose_backend(value.device.type, value.dtype, backend)
     dtype = value.dtype
     real = location_dtype(dtype)
@@ -189,18 +239,9 @@ def _attention(
         sampling_locations = _converted("sampling_locations", sampling_locations, real)
     if attention_weights.dtype is not real and attention_weights.dtype is not dtype:
         attention_weights = _converted("attention_weights", attention_weights, real)
-    if method != "default":
-        check_method(method)
-        arguments = (
-            *(value, spatial_shapes, level_start_index, sampling_locations, attention_weights),
-            num_points,
-        )
-        if not torch.compiler.is_compiling():
-            check(*arguments)
-        return discrete(*arguments, official_clamp)
     shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
     counts = None if num_points is None else list(num_points)
-    return chosen.call(value, shapes, starts, sampling_locations, attention_weights, sizes, counts)
+    return chosen, (value, shapes, starts, sampling_locations, attention_weights, sizes, counts)
 
 
 def _layer(

@@ -130,7 +130,7 @@ def discrete(inputs: Inputs, *, official_clamp: bool = False) -> Tensor:
     batch = torch.arange(B).view(B, 1, 1, 1)
     head = torch.arange(M).view(1, 1, M, 1)
     picked = value[batch, rows, head]  # [B, Q, M, K, D]
-    return (picked * weights.reshape(B, Q, M, -1, 1)).sum(3).reshape(B, Q, M * D)
+    return (picked * weights.reshape(*rows.shape, 1)).sum(3).reshape(B, Q, M * D)
 
 
 def gradients(

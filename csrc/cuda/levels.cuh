@@ -13,6 +13,7 @@ namespace deform_attn {
 struct BlockLevels {
   Level level[kMaxLevels];
   int first_point[kMaxLevels + 1];
+  bool fill_value;          // one behind the other, from the first row of `value` to the last
   bool queries_are_pixels;  // query q is pixel q of the maps, as in an encoder
 };
 
@@ -30,7 +31,7 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
     }
     for (int l = lane; l <= table.count; l += kWarp) levels.first_point[l] = table.first_point[l];
     __syncwarp();
-    bool in_line = true;  // levels lie one behind the other and fill `value`
+    bool in_line = true;
     for (int first = 0; first < table.count; first += kWarp) {
       const int l = first + lane;
       Level level = {0, 0, 0};
@@ -50,8 +51,9 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
     }
     in_line = __all_sync(kAllLanes, in_line);
     if (lane == 0) {
-      levels.queries_are_pixels = in_line && table.count > 0 && problem.queries == problem.rows &&
-                                  problem.rows < (int64_t{1} << 31);
+      levels.fill_value = in_line && table.count > 0;
+      levels.queries_are_pixels =
+          levels.fill_value && problem.queries == problem.rows && problem.rows < (int64_t{1} << 31);
     }
   }
   __syncthreads();

@@ -153,9 +153,13 @@ _MR_DETR: Rules = [
     *(rule for rule in _LAYERS if "layers" not in rule[0]),
 ]
 
+# Buffers of RT-DETRv2 and D-FINE for images of one size, which are made anew here.
+_DERIVED = ("decoder.anchors", "decoder.valid_mask")
+
 RULES: dict[str, Rules] = {
     "detr": _DETR,
     "dab_detr": _DAB_DETR,
+    "dn_detr": _DAB_DETR,
     "deformable_detr": _DEFORMABLE,
     "dab_deformable_detr": _DEFORMABLE,
     "dn_deformable_detr": _DEFORMABLE,
@@ -194,7 +198,7 @@ def load_official(model: nn.Module, system: str, state: Mapping[str, Tensor]) ->
         RuntimeError: names are missing or left over, or shapes differ.
     """
     layers = len(cast(nn.ModuleList, model.get_submodule("decoder.layers")))
-    given = {renamed(system, name, layers): tensor for name, tensor in state.items()}
+    given = {renamed(system, n, layers): t for n, t in state.items() if n not in _DERIVED}
     own = model.state_dict(keep_vars=True)
     named = {id(own[name]): name for name in given if name in own}
     for name, tensor in own.items():

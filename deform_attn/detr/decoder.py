@@ -18,7 +18,7 @@ are the differences between the systems:
     D-FINE, DEIM     selected                   MLP of box     gated         distributions
     Mr. DETR         selected, learnt content   fixed          deformable    look forward twice
 
-Look forward twice (DINO, 3.4): a layer's box also corrects the layer before it, for its reference
+Look forward twice (DINO, 3.5): a layer's box also corrects the layer before it, for its reference
 keeps that layer's graph; the reference that attention and the next layer see does not.
 """
 
@@ -52,6 +52,9 @@ class Queries:
     position: Tensor | None = None
 
 
+Proposals = dict[str, dict[str, Tensor]]
+
+
 # --- Where queries come from -----------------------------------------------------------------
 
 
@@ -65,7 +68,7 @@ class LearntQueries(nn.Module):
         self.embed = nn.Embedding(number, 2 * d if points else d)
         self.points = nn.Linear(d, 2) if points else None
 
-    def forward(self, memory: Memory) -> tuple[Queries, dict[str, dict[str, Tensor]]]:
+    def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The same queries for every image; no proposals."""
         embed = self.embed.weight.expand(len(memory.features), -1, -1)
         if self.points is None:
@@ -75,19 +78,29 @@ class LearntQueries(nn.Module):
 
 
 class AnchorQueries(nn.Module):
-    """Learnt boxes (DAB-DETR); ``content`` of the d channels are learnt, the others 0."""
+    """Learnt boxes (DAB-DETR) and content, which may be narrower than d: the rest is 0.
 
-    def __init__(self, number: int, d: int, *, content: int) -> None:
+    ``content`` is a number of learnt channels, an embedding of which all take the last row
+    (DN-DETR: "no label"), or None.
+    """
+
+    def __init__(self, number: int, d: int, *, content: int | nn.Embedding | None) -> None:
         super().__init__()
         self.boxes = nn.Embedding(number, 4)
         nn.init.uniform_(self.boxes.weight)
-        self.content = nn.Embedding(number, content) if content else None
+        self.label = content if isinstance(content, nn.Embedding) else None
+        self.content = nn.Embedding(number, content) if isinstance(content, int) else None
         self.d = d
 
-    def forward(self, memory: Memory) -> tuple[Queries, dict[str, dict[str, Tensor]]]:
+    def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The same queries for every image; no proposals."""
         B = len(memory.features)
-        learnt = self.boxes.weight[:, :0] if self.content is None else self.content.weight
+        if self.content is not None:
+            learnt = self.content.weight
+        elif self.label is not None:
+            learnt = self.label.weight[-1].expand(len(self.boxes.weight), -1)
+        else:
+            learnt = self.boxes.weight[:, :0]
         content = F.pad(learnt, (0, self.d - learnt.shape[1]))
         reference = self.boxes.weight.sigmoid()
         return Queries(content.expand(B, -1, -1), reference.expand(B, -1, -1)), {}
@@ -122,14 +135,14 @@ class SelectedQueries(nn.Module):
     ) -> None:
         super().__init__()
         self.number, self.d = number, d
-        self.objectness, self.keep_all, self.from_memory = objectness, keep_all, content == "memory"
+        self.objectness, self.keep_all = objectness, keep_all
         self.project, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
         self.classes, self.box = classes, box
         self.content = nn.Embedding(number, d) if content == "learnt" else None
         sines = position or content == "sine"
         self.sines = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)) if sines else None
 
-    def forward(self, memory: Memory) -> tuple[Queries, dict[str, dict[str, Tensor]]]:
+    def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """Queries of each image, and the proposals for the criterion."""
         anchors, valid = proposals(memory)
         features = self.norm(self.project(memory.features * valid))
@@ -147,19 +160,13 @@ class SelectedQueries(nn.Module):
             logits, anchors = best(logits), best(anchors)
             unbounded = self.box(best(features)) + anchors
             selected = unbounded.detach()
-        proposed = {
-            "logits": logits,
-            "boxes": unbounded.sigmoid(),
-            "anchors": anchors.sigmoid(),
-        }
+        proposed = {"logits": logits, "boxes": unbounded.sigmoid(), "anchors": anchors.sigmoid()}
         reference = selected.sigmoid()
-        position = content = None
+        content, position = best(features).detach(), None
         if self.sines is not None:
             position, content = self.sines(sine(reference, self.d // 2)).chunk(2, -1)
         if self.content is not None:
             content = self.content.weight.expand(len(reference), -1, -1)
-        elif self.from_memory:
-            content = best(features).detach()
         return Queries(content, reference, position), {"encoder": proposed}
 
 
@@ -260,48 +267,55 @@ class DenseCrossAttention(nn.Module):
     ) -> Tensor:
         """Update of ``x [B, Q, d]``."""
         assert memory.position is not None
-        attended, _ = self.attention(
-            x + position,
-            memory.features + memory.position,
-            memory.features,
-            key_padding_mask=memory.padding,
-            need_weights=False,
-        )
+        k, v = memory.features + memory.position, memory.features
+        attended: Tensor = self.attention(x + position, k, v, memory.padding, False)[0]
         return attended
 
 
-class ConditionalSelfAttention(nn.Module):
-    """Content and position have projections of their own (DAB-DETR)."""
+class ConditionalAttention(nn.Module):
+    """Content and position have projections of their own (Conditional DETR, DAB-DETR)."""
 
     def __init__(self, d: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        for name in ("q_content", "q_position", "k_content", "k_position", "v", "output"):
-            self.add_module(name, nn.Linear(d, d))
+        self.q_content, self.q_position = nn.Linear(d, d), nn.Linear(d, d)
+        self.k_content, self.k_position = nn.Linear(d, d), nn.Linear(d, d)
+        self.v, self.output = nn.Linear(d, d), nn.Linear(d, d)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+        """``[B, heads, Q, D]`` of queries, keys and values; ``hidden`` ones are True."""
+        mask = None if hidden is None else ~hidden
+        attended = F.scaled_dot_product_attention(q, k, v, mask)
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return output
+
+    def split(self, *tensors: Tensor) -> list[Tensor]:
+        """``[B, N, heads * D]`` each to ``[B, heads, N, D]``."""
+        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in tensors]
+
+
+class ConditionalSelfAttention(ConditionalAttention):
+    """Content and position are added."""
 
     def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
         """Update of ``x [B, Q, d]``; ``position [B, Q, 2 d]``, its first half counts."""
         position, _ = position.chunk(2, -1)
         q = self.q_content(x) + self.q_position(position)
         k = self.k_content(x) + self.k_position(position)
-        mask = None if blocked is None else ~blocked
-        q, k, v = (split_heads(y, self.heads) for y in (q, k, self.v(x)))
-        attended: Tensor = self.output(join_heads(F.scaled_dot_product_attention(q, k, v, mask)))
-        return attended
+        q, k, v = self.split(q, k, self.v(x))
+        return self.attend(q, k, v, blocked)
 
 
-class ConditionalCrossAttention(nn.Module):
-    """Content is compared with content, position with position, side by side in every head
-    (Conditional DETR, DAB-DETR).
-    """
+class ConditionalCrossAttention(ConditionalAttention):
+    """Content is compared with content, place with place, side by side in every head."""
 
     def __init__(self, d: int, heads: int, *, first: bool) -> None:
-        super().__init__()
-        self.heads = heads
-        for name in ("q_content", "q_sine", "k_content", "k_position", "v", "output"):
-            self.add_module(name, nn.Linear(d, d))
-        # The first layer's content knows nothing yet: it asks with its position too.
-        self.q_position = nn.Linear(d, d) if first else None
+        super().__init__(d, heads)
+        self.q_sine = nn.Linear(d, d)
+        # The first layer's content knows nothing yet: there, it asks with its position too.
+        self.first = first
+        if not first:
+            del self.q_position
 
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory
@@ -310,43 +324,28 @@ class ConditionalCrossAttention(nn.Module):
         position, sines = position.chunk(2, -1)
         q, k = self.q_content(x), self.k_content(memory.features)
         k_position = self.k_position(memory.position)
-        if self.q_position is not None:
+        if self.first:
             q, k = q + self.q_position(position), k + k_position
-        q, q_sine, k, k_position, v = (
-            split_heads(y, self.heads)
-            for y in (q, self.q_sine(sines), k, k_position, self.v(memory.features))
-        )
-        q, k = torch.cat([q, q_sine], -1), torch.cat([k, k_position], -1)
-        mask = None if memory.padding is None else ~memory.padding[:, None, None]
-        attended: Tensor = self.output(join_heads(F.scaled_dot_product_attention(q, k, v, mask)))
-        return attended
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """``[B, N, heads * D]`` to ``[B, heads, N, D]``."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def join_heads(x: Tensor) -> Tensor:
-    """``[B, heads, N, D]`` to ``[B, N, heads * D]``."""
-    return x.transpose(1, 2).flatten(2)
+        q, k, v = self.split(q, k, self.v(memory.features))
+        q_sine, k_position = self.split(self.q_sine(sines), k_position)
+        hidden = None if memory.padding is None else memory.padding[:, None, None]
+        return self.attend(torch.cat([q, q_sine], -1), torch.cat([k, k_position], -1), v, hidden)
 
 
 class InstructedSelfAttention(nn.Module):
-    """Learnt tokens beside the queries tell a layer to answer many to one (Mr. DETR, 3.3)."""
+    """Learnt tokens beside the queries tell a layer to answer many to one (Mr. DETR)."""
 
-    def __init__(self, attention: nn.MultiheadAttention, tokens: int) -> None:
+    def __init__(self, attention: nn.Module, d: int, tokens: int) -> None:
         super().__init__()
         self.attention = attention
-        self.tokens = nn.Embedding(tokens, attention.embed_dim)
-        self.positions = nn.Embedding(tokens, attention.embed_dim)
+        self.tokens, self.positions = nn.Embedding(tokens, d), nn.Embedding(tokens, d)
 
     def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
-        """Update of ``x [B, Q, d]``."""
+        """Update of ``x [B, Q, d]``; there are no queries to be ``blocked`` in this route."""
         tokens = self.tokens.weight.expand(len(x), -1, -1)
         q = torch.cat([tokens + self.positions.weight, x + position], 1)
         v = torch.cat([tokens, x], 1)
-        attended, _ = self.attention(q, q, v, need_weights=False)
+        attended: Tensor = self.attention(q, q, v, need_weights=False)[0]
         return attended[:, tokens.shape[1] :]
 
 
@@ -428,15 +427,14 @@ class Heads(nn.Module):
         """Predictions of layer i from its queries ``x``; the state of the next layer."""
         reference = state.get("reference")
         hidden = x if self.norm is None else self.norm(x)
-        told = self.moved(self.boxes[i](hidden), state.get("undetached", reference))
+        told = self.moved(self.boxes[i](hidden), state.get("with_graph", reference))
         prediction = {"logits": self.classes[i](hidden), "boxes": told}
-        if self.refine == "no":
-            return prediction, state
-        box = told
+        if self.refine == "layer":
+            state = {"reference": told.detach()}
         if self.refine == "twice":
             box = self.moved(self.boxes[i](x), reference)
-            return prediction, {"reference": box.detach(), "undetached": box}
-        return prediction, {"reference": box.detach()}
+            state = {"reference": box.detach(), "with_graph": box}
+        return prediction, state
 
     def moved(self, delta: Tensor, reference: Tensor | None) -> Tensor:
         """A reference, a point or a box or none, moved by logits: a box."""
@@ -494,11 +492,13 @@ class Decoder(nn.Module):
             prediction, state = self.heads(i, x, state)
             for name, value in prediction.items():
                 said.setdefault(name, []).append(value)
-        return {name: torch.stack(values) for name, values in said.items()}
+        # Under autocast heads speak half precision; losses are not for that.
+        stacked = {name: torch.stack(values) for name, values in said.items()}
+        return {n: x.float() if x.dtype.itemsize == 2 else x for n, x in stacked.items()}
 
 
 class SequentialDecoder(nn.Module):
-    """The ancestor (Stewart et al., arXiv 1506.04878, 3.1): an LSTM says one box after another.
+    """The ancestor (Stewart et al., arXiv 1506.04878): an LSTM says one box after another.
 
     It sees one cell of the image, the same at each step, and remembers what it has said.
 

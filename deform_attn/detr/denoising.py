@@ -56,6 +56,7 @@ class Denoising(nn.Module):
         box_noise: of half a box's size.
         indicator: the last channel of the content tells noised queries (1) from matched (0).
         padding: padding slots have an embedding of their own, else zeros (RT-DETR).
+        eps: of the inverse sigmoid of boxes.
     """
 
     def __init__(
@@ -70,10 +71,11 @@ class Denoising(nn.Module):
         box_noise: float = 1.0,
         indicator: bool = False,
         padding: bool = False,
+        eps: float = 1e-3,
     ) -> None:
         super().__init__()
         self.classes, self.contrastive, self.indicator = classes, contrastive, indicator
-        self.number, self.groups = number, groups
+        self.number, self.groups, self.eps = number, groups, eps
         self.label_noise, self.box_noise, self.padding = label_noise, box_noise, padding
         last = classes if padding else None
         self.embed = nn.Embedding(classes + 1, d - 1 if indicator else d, padding_idx=last)
@@ -93,7 +95,7 @@ class Denoising(nn.Module):
         for i, (n, target) in enumerate(zip(counts, targets)):
             labels[i, ..., :n] = self._other_labels(target["labels"].expand(groups, signs, n))
             moved = self._moved(target["boxes"].expand(groups, signs, n, 4))
-            boxes[i, ..., :n, :] = inverse_sigmoid(moved, 1e-5)
+            boxes[i, ..., :n, :] = inverse_sigmoid(moved, self.eps)
             group = torch.arange(groups, device=device)[:, None] * (signs * most)
             slot = torch.arange(n, device=device)
             pairs.append(((group + slot).flatten(), slot.repeat(groups)))
@@ -116,12 +118,18 @@ class Denoising(nn.Module):
         corners = to_corners(boxes) + sign * u * torch.cat([half, half], -1)
         return from_corners(corners.clamp(0, 1))
 
-    def queries(self, noised: Noised) -> Queries:
-        """What the decoder is given, before the queries that are matched."""
+    def before(self, matched: Queries, noised: Noised) -> Queries:
+        """Noised queries before the matched ones."""
+        assert matched.reference is not None, "denoising needs references"
+        content = torch.cat([self.content(noised), matched.content], 1)
+        return Queries(content, torch.cat([noised.boxes.sigmoid(), matched.reference], 1))
+
+    def content(self, noised: Noised) -> Tensor:
+        """Embedded labels: ``[B, D, d]``."""
         real = noised.labels >= 0
-        content = self.embed(noised.labels.where(real, self.classes))
+        content: Tensor = self.embed(noised.labels.where(real, self.classes))
         if not self.padding:
             content = content * real[..., None]
         if self.indicator:
             content = torch.cat([content, real[..., None].float()], -1)
-        return Queries(content, noised.boxes.sigmoid())
+        return content

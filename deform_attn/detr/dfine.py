@@ -97,7 +97,8 @@ class EdgeBins(nn.Module):
         log_p = corners.unflatten(-1, (4, self.count + 1)).log_softmax(-1)
         at_left = log_p.gather(-1, left[..., None])[..., 0]
         at_right = log_p.gather(-1, left[..., None] + 1)[..., 0]
-        return -iou[:, None] * ((1 - right_weight) * at_left + right_weight * at_right)
+        both: Tensor = (1 - right_weight) * at_left + right_weight * at_right
+        return -iou[:, None] * both
 
     def distillation(
         self,
@@ -130,7 +131,8 @@ class EdgeBins(nn.Module):
         of_hits = loss[hit].mean() if hit.any() else zero
         of_others = loss[~hit].mean() if not hit.all() else zero
         a, b = (number**0.5 for number in balance)
-        return (a * of_hits + b * of_others) / (a + b)
+        mean: Tensor = (a * of_hits + b * of_others) / (a + b)
+        return mean
 
 
 class Quality(nn.Module):
@@ -139,8 +141,7 @@ class Quality(nn.Module):
     def __init__(self, bins: EdgeBins, top: int = 4, hidden: int = 64, act: str = "relu") -> None:
         super().__init__()
         self.bins, self.top = bins.count + 1, top
-        self.mlp = MLP(4 * (top + 1), hidden, 1, 2, act)
-        nn.init.zeros_(self.mlp.layers[-1].weight)
+        self.mlp = MLP(4 * (top + 1), hidden, 1, 2, act).zeroed()
 
     def forward(self, logits: Tensor, corners: Tensor) -> Tensor:
         """``logits [B, Q, C]`` plus one number a query."""
@@ -191,16 +192,6 @@ class FineHeads(nn.Module):
             corners = corners + state["corners"]
         boxes = self.bins.boxes(state["initial"], corners)
         logits = self.quality[i](self.classes[i](x), corners)
-        prediction |= {
-            "logits": logits,
-            "boxes": boxes,
-            "corners": corners,
-            "initial": state["initial"],
-        }
-        following = {
-            "initial": state["initial"],
-            "reference": boxes.detach(),
-            "corners": corners,
-            "x": x.detach(),
-        }
-        return prediction, following
+        shared = {"corners": corners, "initial": state["initial"]}
+        prediction |= {"logits": logits, "boxes": boxes, **shared}
+        return prediction, {"reference": boxes.detach(), "x": x.detach(), **shared}

@@ -73,6 +73,12 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
         self.act = ACTIVATIONS[act]()
 
+    def zeroed(self) -> MLP:
+        """Starts with zero, whatever the input."""
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+        return self
+
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs]`` to ``[..., outputs]``."""
         for layer in self.layers[:-1]:
@@ -124,9 +130,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Update of ``x [B, Q, d]``; ``blocked [Q, Q]``, ``padding [B, Q]`` hide what is True."""
         q = x + position
-        attended, _ = self.attention(
-            q, q, x, attn_mask=blocked, key_padding_mask=padding, need_weights=False
-        )
+        attended: Tensor = self.attention(q, q, x, padding, False, blocked)[0]
         return attended
 
 
@@ -228,15 +232,10 @@ class DeformableEncoder(nn.Module):
         shift: float = -0.5,
     ) -> None:
         super().__init__()
-
-        def projected(inputs: int, **options: int) -> nn.Module:
-            return nn.Sequential(nn.Conv2d(inputs, d, **options), nn.GroupNorm(32, d))
-
         more = [channels[-1], *[d] * levels][: levels - len(channels)]
-        self.project = nn.ModuleList(
-            [projected(c, kernel_size=1) for c in channels]
-            + [projected(c, kernel_size=3, stride=2, padding=1) for c in more]
-        )
+        convolutions = [nn.Conv2d(c, d, 1) for c in channels]
+        convolutions += [nn.Conv2d(c, d, 3, stride=2, padding=1) for c in more]
+        self.project = nn.ModuleList(nn.Sequential(c, nn.GroupNorm(32, d)) for c in convolutions)
         self.level_embed = nn.Parameter(torch.empty(levels, d).normal_())
         self.layers = nn.ModuleList(layers)
         self.temperature, self.shift = temperature, shift
@@ -244,8 +243,10 @@ class DeformableEncoder(nn.Module):
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding of the images, ``[B, h, w]``."""
         projected = [project(x) for project, x in zip(self.project, maps)]
-        for i, project in enumerate(self.project[len(maps) :]):
-            projected.append(project(projected[-1] if i else maps[-1]))
+        x = maps[-1]
+        for project in self.project[len(maps) :]:
+            x = project(x)
+            projected.append(x)
         small = [resized(padding, x) for x in projected]
         d = projected[0].shape[1]
         positions = [sine_of_pixels(p, d, self.temperature, self.shift) for p in small]
@@ -292,9 +293,9 @@ def pixel_centres(memory: Memory) -> Tensor:
         y = (torch.arange(h, device=device) + 0.5) / h
         x = (torch.arange(w, device=device) + 0.5) / w
         grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(1, -1, 2)
-        levels.append(
-            grid.expand(B, -1, -1) if memory.ratios is None else grid / memory.ratios[:, i, None]
-        )
+        levels.append(grid.expand(B, -1, -1))
+        if memory.ratios is not None:
+            levels[-1] = grid / memory.ratios[:, i, None]
     return torch.cat(levels, 1)
 
 
@@ -350,9 +351,8 @@ class HybridEncoder(nn.Module):
 
     Args:
         channels: of the backbone's maps.
-        d: channels of the fused maps.
-        width: channels of the memory.
-        project: project to the memory, also where d is width (RT-DETR does, D-FINE does not).
+        d: channels of the maps and of the memory.
+        project: once more for the memory (RT-DETR does, D-FINE does not).
         heads, hidden: of the attention layer.
         expansion, depth: of the fusing blocks: their width, and a third of their RepVGG blocks.
     """
@@ -361,7 +361,6 @@ class HybridEncoder(nn.Module):
         self,
         channels: Sequence[int],
         d: int,
-        width: int | None = None,
         *,
         project: bool = True,
         heads: int = 8,
@@ -372,7 +371,7 @@ class HybridEncoder(nn.Module):
         act: str = "silu",
     ) -> None:
         super().__init__()
-        steps, blocks, width = len(channels) - 1, round(3 * depth), width or d
+        steps, blocks = len(channels) - 1, round(3 * depth)
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
         self.attention = EncoderLayer(SelfAttention(d, heads, dropout), d, hidden, "gelu", dropout)
         self.lateral = nn.ModuleList(ConvNorm(d, d, 1, act=act) for _ in range(steps))
@@ -381,8 +380,9 @@ class HybridEncoder(nn.Module):
             nn.ModuleList(CSPRep(2 * d, d, blocks, expansion, act) for _ in range(steps))
             for _ in range(2)
         )
-        last = ConvNorm if project or d != width else None
-        self.output = nn.ModuleList(last(d, width, 1) if last else nn.Identity() for _ in channels)
+        self.output = nn.ModuleList(
+            ConvNorm(d, d, 1) if project else nn.Identity() for _ in channels
+        )
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""
@@ -394,7 +394,7 @@ class HybridEncoder(nn.Module):
         pixels = self.attention(flat([top]), axis_codes(top))
         high = pixels.transpose(1, 2).view_as(top)
 
-        outputs = []  # top down, then bottom up
+        outputs: list[Tensor] = []  # top down, then bottom up
         for low, lateral, fuse in zip(reversed(lower), self.lateral, self.fuse_up):
             high = lateral(high)
             outputs.insert(0, high)

@@ -34,13 +34,13 @@ def focal(logits: Tensor, hot: Tensor, quality: Tensor, alpha: float = 0.25) -> 
 
 
 def varifocal(logits: Tensor, hot: Tensor, quality: Tensor, alpha: float = 0.75) -> Tensor:
-    """The score learns the IoU, weighted by it: low uncertainty is selected (RT-DETR, eq. 4)."""
+    """The score learns the IoU, weighted by it: low uncertainty is selected (RT-DETR, 4.3)."""
     weight = alpha * logits.sigmoid().detach() ** 2 * (1 - hot) + quality
     return F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="none")
 
 
 def matchability_aware(logits: Tensor, hot: Tensor, quality: Tensor, gamma: float = 1.5) -> Tensor:
-    """As varifocal, but a poor box is no less weighted than a good one (DEIM, eq. 3)."""
+    """As varifocal, but a poor box is no less weighted than a good one (DEIM)."""
     weight = logits.sigmoid().detach() ** gamma * (1 - hot) + hot
     return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight, reduction="none")
 
@@ -150,17 +150,16 @@ class Criterion(nn.Module):
         """
         count = object_count(targets, outputs["logits"].device)
         matched = list(self.matched(outputs, targets))
-        shared = union([pairs for *_, pairs in matched]) if self.share_matches else None
+        shared = union([pairs for *_, pairs in matched])
+        positives = sum(len(queries) for queries, _ in shared)
+        of_shared = averaged(count.new_tensor(float(positives)))
         # Denoising queries' edges are balanced as the matched ones', as in the official code.
-        positives = sum(len(queries) for queries, _ in shared or matched[0][-1])
         balance = (positives, outputs["logits"][0, ..., 0].numel() - positives)
         found = {}
 
         for name, prediction, goals, pairs in matched:
             found[name] = {"class": self.classes(prediction, goals, pairs, count)}
-            told, number = pairs, count
-            if shared is not None:
-                told, number = shared, averaged(count.new_tensor(float(positives)))
+            told, number = (shared, of_shared) if self.share_matches else (pairs, count)
             found[name] |= self.boxes(prediction, goals, told, number, balance)
 
         for name, prediction, pairs, number in self.assigned(outputs, targets, count):
@@ -181,9 +180,8 @@ class Criterion(nn.Module):
         """Sets whose pairs come from one-to-one matching, each with what it is told."""
         for name, prediction in layers_of(outputs, "layer"):
             yield name, prediction, targets, self.match(prediction, targets)
-        for name in ("pre", "encoder", "encoder_o2m"):
-            if (prediction := outputs.get(name)) is None:
-                continue
+        for name in (n for n in ("pre", "encoder", "encoder_o2m") if n in outputs):
+            prediction = outputs[name]
             if name == "pre" or self.encoder == "classes":
                 yield name, prediction, targets, self.match(prediction, targets)
                 continue
@@ -216,7 +214,7 @@ class Criterion(nn.Module):
         logits, where = prediction["logits"], at(pairs)
         labels = chosen(targets, pairs, "labels").long()
         iou = overlap(prediction["boxes"][where].detach(), chosen(targets, pairs, "boxes"))[0]
-        # A query with several objects keeps the last one's label.
+        # A query with several objects keeps one label: the last one's, on a CPU.
         label = torch.full(logits.shape[:2], -1, device=logits.device).index_put(where, labels)
         hot = (label[..., None] == torch.arange(logits.shape[-1], device=logits.device)).float()
         quality = hot * torch.zeros_like(label, dtype=iou.dtype).index_put(where, iou)[..., None]

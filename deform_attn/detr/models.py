@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -18,41 +18,12 @@ import torch
 from torch import Tensor, nn
 
 from deform_attn import MSDeformableAttention, MSDeformAttn
+from deform_attn.detr import decoder as dec
+from deform_attn.detr import encoder as enc
 from deform_attn.detr import losses
 from deform_attn.detr.boxes import to_corners
-from deform_attn.detr.decoder import (
-    AnchorQueries,
-    BoxPosition,
-    ConditionalCrossAttention,
-    ConditionalPosition,
-    ConditionalSelfAttention,
-    Decoder,
-    DecoderLayer,
-    DenseCrossAttention,
-    FixedPosition,
-    Heads,
-    InstructedSelfAttention,
-    LearntQueries,
-    SelectedQueries,
-    SequentialDecoder,
-    SinePosition,
-)
 from deform_attn.detr.denoising import Denoising, Noised
 from deform_attn.detr.dfine import EdgeBins, FineHeads
-from deform_attn.detr.encoder import (
-    MLP,
-    AddNorm,
-    ConvNorm,
-    DeformableAttention,
-    DeformableEncoder,
-    DenseEncoder,
-    EncoderLayer,
-    FeedForward,
-    HybridEncoder,
-    Memory,
-    SelfAttention,
-    pixel_centres,
-)
 from deform_attn.detr.losses import Criterion
 from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Target
 
@@ -75,10 +46,10 @@ class SmallBackbone(nn.Module):
     def __init__(self, channels: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__()
         self.channels = list(channels)
-        self.stem = ConvNorm(3, channels[0], 3, 2, "relu")
+        self.stem = enc.ConvNorm(3, channels[0], 3, 2, "relu")
         widths = [channels[0], *channels]
         self.stages = nn.ModuleList(
-            nn.Sequential(ConvNorm(a, b, 3, 2, "relu"), ConvNorm(b, b, 3, 1, "relu"))
+            nn.Sequential(enc.ConvNorm(a, b, 3, 2, "relu"), enc.ConvNorm(b, b, 3, 1, "relu"))
             for a, b in pairwise(widths)
         )
 
@@ -119,8 +90,8 @@ class Detector(nn.Module):
         decoder: nn.Module,
         *,
         denoising: Denoising | None = None,
-        o2m: tuple[nn.Module, Decoder] | None = None,
-        sep: Decoder | None = None,
+        o2m: tuple[nn.Module, dec.Decoder] | None = None,
+        sep: dec.Decoder | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
@@ -147,18 +118,13 @@ class Detector(nn.Module):
             noised = self.denoising.noise(targets)
         return self.detect(self.encoder(self.backbone(images), mask), noised)
 
-    def detect(self, memory: Memory, noised: Noised | None = None) -> Outputs:
+    def detect(self, memory: enc.Memory, noised: Noised | None = None) -> Outputs:
         """All that comes after the encoder."""
         queries, proposed = self.queries(memory)
         if noised is None or self.denoising is None:
             outputs = split(self.decoder(queries, memory))
         else:
-            first = self.denoising.queries(noised)
-            both = replace(
-                queries,
-                content=torch.cat([first.content, queries.content], 1),
-                reference=torch.cat([first.reference, queries.reference], 1),
-            )
+            both = self.denoising.before(queries, noised)
             said = self.decoder(both, memory, noised.blocked(queries.content.shape[1]))
             slots = noised.labels.shape[1]
             outputs = split({name: value[:, :, slots:] for name, value in said.items()})
@@ -178,7 +144,7 @@ class Detector(nn.Module):
 class SequentialDetector(nn.Module):
     """Stewart's: every pixel of the last map is a cell that an LSTM describes."""
 
-    def __init__(self, backbone: Backbone, decoder: SequentialDecoder) -> None:
+    def __init__(self, backbone: Backbone, decoder: dec.SequentialDecoder) -> None:
         super().__init__()
         self.backbone, self.decoder = backbone, decoder
 
@@ -186,10 +152,10 @@ class SequentialDetector(nn.Module):
         self, images: Tensor, mask: Tensor | None = None, targets: Sequence[Target] | None = None
     ) -> Outputs:
         """As :class:`Detector`; padding is seen as image."""
-        memory = Memory.of(self.backbone(images)[-1:])
+        memory = enc.Memory.of(self.backbone(images)[-1:])
         height, width = images.shape[-2:]
         pixels = torch.tensor([width, height, width, height], device=images.device)
-        outputs: Outputs = self.decoder(memory.features, pixel_centres(memory), pixels)
+        outputs: Outputs = self.decoder(memory.features, enc.pixel_centres(memory), pixels)
         return outputs | {"pixels": pixels, "grid": torch.tensor(memory.shapes[0])}
 
 
@@ -288,12 +254,9 @@ def class_head(d: int, classes: int) -> nn.Linear:
     return head
 
 
-def box_head(d: int, outputs: int = 4, act: str = "relu") -> MLP:
+def box_head(d: int, outputs: int = 4, act: str = "relu") -> enc.MLP:
     """Starts as no correction at all."""
-    head = MLP(d, d, outputs, 3, act)
-    nn.init.zeros_(head.layers[-1].weight)
-    nn.init.zeros_(head.layers[-1].bias)
-    return head
+    return enc.MLP(d, d, outputs, 3, act).zeroed()
 
 
 def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) -> nn.ModuleList:
@@ -303,10 +266,10 @@ def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) ->
 
 def heads(
     size: Size, classes: int, *, shared: bool = False, norm: bool = False, **how: Any
-) -> Heads:
+) -> dec.Heads:
     """Heads of a decoder; ``how`` is their treatment of references."""
     d, n = size.d, size.decoder_layers
-    return Heads(
+    return dec.Heads(
         each(n, partial(class_head, d, classes), shared=shared),
         each(n, partial(box_head, d), shared=shared),
         norm=nn.LayerNorm(d) if norm else None,
@@ -316,37 +279,37 @@ def heads(
 
 def layers_with(
     cross_attention: Callable[[], nn.Module], size: Size, act: str = "relu", **how: Any
-) -> list[DecoderLayer]:
+) -> list[dec.DecoderLayer]:
     """A decoder's layers with plain self-attention."""
 
-    def layer() -> DecoderLayer:
-        ffn = FeedForward(size.d, size.hidden, act, size.dropout)
-        looks = SelfAttention(size.d, size.heads, size.dropout)
-        return DecoderLayer(looks, cross_attention(), ffn, size.d, dropout=size.dropout, **how)
+    def layer() -> dec.DecoderLayer:
+        ffn = enc.FeedForward(size.d, size.hidden, act, size.dropout)
+        looks = enc.SelfAttention(size.d, size.heads, size.dropout)
+        return dec.DecoderLayer(looks, cross_attention(), ffn, size.d, dropout=size.dropout, **how)
 
     return [layer() for _ in range(size.decoder_layers)]
 
 
-def sampling(size: Size) -> DeformableAttention:
+def sampling(size: Size) -> enc.DeformableAttention:
     """Deformable DETR's attention."""
     assert isinstance(size.points, int), "points of each level are RT-DETRv2's and D-FINE's"
-    return DeformableAttention(MSDeformAttn(size.d, size.levels, size.heads, size.points))
+    return enc.DeformableAttention(MSDeformAttn(size.d, size.levels, size.heads, size.points))
 
 
 def encoder_layers(
     attention: Callable[[], nn.Module], size: Size, act: str = "relu"
-) -> list[EncoderLayer]:
+) -> list[enc.EncoderLayer]:
     """An encoder's layers."""
     return [
-        EncoderLayer(attention(), size.d, size.hidden, act, size.dropout)
+        enc.EncoderLayer(attention(), size.d, size.hidden, act, size.dropout)
         for _ in range(size.encoder_layers)
     ]
 
 
-def deformable_encoder(backbone: Backbone, size: Size, **sines: float) -> DeformableEncoder:
+def deformable_encoder(backbone: Backbone, size: Size, **sines: float) -> enc.DeformableEncoder:
     """Of Deformable DETR; DINO's line differs in the sines of positions."""
     layers = encoder_layers(partial(sampling, size), size)
-    return DeformableEncoder(backbone.channels, layers, size.d, levels=size.levels, **sines)
+    return enc.DeformableEncoder(backbone.channels, layers, size.d, levels=size.levels, **sines)
 
 
 def variant(module: Any, **replaced: nn.Module) -> Any:
@@ -366,17 +329,17 @@ DAB_SINES = {"temperature": 20.0, "shift": 0.0}
 
 
 def stewart(
-    backbone: Backbone, num_classes: int, size: Size = Size(d=250), *, steps: int = 5
+    backbone: Backbone, classes: int, size: Size = Size(d=250), *, steps: int = 5
 ) -> System:
     """Stewart et al. (arXiv 1506.04878), where sets of boxes began: an LSTM says them in order.
 
     Args:
         backbone: images to maps; the last one's pixels are the cells.
-        num_classes: number of classes; one, people, in the paper.
+        classes: number of classes; one, people, in the paper.
         size: ``d`` units of the LSTM.
         steps: boxes of a cell.
     """
-    decoder = SequentialDecoder(backbone.channels[-1], num_classes, steps, size.d)
+    decoder = dec.SequentialDecoder(backbone.channels[-1], classes, steps, size.d)
     criterion = Criterion(
         {"class": 1, "l1": 0.03}, match=Lexicographic(steps), classification=losses.cross_entropy
     )
@@ -385,52 +348,52 @@ def stewart(
 
 
 def detr(
-    backbone: Backbone, num_classes: int, size: Size = Size(hidden=2048, queries=100, dropout=0.1)
+    backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=100, dropout=0.1)
 ) -> System:
     """DETR (arXiv 2005.12872): queries attend to every pixel of one map; sets are matched."""
     d, n = size.d, size.decoder_layers
-    look = partial(SelfAttention, d, size.heads, size.dropout)
-    encoder = DenseEncoder(backbone.channels[-1], encoder_layers(look, size), d)
-    said = Heads(
-        each(n, lambda: nn.Linear(d, num_classes + 1), shared=True),  # the last: no object
-        each(n, lambda: MLP(d, d, 4, 3), shared=True),
+    look = partial(enc.SelfAttention, d, size.heads, size.dropout)
+    encoder = enc.DenseEncoder(backbone.channels[-1], encoder_layers(look, size), d)
+    said = dec.Heads(
+        each(n, lambda: nn.Linear(d, classes + 1), shared=True),  # the last: no object
+        each(n, lambda: enc.MLP(d, d, 4, 3), shared=True),
         norm=nn.LayerNorm(d),
         refine="no",
     )
-    attend = partial(DenseCrossAttention, d, size.heads, size.dropout)
-    decoder = Decoder(layers_with(attend, size), FixedPosition(), said)
-    queries = LearntQueries(size.queries, d, points=False)
+    attend = partial(dec.DenseCrossAttention, d, size.heads, size.dropout)
+    decoder = dec.Decoder(layers_with(attend, size), dec.FixedPosition(), said)
+    queries = dec.LearntQueries(size.queries, d, points=False)
     criterion = Criterion(
         ONE, match=Hungarian(classes=1, softmax=True), classification=losses.softmax
     )
     return System(Detector(backbone, encoder, queries, decoder), criterion, best_classes)
 
 
-def dab_detr(backbone: Backbone, num_classes: int, size: Size = Size(hidden=2048)) -> System:
+def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
     d = size.d
-    layers = encoder_layers(lambda: SelfAttention(d, size.heads), size, "prelu")
+    pixels = encoder_layers(lambda: enc.SelfAttention(d, size.heads), size, "prelu")
     channels = backbone.channels[-1]
-    encoder = DenseEncoder(channels, layers, d, scale=True, temperature=20)
+    encoder = enc.DenseEncoder(channels, pixels, d, scale=True, temperature=20)
     layers = [
-        DecoderLayer(
-            ConditionalSelfAttention(d, size.heads),
-            ConditionalCrossAttention(d, size.heads, first=i == 0),
-            FeedForward(d, size.hidden, "prelu", size.dropout),
+        dec.DecoderLayer(
+            dec.ConditionalSelfAttention(d, size.heads),
+            dec.ConditionalCrossAttention(d, size.heads, first=i == 0),
+            enc.FeedForward(d, size.hidden, "prelu", size.dropout),
             d,
             dropout=size.dropout,
         )
         for i in range(size.decoder_layers)
     ]
-    said = heads(size, num_classes, shared=True, norm=True, refine="twice", eps=1e-3)
-    decoder = Decoder(layers, ConditionalPosition(d), said)
-    queries = AnchorQueries(size.queries, d, content=0)
+    said = heads(size, classes, shared=True, norm=True, refine="twice", eps=1e-3)
+    decoder = dec.Decoder(layers, dec.ConditionalPosition(d), said)
+    queries = dec.AnchorQueries(size.queries, d, content=None)
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
 def deformable_detr(
     backbone: Backbone,
-    num_classes: int,
+    classes: int,
     size: Size = Size(dropout=0.1),
     *,
     refine: bool = False,
@@ -440,67 +403,76 @@ def deformable_detr(
 
     Args:
         backbone: images to maps.
-        num_classes: number of classes.
+        classes: number of classes.
         size: of the model.
         refine: each layer corrects the boxes of the layer before it.
         two_stage: queries are the encoder's best proposals; refined.
     """
     d, moves = size.d, refine or two_stage
-    said = heads(size, num_classes, shared=not moves, refine="layer" if moves else "no")
-    queries: nn.Module = LearntQueries(size.queries, d, points=True)
+    said = heads(size, classes, shared=not moves, refine="layer" if moves else "no")
+    queries: nn.Module = dec.LearntQueries(size.queries, d, points=True)
     if two_stage:
-        head, box = class_head(d, num_classes), box_head(d)
-        queries = SelectedQueries(
+        head, box = class_head(d, classes), box_head(d)
+        queries = dec.SelectedQueries(
             size.queries, d, head, box, content="sine", objectness=True, keep_all=True
         )
     else:  # boxes start small
-        nn.init.constant_(said.boxes[0].layers[-1].bias[2:], -2)
-    decoder = Decoder(layers_with(partial(sampling, size), size), FixedPosition(), said)
+        with torch.no_grad():
+            said.get_parameter("boxes.0.layers.2.bias")[2:] = -2
+    decoder = dec.Decoder(layers_with(partial(sampling, size), size), dec.FixedPosition(), said)
     model = Detector(backbone, deformable_encoder(backbone, size), queries, decoder)
     return System(model, Criterion(TWO, encoder="binary"), partial(best_scores, number=100))
 
 
-def dab_deformable_detr(backbone: Backbone, num_classes: int, size: Size = Size()) -> System:
+def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-Deformable-DETR (arXiv 2201.12329): learnt boxes that say where to sample."""
     d = size.d
-    said = heads(size, num_classes, refine="layer", eps=1e-3)
+    said = heads(size, classes, refine="layer", eps=1e-3)
     layers = layers_with(partial(sampling, size), size)
-    decoder = Decoder(layers, SinePosition(d, scale=True), said)
-    queries = AnchorQueries(size.queries, d, content=d)
+    decoder = dec.Decoder(layers, dec.SinePosition(d, scale=True), said)
+    queries = dec.AnchorQueries(size.queries, d, content=d)
     encoder = deformable_encoder(backbone, size, **DAB_SINES)
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
-def dn_deformable_detr(backbone: Backbone, num_classes: int, size: Size = Size()) -> System:
-    """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR: noised boxes are to be restored."""
-    system = dab_deformable_detr(backbone, num_classes, size)
-    # The last channel of the content says whether a query is noised.
-    system.model.queries = AnchorQueries(size.queries, size.d, content=size.d - 1)
-    noise = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4}
-    system.model.denoising = Denoising(
-        num_classes, size.d, contrastive=False, indicator=True, **noise
-    )
+def restoring(classes: int, size: Size) -> Denoising:
+    """DN-DETR's noise. The last channel of a content says whether a query is noised."""
+    how: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4, "indicator": True}
+    return Denoising(classes, size.d, contrastive=False, **how)
+
+
+def dn_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
+    """DN-DETR (arXiv 2203.01305) on DAB-DETR: noised boxes are to be restored."""
+    system = dab_detr(backbone, classes, size)
+    noise = system.model.denoising = restoring(classes, size)
+    system.model.queries = dec.AnchorQueries(size.queries, size.d, content=noise.embed)
     return system
 
 
-def dino(
-    backbone: Backbone, num_classes: int, size: Size = Size(hidden=2048, queries=900)
-) -> System:
+def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
+    """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR."""
+    system = dab_deformable_detr(backbone, classes, size)
+    system.model.denoising = restoring(classes, size)
+    system.model.queries = dec.AnchorQueries(size.queries, size.d, content=size.d - 1)
+    return system
+
+
+def dino(backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=900)) -> System:
     """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
     d = size.d
-    head, box = class_head(d, num_classes), box_head(d)
-    queries = SelectedQueries(size.queries, d, head, box, content="learnt")
-    said = heads(size, num_classes, shared=True, norm=True, refine="twice", eps=1e-3)
+    head, box = class_head(d, classes), box_head(d)
+    queries = dec.SelectedQueries(size.queries, d, head, box, content="learnt")
+    said = heads(size, classes, shared=True, norm=True, refine="twice", eps=1e-3)
     layers = layers_with(partial(sampling, size), size)
-    decoder = Decoder(layers, SinePosition(d, scale=False), said)
-    encoder, denoising = deformable_encoder(backbone, size, **DAB_SINES), Denoising(num_classes, d)
+    decoder = dec.Decoder(layers, dec.SinePosition(d, scale=False), said)
+    encoder, denoising = deformable_encoder(backbone, size, **DAB_SINES), Denoising(classes, d)
     model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
     return System(model, Criterion(ONE), best_scores)
 
 
 def rtdetr(
     backbone: Backbone,
-    num_classes: int,
+    classes: int,
     size: Size = Size(levels=3),
     *,
     version: int = 1,
@@ -513,7 +485,7 @@ def rtdetr(
 
     Args:
         backbone: images to maps.
-        num_classes: number of classes.
+        classes: number of classes.
         size: of the model; v2 takes points of each level.
         version: 1 or 2.
         method: "discrete" samples pixels instead of interpolating them (v2).
@@ -522,35 +494,40 @@ def rtdetr(
     """
     attend = partial(sampling_boxes, size, "rtdetr" if version == 1 else "rtdetrv2", method)
     layers = layers_with(attend, size, limit=65504 if version == 1 else None)
-    said = heads(size, num_classes, refine="twice")
-    decoder = Decoder(layers, BoxPosition(size.d), said, eval_layers=eval_layers)
-    model = hybrid(backbone, num_classes, size, decoder, **encoder)
+    said = heads(size, classes, refine="twice")
+    decoder = dec.Decoder(layers, dec.BoxPosition(size.d), said, eval_layers=eval_layers)
+    model = hybrid(backbone, classes, size, decoder, **encoder)
     return System(model, Criterion(ONE, classification=losses.varifocal), best_scores)
 
 
-def sampling_boxes(size: Size, variant: str, method: str = "default") -> DeformableAttention:
+def sampling_boxes(size: Size, variant: str, method: str = "default") -> enc.DeformableAttention:
     """RT-DETR's attention and its successors'."""
     points = size.points if isinstance(size.points, int) else list(size.points)
-    return DeformableAttention(
+    return enc.DeformableAttention(
         MSDeformableAttention(size.d, size.heads, size.levels, points, method, variant=variant)
     )
 
 
 def hybrid(
-    backbone: Backbone, classes: int, size: Size, decoder: Decoder, act: str = "relu", **how: Any
+    backbone: Backbone,
+    classes: int,
+    size: Size,
+    decoder: dec.Decoder,
+    act: str = "relu",
+    **how: Any,
 ) -> Detector:
     """RT-DETR's frame: hybrid encoder, content from the memory, contrastive denoising."""
     d = size.d
-    encoder = HybridEncoder(backbone.channels, d, heads=size.heads, hidden=size.hidden, **how)
+    encoder = enc.HybridEncoder(backbone.channels, d, heads=size.heads, hidden=size.hidden, **how)
     head, box = class_head(d, classes), box_head(d, act=act)
-    queries = SelectedQueries(size.queries, d, head, box, content="memory")
-    denoising = Denoising(classes, d, padding=True)
+    queries = dec.SelectedQueries(size.queries, d, head, box, content="memory")
+    denoising = Denoising(classes, d, padding=True, eps=1e-5)
     return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
 
 def dfine(
     backbone: Backbone,
-    num_classes: int,
+    classes: int,
     size: Size = Size(levels=3, points=(3, 6, 3)),
     *,
     eval_layers: int | None = None,
@@ -562,47 +539,50 @@ def dfine(
 
     Args:
         backbone: images to maps.
-        num_classes: number of classes.
+        classes: number of classes.
         size: of the model.
         eval_layers: decoder layers to run in evaluation.
-        act: activation of the heads.
+        act: activation of layers and heads.
         scale: of the edges' bins; larger for smaller corrections, 8 in the largest model.
         encoder: ``expansion`` and ``depth`` of its blocks, which are RT-DETR's.
     """
     d, n, bins = size.d, size.decoder_layers, EdgeBins(scale=scale)
     said = FineHeads(
-        each(n, partial(class_head, d, num_classes)),
+        each(n, partial(class_head, d, classes)),
         each(n, partial(box_head, d, 4 * (bins.count + 1), act)),
         box_head(d, act=act),
         bins,
         act=act,
     )
     attend = partial(sampling_boxes, size, "dfine")
-    layers = layers_with(attend, size, "silu", gated=True, limit=65504)
-    decoder = Decoder(layers, BoxPosition(d, act, limit=10), said, eval_layers=eval_layers)
-    model = hybrid(backbone, num_classes, size, decoder, act, project=False, **encoder)
-    weights = ONE | {"fgl": 0.15, "ddf": 1.5}
-    learn = losses.varifocal
-    criterion = Criterion(weights, classification=learn, share_matches=True, bins=bins)
+    layers = layers_with(attend, size, act, gated=True, limit=65504)
+    decoder = dec.Decoder(layers, dec.BoxPosition(d, act, limit=10), said, eval_layers=eval_layers)
+    model = hybrid(backbone, classes, size, decoder, act, project=False, **encoder)
+    weights, kind = ONE | {"fgl": 0.15, "ddf": 1.5}, losses.varifocal
+    criterion = Criterion(weights, classification=kind, share_matches=True, bins=bins)
     return System(model, criterion, best_scores)
 
 
 def deim(
     backbone: Backbone,
-    num_classes: int,
+    classes: int,
     size: Size = Size(levels=3, points=(3, 6, 3)),
+    *,
+    base: Callable[..., System] = dfine,
     **options: Any,
 ) -> System:
-    """DEIM (arXiv 2412.04234): D-FINE with a loss that does not give up on poor matches; that
-    images hold more objects is the data's part.
+    """DEIM (arXiv 2412.04234): a loss that does not give up on poor matches, for D-FINE or, as
+    ``base``, RT-DETRv2; that images hold more objects is the data's part.
     """
-    system = dfine(backbone, num_classes, size, **options)
+    if base is dfine:
+        options = {"act": "silu", **options}
+    system = base(backbone, classes, size, **options)
     system.criterion.classification = losses.matchability_aware
     return system
 
 
 def mr_detr(
-    backbone: Backbone, num_classes: int, size: Size = Size(queries=900), *, tokens: int = 10
+    backbone: Backbone, classes: int, size: Size = Size(queries=900), *, tokens: int = 10
 ) -> System:
     """Mr. DETR (arXiv 2412.10028): two more routes through one decoder, many queries an object.
 
@@ -610,18 +590,18 @@ def mr_detr(
     may answer; ``sep`` has a feed-forward network of its own instead. Only the first is used.
     """
     d = size.d
-    said = heads(size, num_classes, refine="twice", eps=1e-3)
+    said = heads(size, classes, refine="twice", eps=1e-3)
     how: Any = {"content": "learnt", "position": True, "objectness": True, "keep_all": True}
-    queries = SelectedQueries(size.queries, d, class_head(d, num_classes), box_head(d), **how)
+    queries = dec.SelectedQueries(size.queries, d, class_head(d, classes), box_head(d), **how)
     layers = layers_with(partial(sampling, size), size)
-    decoder = Decoder(layers, FixedPosition(), said)
+    decoder = dec.Decoder(layers, dec.FixedPosition(), said)
 
-    many = variant(queries, classes=class_head(d, num_classes), box=box_head(d))
+    many = variant(queries, classes=class_head(d, classes), box=box_head(d))
     o2m, sep = nn.ModuleList(), nn.ModuleList()
     for layer in layers:
-        told = InstructedSelfAttention(layer.self_attn.attention, tokens)
-        o2m.append(variant(layer, self_attn=told, join_self=AddNorm(d)))
-        sep.append(variant(layer, ffn=FeedForward(d, size.hidden, "relu", size.dropout)))
+        told = dec.InstructedSelfAttention(layer.self_attn.get_submodule("attention"), d, tokens)
+        o2m.append(variant(layer, self_attn=told, join_self=enc.AddNorm(d)))
+        sep.append(variant(layer, ffn=enc.FeedForward(d, size.hidden, "relu", size.dropout)))
     model = Detector(
         backbone,
         deformable_encoder(backbone, size),

@@ -104,7 +104,8 @@ class Run:
     def gradients(self, name: str, scalar: Tensor) -> None:
         """Gradients of a scalar by inputs and parameters, all that are recorded."""
         name = self.under + name
-        ours = dict(self.model.named_parameters(remove_duplicate=False))
+        named = self.model.named_parameters(remove_duplicate=False)
+        ours = {own: p for own, p in named if p.requires_grad}  # discrete: no offsets
         wanted = {f"in/{n}": x for n, x in self.inputs.items()}
         wanted |= {f"param/{n}": ours[own] for n, own in self.names.items() if own in ours}
         recorded = self.golden.outputs()

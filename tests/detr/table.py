@@ -51,13 +51,14 @@ def main() -> None:
     print("| system | arrays | " + " | ".join(kinds) + " |")
     print("|---" * (len(kinds) + 2) + "|")
     for name in arguments.systems:
-        worst: dict[str, float] = {}
-        found = errors(name, arguments.goldens)
-        for key, error in found.items():
-            kind, _ = quantity(key)
-            worst[kind] = max(error, worst.get(kind, 0.0))
-        cells = [f"{worst[kind]:.1e}" if kind in worst else "" for kind in kinds]
-        print(f"| {name} | {len(found)} | " + " | ".join(cells) + " |", flush=True)
+        rows: dict[str, dict[str, list[float]]] = {}
+        for key, error in errors(name, arguments.goldens).items():
+            row = "stewart" if key.startswith("stewart/") else name
+            rows.setdefault(row, {}).setdefault(quantity(key)[0], []).append(error)
+        for row, found in rows.items():
+            cells = [f"{max(found[kind]):.1e}" if kind in found else "" for kind in kinds]
+            arrays = sum(len(of_kind) for of_kind in found.values())
+            print(f"| {row} | {arrays} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -11,8 +12,11 @@ import torch
 from torch import Tensor
 
 from deform_attn.detr import losses, models
-from deform_attn.detr.boxes import to_corners
+from deform_attn.detr.boxes import sine_of_pixels, to_corners
+from deform_attn.detr.decoder import proposals
 from deform_attn.detr.denoising import Denoising
+from deform_attn.detr.dfine import EdgeBins
+from deform_attn.detr.encoder import Memory
 from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, union
 
 TINY = models.Size(
@@ -22,6 +26,7 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "stewart": models.stewart,
     "detr": models.detr,
     "dab_detr": models.dab_detr,
+    "dn_detr": models.dn_detr,
     "one_stage": models.deformable_detr,
     "refined": partial(models.deformable_detr, refine=True),
     "two_stage": partial(models.deformable_detr, two_stage=True),
@@ -33,6 +38,7 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "rtdetr_v2_discrete": partial(models.rtdetr, version=2, method="discrete"),
     "dfine": models.dfine,
     "deim": models.deim,
+    "deim_on_rtdetr": partial(models.deim, base=models.rtdetr, version=2),
     "mr_detr": models.mr_detr,
 }
 TARGETS = [
@@ -68,6 +74,16 @@ def test_a_step_reaches_every_parameter(name: str) -> None:
     assert not unreached
 
 
+@pytest.mark.parametrize("name", ["detr", "dino", "deim", "mr_detr"])
+def test_half_precision(name: str) -> None:
+    model, criterion, _ = made(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(*padded(), TARGETS)
+    found = criterion(outputs, TARGETS)
+    assert all(loss.isfinite() and loss.dtype is torch.float32 for loss in found.values())
+    torch.stack(list(found.values())).sum().backward()
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_images_without_objects(name: str) -> None:
     model, criterion, _ = made(name)
@@ -97,7 +113,7 @@ def test_results_are_boxes_in_pixels(name: str) -> None:
     assert (distance < 1e-3).all()
 
 
-@pytest.mark.parametrize("name", ["dn_deformable_detr", "dino", "rtdetr", "deim"])
+@pytest.mark.parametrize("name", ["dn_detr", "dn_deformable_detr", "dino", "rtdetr", "deim"])
 def test_noised_queries_are_not_seen(name: str) -> None:
     model: Any = made(name).model.train()
     for module in model.modules():
@@ -161,16 +177,14 @@ def test_noise_of_boxes_alone() -> None:
     bound = torch.tensor([0.1, 0.15, 0.2, 0.3])
     assert (shift.abs() <= bound * 1.001).all()
     assert (abs(shift.abs().mean((0, 1, 2)) / bound - 0.5) < 0.02).all()
-    queries = plain.queries(noised)
-    assert (queries.content[..., -1] == 1).all()
+    assert (plain.content(noised)[..., -1] == 1).all()
 
 
 def test_padding_slots_are_zero() -> None:
     denoising = Denoising(3, 8, number=6)
     noised = denoising.noise(TARGETS)
     assert noised is not None
-    queries = denoising.queries(noised)
-    assert not queries.content[1].any()
+    assert not denoising.content(noised)[1].any()
     assert not noised.boxes[1].any()
     assert len(noised.pairs[1][0]) == 0
     assert denoising.noise(NOTHING) is None
@@ -224,3 +238,50 @@ def test_losses_of_several_classifications() -> None:
     for loss in (losses.focal, losses.varifocal, losses.matchability_aware):
         better = loss(logits + 2 * (2 * hot - 1), hot, hot).sum()
         assert better < loss(logits, hot, hot).sum()
+
+
+def test_proposals_of_an_image() -> None:
+    memory = Memory.of([torch.zeros(1, 8, n, n) for n in (80, 40, 20)])
+    logits, valid = proposals(memory)
+    assert valid.shape == (1, 8400, 1)
+    assert (~valid).sum() == 316  # as in RT-DETR at 640 pixels
+    assert logits[~valid.expand_as(logits)].isinf().all()
+    box = logits[0, 80 * 80 + 40 * 3 + 7].sigmoid()
+    torch.testing.assert_close(box, torch.tensor([7.5 / 40, 3.5 / 40, 0.1, 0.1]))
+    assert not proposals(Memory.of([torch.zeros(1, 8, 1, 1)] * 6))[1][0, 5]  # 1.6 of the image
+
+
+@pytest.mark.parametrize(("temperature", "shift"), [(20, 0.0), (10000, -0.5)])
+def test_positions_of_pixels(temperature: float, shift: float) -> None:
+    padding = torch.zeros(1, 4, 6, dtype=torch.bool)
+    padding[:, 3], padding[..., 4:] = True, True  # 3 rows and 4 columns are left
+    found = sine_of_pixels(padding, 8, temperature, shift)[0, :, 1, 2]
+    wanted = []
+    for place, extent in ((2, 3), (3, 4)):  # counted from 1: y, then x
+        for power in (0, 0.5):
+            angle = 2 * math.pi * (place + shift) / (extent + 1e-6) / temperature**power
+            wanted += [math.sin(angle), math.cos(angle)]
+    torch.testing.assert_close(found, torch.tensor(wanted))
+
+
+def test_scores_are_fused() -> None:
+    p = torch.tensor([0.5, 0.2, 0.9]).view(3, 1, 1, 1)
+    outputs = {"logits": torch.logit(p), "boxes": torch.rand(3, 1, 1, 4)}
+    [result] = models.best_scores(outputs, torch.tensor([[10, 10]]), fuse=True)
+    second = math.sqrt((0.2**2.001 + 0.5**1.853) / 2)
+    third = math.sqrt((0.9**2.001 + second**1.853) / 2)
+    assert result["scores"].item() == pytest.approx(third, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [4.0, 8.0])
+def test_edges_are_found_again(scale: float) -> None:
+    """A distribution on the two bins that are targets, with their weights, is the target."""
+    bins, n = EdgeBins(scale=scale), 200
+    initial = torch.cat([0.3 + 0.4 * torch.rand(n, 2), 0.2 + 0.2 * torch.rand(n, 2)], -1)
+    truth = initial * (0.9 + 0.2 * torch.rand(n, 4))
+    left, right_weight = bins.targets(initial, truth)
+    p = torch.zeros(n, 4, bins.count + 1)
+    p.scatter_(-1, left[..., None], 1 - right_weight[..., None])
+    p.scatter_add_(-1, left[..., None] + 1, right_weight[..., None])
+    found = bins.boxes(initial, p.log().flatten(1))
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
