@@ -153,7 +153,8 @@ class Steps(Sampler[list[Item]]):
 
         @functools.lru_cache(maxsize=2)
         def order(epoch: int) -> list[int]:
-            return np.random.default_rng((seed, epoch)).permutation(length).tolist()
+            numbers: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
+            return numbers
 
         self._image: Callable[[int], int] = lambda i: order(i // length)[i % length]
 

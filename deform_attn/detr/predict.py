@@ -53,7 +53,8 @@ class Predictor:
 
         Returns:
             For each image ``boxes`` ``[n, 4]`` ``(x1, y1, x2, y2)`` in its pixels, ``scores``
-            ``[n]``, best first, ``labels`` ``[n]``, and ``names``, a list of n classes.
+            ``[n]``, best first, ``labels`` ``[n]``, and ``names``, a list of n classes. A box has
+            one class, its best.
 
         Raises:
             FileNotFoundError: no such file.
@@ -78,7 +79,12 @@ class Predictor:
         sizes = torch.tensor([upright(image).size[::-1] for image in opened], device=device)
         found = []
         for one in self.postprocess(self.model(batch), sizes):
-            kept = {name: values[one["scores"] >= threshold] for name, values in one.items()}
+            sure = {name: values[one["scores"] >= threshold] for name, values in one.items()}
+            boxes = sure["boxes"]
+            same = (
+                (boxes[:, None] == boxes).all(-1).tril(-1).any(-1)
+            )  # of a query, as another class
+            kept = {name: values[~same] for name, values in sure.items()}
             found.append({**kept, "names": [self.classes[i] for i in kept["labels"].tolist()]})
         return found
 

@@ -52,7 +52,7 @@ def test_the_demonstration_finds_the_same_with_every_backend(
     assert re.search(r"compiled, .*reference: the same to 0\.0001;", capsys.readouterr().out)
     with Image.open(tmp_path / "digits.png") as drawn:
         assert min(drawn.size) > 500
-    image, boxes, labels = detect_digits.picture(23)
+    image, boxes, labels = detect_digits.picture(9)
     found = next(iter(detect_digits.detect(image, "cpu").values()))
     names = zip(found["boxes"].tolist(), found["names"])
     right = [name for box, name in names if detect_digits.is_right(box, name, boxes, labels)]
@@ -62,12 +62,12 @@ def test_the_demonstration_finds_the_same_with_every_backend(
 def test_the_demonstration_fails_where_backends_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(detect_digits, "TOLERANCE", -1.0)
     with pytest.raises(AssertionError, match=r"boxes differ by .*, at most -1\.0"):
-        detect_digits.detect(detect_digits.picture(23)[0], "cpu")
+        detect_digits.detect(detect_digits.picture(9)[0], "cpu")
 
 
 def test_images_of_any_size_and_mode_and_on_their_side(tmp_path: Path) -> None:
     detector = load("digits")
-    image, _, _ = detect_digits.picture(23)
+    image, _, _ = detect_digits.picture(9)
     wide = image.resize((900, 300))
     whole, squeezed, gray = detector.predict([image, wide, image.convert("L")])
     scale = torch.tensor([900, 300, 900, 300]) / detect_digits.SIDE
@@ -86,11 +86,13 @@ def test_images_of_any_size_and_mode_and_on_their_side(tmp_path: Path) -> None:
 
 def test_scores_are_sorted_and_above_the_threshold() -> None:
     detector = load("digits")
-    image = detect_digits.picture(23)[0]
+    image = detect_digits.picture(9)[0]
     few, many = (detector.predict([image], threshold=t)[0]["scores"] for t in (0.5, 0.01))
     assert (few >= 0.5).all()
     assert len(many) > len(few)
     assert torch.equal(many, many.sort(descending=True).values)
+    boxes = detector.predict([image], threshold=0)[0]["boxes"]
+    assert len(boxes) == len(boxes.unique(dim=0)) == 20  # a class for each query
     assert detector.predict([]) == []
 
 
