@@ -2,7 +2,7 @@
 
 One :class:`~deform_attn.detr.decoder.Decoder` and one
 :class:`~deform_attn.detr.losses.Criterion`; a system is the options that its function in
-:mod:`~deform_attn.detr.models` gives them. Needs the extra ``detr`` (SciPy).
+:mod:`~deform_attn.detr.models` gives them. Needs the extra ``detr``.
 
 Example:
     >>> import torch
@@ -17,3 +17,7 @@ Example:
     >>> results[0]["boxes"].shape
     torch.Size([30, 4])
 """
+
+from deform_attn.detr.predict import Predictor, load
+
+__all__ = ["Predictor", "load"]

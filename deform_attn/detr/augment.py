@@ -2,13 +2,14 @@
 
 Every random number of an item comes from a generator seeded with (seed, step, place in the batch):
 nothing is carried from one step to the next, so training goes on where it stopped, to the bit, and
-processes that share a batch draw what one process would.
+processes that share a batch draw what one process would. Mixup alone stays inside a process.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -132,6 +133,8 @@ class Item(NamedTuple):
 class Steps(Sampler[list[Item]]):
     """The batches from a step to the last: every image once an epoch, in an order of its own.
 
+    A batch may begin in one epoch and end in the next.
+
     Args:
         length: images in the dataset.
         batch: images in a batch of all processes together.
@@ -146,26 +149,23 @@ class Steps(Sampler[list[Item]]):
     ) -> None:
         if batch % part[1]:
             raise ValueError(f"batch: expected a multiple of {part[1]} processes, got {batch}")
-        if batch > length:
-            raise ValueError(f"batch: expected at most the {length} images there are, got {batch}")
-        self.length, self.batch, self.seed, self.part = length, batch, seed, part
-        self.steps = range(first, last)
+        self.batch, self.part, self.steps = batch, part, range(first, last)
+
+        @functools.lru_cache(maxsize=2)
+        def order(epoch: int) -> list[int]:
+            numbers: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
+            return numbers
+
+        self._image: Callable[[int], int] = lambda i: order(i // length)[i % length]
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[Item]]:
-        per_epoch = self.length // self.batch
         share = self.batch // self.part[1]
-        order, epoch_of_order = np.empty(0, int), -1
+        places = range(self.part[0] * share, (self.part[0] + 1) * share)
         for step in self.steps:
-            epoch, i = divmod(step, per_epoch)
-            if epoch != epoch_of_order:
-                order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                epoch_of_order = epoch
-            first = self.part[0] * share
-            indices = order[i * self.batch + first :][:share].tolist()
-            yield [Item(step, first + j, index) for j, index in enumerate(indices)]
+            yield [Item(step, place, self._image(step * self.batch + place)) for place in places]
 
 
 class Augmented(Dataset[tuple[Item, Sample]]):

@@ -18,7 +18,16 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-__all__ = ["CocoFolder", "Detection", "Digits", "Sample", "Shapes", "as_tensor", "open_dataset"]
+__all__ = [
+    "CocoFolder",
+    "Detection",
+    "Digits",
+    "Sample",
+    "Shapes",
+    "as_tensor",
+    "open_dataset",
+    "upright",
+]
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 
@@ -67,9 +76,14 @@ def open_dataset(name: str, split: str, size: int | None = None, seed: int = 0) 
     raise ValueError(f"data: expected 'shapes', 'digits' or 'coco:FOLDER', got {name!r}")
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An image as it is meant to be seen: cameras may store it on its side."""
+    return ImageOps.exif_transpose(image)
+
+
 def as_tensor(image: Image.Image, size: int) -> Tensor:
-    """An image of any mode as ``[3, size, size]`` in [0, 1], stretched to a square."""
-    resized = ImageOps.exif_transpose(image).convert("RGB").resize((size, size))
+    """An image of any mode as ``[3, size, size]`` in [0, 1], upright and stretched to a square."""
+    resized = upright(image).convert("RGB").resize((size, size))
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 
@@ -370,7 +384,7 @@ def _image_fault(facts: dict[str, Any], folder: Path) -> str | None:
         return f"{name}: expected the file {file}, which is missing"
     try:
         with Image.open(file) as image:
-            width, height = ImageOps.exif_transpose(image).size
+            width, height = upright(image).size
     except OSError as error:
         return f"{name}: expected an image in {file}, got {error}"
     if (width, height) != (facts["width"], facts["height"]):

@@ -1,9 +1,9 @@
-"""Average precision, as COCO defines it (by faster-coco-eval)."""
+"""Average precision, as COCO defines it (by faster-coco-eval), and the curves of a training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
 
-__all__ = ["average_precision", "evaluate"]
+__all__ = ["average_precision", "draw_curves", "evaluate"]
 
 Postprocess = Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]]
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
@@ -96,3 +96,33 @@ def average_precision(
 
 def _silent(*_: Any) -> None:
     """In the place of print."""
+
+
+def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
+    """The loss of every step and the AP of every evaluation, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    loss = np.array(history["loss"])
+    sums = np.concatenate([[0], loss.cumsum()])
+    ends = np.arange(1, len(loss) + 1)
+    begins = np.maximum(0, ends - max(1, len(loss) // 40))
+    left.plot(ends, loss, color="#9ecae1", linewidth=0.7)
+    left.plot(ends, (sums[ends] - sums[begins]) / (ends - begins), color="#08519c")
+    left.set_title("loss", loc="left")
+    steps = [row["step"] for row in history["ap"]]
+    for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")) if steps else ():
+        values = [row[name] for row in history["ap"]]
+        right.plot(steps, values, "o-", color=color, markersize=3)
+        text = f" {name} {values[-1]:.2f}"
+        right.annotate(text, (steps[-1], values[-1]), color=color, va="center")
+        right.set_xlim(0, steps[-1] * 1.2)
+    right.set(ylim=(0, 1))
+    right.set_title("average precision on the test images", loc="left")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    figure.suptitle(title)
+    figure.savefig(file, format="png", dpi=120)
