@@ -20,6 +20,10 @@ namespace deform_attn {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Arguments of the schema that may be None.
+using MaybeTensor = std::optional<Tensor>;
+using MaybeSizes = std::optional<std::vector<int64_t>>;
+
 // An error that starts with the name of the argument.
 #define DEFORM_ATTN_REQUIRE(condition, ...)                       \
   if (!(condition)) {                                             \
@@ -57,27 +61,25 @@ inline Type type_of(ScalarType type) {
 // The numbers of a call as they came; the tensors are those of the schema.
 struct Call {
   Tensor value, locations, weights;  // contiguous; of a layer: offsets and logits
-  std::optional<Tensor> reference;   // of a layer: contiguous
-  std::optional<Tensor> shapes, starts;
+  MaybeTensor reference;             // of a layer: contiguous
+  MaybeTensor shapes, starts;
   std::vector<int64_t> sizes;    // [h0, w0, h1, w1, ...] where shapes is not given
   std::vector<int> first_point;  // [L + 1]
   Problem problem;
   ScalarType type;        // of value
   bool weights_are_real;  // weights have the dtype of sums
 
-  Call(const Tensor& value_, const std::optional<Tensor>& spatial_shapes,
-       const std::optional<Tensor>& level_start_index, const Tensor& sampling_locations,
-       const Tensor& attention_weights, const std::optional<std::vector<int64_t>>& level_sizes,
-       const std::optional<std::vector<int64_t>>& num_points)
+  Call(const Tensor& value_, const MaybeTensor& spatial_shapes,
+       const MaybeTensor& level_start_index, const Tensor& sampling_locations,
+       const Tensor& attention_weights, const MaybeSizes& level_sizes, const MaybeSizes& num_points)
       : Call(value_, spatial_shapes, level_start_index, std::nullopt, sampling_locations,
              attention_weights, level_sizes, num_points) {}
 
   // A layer: offsets from reference points, and logits, instead of locations and weights.
-  Call(const Tensor& value_, const std::optional<Tensor>& spatial_shapes,
-       const std::optional<Tensor>& level_start_index,
-       const std::optional<Tensor>& reference_points, const Tensor& sampling_offsets,
-       const Tensor& attention_logits, const std::optional<std::vector<int64_t>>& level_sizes,
-       const std::optional<std::vector<int64_t>>& num_points)
+  Call(const Tensor& value_, const MaybeTensor& spatial_shapes,
+       const MaybeTensor& level_start_index, const MaybeTensor& reference_points,
+       const Tensor& sampling_offsets, const Tensor& attention_logits,
+       const MaybeSizes& level_sizes, const MaybeSizes& num_points)
       : value(value_),
         locations(sampling_offsets),
         weights(attention_logits),
@@ -122,6 +124,8 @@ struct Call {
     return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
+  int64_t real_size() const { return type == ScalarType::Double ? 8 : 4; }  // bytes
+
   static Tensor contiguous_of(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }
@@ -157,7 +161,7 @@ struct Call {
     DEFORM_ATTN_REQUIRE(weights.device() == device, weights_name_, ": expected on value's device");
   }
 
-  void check_levels(const std::optional<std::vector<int64_t>>& level_sizes) {
+  void check_levels(const MaybeSizes& level_sizes) {
     DEFORM_ATTN_REQUIRE(shapes.has_value() != level_sizes.has_value(),
                         "spatial_shapes: expected either a tensor or level_sizes");
     int64_t levels;
@@ -207,7 +211,7 @@ struct Call {
                         ": expected on value's device or the CPU");
   }
 
-  void check_points(const std::optional<std::vector<int64_t>>& num_points) {
+  void check_points(const MaybeSizes& num_points) {
     DEFORM_ATTN_REQUIRE(value.dim() == 4,
                         "value: expected [batch, rows, num_heads, head_dim], got ",
                         shape_of(value));

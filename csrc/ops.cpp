@@ -2,12 +2,14 @@
 //
 //   chosen_kernels   the instruction set for this processor, chosen once
 //   Scratch          a thread's working memory
+//   clear            zeros
 //   run_forward, run_backward
 //   forward, backward, layer_forward, layer_backward, build
 
 #include <torch/csrc/stable/library.h>
 
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <new>
 #include <tuple>
@@ -108,17 +110,25 @@ Tensor empty(const std::vector<int64_t>& shape, ScalarType type) {
   return Tensor(handle);
 }
 
-using MaybeTensor = std::optional<Tensor>;
-using MaybeSizes = std::optional<std::vector<int64_t>>;
-
 void run_forward(const Call& call, const cpu::Inputs& in, const Tensor& output) {
   if (output.numel() == 0) return;
   const Kernels& kernels = chosen_kernels();
   void* to = output.mutable_data_ptr();
-  const int64_t blocks = kernels.blocks(in) * call.problem.batch;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+  const int64_t count = kernels.blocks(in) * call.problem.batch;
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+  // a thread takes neighbours at a time, for the pixels that they share, but never so many that the
+  // others wait for it
+  cpu::Blocks blocks{{0}, count, std::max<int64_t>(1, count / (16 * threads))};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const Scratch scratch(kernels.scratch_bytes(in));
-    kernels.forward(in, to, first, last, scratch.get());
+    kernels.forward(in, to, blocks, scratch.get());
+  });
+}
+
+// Done by all threads: it is them whom the system gives fresh pages, one at a time.
+void clear(void* data, int64_t bytes) {
+  torch::stable::parallel_for(0, bytes, int64_t{1} << 18, [&](int64_t first, int64_t last) {
+    std::memset(static_cast<char*>(data) + first, 0, static_cast<size_t>(last - first));
   });
 }
 
@@ -158,7 +168,9 @@ Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<L
                     const Tensor& grad_output, const Tensor& locations, const Tensor& weights) {
   const Tensor gradient = call.checked_gradient(grad_output);
   // sums of a 16-bit value's gradient are float32
-  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes(), call.real_type());
+  const Tensor grad_value =
+      torch::stable::new_empty(call.value, call.value.sizes(), call.real_type());
+  clear(grad_value.mutable_data_ptr(), grad_value.numel() * call.real_size());
   if (call.problem.batch > 0) {
     const cpu::Gradients grads{gradient.const_data_ptr(), grad_value.mutable_data_ptr(),
                                locations.mutable_data_ptr(), weights.mutable_data_ptr()};

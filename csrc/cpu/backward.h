@@ -7,51 +7,78 @@ namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
 // Products of the output's gradient with the four pixels of each point of a head; adds its share of
-// that gradient to the pixels' own. Channels as in sum_points.
+// that gradient to the pixels' own. Channels as in sum_points; `first`: none came before.
 template <int kLanes, int kVecs, typename T, typename Real>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
                                      const Run<Real>& run, const int32_t* __restrict reach,
-                                     Real* grad_value, Real* const (&product)[4], int some) {
+                                     Real* grad_value, Quad<Real>* products, bool first, int some) {
   using V = Vec<Real, kLanes>;
   V gradient[kVecs];
-  for (int v = 0; v < kVecs; ++v) {
+  each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
     gradient[v] =
         some > 0 ? load_some<kLanes>(grad_output, some) : load<kLanes>(grad_output + v * kLanes);
-  }
+  });
   for (int k = 0; k < run.count; ++k) {
-    run.template fetch_next<kVecs * kLanes* int{sizeof(T)}, false>(value, k);
-    run.template fetch_next<kVecs * kLanes* int{sizeof(Real)}, true>(grad_value, k);
-    if (run.row[0][k] < 0) continue;
+    run.template fetch<kVecs * kLanes* int{sizeof(T)}>(value, k);
+    run.template fetch<kVecs * kLanes* int{sizeof(Real)}>(grad_value, k);
+    const Quad<int64_t>& offset = run.offset[k];
+    if (offset[0] < 0) continue;
     const int32_t here = reach ? reach[k] : kOwned | kUpper | kLower;
     if (here == 0) continue;
     if (here & kOwned) {
-      V products[4] = {};
-      for (int i = 0; i < 4; ++i) {
-        const T* pixel = value + run.row[i][k] * run.stride;
-        for (int v = 0; v < kVecs; ++v) {
-          const V channels =
-              some > 0 ? load_some<kLanes>(pixel, some) : load<kLanes>(pixel + v * kLanes);
-          products[i] += gradient[v] * channels;
-        }
-      }
-      Real sums[4];
-      four_sums<Real, kLanes>(products, sums);
-      for (int i = 0; i < 4; ++i) product[i][k] += sums[i];
+      V sums[4] = {};
+      each<4>([&](auto i) DEFORM_ATTN_INLINED {
+        const T* pixel = value + offset[i];
+        each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
+          sums[i] += gradient[v] *
+                     (some > 0 ? load_some<kLanes>(pixel, some) : load<kLanes>(pixel + v * kLanes));
+        });
+      });
+      Quad<Real> product;
+      four_sums<Real, kLanes>(sums, product);
+      each<4>([&](auto i) DEFORM_ATTN_INLINED {
+        products[k][i] = first ? product[i] : products[k][i] + product[i];
+      });
     }
-    for (int i = 0; i < 4; ++i) {
-      if (!(here & (i < 2 ? kUpper : kLower))) continue;
-      Real* pixel = grad_value + run.row[i][k] * run.stride;
-      const V share = splat<V>(run.share[i][k]);
-      for (int v = 0; v < kVecs; ++v) {
+    each<4>([&](auto i) DEFORM_ATTN_INLINED {
+      if (!(here & (i < 2 ? kUpper : kLower))) return;
+      Real* pixel = grad_value + offset[i];
+      const V share = splat<V>(run.share[k][i]);
+      each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
         if (some > 0) {
           store_some<kLanes>(pixel, load_some<kLanes>(pixel, some) + share * gradient[v], some);
         } else {
           store<kLanes>(pixel + v * kLanes, load<kLanes>(pixel + v * kLanes) + share * gradient[v]);
         }
-      }
-    }
+      });
+    });
   }
 }
+
+// What the points of a query come to.
+template <typename Real>
+struct PointGradients {
+  Quad<Real>* products;
+  Real* locations;
+  Real* weights;
+
+  PointGradients(Arena& arena, int64_t points)
+      : products(arena.take<Quad<Real>>(padded<Real>(points))),
+        locations(arena.take<Real>(2 * padded<Real>(points))),
+        weights(arena.take<Real>(padded<Real>(points))) {}
+
+  // Write those of a query, or those that `reach` says are owned.
+  template <typename Weight>
+  DEFORM_ATTN_INLINE void write(Real* to_locations, Weight* to_weights, const int32_t* reach,
+                                int count) const {
+    for (int k = 0; k < count; ++k) {
+      if (reach && !(reach[k] & kOwned)) continue;
+      to_locations[2 * k] = locations[2 * k];
+      to_locations[2 * k + 1] = locations[2 * k + 1];
+      from_real(weights[k], to_weights[k]);
+    }
+  }
+};
 
 template <typename T, typename Weight>
 void backward_share(const Inputs& in, const Gradients& grads, const Share& own, void* scratch) {
@@ -62,66 +89,50 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   Arena arena(scratch);
   const PointLevels levels(arena, in, heads);
   PointSource<Real> source(arena, in, heads);
-  Points<Real> placed[2] = {Points<Real>(arena, count, true), Points<Real>(arena, count, true)};
-  Real* product[4];
-  for (auto& array : product) array = arena.take<Real>(p.points);
+  Pair<Real> pair(arena, count, true);
+  const PointGradients<Real> point_grads(arena, count);
 
   const T* value = static_cast<const T*>(in.value) + p.value_at(own.batch, 0, own.first_head);
   Real* grad_value = static_cast<Real*>(grads.value) + p.value_at(own.batch, 0, own.first_head);
+  Visits visits(in);
   const int64_t blocks = blocks_of(in);
-  for (int64_t block = 0; block < blocks; ++block) {
-    int64_t queries[kBlock] = {};
-    const int visits = queries_of(in, block, queries);
-    const auto place = [&](int visit) {
-      Points<Real>& points = placed[visit & 1];
-      source.template points<Weight>(in, own.batch, queries[visit], own.first_head, heads,
-                                     [&](const Real* locations, const auto* weights) {
-                                       points.template place<true>(levels, locations, weights,
-                                                                   count);
-                                     });
-      if (own.bands > 1) points.reach_of(levels, own.band, own.bands, count);
-    };
-    place(0);
-    for (int visit = 0; visit < visits; ++visit) {
-      if (visit + 1 < visits) place(visit + 1);
-      const Points<Real>& now = placed[visit & 1];
-      for (int head = 0; head < heads; ++head) {
-        const int first = head * p.points;
-        const int64_t at = p.point_at(own.batch, queries[visit], own.first_head + head);
-        const T* grad_output = static_cast<const T*>(grads.output) +
-                               p.output_at(own.batch, queries[visit], own.first_head + head);
-        const bool turns = head + 1 == heads;
-        const Run<Real> run(now, head, placed[(visit + turns) & 1], turns ? 0 : head + 1, p);
-        for (auto& array : product) std::memset(array, 0, sizeof(Real) * p.points);
-        const int32_t* reach = own.bands > 1 ? now.reach + first : nullptr;
-        const int64_t channel = int64_t{head} * p.head_dim;
-        for_channels<Real>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
-          visit_points<lanes.value, vecs.value, T, Real>(value + channel + c, grad_output + c, run,
-                                                         reach, grad_value + channel + c, product,
-                                                         some);
-        });
-
-        Real* to_locations = static_cast<Real*>(grads.locations) + 2 * at;
-        // a layer's are taken further by finish_queries, which rounds them
-        const bool rounds = in.layer.reference == nullptr;
-        for (int k = 0; k < p.points; ++k) {
-          const int i = first + k;
-          if (reach && !(reach[k] & kOwned)) continue;
-          Real sample, by_x, by_y;
-          const Footprint<Real> footprint = now.footprint(i);
-          footprint.pull_back({product[0][k], product[1][k], product[2][k], product[3][k]}, sample,
-                              by_x, by_y);
-          if (rounds) {
-            from_real(sample, static_cast<Weight*>(grads.weights)[at + k]);
-          } else {
-            static_cast<Real*>(grads.weights)[at + k] = sample;
-          }
-          to_locations[2 * k] = now.weight[i] * static_cast<Real>(levels.width[i]) * by_x;
-          to_locations[2 * k + 1] = now.weight[i] * static_cast<Real>(levels.height[i]) * by_y;
-        }
-      }
+  int64_t block = 0;
+  const auto place = [&](auto& placed) {
+    if (!visits.next([&] { return block < blocks ? block++ : -1; })) return false;
+    placed.query = visits.query;
+    source.template points<Weight>(in, own.batch, placed.query, own.first_head, heads,
+                                   [&](const Real* locations, const auto* weights) {
+                                     placed.points.template place<true>(levels, locations, weights,
+                                                                        count);
+                                   });
+    if (own.bands > 1) placed.points.reach_of(levels, own.band, own.bands, count);
+    return true;
+  };
+  pair.run(place, [&](const auto& now, const auto& next) {
+    const T* grad_output =
+        static_cast<const T*>(grads.output) + p.output_at(own.batch, now.query, own.first_head);
+    const int32_t* reach = own.bands > 1 ? now.points.reach : nullptr;
+    for (int head = 0; head < heads; ++head) {
+      const int first = head * p.points, channel = head * p.head_dim;
+      const Run<Real> run = {now.points.offset + first, now.points.share + first,
+                             next.points.offset + first, p.points};
+      for_channels<Real>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
+        visit_points<lanes.value, vecs.value, T, Real>(
+            value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
+            grad_value + channel + c, point_grads.products + first, c == 0, some);
+      });
     }
-  }
+    now.points.pull_back(levels, point_grads.products, point_grads.locations, point_grads.weights,
+                         count);
+    const int64_t at = p.point_at(own.batch, now.query, own.first_head);
+    Real* to_locations = static_cast<Real*>(grads.locations) + 2 * at;
+    // a layer's are taken further by finish_queries, which rounds them
+    if (in.layer.reference == nullptr) {
+      point_grads.write(to_locations, static_cast<Weight*>(grads.weights) + at, reach, count);
+    } else {
+      point_grads.write(to_locations, static_cast<Real*>(grads.weights) + at, reach, count);
+    }
+  });
 }
 
 }  // namespace

@@ -9,77 +9,75 @@ namespace {  // compiled once for each instruction set, so never shared between 
 
 constexpr int kCacheLine = 64;  // bytes
 
-// The points of a head, and those of the head that is next: their pixels are fetched ahead.
+// The points of a head, and those that the same head has in the next query: their pixels are
+// fetched into the second cache, which is near enough for a processor that computes ahead, and holds
+// what a query reads. Fetched into the first one they would push out what is not yet used.
 template <typename Real>
 struct Run {
-  const int32_t* row[4];
-  const Real* share[4];
-  const int32_t* next_row[4];
-  int64_t to_next;  // elements from this head's channels to the next one's
-  int64_t stride;   // elements from row to row
+  const Quad<int64_t>* offset;
+  const Quad<Real>* share;
+  const Quad<int64_t>* next;
   int count;
 
-  Run(const Points<Real>& now, int head, const Points<Real>& then, int next_head,
-      const Problem& problem) {
-    const int first = head * problem.points, next = next_head * problem.points;
-    for (int i = 0; i < 4; ++i) {
-      row[i] = now.row[i] + first;
-      share[i] = now.share[i] + first;
-      next_row[i] = then.row[i] + next;
-    }
-    to_next = int64_t{next_head - head} * problem.head_dim;
-    stride = problem.row_stride();
-    count = problem.points;
-  }
-
-  // Fetch kBytes of each pixel of the next head's k-th point; row -1 may be asked for, and is not
-  // an error in a prefetch.
-  template <int kBytes, bool kToWrite, typename T>
-  DEFORM_ATTN_INLINE void fetch_next(const T* channels, int k) const {
+  // Fetch kBytes of each pixel of the next query's k-th point, if it is not there yet. The offset of
+  // a point without a pixel may be asked for, and is not an error in a prefetch.
+  template <int kBytes, typename T>
+  DEFORM_ATTN_INLINE void fetch(const T* channels, int k) const {
     const uintptr_t base = reinterpret_cast<uintptr_t>(channels);
-    for (int i = 0; i < 4; ++i) {
-      const uintptr_t pixel =
-          base + static_cast<uintptr_t>(to_next + next_row[i][k] * stride) * sizeof(T);
+    each<4>([&](auto i) DEFORM_ATTN_INLINED {
+      const uintptr_t pixel = base + static_cast<uintptr_t>(next[k][i]) * sizeof(T);
       for (int at = 0; at < kBytes; at += kCacheLine) {
-        __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), kToWrite);
+        __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 2);
       }
-    }
+    });
   }
 };
 
-// Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head. `some` > 0: only so many
-// channels of the single vector exist.
+// kVecs vectors of channels. `some` > 0: only so many channels of the single vector exist.
+template <int kLanes, int kVecs, typename T, typename V>
+DEFORM_ATTN_INLINE void load_channels(const T* from, int some, V (&to)[kVecs]) {
+  if constexpr (kVecs == 1) {
+    to[0] = some > 0 ? load_some<kLanes>(from, some) : load<kLanes>(from);
+  } else {
+    each<kVecs / 2>([&](auto v) DEFORM_ATTN_INLINED {
+      load_pair<kLanes>(from + 2 * v * kLanes, to[2 * v], to[2 * v + 1]);
+    });
+  }
+}
+template <int kLanes, int kVecs, typename T, typename V>
+DEFORM_ATTN_INLINE void store_channels(T* to, int some, const V (&from)[kVecs]) {
+  if constexpr (kVecs > 1) {
+    each<kVecs / 2>([&](auto v) DEFORM_ATTN_INLINED {
+      store_pair<kLanes>(to + 2 * v * kLanes, from[2 * v], from[2 * v + 1]);
+    });
+  } else if (some > 0) {
+    store_some<kLanes>(to, from[0], some);
+  } else {
+    store<kLanes>(to, from[0]);
+  }
+}
+
+// Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head; `value` and `next` are
+// theirs in this image and in that of the next query. `some`: as in load_channels.
 template <int kLanes, int kVecs, typename T, typename Real>
-DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const Run<Real>& run,
+DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Real>& run,
                                    T* __restrict output, int some) {
   using V = Vec<Real, kLanes>;
-  V upper[kVecs] = {}, lower[kVecs] = {};  // two chains of additions, to keep both units busy
+  V sums[2][kVecs] = {};  // two chains of additions, to keep both units busy
   for (int k = 0; k < run.count; ++k) {
-    run.template fetch_next<kVecs * kLanes* int{sizeof(T)}, false>(value, k);
-    if (run.row[0][k] < 0) continue;
-    const T* pixel[4];
-    V share[4];
-    for (int i = 0; i < 4; ++i) {
-      pixel[i] = value + run.row[i][k] * run.stride;
-      share[i] = splat<V>(run.share[i][k]);
-    }
-    for (int v = 0; v < kVecs; ++v) {
-      const auto channels = [&](int i) {
-        return some > 0 ? load_some<kLanes>(pixel[i], some) : load<kLanes>(pixel[i] + v * kLanes);
-      };
-      upper[v] += share[0] * channels(0);
-      lower[v] += share[2] * channels(2);
-      upper[v] += share[1] * channels(1);
-      lower[v] += share[3] * channels(3);
-    }
+    run.template fetch<kVecs * kLanes* int{sizeof(T)}>(next, k);
+    const Quad<int64_t>& offset = run.offset[k];
+    if (offset[0] < 0) continue;
+    each<4>([&](auto i) DEFORM_ATTN_INLINED {
+      const T* pixel = value + offset[i];
+      const V share = splat<V>(run.share[k][i]);
+      V channels[kVecs];
+      load_channels<kLanes, kVecs>(pixel, some, channels);
+      each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[i / 2][v] += share * channels[v]; });
+    });
   }
-  for (int v = 0; v < kVecs; ++v) {
-    if (some > 0) {
-      store_some<kLanes>(output, upper[v] + lower[v], some);
-    } else {
-      store<kLanes>(output + v * kLanes, upper[v] + lower[v]);
-    }
-  }
+  each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[0][v] += sums[1][v]; });
+  store_channels<kLanes, kVecs>(output, some, sums[0]);
 }
 
 // Calls `sum(first_channel, lanes, vecs, some)` with compile-time lanes and vecs until all channels
@@ -110,45 +108,75 @@ DEFORM_ATTN_INLINE void for_channels(int head_dim, const Sum& sum) {
   }
 }
 
+// Two queries: the one that is visited, and the next one, placed already.
+template <typename Real>
+struct Pair {
+  struct Placed {
+    int64_t batch, query;
+    Points<Real> points;
+  };
+  Placed placed[2];
+  int turn = 0;
+
+  Pair(Arena& arena, int64_t points, bool backward)
+      : placed{{0, 0, Points<Real>(arena, points, backward)},
+               {0, 0, Points<Real>(arena, points, backward)}} {}
+
+  // Calls `visit(now, next)` for each query that `place(placed)` places until it returns false; the
+  // last one is its own next one.
+  template <typename Place, typename Visit>
+  DEFORM_ATTN_INLINE void run(const Place& place, const Visit& visit) {
+    bool more = place(placed[0]);
+    while (more) {
+      const Placed& now = placed[turn];
+      turn ^= 1;
+      more = place(placed[turn]);
+      visit(now, more ? placed[turn] : now);
+    }
+  }
+};
+
 template <typename T, typename Weight>
-void forward_blocks(const Inputs& in, void* output, int64_t first, int64_t last, void* scratch) {
+void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratch) {
   using Real = typename RealOf<T>::type;
   const Problem& p = in.problem;
   const int count = p.heads * p.points;
   Arena arena(scratch);
   const PointLevels levels(arena, in, p.heads);
   PointSource<Real> source(arena, in, p.heads);
-  Points<Real> placed[2] = {Points<Real>(arena, count, false), Points<Real>(arena, count, false)};
+  Pair<Real> pair(arena, count, false);
 
-  const int64_t per_image = blocks_of(in);
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t b = block / per_image;
-    const T* value = static_cast<const T*>(in.value) + p.value_at(b, 0, 0);
-    int64_t queries[kBlock] = {};
-    const int visits = queries_of(in, block % per_image, queries);
-    const auto place = [&](int visit) {
-      source.template points<Weight>(
-          in, b, queries[visit], 0, p.heads, [&](const Real* locations, const auto* weights) {
-            placed[visit & 1].template place<false>(levels, locations, weights, count);
-          });
-    };
-    place(0);
-    for (int visit = 0; visit < visits; ++visit) {
-      if (visit + 1 < visits) place(visit + 1);
-      const Points<Real>& now = placed[visit & 1];
-      T* to = static_cast<T*>(output) + p.output_at(b, queries[visit], 0);
-      for (int head = 0; head < p.heads; ++head) {
-        // the next head of this query, or the first one of the next query
-        const bool turns = head + 1 == p.heads;
-        const Run<Real> run(now, head, placed[(visit + turns) & 1], turns ? 0 : head + 1, p);
-        const T* from = value + int64_t{head} * p.head_dim;
-        T* sums = to + int64_t{head} * p.head_dim;
-        for_channels<Real>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
-          sum_points<lanes.value, vecs.value, T, Real>(from + c, run, sums + c, some);
-        });
-      }
+  Visits visits(in);
+  int64_t block = 0, last = 0;
+  const auto take = [&] {
+    if (block == last) last = blocks.take(block);
+    return block < last ? block++ : -1;
+  };
+  const auto place = [&](auto& placed) {
+    if (!visits.next(take)) return false;
+    placed.batch = visits.batch;
+    placed.query = visits.query;
+    source.template points<Weight>(in, placed.batch, placed.query, 0, p.heads,
+                                   [&](const Real* locations, const auto* weights) {
+                                     placed.points.template place<false>(levels, locations, weights,
+                                                                         count);
+                                   });
+    return true;
+  };
+  pair.run(place, [&](const auto& now, const auto& next) {
+    const T* value = static_cast<const T*>(in.value) + p.value_at(now.batch, 0, 0);
+    const T* next_value = static_cast<const T*>(in.value) + p.value_at(next.batch, 0, 0);
+    T* sums = static_cast<T*>(output) + p.output_at(now.batch, now.query, 0);
+    for (int head = 0; head < p.heads; ++head) {
+      const int first = head * p.points, channel = head * p.head_dim;
+      const Run<Real> run = {now.points.offset + first, now.points.share + first,
+                             next.points.offset + first, p.points};
+      for_channels<Real>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
+        sum_points<lanes.value, vecs.value, T, Real>(value + channel + c, next_value + channel + c,
+                                                     run, sums + channel + c, some);
+      });
     }
-  }
+  });
 }
 
 }  // namespace

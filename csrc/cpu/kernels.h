@@ -1,6 +1,7 @@
 // What the CPU kernels do, free of torch and of any instruction set.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -38,6 +39,19 @@ struct LayerGradients {
   void* logits;           // out, in the logits' type; may be `weights`
 };
 
+// Blocks of queries, counted over all images: threads take some of them at a time until none is left.
+struct Blocks {
+  std::atomic<int64_t> next;
+  int64_t last, at_once;
+
+  // Sets `first`, and returns the block behind the last one; `first` where none is left.
+  int64_t take(int64_t& first) {
+    first = next.fetch_add(at_once, std::memory_order_relaxed);
+    if (first > last) first = last;
+    return first + at_once < last ? first + at_once : last;
+  }
+};
+
 // A share of the backward pass: some heads of an image, and of each level some of its rows. Every
 // number that the pass writes belongs to one share, so shares run side by side, and each adds in
 // the order of the visits, so that any number of threads gives the same bits.
@@ -53,8 +67,8 @@ struct Kernels {
   size_t (*scratch_bytes)(const Inputs&);
   // Blocks of queries of an image: visits go block by block.
   int64_t (*blocks)(const Inputs&);
-  // Blocks first .. last - 1, counted over all images.
-  void (*forward)(const Inputs&, void* output, int64_t first, int64_t last, void* scratch);
+  // All blocks that this thread gets.
+  void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
   // Queries first .. last - 1, counted over all images.
   void (*finish)(const Inputs&, const LayerGradients&, int64_t first, int64_t last, void* scratch);

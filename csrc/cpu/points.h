@@ -36,10 +36,10 @@ int64_t padded(int64_t count) {
   return (count + kLanes - 1) / kLanes * kLanes;
 }
 
-// 32-bit integers to and from the integers that go with a vector of reals.
-template <typename I, int kLanes>
-DEFORM_ATTN_INLINE I load_lanes(const int32_t* from) {
-  Vec<int32_t, kLanes> lanes;
+// Integers to and from those that go with a vector of reals.
+template <typename I, int kLanes, typename Integer>
+DEFORM_ATTN_INLINE I load_lanes(const Integer* from) {
+  Vec<Integer, kLanes> lanes;
   std::memcpy(&lanes, from, sizeof(lanes));
   return __builtin_convertvector(lanes, I);
 }
@@ -52,20 +52,24 @@ DEFORM_ATTN_INLINE void store_lanes(int32_t* to, I from) {
 // Of every point of a query: its level. The same for all queries.
 struct PointLevels {
   int32_t *height, *width, *start;  // [heads * points]
+  int64_t* pitch;                   // elements from a row of the map to the next one
+  int64_t stride;                   // elements from a pixel to the next one
 
-  PointLevels(Arena& arena, const Inputs& in, int heads) {
+  PointLevels(Arena& arena, const Inputs& in, int heads) : stride(in.problem.row_stride()) {
     const int64_t count = padded<float>(int64_t{heads} * in.problem.points);
     height = arena.take<int32_t>(count);
     width = arena.take<int32_t>(count);
     start = arena.take<int32_t>(count);
+    pitch = arena.take<int64_t>(count);
     if (height == nullptr) return;
-    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = 0;
+    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = 0, pitch[i] = 0;
     for (int head = 0, i = 0; head < heads; ++head) {
       for (int l = 0; l < in.problem.levels; ++l) {
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k, ++i) {
           height[i] = in.levels[l].height;
           width[i] = in.levels[l].width;
           start[i] = static_cast<int32_t>(in.levels[l].start);
+          pitch[i] = stride * width[i];
         }
       }
     }
@@ -79,40 +83,38 @@ enum Reach : int32_t {
   kLower = 4,  // adds to the gradients of its lower pixels
 };
 
-// The placed points of a query, an array a quantity.
+// A number for each of a point's four pixels.
+template <typename Number>
+using Quad = Number[4];
+
+// The placed points of a query.
 template <typename Real>
 struct Points {
-  int32_t* row[4];  // of value, for each pixel; row[0] < 0: the point has no pixel
-  Real* share[4];   // attention weight * bilinear weight; 0 for pixels off the map
+  // Of a pixel, in elements from pixel 0; [0] < 0: the point has no pixel. A pixel off the map has
+  // the offset of one of the same point that is on it: it can be read, and its share of 0 leaves it
+  // out.
+  Quad<int64_t>* offset;
+  Quad<Real>* share;  // attention weight * bilinear weight
 
   // for the backward pass alone
   Real* right;  // fractions towards the next pixel
   Real* down;
   Real* weight;    // attention weight
-  int32_t* on;     // bit i: pixel i is on the map
+  int32_t* on[4];  // all bits set: the pixel is on the map
   int32_t* top;    // row of the upper pixels, -1 .. height - 1
   int32_t* reach;  // where a share has a band of the rows: flags of Reach
 
   Points(Arena& arena, int64_t points, bool backward) {
     const int64_t count = padded<Real>(points);
-    for (auto& array : row) array = arena.take<int32_t>(count);
-    for (auto& array : share) array = arena.take<Real>(count);
+    offset = arena.take<Quad<int64_t>>(count);
+    share = arena.take<Quad<Real>>(count);
     if (!backward) return;
     right = arena.take<Real>(count);
     down = arena.take<Real>(count);
     weight = arena.take<Real>(count);
-    on = arena.take<int32_t>(count);
+    for (auto& pixel : on) pixel = arena.take<int32_t>(count);
     top = arena.take<int32_t>(count);
     reach = arena.take<int32_t>(count);
-  }
-
-  // The point's place on its map, as far as Footprint::pull_back needs it.
-  DEFORM_ATTN_INLINE Footprint<Real> footprint(int i) const {
-    Footprint<Real> at;
-    at.right = right[i];
-    at.down = down[i];
-    for (int pixel = 0; pixel < 4; ++pixel) at.on[pixel] = (on[i] >> pixel) & 1;
-    return at;
   }
 
   // Which points a band of the rows has to do with. Points without a pixel belong to band 0.
@@ -125,13 +127,11 @@ struct Points {
       const int32_t lower = top[i] + 1 < height ? top[i] + 1 : height - 1;
       const bool has_upper = upper >= first && upper < last;
       const bool has_lower = lower >= first && lower < last;
-      const bool owned = row[0][i] < 0 ? band == 0 : has_upper;
+      const bool owned = offset[i][0] < 0 ? band == 0 : has_upper;
       reach[i] = (owned ? kOwned : 0) | (has_upper ? kUpper : 0) | (has_lower ? kLower : 0);
     }
   }
 
-  // Place `count` points. An off-map pixel's row is that of a neighbour of the same point that is on
-  // the map: it can be read, and a share of 0 leaves it out.
   template <bool kBackward, typename Weight>
   DEFORM_ATTN_INLINE void place(const PointLevels& levels, const Real* locations,
                                 const Weight* weights, int count) {
@@ -159,26 +159,66 @@ struct Points {
       Footprint<V, Lanes> at;
       const I hit = at.place(every_second<0, Real, kLanes>(first, second, kIndices),
                              every_second<1, Real, kLanes>(first, second, kIndices), height, width);
-      for (int pixel = 0; pixel < 4; ++pixel) {
-        store<kLanes>(share[pixel] + i, at.weight(pixel) * attention);
-      }
-      const I zero{};
-      const I before = at.x < zero ? zero : at.x;
-      const I beside = at.x + 1 < width ? at.x + 1 : width - 1;
-      const I above = (at.y < zero ? zero : at.y) * width + start;
-      const I below = (at.y + 1 < height ? at.y + 1 : height - 1) * width + start;
-      store_lanes<kLanes>(row[0] + i, (above + before) | ~hit);  // -1 where there is no pixel
-      store_lanes<kLanes>(row[1] + i, above + beside);
-      store_lanes<kLanes>(row[2] + i, below + before);
-      store_lanes<kLanes>(row[3] + i, below + beside);
+      const V shares[4] = {at.weight(0) * attention, at.weight(1) * attention,
+                           at.weight(2) * attention, at.weight(3) * attention};
+      store_quads<kLanes, Real>(share[i], shares);
+
+      const I zero{}, before = at.x < zero ? zero : at.x, above = at.y < zero ? zero : at.y;
+      int32_t pixel[kLanes], beside[kLanes], below[kLanes];
+      store_lanes<kLanes>(pixel, (above * width + start + before) | ~hit);  // -1 where none is
+      // all bits set where the next one is another
+      store_lanes<kLanes>(beside, Lanes::mask(at.x >= zero) & Lanes::mask(at.x + 1 < width));
+      store_lanes<kLanes>(below, Lanes::mask(at.y >= zero) & Lanes::mask(at.y + 1 < height));
+      constexpr int kWide = kNativeLanes<int64_t>;
+      using Wide = Vec<int64_t, kWide>;
+      each<kLanes / kWide>([&](auto part) {
+        constexpr int kFrom = part * kWide;
+        const auto lanes = [&](const int32_t* from) {
+          return load_lanes<Wide, kWide>(from + kFrom);
+        };
+        const Wide right_of = lanes(beside) & levels.stride;
+        const Wide under = lanes(below) & load_lanes<Wide, kWide>(levels.pitch + i + kFrom);
+        const Wide corner = lanes(pixel) * levels.stride;
+        const Wide offsets[4] = {corner, corner + right_of, corner + under,
+                                 corner + right_of + under};
+        store_quads<kWide, int64_t>(offset[i + kFrom], offsets);
+      });
       if constexpr (kBackward) {
         store<kLanes>(right + i, at.right);
         store<kLanes>(down + i, at.down);
         store<kLanes>(weight + i, attention);
-        store_lanes<kLanes>(on + i,
-                            (at.on[0] & 1) | (at.on[1] & 2) | (at.on[2] & 4) | (at.on[3] & 8));
+        for (int corner = 0; corner < 4; ++corner)
+          store_lanes<kLanes>(on[corner] + i, at.on[corner]);
         store_lanes<kLanes>(top + i, at.y);
       }
+    }
+  }
+
+  // From the products of the output's gradient with the pixels of `count` points: the gradients of
+  // locations, x and y by turns, and of weights. Both have room for whole vectors.
+  DEFORM_ATTN_INLINE void pull_back(const PointLevels& levels, const Quad<Real>* products,
+                                    Real* grad_locations, Real* grad_weights, int count) const {
+    constexpr int kLanes = kNativeLanes<Real>;
+    constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
+    using Lanes = VectorNumbers<Real, kLanes>;
+    using V = typename Lanes::Real;
+    using I = typename Lanes::Int;
+    for (int i = 0; i < count; i += kLanes) {
+      Footprint<V, Lanes> at;
+      at.right = load<kLanes>(right + i);
+      at.down = load<kLanes>(down + i);
+      for (int corner = 0; corner < 4; ++corner) {
+        at.on[corner] = load_lanes<I, kLanes>(on[corner] + i);
+      }
+      V product[4], sample, by_x, by_y;
+      load_quads<kLanes, Real>(products[i], product);
+      at.pull_back(product, sample, by_x, by_y);
+      const V attention = load<kLanes>(weight + i);
+      by_x *= attention * Lanes::real(load_lanes<I, kLanes>(levels.width + i));
+      by_y *= attention * Lanes::real(load_lanes<I, kLanes>(levels.height + i));
+      store<kLanes>(grad_weights + i, sample);
+      store<kLanes>(grad_locations + 2 * i, zipped<false>(by_x, by_y, kIndices));
+      store<kLanes>(grad_locations + 2 * i + kLanes, zipped<true>(by_x, by_y, kIndices));
     }
   }
 };

@@ -3,8 +3,11 @@
 //
 //   Vec<Real, kLanes>     a vector; arithmetic works on it as on a number
 //   VectorNumbers         what bilinear.h needs to know of vectors
+//   each                  a loop over 0 .. kCount - 1 that is no loop when it runs
 //   load, store           kLanes elements of T to and from Real
 //   load_some, store_some the first `count` of them
+//   load_pair, store_pair 2 * kLanes of them as two vectors, in the order that is cheapest
+//   store_quads, load_quads   four vectors, lane by lane: as four numbers a lane in memory
 //   four_sums             horizontal sums of four vectors
 #pragma once
 
@@ -18,7 +21,8 @@
 #include <immintrin.h>
 #endif
 
-#define DEFORM_ATTN_INLINE inline __attribute__((always_inline))
+#define DEFORM_ATTN_INLINED __attribute__((always_inline))  // of a lambda
+#define DEFORM_ATTN_INLINE inline DEFORM_ATTN_INLINED
 
 namespace deform_attn::cpu {
 
@@ -40,6 +44,12 @@ struct VecOf {
 template <typename Real, int kLanes>
 using Vec = typename VecOf<Real, kLanes>::type;
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+constexpr bool kLittleEndian = true;
+#else
+constexpr bool kLittleEndian = false;
+#endif
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -56,6 +66,17 @@ template <>
 struct RealOf<double> {
   using type = double;
 };
+
+// Calls `body` with 0 .. kCount - 1 as compile-time numbers. Arrays that only such indices touch live
+// in registers; those of a loop that the compiler unrolls too late do not.
+template <typename Body, int... kIndex>
+DEFORM_ATTN_INLINE void each_of(const Body& body, std::integer_sequence<int, kIndex...>) {
+  (body(std::integral_constant<int, kIndex>()), ...);
+}
+template <int kCount, typename Body>
+DEFORM_ATTN_INLINE void each(const Body& body) {
+  each_of(body, std::make_integer_sequence<int, kCount>());
+}
 
 // x in every lane: x - 0 is x, of either sign, and costs nothing.
 template <typename V, typename Real>
@@ -209,6 +230,75 @@ DEFORM_ATTN_INLINE Vec<Real, kLanes> every_second(Vec<Real, kLanes> a, Vec<Real,
   return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
 }
 
+// Lanes of a and b by turns: those of the lower halves, or of the upper ones.
+template <bool kUpper, typename V, int... kIndex>
+DEFORM_ATTN_INLINE V zipped(V a, V b, std::integer_sequence<int, kIndex...>) {
+  constexpr int kLanes = sizeof...(kIndex);
+  return __builtin_shufflevector(a, b,
+                                 (kIndex / 2 + (kUpper ? kLanes / 2 : 0) + kIndex % 2 * kLanes)...);
+}
+
+// 2 * kLanes elements. Two 16-bit floats side by side are halves of a 32-bit number: bfloat16 comes
+// apart with a shift and a mask, elements 0, 2, 4 .. in one vector and 1, 3, 5 .. in the other.
+template <int kLanes, typename T>
+DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<typename RealOf<T>::type, kLanes>& first,
+                                  Vec<typename RealOf<T>::type, kLanes>& second) {
+  if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
+    Vec<uint32_t, kLanes> both;
+    std::memcpy(&both, from, sizeof(both));
+    first = bits_as<Vec<float, kLanes>>(both << 16);
+    second = bits_as<Vec<float, kLanes>>(both & 0xffff0000u);
+  } else {
+    first = load<kLanes>(from);
+    second = load<kLanes>(from + kLanes);
+  }
+}
+
+template <int kLanes, typename T>
+DEFORM_ATTN_INLINE void store_pair(T* to, Vec<typename RealOf<T>::type, kLanes> first,
+                                   Vec<typename RealOf<T>::type, kLanes> second) {
+  if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
+    constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
+    store<kLanes>(to, zipped<false>(first, second, kIndices));
+    store<kLanes>(to + kLanes, zipped<true>(first, second, kIndices));
+  } else {
+    store<kLanes>(to, first);
+    store<kLanes>(to + kLanes, second);
+  }
+}
+
+// to[4 * lane + i] = from[i][lane]
+template <int kLanes, typename Lane>
+DEFORM_ATTN_INLINE void store_quads(Lane* to, const Vec<Lane, kLanes> (&from)[4]) {
+  using V = Vec<Lane, kLanes>;
+  constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
+  const V even[2] = {zipped<false>(from[0], from[2], kIndices),
+                     zipped<true>(from[0], from[2], kIndices)};
+  const V odd[2] = {zipped<false>(from[1], from[3], kIndices),
+                    zipped<true>(from[1], from[3], kIndices)};
+  const V quads[4] = {
+      zipped<false>(even[0], odd[0], kIndices), zipped<true>(even[0], odd[0], kIndices),
+      zipped<false>(even[1], odd[1], kIndices), zipped<true>(even[1], odd[1], kIndices)};
+  std::memcpy(to, quads, sizeof(quads));
+}
+
+// to[i][lane] = from[4 * lane + i]
+template <int kLanes, typename Lane>
+DEFORM_ATTN_INLINE void load_quads(const Lane* from, Vec<Lane, kLanes> (&to)[4]) {
+  using V = Vec<Lane, kLanes>;
+  constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
+  V quads[4];
+  std::memcpy(quads, from, sizeof(quads));
+  const V even[2] = {every_second<0, Lane, kLanes>(quads[0], quads[1], kIndices),
+                     every_second<0, Lane, kLanes>(quads[2], quads[3], kIndices)};
+  const V odd[2] = {every_second<1, Lane, kLanes>(quads[0], quads[1], kIndices),
+                    every_second<1, Lane, kLanes>(quads[2], quads[3], kIndices)};
+  to[0] = every_second<0, Lane, kLanes>(even[0], even[1], kIndices);
+  to[1] = every_second<0, Lane, kLanes>(odd[0], odd[1], kIndices);
+  to[2] = every_second<1, Lane, kLanes>(even[0], even[1], kIndices);
+  to[3] = every_second<1, Lane, kLanes>(odd[0], odd[1], kIndices);
+}
+
 template <typename Real_, int kLanes>
 struct VectorNumbers {
   using Lane = Real_;
@@ -289,7 +379,10 @@ DEFORM_ATTN_INLINE void four_sums(const Vec<Real, kLanes> (&from)[4], Real (&to)
                                         paired<Real, kLanes>(from[2], from[3], kIndices), kIndices);
     if constexpr (kLanes >= 16) sums += rotated<Real, kLanes>(sums, 2, kIndices);
     if constexpr (kLanes >= 8) sums += rotated<Real, kLanes>(sums, 1, kIndices);
-    for (int i = 0; i < 4; ++i) to[i] = sums[i * (kLanes / 4)];
+    constexpr int kQuarter = kLanes / 4;
+    const Vec<Real, 4> four =
+        __builtin_shufflevector(sums, sums, 0, kQuarter, 2 * kQuarter, 3 * kQuarter);
+    std::memcpy(to, &four, sizeof(four));
   } else {
     for (int i = 0; i < 4; ++i) {
       to[i] = from[i][0];

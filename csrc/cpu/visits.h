@@ -9,8 +9,8 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-constexpr int kTile = 8;               // pixels
-constexpr int kBlock = kTile * kTile;  // queries
+constexpr int kTile = 8;    // pixels
+constexpr int kBlock = 16;  // queries, where they are not pixels
 
 inline int64_t tiles(int extent) { return (extent + kTile - 1) / kTile; }
 
@@ -23,35 +23,61 @@ inline int64_t blocks_of(const Inputs& in) {
   return count;
 }
 
-// The queries of a block in the order of visits; returns how many.
-inline int queries_of(const Inputs& in, int64_t block, int64_t (&queries)[kBlock]) {
-  int count = 0;
-  if (!in.queries_are_pixels) {
-    const int64_t first = block * kBlock;
-    for (int64_t q = first; q < first + kBlock && q < in.problem.queries; ++q) {
-      queries[count++] = q;
+// The queries of some blocks, one after the other; blocks are counted over all images.
+class Visits {
+ public:
+  // `take()` gives the next block, or a negative number where none is left.
+  explicit Visits(const Inputs& in) : in_(in), per_image_(blocks_of(in)) {}
+
+  int64_t batch = 0, query = 0;  // of the present visit
+
+  // Goes on to the next visit; false where none is left.
+  template <typename Take>
+  bool next(const Take& take) {
+    while (at_ == count_) {
+      const int64_t block = take();
+      if (block < 0) return false;
+      batch = block / per_image_;
+      enter(block % per_image_);
     }
-    return count;
+    query = first_ + int64_t{at_ / width_} * pitch_ + at_ % width_;
+    ++at_;
+    return true;
   }
-  int64_t first = 0;
-  for (int l = 0; l < in.problem.levels; ++l) {
-    const int height = in.levels[l].height, width = in.levels[l].width;
-    const int64_t across = tiles(width), in_level = tiles(height) * across;
-    if (block < in_level) {
-      const int top = static_cast<int>(block / across) * kTile;
-      const int left = static_cast<int>(block % across) * kTile;
-      for (int y = top; y < top + kTile && y < height; ++y) {
-        for (int x = left; x < left + kTile && x < width; ++x) {
-          queries[count++] = first + int64_t{y} * width + x;
-        }
+
+ private:
+  const Inputs& in_;
+  int64_t per_image_;
+  // The block: rows of `width_` queries, `pitch_` queries apart.
+  int64_t first_ = 0, pitch_ = 0;
+  int width_ = 1, count_ = 0, at_ = 0;
+
+  void enter(int64_t block) {
+    at_ = 0;
+    if (!in_.queries_are_pixels) {
+      first_ = block * kBlock;
+      const int64_t left = in_.problem.queries - first_;
+      width_ = count_ = static_cast<int>(left < kBlock ? left : kBlock);
+      return;
+    }
+    first_ = 0;
+    for (int l = 0; l < in_.problem.levels; ++l) {
+      const int height = in_.levels[l].height, width = in_.levels[l].width;
+      const int64_t across = tiles(width), in_level = tiles(height) * across;
+      if (block < in_level) {
+        const int top = static_cast<int>(block / across) * kTile;
+        const int left = static_cast<int>(block % across) * kTile;
+        first_ += int64_t{top} * width + left;
+        pitch_ = width;
+        width_ = width - left < kTile ? width - left : kTile;
+        count_ = width_ * (height - top < kTile ? height - top : kTile);
+        return;
       }
-      return count;
+      block -= in_level;
+      first_ += int64_t{height} * width;
     }
-    block -= in_level;
-    first += int64_t{height} * width;
   }
-  return count;
-}
+};
 
 }  // namespace
 }  // namespace deform_attn::cpu

@@ -15,6 +15,7 @@
 #include <string>
 
 #include "backward.cuh"
+#include "errors.cuh"
 
 namespace deform_attn {
 
@@ -118,39 +119,11 @@ constexpr const char* kArchitectures = DEFORM_ATTN_TEXT(__CUDA_ARCH_LIST__);
 constexpr const char* kArchitectures = "";
 #endif
 
-// "7.5, 9.0" from "750,900".
-inline std::string architectures() {
-  std::string text;
-  const std::string list = std::string(kArchitectures) + ",";
-  size_t from = 0;
-  for (size_t to = list.find(','); to != std::string::npos; to = list.find(',', from)) {
-    const std::string number = list.substr(from, to - from);
-    from = to + 1;
-    if (number.size() < 3) continue;
-    if (!text.empty()) text += ", ";
-    text += number.substr(0, number.size() - 2) + "." + number.substr(number.size() - 2, 1);
-  }
-  return text;
-}
-
-inline std::string launch_error(const char* kernel, cudaError_t error, const char* what,
-                                int capability) {
-  const std::string name = std::string("deform_attn: CUDA kernel ") + kernel;
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    const std::string here =
-        std::to_string(capability / 10) + "." + std::to_string(capability % 10);
-    return name + " was not built for this GPU, which has compute capability " + here +
-           "; built for: " + architectures() + ". Build it: TORCH_CUDA_ARCH_LIST=\"" + here +
-           "\" pip install --no-build-isolation .";
-  }
-  return name + " was not launched: " + what;
-}
-
 inline void check_launch(const char* kernel, const Device& device) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return;
-  throw std::runtime_error(
-      launch_error(kernel, error, cudaGetErrorString(error), device.capability));
+  throw std::runtime_error(launch_error(kernel, error, cudaGetErrorString(error), device.capability,
+                                        architectures(kArchitectures)));
 }
 
 inline unsigned grid_of(const char* kernel, int64_t blocks) {
