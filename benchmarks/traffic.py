@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -183,7 +184,7 @@ def fill_bounds(inputs: Inputs, bounds: Tensor) -> None:
     B, Q, M = inputs.sampling_locations.shape[:3]
     runs = bounds.numel() // (16 * B * M * len(shapes))
     run = next(2**bits for bits in range(7) if -(-Q // 2**bits) == runs)
-    order = torch.cat(_visits(shapes)) if run > 1 else torch.arange(Q)
+    order = torch.cat(list(_visits(shapes))) if run > 1 else torch.arange(Q)
     locations = inputs.sampling_locations
     counts = inputs.num_points or [locations.shape[4]] * len(shapes)
     if inputs.num_points is None:
@@ -192,11 +193,11 @@ def fill_bounds(inputs: Inputs, bounds: Tensor) -> None:
     for (height, width), points in zip(shapes, locations[:, order].split(counts, 3)):
         size = torch.tensor([width, height])
         first = (points * size - 0.5).floor()
-        on = ((first >= -1) & (first < size)).all(-1, keepdim=True)
+        on = (first >= -1) & (first < size)
         low = torch.where(on, first.clamp(min=0), size).amin(3)  # [B, Q, M, 2]
         high = torch.where(on, torch.minimum(first + 1, size - 1), torch.tensor(-1.0)).amax(3)
         pad = (0, 0, 0, 0, 0, runs * run - Q)
-        low = torch.nn.functional.pad(low, pad, value=float("inf")).unflatten(1, (runs, run))
+        low = torch.nn.functional.pad(low, pad, value=math.inf).unflatten(1, (runs, run))
         high = torch.nn.functional.pad(high, pad, value=-1).unflatten(1, (runs, run))
         boxes.append(torch.cat([low.amin(2), high.amax(2)], -1))  # [B, runs, M, 4]
     rectangles = torch.stack(boxes, 2).permute(0, 3, 2, 1, 4).to(torch.int32).contiguous()

@@ -80,51 +80,55 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Pixels from (left, top) to (right, bottom), both on it; empty where right < left.
+// Pixels from `low` to `high`, both (x, y) and on it; empty where high < low.
 struct alignas(16) Rectangle {
-  int left, top, right, bottom;
+  int low[2], high[2];
 };
 
 __device__ inline int64_t runs_of(const Problem& problem, int run) {
   return (problem.queries + run - 1) / run;
 }
 
-// bounds [batch, heads, levels, runs]: the pixels that each `run` queries touch, one after the other
-// in the order of visits: all of a block, or one. The warps of the block take the levels by turns, a
-// lane per query; the locations are still in the cache.
+// bounds [batch, heads, levels, runs]: the columns and rows of pixels that each `run` queries touch,
+// one after the other in the order of visits: all of a block, or one. The warps of the block take the
+// levels by turns, a lane per query, and x before y, for registers are few; the locations are still
+// in the cache.
 template <typename Points>
 __device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
                               const Points& points, const Part& part, int run, Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
-    const Level& level = levels.level[l];
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
     Rectangle* const to = bounds + plane * runs_of(problem, run) + part.first / run;
-    const Rectangle none = {level.width, level.height, -1, -1};
-    Rectangle box = none;
-    for (int i = lane; i < part.count; i += kWarp) {
-      if (run == 1) box = none;
-      const int64_t at = query_at(part.first + i, levels, problem.levels);
-      const auto query = points.find(problem, part.batch, at, part.head);
-#pragma unroll 1  // here and below: more at a time, and registers spill
-      for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-        const auto location = points.location(query, k, l, levels);
-        Footprint<std::decay_t<decltype(location.at[0])>> foot;
-        if (!foot.place(location.at[0], location.at[1], level.height, level.width)) continue;
-        box = {min(box.left, max(foot.x, 0)), min(box.top, max(foot.y, 0)),
-               max(box.right, min(foot.x + 1, level.width - 1)),
-               max(box.bottom, min(foot.y + 1, level.height - 1))};
+#pragma unroll 1
+    for (int axis = 0; axis < 2; ++axis) {
+      const int size = axis ? levels.level[l].height : levels.level[l].width;
+      int low = size, high = -1;
+#pragma unroll 1
+      for (int i = lane; i < part.count; i += kWarp) {
+        if (run == 1) low = size, high = -1;
+        const int64_t at = query_at(part.first + i, levels, problem.levels);
+        const auto query = points.find(problem, part.batch, at, part.head);
+#pragma unroll 1
+        for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
+          const auto location = points.location(query, k, l, levels);
+          const auto along = axis ? location.at[1] : location.at[0];
+          using Sum = std::decay_t<decltype(along)>;
+          int pixel;
+          Sum fraction;
+          if (!pixel_of<Numbers<Sum>>(along, size, pixel, fraction)) continue;
+          low = min(low, max(pixel, 0));
+          high = max(high, min(pixel + 1, size - 1));
+        }
+        if (run == 1) to[i].low[axis] = low, to[i].high[axis] = high;
       }
-      if (run == 1) to[i] = box;
+      if (run == 1) continue;
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+        low = min(low, __shfl_xor_sync(kAllLanes, low, step));
+        high = max(high, __shfl_xor_sync(kAllLanes, high, step));
+      }
+      if (lane == 0) to->low[axis] = low, to->high[axis] = high;
     }
-    if (run == 1) continue;
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      box.left = min(box.left, __shfl_xor_sync(kAllLanes, box.left, step));
-      box.top = min(box.top, __shfl_xor_sync(kAllLanes, box.top, step));
-      box.right = max(box.right, __shfl_xor_sync(kAllLanes, box.right, step));
-      box.bottom = max(box.bottom, __shfl_xor_sync(kAllLanes, box.bottom, step));
-    }
-    if (lane == 0) *to = box;
   }
 }
 
@@ -142,6 +146,7 @@ struct Staged {
                // its gradients by x and y, and the same times its offset
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
+  Sum weight[Points::kLayer ? kWarp : 1];   // of a layer's points, an exponential each
   Sum by_weight[Points::kLayer ? kKept<Sum> : 1];
 };
 
@@ -232,6 +237,7 @@ __global__ void __launch_bounds__(kBlock, 4)
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
         staged.corner[teams.lane] =
             corner_of<Sum, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
+        if constexpr (Points::kLayer) staged.weight[teams.lane] = sample.weight;
 #pragma unroll
         for (int i = 0; i < 4; ++i) staged.dot[teams.lane][i] = 0;
       }
@@ -304,11 +310,14 @@ __global__ void __launch_bounds__(kBlock, 4)
       }
       __syncwarp();
       if (stages) {  // the point once more: registers are few, its numbers are in the cache
-        const Sample<Sum> sample = points.at(query, k_staged, level, levels);
+        const auto location = points.location(query, k_staged, level, levels);
+        const Sum weight =
+            Points::kLayer ? staged.weight[teams.lane] : points.weight(query, k_staged);
         Footprint<Sum> foot;
-        foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
+        foot.place(location.at[0], location.at[1], levels.level[level].height,
+                   levels.level[level].width);
         const auto gradient =
-            point_gradient(foot, levels.level[level], sample.weight, staged.dot[teams.lane]);
+            point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane]);
         const int64_t point = query.first_point + k_staged;
         if constexpr (Points::kLayer) {
           const bool empty = levels.level[level].height == 0;
@@ -320,7 +329,7 @@ __global__ void __launch_bounds__(kBlock, 4)
           staged.dot[teams.lane][1] = gradient.y;
           staged.dot[teams.lane][2] = gradient.x * moved.at[0];
           staged.dot[teams.lane][3] = gradient.y * moved.at[1];
-          mean += sample.weight * gradient.weight;
+          mean += weight * gradient.weight;
           by_weight(k_staged) = gradient.weight;
         } else {
           gradients.set(point, gradient);
@@ -475,9 +484,9 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
         if (base + lane * kGatherWarps + warp < runs) {
           const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * runs +
                                        base + lane * kGatherWarps + warp];
-          near = box.left <= box.right &&
-                 (l != tile.level || (box.left < tile.x + kWidth && box.right >= tile.x &&
-                                      box.top < tile.y + kTileHeight && box.bottom >= tile.y));
+          near = box.low[0] <= box.high[0] &&
+                 (l != tile.level || (box.low[0] < tile.x + kWidth && box.high[0] >= tile.x &&
+                                      box.low[1] < tile.y + kTileHeight && box.high[1] >= tile.y));
         }
         const unsigned near_runs = __ballot_sync(kAllLanes, near);
         const int total = __popc(near_runs) * run * count;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -75,7 +76,15 @@ def compiled(source: str, output: str, *flags: str, link: tuple[str, ...] | None
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{os.getpid()}.{output}")
+    with target.with_name(f"{output}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes compiles it
+        if not target.exists():
+            _compile(source, target, command, link)
+    return target
+
+
+def _compile(source: str, target: Path, command: list[str], link: tuple[str, ...] | None) -> None:
+    unfinished = target.with_name(f"unfinished.{target.name}")
     if link is None:
         _run([*command, str(HERE / source), "-o", str(unfinished), "-ldl"])
     else:
@@ -83,8 +92,7 @@ def compiled(source: str, output: str, *flags: str, link: tuple[str, ...] | None
         _run([*command, "-c", str(HERE / source), "-o", str(objects)])
         _run([COMPILER, *link, str(objects), "-o", str(unfinished), "-ldl"])
         objects.unlink()
-    unfinished.replace(target)  # at once, whoever else builds it
-    return target
+    unfinished.replace(target)  # at once: no half a file is ever taken for whole
 
 
 @functools.cache

@@ -82,7 +82,7 @@ bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
   return true;
 }
 
-// Gradients as plan_backward and backward_call take them; of a layer, as Outputs says.
+// What a backward pass gives. Of a layer, locations and weights are its offsets and logits.
 template <typename T>
 struct Gradients {
   std::vector<T> value;

@@ -64,8 +64,4 @@ def test_bounds_of_blocks_that_do_not_run(encoder: bool) -> None:
     kernels.backward(inputs.grad_output, *arguments, way="gather", targets=targets)
     made = torch.empty_like(targets[5])
     traffic.fill_bounds(inputs, made)
-    true, made = (t.view(torch.int32).view(-1, 4) for t in (targets[5], made))
-    there = true[:, 0] <= true[:, 2]
-    assert there.any()
-    assert torch.equal(there, made[:, 0] <= made[:, 2])
-    assert torch.equal(true[there], made[there])
+    assert torch.equal(targets[5], made)
