@@ -91,11 +91,11 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 
 // bounds [batch, heads, levels, runs]: the columns and rows of pixels that each `run` queries touch,
 // one after the other in the order of visits: all of a block, or one. The warps of the block take the
-// levels by turns, a lane per query, and x before y, for registers are few; the locations are still
-// in the cache.
+// levels by turns, a lane per query; the locations are still in the cache. x before y, and a function
+// of its own: inlined, it makes registers of the kernel spill.
 template <typename Points>
-__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
-                              const Points& points, const Part& part, int run, Rectangle* bounds) {
+__device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& levels, Points points,
+                                           const Part& part, int run, Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
