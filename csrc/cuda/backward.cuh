@@ -94,8 +94,9 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 // levels by turns, a lane per query; the locations are still in the cache. x before y, and a function
 // of its own: inlined, it makes registers of the kernel spill.
 template <typename Points>
-__device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& levels, Points points,
-                                           const Part& part, int run, Rectangle* bounds) {
+__device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& levels,
+                                           Points points, const Part& part, int run,
+                                           Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
