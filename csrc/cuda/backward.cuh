@@ -186,7 +186,7 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 // Works as `forward_teams` does, on the same blocks. `grad_value` is added to and `bounds` is null
 // where kScatter; elsewhere `grad_value` is not touched and `bounds` is written.
 template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
-__global__ void __launch_bounds__(kBlock, 4)
+__global__ void __launch_bounds__(kBlock, kResident<Real<T>>)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                    const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
                    typename Points::Gradients gradients, Rectangle* __restrict__ bounds, int run,
