@@ -94,7 +94,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     """Counts of the forward kernels and of each way to the gradients."""
     inputs = draw(workload, dtype=DTYPES[dtype])
     # of an encoder's two, which have half of the heads: looking along an axis, and not
-    processors = [0, 33] if workload.encoder else list(range(KERNELS.processors))
+    processors = [0, 33] if workload.encoder else list(range(0, KERNELS.processors, 3))
     counter = Counter(inputs.attention_weights.numel(), processors)
     given, layer = _arguments(inputs), _layer_arguments(inputs)
     names = ("value", "shapes", "starts")
