@@ -14,15 +14,13 @@ namespace deform_attn {
 
 constexpr int kBlock = 256;  // the most threads of a block
 
-// Blocks that a multiprocessor must hold: half of its threads or more. Where it has 1536, sums in
-// double get the registers of the fourth.
+// Blocks that are half of a multiprocessor's threads, or more. Kernels whose shared memory leaves no
+// room for a fourth where there are 1536, take its registers.
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-template <typename Sum>
-constexpr int kResident = sizeof(Sum) == 8 ? 3 : 4;
+constexpr int kHalf = 3;
 #else
-template <typename Sum>
-constexpr int kResident = 4;
+constexpr int kHalf = 4;
 #endif
 
 template <typename T>
