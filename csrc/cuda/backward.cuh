@@ -186,7 +186,7 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 // Works as `forward_teams` does, on the same blocks. `grad_value` is added to and `bounds` is null
 // where kScatter; elsewhere `grad_value` is not touched and `bounds` is written.
 template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kHalf : 4)
+__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                    const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
                    typename Points::Gradients gradients, Rectangle* __restrict__ bounds, int run,
@@ -437,7 +437,7 @@ __device__ inline bool overlap(const Level& a, const Level& b) {
 // bits every time. Levels may overlap: the first level that a row of `value` belongs to owns it, and
 // its tiles gather the points of the other levels too. Rows of no level get zeros.
 template <typename T, typename Points>
-__global__ void __launch_bounds__(kGatherWarps* kWarp, kHalf)
+__global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
     backward_gather(Problem problem, LevelTable table, Points points,
                     const T* __restrict__ grad_output, const Rectangle* __restrict__ bounds,
                     T* __restrict__ grad_value, int run) {

@@ -18,9 +18,9 @@ constexpr int kBlock = 256;  // the most threads of a block
 // room for a fourth where there are 1536, take its registers.
 #if defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kHalf = 3;
+constexpr int kLeastBlocks = 3;
 #else
-constexpr int kHalf = 4;
+constexpr int kLeastBlocks = 4;
 #endif
 
 template <typename T>
