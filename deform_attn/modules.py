@@ -513,16 +513,20 @@ class MSDeformableAttention(_Attention):
             ValueError: a shape, device or mask does not fit; the message names the argument.
         """
         if not isinstance(value, Tensor):
-            value = self._joined(value)
+            value = self._joined(value, value_spatial_shapes)
         return self._attend(query, reference_points, value, value_spatial_shapes, None, value_mask)
 
-    def _joined(self, levels: Sequence[Tensor]) -> Tensor:
+    def _joined(self, levels: Sequence[Tensor], spatial_shapes: Levels) -> Tensor:
         """``[batch, rows, embed_dim]`` of D-FINE's ``[batch, heads, head_dim, rows]`` by level."""
-        head_dim = self.embed_dim // self.num_heads
-        for level in levels:
-            if level.dim() != 4 or level.shape[1:3] != (self.num_heads, head_dim):
+        shape = [self.num_heads, self.embed_dim // self.num_heads]
+        listed = not isinstance(spatial_shapes, Tensor) and not torch.compiler.is_compiling()
+        for i, level in enumerate(levels):
+            rows = level.shape[-1]
+            if listed and i < len(spatial_shapes):
+                rows = math.prod(spatial_shapes[i])
+            if level.dim() != 4 or [*level.shape[1:]] != [*shape, rows]:
                 raise ValueError(
-                    f"value: expected [batch, {self.num_heads}, {head_dim}, height * width] for "
-                    f"each level, got {tuple(level.shape)}"
+                    f"value: expected shape [batch, {shape[0]}, {shape[1]}, height * width], that "
+                    f"of level {i} with {rows} pixels, got {tuple(level.shape)}"
                 )
         return torch.cat([level.permute(0, 3, 1, 2) for level in levels], 1).flatten(2)

@@ -14,6 +14,7 @@ import deform_attn
 from deform_attn import formula, ms_deform_attn_fused
 
 SHAPES = [(7, 5), (3, 4), (1, 1)]
+SIZES = [side for shape in SHAPES for side in shape]
 ROWS = sum(height * width for height, width in SHAPES)
 BATCH, QUERIES, HEADS = 2, 9, 3
 
@@ -46,8 +47,7 @@ def draw(
 
 def truth(inputs: tuple[Tensor, ...], num_points: list[int] | None, scale: float) -> Tensor:
     value, reference, offsets, logits = inputs
-    sizes = [side for shape in SHAPES for side in shape]
-    return formula.layer(value, None, None, reference, offsets, logits, sizes, num_points, scale)
+    return formula.layer(value, None, None, reference, offsets, logits, SIZES, num_points, scale)
 
 
 def with_gradients(function, inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
@@ -145,10 +145,18 @@ def test_gradcheck(size: int) -> None:
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-def test_operator_checks() -> None:
-    value, *rest = (t.requires_grad_() for t in draw(torch.float64, size=4, queries=2))
-    operands = (value, torch.tensor(SHAPES), None, *rest, None, None, 0.5)
+@pytest.mark.parametrize("num_points", [None, [3, 0, 2]], ids=["uniform", "listed"])
+def test_operator_checks(num_points: list[int] | None) -> None:
+    """Forward and backward; sizes as a tensor, and as numbers."""
+    value, *rest = (
+        t.requires_grad_() for t in draw(torch.float64, size=4, queries=2, num_points=num_points)
+    )
+    levels = (torch.tensor(SHAPES), None) if num_points is None else (None, SIZES)
+    operands = (value, levels[0], None, *rest, levels[1], num_points, 0.5)
     torch.library.opcheck(torch.ops.deform_attn.ms_deform_attn_fused.default, operands)
+    grad = torch.randn(BATCH, 2, HEADS * 20, dtype=torch.float64, requires_grad=True)
+    backward = torch.ops.deform_attn.ms_deform_attn_fused_backward.default
+    torch.library.opcheck(backward, (grad, *operands, False))
 
 
 def test_compiles_to_one_node() -> None:
