@@ -15,8 +15,6 @@ from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Digits
 from deform_attn.detr.evaluate import average_precision
 from deform_attn.detr.predict import SHIPPED
-
-sys.path.insert(0, str(Path(__file__).parents[2]))
 from examples import detect_digits
 
 IMAGES = 40
