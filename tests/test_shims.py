@@ -116,7 +116,7 @@ def test_unmodified_checkout(
     runner: Runner, dtypes: Dtypes, case: Any, peer: str, checkout: Path
 ) -> None:
     """Forward and backward through the repository's own autograd Function, against the oracle."""
-    with install_shims() as shims:
+    with install_shims(override=True) as shims:
         assert SHIMS[peer] in shims.installed
         function = function_of(peer)
         inputs = case.make(dtypes, runner.device).leaves()
@@ -132,7 +132,7 @@ def test_unmodified_checkout(
 @pytest.mark.parametrize("peer", PEERS)
 def test_gradcheck_through_the_checkout(peer: str, checkout: Path) -> None:
     inputs = CASES["one_of_each"].make(DTYPES["f64"]).leaves()
-    with install_shims(SHIMS[peer]):
+    with install_shims(SHIMS[peer], override=True):
         function = function_of(peer)
         assert torch.autograd.gradcheck(
             lambda *tensors: function.apply(*inputs.replace_tensors(*tensors).arguments, 1),
@@ -143,7 +143,7 @@ def test_gradcheck_through_the_checkout(peer: str, checkout: Path) -> None:
 @pytest.mark.parametrize("name", ["MSDeformAttnFunction", "MultiScaleDeformableAttnFunction"])
 def test_function_that_comes_with_the_extension(name: str) -> None:
     inputs = CASES["non_square"].make(DTYPES["f32"]).leaves()
-    with install_shims():
+    with install_shims(override=True):
         function = getattr(importlib.import_module("MultiScaleDeformableAttention"), name)
     output = function.apply(*inputs.arguments, 64)
     assert torch.equal(output, deform_attn.ms_deform_attn(*inputs.arguments))
@@ -159,7 +159,7 @@ def mixed(inputs: Inputs) -> Inputs:
 
 def test_gradients_have_the_dtypes_of_their_tensors() -> None:
     inputs = mixed(CASES["non_square"].make(DTYPES["f32"]))
-    with install_shims():
+    with install_shims(override=True):
         extension = importlib.import_module("MultiScaleDeformableAttention")
         output = extension.ms_deform_attn_forward(*inputs.arguments, 64)
         grads = extension.ms_deform_attn_backward(*inputs.arguments, torch.ones_like(output), 64)
@@ -170,7 +170,7 @@ def test_gradients_have_the_dtypes_of_their_tensors() -> None:
 
 def test_bad_calls_are_named() -> None:
     inputs = CASES["non_square"].make(DTYPES["f32"])
-    with install_shims():
+    with install_shims(override=True):
         extension = importlib.import_module("MultiScaleDeformableAttention")
         bad = inputs.replace(attention_weights=inputs.attention_weights[:, :4])
         with pytest.raises(ValueError, match="^attention_weights: expected"):
@@ -182,12 +182,12 @@ def test_bad_calls_are_named() -> None:
 
 
 def test_mmcv_lacks_other_operators_loudly() -> None:
-    with install_shims("mmcv._ext"):
+    with install_shims("mmcv._ext", override=True):
         extension = importlib.import_module("mmcv._ext")
         with pytest.raises(NotImplementedError, match=r"mmcv._ext.roi_align_forward"):
             extension.roi_align_forward(1, 2)
         assert not hasattr(extension, "__path__")
-    with install_shims("detrex._C"):
+    with install_shims("detrex._C", override=True):
         assert not hasattr(importlib.import_module("detrex._C"), "dcn_v3_forward")
 
 
@@ -219,7 +219,7 @@ def test_a_real_extension_is_left_alone(checkout: Path, imported: bool) -> None:
 
 def test_report_and_removal() -> None:
     before = dict(sys.modules)
-    first = install_shims()
+    first = install_shims(override=True)
     second = install_shims()
     assert not second.installed
     assert set(second.left.values()) == {"installed before"}

@@ -10,9 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matplotlib.axes import Axes
-from matplotlib.image import imread
-from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
@@ -26,6 +23,11 @@ from deform_attn import (
     ms_deform_attn,
     viz,
 )
+
+pytest.importorskip("matplotlib")
+from matplotlib.axes import Axes
+from matplotlib.image import imread
+from PIL import Image
 
 B, Q, M, P = 2, 5, 4, 3
 SHAPES = [(8, 6), (4, 3)]
@@ -287,6 +289,57 @@ def test_nothing_recorded() -> None:
         module(*arguments())
     with pytest.raises(LookupError, match="layer: expected one of MSDeformAttn, got 'encoder'"):
         seen["encoder"]
+
+
+# --- models of transformers
+
+
+def test_a_stock_model_with_a_padded_image() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.DeformableDetrConfig(
+        use_timm_backbone=False,
+        use_pretrained_backbone=False,
+        backbone=None,
+        backbone_config=transformers.ResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 8, 8, 8],
+            depths=[1, 1, 1, 1],
+            layer_type="basic",
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=M,
+        decoder_attention_heads=M,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=Q,
+    )
+    model = transformers.DeformableDetrModel(config).eval()
+    mask = torch.zeros(B, 64, 128, dtype=torch.long)
+    mask[0], mask[1, :32, :96] = 1, 1  # the second image is 32 x 96
+    with torch.no_grad(), viz.record(model) as seen:
+        model(torch.rand(B, 3, 64, 128), pixel_mask=mask)
+    assert seen.layers == [
+        "encoder.layers.0.self_attn",
+        *("decoder.layers.0.encoder_attn", "decoder.layers.1.encoder_attn"),
+    ]
+    encoder = seen[0]
+    assert encoder.spatial_shapes[:3] == ((8, 16), (4, 8), (2, 4))
+    assert encoder.reference_points is not None
+    for call in seen:
+        assert call.valid_ratios is not None
+        assert call.valid_ratios[1, :3].tolist() == [[0.75, 0.5]] * 3
+    # a query for each pixel: that of a level's pixel is found from the place where it is drawn
+    picture = torch.rand(3, 32, 96)
+    for row, (x, y) in ((2 * 16 + 5, (43.5, 19.5)), (128 + 1 * 8 + 3, (55.5, 23.5))):
+        found = viz.choose_query(encoder, picture, pixel=(x, y), batch=1, padded=False)
+        assert found == row
+        axes = viz.draw(picture, encoder, row, batch=1, padded=False)
+        np.testing.assert_allclose(axes.lines[-1].get_xydata(), [[x, y]], rtol=1e-5)
+    sampled = viz.draw(picture, seen[-1], 0, batch=1, padded=False)
+    assert len(drawn_points(sampled)[0]) == M * 4 * 4
 
 
 # --- choosing a query

@@ -129,6 +129,11 @@ Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
                : torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
+Tensor gradient_of_value(const Tensor& value, const BackwardPlan& plan) {
+  return plan.zeros ? torch::stable::new_zeros(value, value.sizes())
+                    : torch::stable::new_empty(value, value.sizes());
+}
+
 Tensor forward_with(bool plain, const Tensor& value, const MaybeTensor& spatial_shapes,
                     const MaybeTensor& level_start_index, const Tensor& sampling_locations,
                     const Tensor& attention_weights, const MaybeSizes& level_sizes,
@@ -156,9 +161,9 @@ Gradients backward_with(const Choice& way_of, const Tensor& grad_output, const T
   const Tensor locations = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output);
   const Inputs in = inputs_of(call, levels, locations);
-  const BackwardPlan plan = plan_backward(in.problem, in.type, way_of(in.problem));
+  const BackwardPlan plan = plan_backward(in, way_of(in.problem), here.device);
 
-  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes());
+  Tensor grad_value = gradient_of_value(call.value, plan);
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
   const Tensor sums = bytes_of(call.value, plan.sums, true);
@@ -242,25 +247,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
   const Tensor offsets = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output);
   const Inputs in = inputs_of(call, levels, offsets, offset_scale);
-  const BackwardPlan plan =
-      plan_backward(in.problem, in.type, chosen_way(in.problem, deterministic));
+  const BackwardPlan plan = plan_backward(in, chosen_way(in.problem, deterministic), here.device);
 
-  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes());
+  Tensor grad_value = gradient_of_value(call.value, plan);
   // zeros: a call without points has none of the gradients below written
   Tensor grad_reference = torch::stable::new_zeros(*call.reference, call.reference->sizes());
   Tensor grad_offsets = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_logits = torch::stable::new_empty(call.weights, call.weights.sizes());
-  const ScalarType real = call.real_type();
-  const Tensor locations = torch::stable::new_empty(call.locations, call.locations.sizes(), real);
-  const Tensor weights = torch::stable::new_empty(call.weights, call.weights.sizes(), real);
   const Tensor sums = bytes_of(call.value, plan.sums, true);
   const Tensor bounds = bytes_of(call.value, plan.bounds, false);
   const Tensor statistics = bytes_of(call.value, plan.statistics, false);
-  const Outputs out = {grad_value.mutable_data_ptr(),     locations.mutable_data_ptr(),
-                       weights.mutable_data_ptr(),        sums.mutable_data_ptr(),
-                       bounds.mutable_data_ptr(),         statistics.mutable_data_ptr(),
-                       grad_reference.mutable_data_ptr(), grad_offsets.mutable_data_ptr(),
-                       grad_logits.mutable_data_ptr()};
+  const Tensor by_weight = bytes_of(call.value, plan.by_weight, false);
+  const Tensor parts = bytes_of(call.value, plan.parts, false);
+  const Outputs out = {grad_value.mutable_data_ptr(),  grad_offsets.mutable_data_ptr(),
+                       grad_logits.mutable_data_ptr(), grad_reference.mutable_data_ptr(),
+                       sums.mutable_data_ptr(),        bounds.mutable_data_ptr(),
+                       statistics.mutable_data_ptr(),  by_weight.mutable_data_ptr(),
+                       parts.mutable_data_ptr()};
   backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
   return {grad_value, grad_reference, grad_offsets, grad_logits};
 }

@@ -337,6 +337,8 @@ def forward(
     softmax = ()
     if REFERENCE > 0:
         softmax = _softmax(weights, vector, on_query, POINTS, BLOCK_K)
+    locations += 2 * POINTS * vector
+    weights += POINTS * vector
     total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     behind = tl.zeros([], tl.int64)
     for number in range(len(COUNTS)):
@@ -358,7 +360,7 @@ def forward(
         )
         for first in range(first_point, last_point, UNROLL):
             for step in tl.static_range(UNROLL):
-                point = vector * POINTS + first + step
+                point = first + step
                 row, on, share, weight, x_offset, y_offset, right, down, hit = _sample(
                     locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
                 )

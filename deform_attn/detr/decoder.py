@@ -143,10 +143,16 @@ class SelectedQueries(nn.Module):
         self.sines = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)) if sines else None
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
-        """Queries of each image, and the proposals for the criterion."""
+        """Queries of each image, and the proposals for the criterion.
+
+        Raises:
+            ValueError: there are fewer pixels than queries.
+        """
         anchors, valid = proposals(memory)
         features = self.norm(self.project(memory.features * valid))
         logits = self.classes(features)
+        if logits.shape[1] < self.number:
+            raise ValueError(f"memory: expected {self.number} pixels, got {logits.shape[1]}")
         score = logits[..., 0] if self.objectness else logits.amax(-1)
         top = score.topk(self.number, 1).indices[..., None]
 

@@ -18,7 +18,15 @@ from torch.nn import functional as F
 
 from deform_attn.detr.boxes import overlap
 from deform_attn.detr.dfine import EdgeBins
-from deform_attn.detr.matching import Hungarian, OneToMany, Pairs, Prediction, Target, union
+from deform_attn.detr.matching import (
+    Hungarian,
+    OneToMany,
+    Pairs,
+    Prediction,
+    Target,
+    check_targets,
+    union,
+)
 
 # (logits, one-hot targets, one-hot times IoU) -> the loss of each logit
 Classification = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -147,14 +155,20 @@ class Criterion(nn.Module):
         Args:
             outputs: a detector's.
             targets: ``{"labels": [n], "boxes": [n, 4]}`` of each image.
+
+        Raises:
+            ValueError: a target does not fit; the message names it.
         """
-        count = object_count(targets, outputs["logits"].device)
+        logits = outputs["logits"]  # a softmax has "no object" as its last class
+        classes = logits.shape[-1] - (self.classification in (softmax, cross_entropy))
+        check_targets(targets, logits.shape[1], classes)
+        count = object_count(targets, logits.device)
         matched = list(self.matched(outputs, targets))
         shared = union([pairs for *_, pairs in matched])
         positives = sum(len(queries) for queries, _ in shared)
         of_shared = averaged(count.new_tensor(float(positives)))
         # Denoising queries' edges are balanced as the matched ones', as in the official code.
-        balance = (positives, outputs["logits"][0, ..., 0].numel() - positives)
+        balance = (positives, logits[0, ..., 0].numel() - positives)
         found = {}
 
         for name, prediction, goals, pairs in matched:

@@ -22,6 +22,26 @@ Target = Mapping[str, Tensor]
 Pairs = list[tuple[Tensor, Tensor]]
 
 
+def check_targets(targets: Sequence[Target], images: int, classes: int) -> None:
+    """Raise a ValueError that names what is wrong with the targets of a batch, if anything is."""
+    if len(targets) != images:
+        raise ValueError(f"targets: expected {images}, one an image, got {len(targets)}")
+    for i, target in enumerate(targets):
+        labels, boxes = target["labels"], target["boxes"]
+        if labels.dim() != 1 or labels.is_floating_point():
+            got = f"{labels.dtype} {tuple(labels.shape)}"
+            raise ValueError(f"targets[{i}]['labels']: expected integers of shape [n], got {got}")
+        if boxes.shape != (len(labels), 4):
+            got = f"{tuple(boxes.shape)}"
+            raise ValueError(f"targets[{i}]['boxes']: expected [{len(labels)}, 4], got {got}")
+        if not ((labels >= 0) & (labels < classes)).all():
+            got = f"{labels.min()} to {labels.max()}"
+            raise ValueError(f"targets[{i}]['labels']: expected 0 to {classes - 1}, got {got}")
+        if not ((boxes > -1e-3) & (boxes < 1 + 1e-3)).all():
+            got = f"{boxes.min():.4g} to {boxes.max():.4g}"
+            raise ValueError(f"targets[{i}]['boxes']: expected cxcywh in [0, 1], got {got}")
+
+
 def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
     """Rows and columns of the assignment of least total cost (Hungarian method)."""
     rows, columns = linear_sum_assignment(cost.detach().cpu().double().numpy())

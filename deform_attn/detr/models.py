@@ -25,7 +25,7 @@ from deform_attn.detr.boxes import to_corners
 from deform_attn.detr.denoising import Denoising, Noised
 from deform_attn.detr.dfine import EdgeBins, FineHeads
 from deform_attn.detr.losses import Criterion
-from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Target
+from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Target, check_targets
 
 Outputs = dict[str, Any]
 Results = list[dict[str, Tensor]]
@@ -112,9 +112,18 @@ class Detector(nn.Module):
         Returns:
             ``logits [layers, B, Q, C]`` and ``boxes [layers, B, Q, 4]``; where a system has them,
             ``encoder``, ``dn``, ``pre``, ``o2m`` and ``sep``: dicts of the like.
+
+        Raises:
+            ValueError: a shape or target does not fit; the message names the argument.
         """
+        if images.dim() != 4 or images.shape[1] != 3:
+            raise ValueError(f"images: expected shape [B, 3, H, W], got {tuple(images.shape)}")
+        if mask is not None and (mask.dtype, mask.shape) != (torch.bool, images[:, 0].shape):
+            shape, got = list(images[:, 0].shape), f"{mask.dtype} {tuple(mask.shape)}"
+            raise ValueError(f"mask: expected bool of shape {shape}, True for padding, got {got}")
         noised = None
         if self.training and self.denoising is not None and targets is not None:
+            check_targets(targets, len(images), self.denoising.classes)
             noised = self.denoising.noise(targets)
         return self.detect(self.encoder(self.backbone(images), mask), noised)
 

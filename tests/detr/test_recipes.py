@@ -285,3 +285,36 @@ def test_edges_are_found_again(scale: float) -> None:
     p.scatter_add_(-1, left[..., None] + 1, right_weight[..., None])
     found = bins.boxes(initial, p.log().flatten(1))
     torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+
+
+GOOD = TARGETS[0]
+BAD: list[tuple[list[Any], str]] = [
+    ([GOOD], r"targets: expected 2, one an image, got 1"),
+    ([GOOD, {**GOOD, "labels": torch.tensor([0.0, 1.0])}], r"\[1\]\['labels'\]: expected integers"),
+    ([GOOD, {**GOOD, "boxes": torch.rand(3, 4)}], r"expected \[2, 4\], got \(3, 4\)"),
+    ([GOOD, {**GOOD, "labels": torch.tensor([0, 3])}], r"expected 0 to 2, got 0 to 3"),
+    ([{**GOOD, "boxes": GOOD["boxes"] * 64}, GOOD], r"\[0\]\['boxes'\]: expected cxcywh in"),
+    ([{**GOOD, "boxes": GOOD["boxes"] * torch.nan}, GOOD], r"got nan"),
+]
+
+
+@pytest.mark.parametrize(("targets", "message"), BAD)
+@pytest.mark.parametrize("name", ["dino", "detr"])
+def test_bad_targets(name: str, targets: Any, message: str) -> None:
+    model, criterion, _ = made(name)
+    images = torch.rand(2, 3, 64, 64)
+    with pytest.raises(ValueError, match=message):
+        criterion(model(images), targets)
+    if name == "dino":
+        with pytest.raises(ValueError, match=message):
+            model(images, None, targets)
+
+
+def test_bad_images() -> None:
+    model = made("dino").model
+    with pytest.raises(ValueError, match=r"images: expected shape \[B, 3, H, W\], got \(1, 1, 64"):
+        model(torch.rand(1, 1, 64, 64))
+    with pytest.raises(ValueError, match=r"mask: expected bool of shape \[1, 64, 64\]"):
+        model(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64))
+    with pytest.raises(ValueError, match=r"memory: expected 12 pixels, got 6"):
+        model.eval()(torch.rand(1, 3, 8, 8))
