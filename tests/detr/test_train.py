@@ -179,9 +179,12 @@ def test_rates_and_decay_are_those_of_the_parameter() -> None:
     groups = parameter_groups(model, settings)
     rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(rates) == len(list(model.parameters()))
+    slow = [name for name, _ in model.named_parameters() if "sampling_offsets" in name]
+    assert len(slow) == 2 * 3  # one layer of the encoder, two of the decoder
+    slow += ["queries.points.weight", "queries.points.bias"]
+    assert set(slow) < {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        slow = "sampling_offsets" in name or "reference_points" in name
-        lr = 1e-3 * (0.5 if name.startswith("backbone.") else 0.1 if slow else 1)
+        lr = 1e-3 * (0.5 if name.startswith("backbone.") else 0.1 if name in slow else 1)
         assert rates[id(parameter)] == (lr, 1e-4 if parameter.dim() > 1 else 0), name
 
 
