@@ -4,7 +4,7 @@
 //                     as the yardstick and as the text to read first
 //   backward_teams    gradients of points and weights, or of a layer's offsets and logits, summed in
 //                     the lanes. Where kScatter, the gradient of value too, with the widest atomics
-//                     there are; elsewhere the pixels that the block's queries reach
+//                     there are; elsewhere the pixels that the queries reach
 //   backward_gather   the gradient of value without atomics: each tile of pixels gathers from the
 //                     queries that reach it, always in the same order
 //   sum_heads         what the heads add to the gradient of a layer's reference points
@@ -80,45 +80,55 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// Pixels from (left, top) to (right, bottom), both on it; empty where right < left.
+// Pixels from `low` to `high`, both (x, y) and on it; empty where high < low.
 struct alignas(16) Rectangle {
-  int left, top, right, bottom;
+  int low[2], high[2];
 };
 
-// The part of the queries that block `part` of a head works on has number part.first / positions.
-__device__ inline int64_t parts_of(const Problem& problem, int positions) {
-  return (problem.queries + positions - 1) / positions;
+__device__ inline int64_t runs_of(const Problem& problem, int run) {
+  return (problem.queries + run - 1) / run;
 }
 
-// bounds [batch, heads, levels, parts]: the pixels that the queries of a part touch. The warps of the
-// block take the levels by turns, a lane per query; the locations are still in the cache.
+// bounds [batch, heads, levels, runs]: the columns and rows of pixels that each `run` queries touch,
+// one after the other in the order of visits: all of a block, or one. The warps of the block take the
+// levels by turns, a lane per query, and x before y, for registers are few; the locations are still
+// in the cache.
 template <typename Points>
-__device__ void bound_part(const Problem& problem, const BlockLevels& levels, const Points& points,
-                           const Part& part, int positions, Rectangle* bounds) {
+__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
+                              const Points& points, const Part& part, int run, Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
-    const Level& level = levels.level[l];
-    Rectangle box = {level.width, level.height, -1, -1};
-    for (int i = lane; i < part.count; i += kWarp) {
-      const int64_t at = query_at(part.first + i, levels, problem.levels);
-      const auto query = points.find(problem, part.batch, at, part.head);
-      for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-        const auto location = points.location(query, k, l, levels);
-        Footprint<std::decay_t<decltype(location.at[0])>> foot;
-        if (!foot.place(location.at[0], location.at[1], level.height, level.width)) continue;
-        box = {min(box.left, max(foot.x, 0)), min(box.top, max(foot.y, 0)),
-               max(box.right, min(foot.x + 1, level.width - 1)),
-               max(box.bottom, min(foot.y + 1, level.height - 1))};
-      }
-    }
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      box.left = min(box.left, __shfl_xor_sync(kAllLanes, box.left, step));
-      box.top = min(box.top, __shfl_xor_sync(kAllLanes, box.top, step));
-      box.right = max(box.right, __shfl_xor_sync(kAllLanes, box.right, step));
-      box.bottom = max(box.bottom, __shfl_xor_sync(kAllLanes, box.bottom, step));
-    }
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
-    if (lane == 0) bounds[plane * parts_of(problem, positions) + part.first / positions] = box;
+    Rectangle* const to = bounds + plane * runs_of(problem, run) + part.first / run;
+#pragma unroll 1
+    for (int axis = 0; axis < 2; ++axis) {
+      const int size = axis ? levels.level[l].height : levels.level[l].width;
+      int low = size, high = -1;
+#pragma unroll 1
+      for (int i = lane; i < part.count; i += kWarp) {
+        if (run == 1) low = size, high = -1;
+        const int64_t at = query_at(part.first + i, levels, problem.levels);
+        const auto query = points.find(problem, part.batch, at, part.head);
+#pragma unroll 1
+        for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
+          const auto location = points.location(query, k, l, levels);
+          const auto along = axis ? location.at[1] : location.at[0];
+          using Sum = std::decay_t<decltype(along)>;
+          int pixel;
+          Sum fraction;
+          if (!pixel_of<Numbers<Sum>>(along, size, pixel, fraction)) continue;
+          low = min(low, max(pixel, 0));
+          high = max(high, min(pixel + 1, size - 1));
+        }
+        if (run == 1) to[i].low[axis] = low, to[i].high[axis] = high;
+      }
+      if (run == 1) continue;
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+        low = min(low, __shfl_xor_sync(kAllLanes, low, step));
+        high = max(high, __shfl_xor_sync(kAllLanes, high, step));
+      }
+      if (lane == 0) to->low[axis] = low, to->high[axis] = high;
+    }
   }
 }
 
@@ -136,6 +146,7 @@ struct Staged {
                // its gradients by x and y, and the same times its offset
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
+  Sum weight[Points::kLayer ? kWarp : 1];   // of a layer's points, an exponential each
   Sum by_weight[Points::kLayer ? kKept<Sum> : 1];
 };
 
@@ -159,6 +170,7 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
     const Sum portion = points.portion(level, levels);
     for (int j = teams.channel_lane(); j < size; j += teams.lanes()) {
       Sum sum = 0;
+#pragma unroll 1
       for (int k = begin; k < end; ++k) {
         sum += staged.dot[(k - first) * teams.count() + teams.team()][j];
       }
@@ -176,7 +188,7 @@ template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                    const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
-                   typename Points::Gradients gradients, Rectangle* __restrict__ bounds,
+                   typename Points::Gradients gradients, Rectangle* __restrict__ bounds, int run,
                    int positions, int lane_bits) {
   using Sum = Real<T>;
   constexpr int kWidth = kAtomicWidth<Sum, kVec>;
@@ -225,6 +237,7 @@ __global__ void __launch_bounds__(kBlock, 4)
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
         staged.corner[teams.lane] =
             corner_of<Sum, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
+        if constexpr (Points::kLayer) staged.weight[teams.lane] = sample.weight;
 #pragma unroll
         for (int i = 0; i < 4; ++i) staged.dot[teams.lane][i] = 0;
       }
@@ -297,11 +310,14 @@ __global__ void __launch_bounds__(kBlock, 4)
       }
       __syncwarp();
       if (stages) {  // the point once more: registers are few, its numbers are in the cache
-        const Sample<Sum> sample = points.at(query, k_staged, level, levels);
+        const auto location = points.location(query, k_staged, level, levels);
+        const Sum weight =
+            Points::kLayer ? staged.weight[teams.lane] : points.weight(query, k_staged);
         Footprint<Sum> foot;
-        foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
+        foot.place(location.at[0], location.at[1], levels.level[level].height,
+                   levels.level[level].width);
         const auto gradient =
-            point_gradient(foot, levels.level[level], sample.weight, staged.dot[teams.lane]);
+            point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane]);
         const int64_t point = query.first_point + k_staged;
         if constexpr (Points::kLayer) {
           const bool empty = levels.level[level].height == 0;
@@ -313,7 +329,7 @@ __global__ void __launch_bounds__(kBlock, 4)
           staged.dot[teams.lane][1] = gradient.y;
           staged.dot[teams.lane][2] = gradient.x * moved.at[0];
           staged.dot[teams.lane][3] = gradient.y * moved.at[1];
-          mean += sample.weight * gradient.weight;
+          mean += weight * gradient.weight;
           by_weight(k_staged) = gradient.weight;
         } else {
           gradients.set(point, gradient);
@@ -332,13 +348,14 @@ __global__ void __launch_bounds__(kBlock, 4)
         mean += __shfl_xor_sync(kAllLanes, mean, step);
       }
       const auto& query = staged.query[teams.lane % teams.count()];
+#pragma unroll 1
       for (int k = teams.lane / teams.count(); query.first_point >= 0 && k < problem.points;
            k += teams.lanes()) {
         gradients.set_logit(query.first_point + k, points.weight(query, k) * (by_weight(k) - mean));
       }
     }
   }
-  if constexpr (!kScatter) bound_part(problem, levels, points, part, positions, bounds);
+  if constexpr (!kScatter) bound_queries(problem, levels, points, part, run, bounds);
 }
 
 // backward_gather: a block owns a tile of kTileHeight x kTileWidth pixels of one head and 32 channels.
@@ -404,11 +421,17 @@ __device__ int64_t owned_row(const Tile& tile, int slot, const BlockLevels& leve
   return in_a_level(row, levels, tile.level) ? -1 : row;
 }
 
+// The place of the n-th bit that is set, n from 0.
+__device__ inline int nth_bit(unsigned bits, int n) {
+  for (; n > 0; --n) bits &= bits - 1;
+  return __ffs(bits) - 1;
+}
+
 __device__ inline bool overlap(const Level& a, const Level& b) {
   return a.start < b.start + area(b) && b.start < a.start + area(a);
 }
 
-// Every warp has its own sums of the whole tile and gathers from every kGatherWarps-th part of the
+// Every warp has its own sums of the whole tile and gathers from every kGatherWarps-th run of
 // queries; then the sums of the warps are added in their order. No atomic and no race: the same
 // bits every time. Levels may overlap: the first level that a row of `value` belongs to owns it, and
 // its tiles gather the points of the other levels too. Rows of no level get zeros.
@@ -416,7 +439,7 @@ template <typename T, typename Points>
 __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
     backward_gather(Problem problem, LevelTable table, Points points,
                     const T* __restrict__ grad_output, const Rectangle* __restrict__ bounds,
-                    T* __restrict__ grad_value, int positions) {
+                    T* __restrict__ grad_value, int run) {
   using Sum = Real<T>;
   constexpr int kWidth = kTileWidth<T>;
   __shared__ BlockLevels levels;
@@ -435,7 +458,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
   }
   read_levels(table, problem, levels);
   const bool on = first_channel + lane < problem.head_dim;
-  const int parts = static_cast<int>(parts_of(problem, positions));
+  const int runs = static_cast<int>(runs_of(problem, run));
   const auto row_of = [&](int64_t row) {
     return grad_value + problem.value_at(batch, row, head) + first_channel + lane;
   };
@@ -456,52 +479,61 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
     for (int l = 0; l < table.count; ++l) {
       if (!overlap(levels.level[l], levels.level[tile.level])) continue;
       const int count = levels.first_point[l + 1] - levels.first_point[l];  // points of a query
-      for (int base = 0; base < parts; base += kGatherWarps * kWarp) {
+      for (int base = 0; base < runs; base += kGatherWarps * kWarp) {
         bool near = false;
-        if (base + lane * kGatherWarps + warp < parts) {
-          const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * parts +
+        if (base + lane * kGatherWarps + warp < runs) {
+          const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * runs +
                                        base + lane * kGatherWarps + warp];
-          near = box.left <= box.right &&
-                 (l != tile.level || (box.left < tile.x + kWidth && box.right >= tile.x &&
-                                      box.top < tile.y + kTileHeight && box.bottom >= tile.y));
+          near = box.low[0] <= box.high[0] &&
+                 (l != tile.level || (box.low[0] < tile.x + kWidth && box.high[0] >= tile.x &&
+                                      box.low[1] < tile.y + kTileHeight && box.high[1] >= tile.y));
         }
-        for (unsigned near_parts = __ballot_sync(kAllLanes, near); near_parts;
-             near_parts &= near_parts - 1) {
-          const int part = base + (__ffs(near_parts) - 1) * kGatherWarps + warp;
-          const int64_t begin = int64_t{part} * positions;
-          const int queries = static_cast<int>(min(int64_t{positions}, problem.queries - begin));
-          // Lanes take the points one after the other: those of a query and level lie in a row.
-          for (int item = lane; item - lane < queries * count; item += kWarp) {
-            // This lane's point: which pixels of the tile it touches, -1 for those outside.
-            int slot[4] = {-1, -1, -1, -1};
-            Sum share[4] = {};
-            int64_t query = 0;
-            if (item < queries * count) {
-              query = query_at(begin + item / count, levels, table.count);
-              const auto sample = points.at(points.reopen(problem, batch, query, head),
-                                            levels.first_point[l] + item % count, l, levels);
-              Footprint<Sum> foot;
-              foot.place(sample.x, sample.y, levels.level[l].height, levels.level[l].width);
+        const unsigned near_runs = __ballot_sync(kAllLanes, near);
+        const int total = __popc(near_runs) * run * count;
+        // Lanes take the points one after the other: those of a query and level lie in a row.
+        for (int item = lane; item - lane < total; item += kWarp) {
+          // This lane's point: which pixels of the tile it touches, -1 for those outside.
+          int slot[4] = {-1, -1, -1, -1};
+          Sum share[4] = {};
+          bool hit = false;
+          int64_t query = 0;
+          const int place = item / count;
+          const int64_t position =
+              item < total
+                  ? int64_t{base + nth_bit(near_runs, place / run) * kGatherWarps + warp} * run +
+                        place % run
+                  : problem.queries;
+          if (position < problem.queries) {
+            query = query_at(position, levels, table.count);
+            const int k = levels.first_point[l] + item % count;
+            const auto location =
+                points.location(points.find(problem, batch, query, head), k, l, levels);
+            Footprint<Sum> foot;
+            foot.place(location.at[0], location.at[1], levels.level[l].height,
+                       levels.level[l].width);
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                if (foot.on[i])
-                  slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1), foot.y + (i >> 1), levels);
-                share[i] = foot.weight(i) * sample.weight;
-              }
+            for (int i = 0; i < 4; ++i) {
+              if (foot.on[i])
+                slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1), foot.y + (i >> 1), levels);
+              hit = hit || slot[i] >= 0;
             }
-            const bool hit = slot[0] >= 0 || slot[1] >= 0 || slot[2] >= 0 || slot[3] >= 0;
-            for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
-              const int from = __ffs(hits) - 1;
-              const int64_t source =
-                  problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
-              const Sum grad =
-                  on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+            if (hit) {  // of most points nothing but the location is read
+              const Sum weight = points.weight(points.reopen(problem, batch, query, head), k);
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int to = __shfl_sync(kAllLanes, slot[i], from);
-                const Sum part = __shfl_sync(kAllLanes, share[i], from);
-                if (to >= 0) sums[warp][to][lane] += part * grad;
-              }
+              for (int i = 0; i < 4; ++i) share[i] = foot.weight(i) * weight;
+            }
+          }
+          for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
+            const int from = __ffs(hits) - 1;
+            const int64_t source =
+                problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
+            const Sum grad =
+                on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int to = __shfl_sync(kAllLanes, slot[i], from);
+              const Sum part = __shfl_sync(kAllLanes, share[i], from);
+              if (to >= 0) sums[warp][to][lane] += part * grad;
             }
           }
         }

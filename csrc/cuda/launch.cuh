@@ -171,10 +171,14 @@ inline void forward_call(const Inputs& in, void* output, const Device& device, b
 enum class Way { kPlain, kScatter, kGather };
 
 // Gathering costs a look at every tile of the maps, scattering an atomic for every pixel of a point:
-// gather where a pixel of value is hit at least once on average.
-inline Way chosen_way(const Problem& problem, bool deterministic) {
+// gather where a pixel of value is hit at least once on average. Before sm_90 an atomic adds one
+// float at a time, 126 a point on rtdetr_decoder_640; gathering moves fewer bytes through L2 there
+// (846 a point against 1125; dino_decoder_900q 795 against 1062), though more through L1: gather.
+// From sm_90 on an atomic adds four. By `make traffic`, an estimate until a GPU has timed it.
+inline Way chosen_way(const Problem& problem, bool deterministic, const Device& device) {
   const bool dense = problem.queries * problem.points >= problem.rows;
-  return deterministic || dense ? Way::kGather : Way::kScatter;
+  const bool gathers = deterministic || dense || device.capability < 90;
+  return gathers ? Way::kGather : Way::kScatter;
 }
 
 // Working memory, in bytes.
@@ -187,6 +191,12 @@ struct BackwardPlan {
   size_t by_weight;   // of LayerPointGradients
   size_t parts;       // of LayerPointGradients
 };
+
+// Queries that share a rectangle of pixels that they reach: those of a block where they may be the
+// pixels of the maps, neighbours then, and each its own elsewhere.
+inline int run_of(const Problem& problem, const Shape& shape) {
+  return problem.queries == problem.rows ? shape.positions : 1;
+}
 
 inline bool nothing_to_do(const Problem& problem) {
   return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
@@ -202,10 +212,10 @@ inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& devic
   if (nothing_to_do(problem)) return plan;
   if (way == Way::kGather) {
     plan.zeros = false;
-    // no call has more parts than one whose memory is accessed number by number
-    const int64_t positions = shape_of(problem, 1, 2, false, device.processors).positions;
-    const int64_t parts = (problem.queries + positions - 1) / positions;
-    plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * parts) *
+    // no access has more runs than that number by number
+    const int run = run_of(problem, shape_of(problem, 1, 2, false, device.processors));
+    const int64_t runs = (problem.queries + run - 1) / run;
+    plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
                   sizeof(Rectangle);
   } else if (narrow) {
     plan.zeros = false;
@@ -246,7 +256,7 @@ LayerPointGradients<T> gradients_of(const LayerPoints<T>& points, const Outputs&
 
 template <typename T, typename Points>
 void gather_value(const Inputs& in, const Points& points, const T* grad_output, const Outputs& out,
-                  int positions, const Device& device) {
+                  int run, const Device& device) {
   const Problem& problem = in.problem;
   // Sizes on the device cannot be counted here: enough blocks for maps as large as `value`. Blocks
   // without a tile end at once, and take several where there are more.
@@ -265,7 +275,7 @@ void gather_value(const Inputs& in, const Points& points, const T* grad_output, 
   if (tiles > most) tiles = most;
   LAUNCH((backward_gather<T, Points>), grid_of("backward_gather", planes * tiles),
          kGatherWarps * kWarp, device.stream, problem, in.levels, points, grad_output,
-         static_cast<const Rectangle*>(out.bounds), static_cast<T*>(out.value), positions);
+         static_cast<const Rectangle*>(out.bounds), static_cast<T*>(out.value), run);
   check_launch("backward_gather", device);
 }
 
@@ -300,12 +310,13 @@ inline void backward_call(const Inputs& in, const void* grad_output, const Outpu
                 (backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points>),
                 grid_of("backward_teams", shape.blocks), shape.threads, device.stream, problem,
                 in.levels, points, value, grad, sums, gradients_of(points, out),
-                static_cast<Rectangle*>(out.bounds), shape.positions, shape.lane_bits);
+                static_cast<Rectangle*>(out.bounds), run_of(problem, shape), shape.positions,
+                shape.lane_bits);
             check_launch("backward_teams", device);
           };
           if (plan.way == Way::kScatter) return launch(std::true_type());
           launch(std::false_type());
-          gather_value<T>(in, points, grad, out, shape.positions, device);
+          gather_value<T>(in, points, grad, out, run_of(problem, shape), device);
         });
         if constexpr (Points::kLayer) {
           const int64_t numbers = problem.batch * problem.queries * in.layer.levels * in.layer.size;

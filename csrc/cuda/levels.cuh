@@ -64,6 +64,10 @@ constexpr int kBand = 8;  // image rows that are visited together
 // Where the queries are the pixels of the maps, they are visited in bands of kBand image rows,
 // column by column: 64 in a row are a tile of 8 x 8 pixels, whose samples share most of their
 // pixels of `value`. Elsewhere they are visited in order.
+//
+// Not staged in shared memory: on deformable_detr_encoder_800x1333 the rectangles round the samples
+// of a tile are 4.5 sectors of `value` a point, 2.4 where they are cut to 56 KB and each pixel beyond
+// is read once. Visited in this order, 2.4 miss the modelled L1, and the shared memory stays free.
 __device__ inline int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
   if (!levels.queries_are_pixels) return position;
   int l = count - 1;

@@ -148,7 +148,7 @@ Tensor forward_with(bool plain, const Tensor& value, const MaybeTensor& spatial_
   return output;
 }
 
-// way_of: Problem -> Way
+// way_of: Problem, Device -> Way
 template <typename Choice>
 Gradients backward_with(const Choice& way_of, const Tensor& grad_output, const Tensor& value,
                         const MaybeTensor& spatial_shapes, const MaybeTensor& level_start_index,
@@ -161,7 +161,7 @@ Gradients backward_with(const Choice& way_of, const Tensor& grad_output, const T
   const Tensor locations = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output);
   const Inputs in = inputs_of(call, levels, locations);
-  const BackwardPlan plan = plan_backward(in, way_of(in.problem), here.device);
+  const BackwardPlan plan = plan_backward(in, way_of(in.problem, here.device), here.device);
 
   Tensor grad_value = gradient_of_value(call.value, plan);
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
@@ -190,7 +190,9 @@ Gradients backward(const Tensor grad_output, const Tensor value, const MaybeTens
                    const MaybeTensor level_start_index, const Tensor sampling_locations,
                    const Tensor attention_weights, const MaybeSizes level_sizes,
                    const MaybeSizes num_points, bool deterministic) {
-  const auto way_of = [&](const Problem& problem) { return chosen_way(problem, deterministic); };
+  const auto way_of = [&](const Problem& problem, const Device& device) {
+    return chosen_way(problem, deterministic, device);
+  };
   return backward_with(way_of, grad_output, value, spatial_shapes, level_start_index,
                        sampling_locations, attention_weights, level_sizes, num_points);
 }
@@ -214,9 +216,9 @@ Gradients backward_by(const std::string way, const Tensor grad_output, const Ten
                       const MaybeTensor spatial_shapes, const MaybeTensor level_start_index,
                       const Tensor sampling_locations, const Tensor attention_weights,
                       const MaybeSizes level_sizes, const MaybeSizes num_points) {
-  return backward_with([&](const Problem&) { return named(way); }, grad_output, value,
-                       spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                       level_sizes, num_points);
+  return backward_with([&](const Problem&, const Device&) { return named(way); }, grad_output,
+                       value, spatial_shapes, level_start_index, sampling_locations,
+                       attention_weights, level_sizes, num_points);
 }
 
 Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -247,7 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
   const Tensor offsets = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output);
   const Inputs in = inputs_of(call, levels, offsets, offset_scale);
-  const BackwardPlan plan = plan_backward(in, chosen_way(in.problem, deterministic), here.device);
+  const BackwardPlan plan =
+      plan_backward(in, chosen_way(in.problem, deterministic, here.device), here.device);
 
   Tensor grad_value = gradient_of_value(call.value, plan);
   // zeros: a call without points has none of the gradients below written

@@ -179,6 +179,7 @@ struct LayerPoints {
     opened.item = batch * problem.queries + query;
     opened.largest = -INFINITY;
     const int count = query < 0 ? 0 : problem.points;
+#pragma unroll 1  // more at a time, and registers spill
     for (int k = lane / teams; k < count; k += kWarp / teams) {
       opened.largest = max(opened.largest, logit(opened.first_point + k));
     }
@@ -186,6 +187,7 @@ struct LayerPoints {
       opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
     }
     Sum sum = 0;
+#pragma unroll 1
     for (int k = lane / teams; k < count; k += kWarp / teams) {
       sum += exp(logit(opened.first_point + k) - opened.largest);
     }

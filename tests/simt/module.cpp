@@ -52,12 +52,14 @@ Inputs inputs_of(const py::dict& call) {
   return in;
 }
 
-Device device(int processors, bool long_offsets) { return {processors, 90, nullptr, long_offsets}; }
+Device device(int processors, bool long_offsets) {
+  return {processors, kAtomicFloats == 4 ? 90 : 80, nullptr, long_offsets};
+}
 
 BackwardPlan plan(const Inputs& in, const std::string& name, const Device& device) {
   const Way way = name == "plain"     ? Way::kPlain
                   : name == "scatter" ? Way::kScatter
-                                      : chosen_way(in.problem, name == "gather");
+                                      : chosen_way(in.problem, name == "gather", device);
   return plan_backward(in, way, device);
 }
 
@@ -105,10 +107,11 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   module.def("plant_error",
              [](int error) { simt::planted_error = static_cast<cudaError_t>(error); });
 #if defined(SIMT_TRAFFIC)
-  // ranges: [(name, address, bytes)]; every `stride`-th of the multiprocessors runs
-  module.def("watch",
-             [](const std::vector<std::tuple<std::string, uintptr_t, size_t>>& ranges,
-                int processors, int stride) { traffic::start(ranges, processors, stride); });
+  // ranges: [(name, address, bytes)]; the multiprocessors `modelled` run
+  module.def("watch", [](const std::vector<std::tuple<std::string, uintptr_t, size_t>>& ranges,
+                         int processors, const std::vector<int64_t>& modelled) {
+    traffic::start(ranges, processors, modelled);
+  });
   // {(kernel, tensor, "read" | "write" | "atomic"):
   //  the numbers of traffic::Figures}
   module.def("counts", [] { return traffic::stop(); });

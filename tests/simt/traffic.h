@@ -16,6 +16,7 @@
 
 #include <cmath>
 #include <list>
+#include <set>
 #include <tuple>
 #include <unordered_map>
 #include <unordered_set>
@@ -93,7 +94,8 @@ struct Counter : simt::Watcher {
   std::vector<Range> ranges;
   uintptr_t lowest = UINTPTR_MAX, highest = 0;  // of all ranges
   std::map<std::tuple<std::string, std::string, std::string>, Figures> figures;
-  int64_t processors = 1, stride = 1;  // of the GPU; each how manieth runs
+  int64_t processors = 1;      // of the GPU
+  std::set<int64_t> modelled;  // those that run
   // the current kernel
   std::string name;
   int64_t blocks = 0, counted_blocks = 0;
@@ -199,7 +201,7 @@ SIMT_OWN inline void Counter::collective(int warp) {
 SIMT_OWN inline bool Counter::block(int64_t index) {
   const Pause pause;
   const int64_t processor = index % processors;
-  if (processor % stride != 0) return false;
+  if (modelled.count(processor) == 0) return false;
   auto& queue = queues[processor];
   queue.emplace_back();
   block_loads = &queue.back();
@@ -273,7 +275,7 @@ SIMT_OWN inline void Counter::replay(std::vector<std::vector<Loads>>& queue) {
 }
 
 SIMT_OWN inline void start(const std::vector<std::tuple<std::string, uintptr_t, size_t>>& ranges,
-                           int processors, int stride) {
+                           int processors, const std::vector<int64_t>& modelled) {
   counter = std::make_unique<Counter>();
   for (const auto& [name, begin, bytes] : ranges) {
     counter->ranges.push_back({name, begin, begin + bytes});
@@ -281,7 +283,7 @@ SIMT_OWN inline void start(const std::vector<std::tuple<std::string, uintptr_t, 
     counter->highest = std::max(counter->highest, begin + bytes);
   }
   counter->processors = processors;
-  counter->stride = stride;
+  counter->modelled.insert(modelled.begin(), modelled.end());
   simt::watcher = active = counter.get();
 }
 
