@@ -93,8 +93,8 @@ class Counter:
 def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     """Counts of the forward kernels and of each way to the gradients."""
     inputs = draw(workload, dtype=DTYPES[dtype])
-    # two of an encoder's, with half of the heads: one that looks along an axis, one that does not
-    processors = [0, 33] if workload.encoder else list(range(0, KERNELS.processors, 3))
+    # of an encoder's two, which have half of the heads: looking along an axis, and not
+    processors = [0, 33] if workload.encoder else list(range(KERNELS.processors))
     counter = Counter(inputs.attention_weights.numel(), processors)
     given, layer = _arguments(inputs), _layer_arguments(inputs)
     names = ("value", "shapes", "starts")

@@ -91,11 +91,12 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 
 // bounds [batch, heads, levels, runs]: the columns and rows of pixels that each `run` queries touch,
 // one after the other in the order of visits: all of a block, or one. The warps of the block take the
-// levels by turns, a lane per query, and x before y, for registers are few; the locations are still
-// in the cache.
+// levels by turns, a lane per query; the locations are still in the cache. x before y, and a function
+// of its own: inlined, it makes registers of the kernel spill.
 template <typename Points>
-__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
-                              const Points& points, const Part& part, int run, Rectangle* bounds) {
+__device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& levels,
+                                           Points points, const Part& part, int run,
+                                           Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
@@ -185,7 +186,7 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 // Works as `forward_teams` does, on the same blocks. `grad_value` is added to and `bounds` is null
 // where kScatter; elsewhere `grad_value` is not touched and `bounds` is written.
 template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
-__global__ void __launch_bounds__(kBlock, 4)
+__global__ void __launch_bounds__(kBlock, kResident<Real<T>>)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                    const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
                    typename Points::Gradients gradients, Rectangle* __restrict__ bounds, int run,

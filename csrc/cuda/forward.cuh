@@ -14,6 +14,17 @@ namespace deform_attn {
 
 constexpr int kBlock = 256;  // the most threads of a block
 
+// Blocks that a multiprocessor must hold: half of its threads or more. Where it has 1536, sums in
+// double get the registers of the fourth.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+template <typename Sum>
+constexpr int kResident = sizeof(Sum) == 8 ? 3 : 4;
+#else
+template <typename Sum>
+constexpr int kResident = 4;
+#endif
+
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
     forward_plain(Problem problem, LevelTable table, GivenPoints<T> points,

@@ -60,12 +60,14 @@
 #undef __host__
 #undef __shared__
 #undef __forceinline__
+#undef __noinline__
 #undef __launch_bounds__
 #define __global__
 #define __device__
 #define __host__
 #define __shared__ static thread_local
 #define __forceinline__ inline
+#define __noinline__  // empty, for attributes of this name too
 #define __launch_bounds__(...)
 
 namespace simt {
