@@ -12,7 +12,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build lint types format test bench peers kernels emulate traffic gpu wheels clean help
+.PHONY: setup build lint types format test demo bench peers kernels emulate traffic gpu wheels docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -27,7 +27,7 @@ help:  ## This list
 	@touch $@
 
 # An extra of pyproject.toml; the package itself is installed without compiling, `build` does that.
-.venv/dev .venv/bench: .venv/%: .venv/torch pyproject.toml
+.venv/dev .venv/bench .venv/detr .venv/docs: .venv/%: .venv/torch pyproject.toml
 	DEFORM_ATTN_SKIP_EXT=1 $(PIP) --constraint .venv/constraints.txt --no-build-isolation --editable '.[$*]'
 	@touch $@
 
@@ -59,6 +59,9 @@ format: .venv/dev  ## Format Python and C++
 	.venv/bin/ruff format
 	.venv/bin/clang-format -i $(CXX_FILES)
 
+demo: .venv/detr build  ## The shipped detector finds digits on a photograph, with every backend that runs here
+	$(PY) -m examples.detect_digits --out $(OUT)
+
 bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, and a whole Deformable DETR
 	$(PY) -m benchmarks.run --out $(OUT)
 
@@ -78,6 +81,9 @@ traffic: .venv/dev .venv/cuda  ## Sectors that the CUDA kernels move, counted, a
 
 gpu:  ## On a machine with a GPU, with its own torch and without a network: build, test, sanitize, time
 	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)
+
+docs: .venv/docs  ## The documentation, a site in OUT/site; a broken link or name is an error
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
 
 wheels: setup  ## One wheel on several versions of torch and Python (downloads gigabytes)
 	$(PY) tests/wheel_matrix.py --out $(OUT)

@@ -3,7 +3,8 @@
     python -m benchmarks.kernels [--architectures 75 90] [--json kernels.json]
 
 No GPU and no torch is needed: nvcc compiles csrc/cuda/launch.cuh, which launches every kernel with
-every dtype. Fails where a kernel spills registers or takes more than its limit.
+every dtype. Fails where a kernel spills registers, takes more of them than its limit, or leaves a
+multiprocessor less than half full.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ CSRC = Path(__file__).resolve().parent.parent / "csrc"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = {"double": "f64", "float": "f32", "__half": "f16", "__nv_bfloat16": "bf16"}
 JOBS = 2
+LEAST_OCCUPANCY = 50  # percent
 
 # A call of each launcher makes nvcc compile whatever it launches.
 SOURCE = """
@@ -99,7 +101,8 @@ class Kernel:
 
     @property
     def fails(self) -> bool:
-        return self.spills > 0 or self.registers > self.limit
+        full = self.occupancy >= LEAST_OCCUPANCY
+        return self.spills > 0 or self.registers > self.limit or not full
 
 
 def parse(demangled: str, architecture: int) -> Kernel:
@@ -115,6 +118,8 @@ def parse(demangled: str, architecture: int) -> Kernel:
         variant.append("int32" if arguments[2] == "int" else "int64")
     if name == "backward_teams":
         variant.append("scatter" if arguments[3] == "true" else "points only")
+    if "LayerPoints" in demangled:
+        variant.append("layer")
     return Kernel(architecture, name, dtype, ", ".join(variant))
 
 
@@ -223,9 +228,12 @@ def main() -> int:
     for kernel in failed:
         console.print(
             f"[red]sm_{kernel.architecture} {kernel.name} {kernel.dtype} ({kernel.variant}): "
-            f"{kernel.registers} registers of {kernel.limit}, {kernel.spills} bytes spilled[/red]"
+            f"{kernel.registers} registers of {kernel.limit}, {kernel.spills} bytes spilled, "
+            f"{kernel.occupancy} % full[/red]"
         )
-    console.print(f"{len(kernels)} kernels, {len(failed)} that spill or pass their limit")
+    console.print(
+        f"{len(kernels)} kernels, {len(failed)} that spill, pass their limit or fill too little"
+    )
     if options.json:
         figures = [dataclasses.asdict(kernel) for kernel in kernels]
         options.json.write_text(json.dumps({"nvcc": version, "kernels": figures}, indent=1) + "\n")

@@ -12,12 +12,13 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import deform_attn
+from deform_attn.integrations import transformers as integration
 
 SIZE = 640  # height and width of the image
 LARGEST_DIFFERENCE = 1e-4  # of the outputs, over their largest magnitude
@@ -53,7 +54,7 @@ def measure_model(
     with torch.inference_mode():
         tick("checking")
         expected = _outputs(model(image))
-        with replaced(model):
+        with accelerated(model):
             got = _outputs(model(image))
         difference = max(
             float((a - b).abs().max() / b.abs().max()) for a, b in zip(got, expected, strict=True)
@@ -64,7 +65,7 @@ def measure_model(
         tick("timing")
         for _ in range(rounds):
             stock_times.append(_seconds(model, image))
-            with replaced(model):
+            with accelerated(model):
                 ours.append(_seconds(model, image))
             tick()
         share = _share_of_op(model, image)
@@ -117,49 +118,15 @@ def build(name: str, seed: int = 0) -> nn.Module:
 
 
 @contextlib.contextmanager
-def replaced(model: nn.Module, op: Callable[..., Tensor] | None = None) -> Iterator[None]:
-    """The model with another op inside a `with` block, deform_attn's unless one is given.
-
-    Deformable DETR calls a parameter-free child module, Mask2Former a function of its module.
-    """
-    call = op or _deform_attn
-    name = "MultiScaleDeformableAttention"
-    children = [child for child in model.modules() if type(child).__name__ == name]
-    if children:
-
-        def forward(
-            value: Tensor,
-            value_spatial_shapes: Tensor,
-            value_spatial_shapes_list: list[tuple[int, int]],
-            level_start_index: Tensor,
-            sampling_locations: Tensor,
-            attention_weights: Tensor,
-            im2col_step: int,
-        ) -> Tensor:
-            return call(value, value_spatial_shapes_list, sampling_locations, attention_weights)
-
-        for child in children:
-            child.forward = forward
-        try:
-            yield
-        finally:
-            for child in children:
-                del child.forward
-        return
-    from transformers.models.mask2former import modeling_mask2former as module
-
-    stock = module.multi_scale_deformable_attention
-    module.multi_scale_deformable_attention = call
+def accelerated(model: nn.Module) -> Iterator[None]:
+    """The model with deform_attn's operator inside a `with` block."""
+    _, report = integration.accelerate(model)
+    if not report.replaced or report.left:
+        raise RuntimeError(str(report))
     try:
         yield
     finally:
-        module.multi_scale_deformable_attention = stock
-
-
-def _deform_attn(
-    value: Tensor, shapes: Any, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    return deform_attn.ms_deform_attn(value, shapes, None, sampling_locations, attention_weights)
+        integration.restore(model)
 
 
 def _outputs(output: Any) -> list[Tensor]:
@@ -185,20 +152,20 @@ def _share_of_op(model: nn.Module, image: Tensor) -> float:
     """Part of the time of the model as shipped that its own op takes."""
     from transformers.models.mask2former import modeling_mask2former as module
 
-    stock = module.multi_scale_deformable_attention  # Deformable DETR's module computes the same
     spent = 0.0
 
-    def timed(*inputs: Any) -> Tensor:
+    def timed(value: Tensor, shapes: Any, _: None, locations: Tensor, weights: Tensor) -> Tensor:
         nonlocal spent
         if image.is_cuda:
             torch.cuda.synchronize()
         start = time.perf_counter()
-        output: Tensor = stock(*inputs)
+        # Deformable DETR's module computes the same
+        output: Tensor = module.multi_scale_deformable_attention(value, shapes, locations, weights)
         if image.is_cuda:
             torch.cuda.synchronize()
         spent += time.perf_counter() - start
         return output
 
-    with replaced(model, timed):
+    with accelerated(model), mock.patch.object(integration, "ms_deform_attn", timed):
         whole = _seconds(model, image)
     return spent / whole

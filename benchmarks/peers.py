@@ -25,6 +25,9 @@ Loader = Callable[[Workload, str], Op]
 
 BASELINE = "grid_sample"
 OURS = ("compiled", "triton", "reference")
+PLAIN = "plain kernel"  # CUDA, one thread a channel as in 2020, written here
+# The CUDA kernels by name, with their way to the gradient of value; a call chooses one by shape.
+KERNELS = {PLAIN: "plain", "compiled, scatter": "scatter", "compiled, gather": "gather"}
 
 
 class Missing(Exception):
@@ -47,6 +50,41 @@ def _backend(name: str) -> Loader:
                 num_points=x.num_points,
                 backend=name,
             )
+
+        return op
+
+    return load
+
+
+def _kernels(way: str) -> Loader:
+    def load(workload: Workload, device: str) -> Op:
+        _only_cuda(device, "CUDA kernels")
+        reason = deform_attn.BACKENDS["compiled"].why_not(device, torch.float32)
+        if reason is not None:
+            raise Missing(reason)
+        ops = torch.ops.deform_attn
+
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, num_points: list[int] | None, *tensors: Tensor) -> Tensor:
+                ctx.num_points = num_points
+                ctx.save_for_backward(*tensors)
+                output: Tensor = ops.ms_deform_attn_by(way, *tensors, None, num_points)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, grad_output: Tensor) -> Any:
+                of_value, of_locations, of_weights = ops.ms_deform_attn_by_backward(
+                    way, grad_output.contiguous(), *ctx.saved_tensors, None, ctx.num_points
+                )
+                return None, of_value, None, None, of_locations, of_weights
+
+        def op(x: Inputs) -> Tensor:
+            levels = x.spatial_shapes, x.level_start_index
+            output: Tensor = Function.apply(
+                x.num_points, x.value, *levels, x.sampling_locations, x.attention_weights
+            )
+            return output
 
         return op
 
@@ -148,6 +186,7 @@ def _hub_kernel(workload: Workload, device: str) -> Op:
 
 PEERS: dict[str, Loader] = {
     **{name: _backend(name) for name in OURS},
+    **{name: _kernels(way) for name, way in KERNELS.items()},
     BASELINE: _grid_sample,
     "torch-ms-deform-attn": _torch_ms_deform_attn,
     "mmcv": _mmcv,

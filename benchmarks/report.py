@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.measure import PHASES, ratio, summary
-from benchmarks.peers import BASELINE, OURS
+from benchmarks.peers import BASELINE, KERNELS, OURS, PLAIN
 
 Row = dict[str, Any]
 RIVAL = "torch-ms-deform-attn"
@@ -30,7 +30,7 @@ def failures(results: dict[str, Any]) -> list[str]:
     wrong = [
         f"{row['contestant']} {row['dtype']} on {row['workload']}: {row['reason']}"
         for row in results["rows"]
-        if row["contestant"] in OURS and row["status"] == "wrong"
+        if row["contestant"] in (*OURS, *KERNELS) and row["status"] == "wrong"
     ]
     return wrong + [
         f"{model['model']}: {model['reason']}"
@@ -338,6 +338,7 @@ COLORS = {  # of the contestants, in the order of their bars
     "deformops": "#d55e00",
     "msda-triton": "#f0e442",
     "hub kernel": "#000000",
+    PLAIN: "#882255",
     "reference": "#999999",
 }
 

@@ -27,9 +27,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+import deform_attn
 from benchmarks import check, measure, report
 from benchmarks.environment import all_cores, environment
-from benchmarks.peers import BASELINE, OURS, PEERS, Loader, Missing, Op
+from benchmarks.peers import BASELINE, KERNELS, OURS, PEERS, Loader, Missing, Op
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
 
 DTYPES = {
@@ -80,6 +81,13 @@ PRESETS = {
         peer_dtypes=("f32", "bf16", "f16", "f64"),
         batches=(1, 4, 16),
     ),
+    "gpu": Preset(  # checks and compiling Triton take most of its time
+        dtypes=("f32", "bf16", "f16", "f64"),
+        peer_dtypes=("f32", "bf16", "f16", "f64"),
+        unguarded=ENCODERS,
+        seconds=2.0,
+        models=(),
+    ),
 }
 
 
@@ -102,7 +110,8 @@ def plan(preset: Preset, workload: Workload, device: str) -> list[Entry]:
         for name in preset.contestants:
             if name == "reference" and workload.name in preset.unguarded:
                 continue
-            dtypes = preset.dtypes if name in OURS[:2] else preset.peer_dtypes
+            own = name in OURS[:2] or name in KERNELS
+            dtypes = preset.dtypes if own else preset.peer_dtypes
             extra = threads == counts[0]  # other dtypes with the first number of threads only
             entries += [Entry(name, dtype, threads) for dtype in (dtypes if extra else dtypes[:1])]
     return entries
@@ -138,6 +147,7 @@ def measure_workload(
         rows.append(row)
         try:
             op = peers[entry.contestant](workload, device)
+            _takes_dtype(entry, device)
             _enough_memory(entry, workload, batch, device)
         except Missing as missing:
             row.update(status="missing", reason=str(missing))
@@ -185,6 +195,14 @@ def _examine(op: Op, x: Inputs, truth: check.Truth) -> dict[str, Any]:
         return {"status": "wrong", "errors": errors, "reason": reason}
     except Exception as error:  # of whatever kind: it belongs into the table
         return {"status": "wrong", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
+
+
+def _takes_dtype(entry: Entry, device: str) -> None:
+    if entry.contestant in OURS:
+        backend = deform_attn.BACKENDS[entry.contestant]
+        reason = backend.why_not(device, DTYPES[entry.dtype])
+        if reason is not None:
+            raise Missing(reason)
 
 
 def _enough_memory(entry: Entry, workload: Workload, batch: int, device: str) -> None:

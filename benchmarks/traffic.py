@@ -1,35 +1,41 @@
-"""Counts what the CUDA kernels move, without a GPU: sectors, instructions and atomics.
+"""Counts what the CUDA kernels move, without a GPU: sectors, instructions, atomics and bytes.
 
     python -m benchmarks.traffic [--json traffic.json] [--check tests/simt/traffic.json]
 
-Every named workload, its maps scaled down and its pattern of access kept, runs under the emulator
-of tests/simt; each access is counted. Beside our kernels stands the one-thread-per-channel design
-of 2020. Counts bound a kernel whose time goes into memory; they are not times.
+Every named workload runs at its full size under the emulator of tests/simt, on some multiprocessors
+of an H100; each access is counted and scaled up to all of them. Beside our kernels stands the
+one-thread-per-channel design of 2020, and beside the fused layer what PyTorch moves without it.
+Counts bound a kernel whose time goes into memory; they are not times.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from torch import Tensor
 
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw, scaled
+from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from simt.emulated import Emulated
 
-FACTOR = 0.12  # of each side of the maps
-PROCESSORS = 4  # of the modelled GPU: as few for its blocks as 132 are for those of a full workload
 KERNELS = Emulated(counting=True)
+BEFORE_SM_90 = Emulated(atomic_floats=1)  # counts nothing
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+SECTOR = 32
+FUSED = "deformable_detr_encoder_800x1333"  # where the bytes of a whole layer are held to a bar
 Counts = dict[str, float]
 
 
@@ -37,72 +43,280 @@ def cases() -> Iterator[tuple[Workload, str]]:
     """Each workload in f32, and one of each kind in bf16."""
     for workload in WORKLOADS.values():
         yield workload, "f32"
-    for name in ("deformable_detr_encoder_800x1333", "dino_decoder_900q"):
+    for name in (FUSED, "dino_decoder_900q"):
         yield WORKLOADS[name], "bf16"
 
 
-def summed(counted: dict[tuple[str, str, str], tuple[int, int, int, int]], points: int) -> Counts:
-    """Per sampling point: accesses of a lane, sectors, and sectors that miss the modelled L1."""
-    figures = dict.fromkeys(
-        ("loads", "read", "l1_missed", "written", "atomics", "atomic_sectors"), 0.0
-    )
-    for (_, _, kind), (_, accesses, sectors, misses) in counted.items():
-        if kind == "read":
-            figures["loads"] += accesses
-            figures["read"] += sectors
-            figures["l1_missed"] += misses
-        elif kind == "write":
-            figures["written"] += sectors
-        else:
-            figures["atomics"] += accesses
-            figures["atomic_sectors"] += sectors
-    return {name: round(figure / points, 4) for name, figure in figures.items()}
+@dataclasses.dataclass
+class Counter:
+    """Runs calls of a workload on some of the multiprocessors."""
+
+    points: int
+    processors: list[int]
+
+    def run(self, tensors: dict[str, Tensor], call: Callable[[], Any]) -> Counts:
+        """Counts per sampling point.
+
+        loads           numbers and vectors that lanes read
+        read, written   32-byte sectors, of a warp's instruction each once
+        l1_missed       sectors read that miss the modelled L1
+        atomics         numbers and vectors that lanes add to memory
+        atomic_sectors  as above
+        l2_bytes        what goes to L2: l1_missed, written and atomic_sectors
+        least_bytes     what a kernel must get from memory and bring back there: each sector it
+                        reads or writes once, those it adds to twice
+        """
+        ranges = [(n, t.data_ptr(), t.numel() * t.element_size()) for n, t in tensors.items()]
+        KERNELS.module.watch(ranges, KERNELS.processors, self.processors)
+        call()
+        figures: Counts = dict.fromkeys(
+            ("loads", "read", "l1_missed", "written", "atomics", "atomic_sectors"), 0.0
+        )
+        least = 0.0
+        for (_, _, kind), counted in KERNELS.module.counts().items():
+            _, accesses, sectors, misses, distinct = counted
+            least += distinct * (2 if kind == "atomic" else 1)
+            if kind == "read":
+                figures["loads"] += accesses
+                figures["read"] += sectors
+                figures["l1_missed"] += misses
+            elif kind == "write":
+                figures["written"] += sectors
+            else:
+                figures["atomics"] += accesses
+                figures["atomic_sectors"] += sectors
+        moved = sum(figures[name] for name in ("l1_missed", "written", "atomic_sectors"))
+        figures |= {"l2_bytes": SECTOR * moved, "least_bytes": SECTOR * least}
+        return {name: figure / self.points for name, figure in figures.items()}
 
 
 def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     """Counts of the forward kernels and of each way to the gradients."""
-    inputs = draw(scaled(workload, FACTOR), dtype=DTYPES[dtype])
-    module = KERNELS.module
-    points = inputs.attention_weights.numel()
+    inputs = draw(workload, dtype=DTYPES[dtype])
+    # two of an encoder's, with half of the heads: one that looks along an axis, one that does not
+    processors = [0, 33] if workload.encoder else list(range(0, KERNELS.processors, 3))
+    counter = Counter(inputs.attention_weights.numel(), processors)
+    given, layer = _arguments(inputs), _layer_arguments(inputs)
+    names = ("value", "shapes", "starts")
+    sources = dict(zip((*names, "locations", "weights"), given))
+    layer_sources = dict(zip((*names, "reference", "offsets", "logits"), layer))
     found: dict[str, Counts] = {}
 
-    def watched(tensors: dict[str, torch.Tensor]) -> None:
-        ranges = [(n, t.data_ptr(), t.numel() * t.element_size()) for n, t in tensors.items()]
-        module.watch(ranges, PROCESSORS)
-
-    arguments = _arguments(inputs)
-    sources = dict(zip(("value", "shapes", "starts", "locations", "weights"), arguments))
-    for way in ("plain", "teams"):
+    def forward(name: str, tensors: dict[str, Tensor], call: Callable[[Tensor], Any]) -> None:
         output = torch.empty_like(inputs.grad_output)
-        watched(sources | {"output": output})
-        KERNELS.forward(*arguments, inputs.num_points, plain=way == "plain", output=output)
-        found[f"forward {way}"] = summed(module.counts(), points)
-    for way in ("plain", "scatter", "gather"):
-        targets = KERNELS.targets(*arguments, inputs.num_points, way=way)
-        names = ("grad_value", "grad_locations", "grad_weights", "sums", "bounds")
-        watched(sources | {"grad_output": inputs.grad_output} | dict(zip(names, targets)))
-        KERNELS.backward(
-            inputs.grad_output, *arguments, inputs.num_points, way=way, targets=targets
+        tensors = tensors | {"output": output}
+        found[f"forward {name}"] = counter.run(tensors, lambda: call(output))
+
+    forward("plain", sources, lambda to: KERNELS.forward(*given, plain=True, output=to))
+    forward("teams", sources, lambda to: KERNELS.forward(*given, output=to))
+    forward("fused", layer_sources, lambda to: KERNELS.layer_forward(*layer, output=to))
+
+    def backward(way: str, fused: bool = False) -> Counts:
+        arguments: tuple[Any, ...] = given
+        if fused:
+            value, shapes, starts, reference, *rest = layer
+            arguments = (value, shapes, starts, *rest[:3], reference, rest[3])
+        targets = KERNELS.targets(*arguments, way=way)
+        filled = [targets[4]]  # with zeros, by PyTorch
+        if way == "gather":
+            fill_bounds(inputs, targets[5])
+        elif targets[4].numel() == 0:
+            filled.append(targets[0])
+        written = {f"target {i}": target for i, target in enumerate(targets)}
+        tensors = (layer_sources if fused else sources) | {"grad": inputs.grad_output} | written
+        run = KERNELS.layer_backward if fused else KERNELS.backward
+        call = layer if fused else given
+        figures = counter.run(
+            tensors,
+            lambda: run(inputs.grad_output, *call, way=way, targets=targets),
         )
-        found[f"backward {way}"] = summed(module.counts(), points)
-    found["chosen"] = {_way_of(workload): 1.0}
+        zeros = sum(t.numel() * t.element_size() for t in filled) / counter.points
+        figures["l2_bytes"] += zeros
+        figures["least_bytes"] += zeros
+        return figures
+
+    for way in ("plain", "scatter", "gather"):
+        found[f"backward {way}"] = backward(way)
+    way = KERNELS.way_of(*given)
+    found[f"backward {way} fused"] = backward(way, fused=True)
+    found = {
+        kernel: {name: round(figure, 4) for name, figure in figures.items()}
+        for kernel, figures in found.items()
+    }
+    found["chosen"] = {way: 1.0}
+    found["chosen before sm_90"] = {BEFORE_SM_90.way_of(*given): 1.0}
     return found
 
 
-def _way_of(full: Workload) -> str:
-    """The way to the gradients that is chosen for the workload at its full size."""
-    points = (1, full.queries, full.heads, sum(full.points))
-    return KERNELS.way_of(
-        *(torch.empty(1, full.rows, full.heads, full.head_dim), full.levels, None),
-        *(torch.empty(*points, 2), torch.empty(points), full.points),
-    )
-
-
-def _arguments(inputs: Inputs) -> tuple[torch.Tensor, ...]:
+def _arguments(inputs: Inputs) -> tuple[Any, ...]:
     return (
         *(inputs.value, inputs.spatial_shapes, inputs.level_start_index),
-        *(inputs.sampling_locations, inputs.attention_weights),
+        *(inputs.sampling_locations, inputs.attention_weights, inputs.num_points),
     )
+
+
+def _layer_arguments(inputs: Inputs) -> tuple[Any, ...]:
+    """A layer that samples at the same points: offsets in pixels from their mean."""
+    shapes = inputs.spatial_shapes
+    locations = inputs.sampling_locations
+    if inputs.num_points is None:
+        locations = locations.flatten(3, 4)
+        counts = [inputs.sampling_locations.shape[4]] * len(shapes)
+    else:
+        counts = inputs.num_points
+    reference = locations.mean((2, 3))  # [B, Q, 2]
+    sizes = shapes.flip(-1).repeat_interleave(torch.tensor(counts), 0)  # [K, 2]: width, height
+    offsets = (locations - reference[:, :, None, None]) * sizes
+    return (
+        *(inputs.value, shapes, inputs.level_start_index),
+        reference[:, :, None].expand(-1, -1, len(shapes), -1).contiguous(),
+        offsets.to(inputs.value.dtype).contiguous(),
+        inputs.attention_weights.flatten(3).log()
+        if inputs.num_points is None
+        else inputs.attention_weights.log(),
+        *(counts, 1.0),
+    )
+
+
+def fill_bounds(inputs: Inputs, bounds: Tensor) -> None:
+    """What `backward_teams` leaves for `backward_gather`: blocks that do not run leave nothing."""
+    shapes = inputs.spatial_shapes.tolist()
+    B, Q, M = inputs.sampling_locations.shape[:3]
+    runs = bounds.numel() // (16 * B * M * len(shapes))
+    run = next(2**bits for bits in range(7) if -(-Q // 2**bits) == runs)
+    order = torch.cat(list(_visits(shapes))) if run > 1 else torch.arange(Q)
+    locations = inputs.sampling_locations
+    counts = inputs.num_points or [locations.shape[4]] * len(shapes)
+    if inputs.num_points is None:
+        locations = locations.flatten(3, 4)
+    boxes = []
+    for (height, width), points in zip(shapes, locations[:, order].split(counts, 3)):
+        size = torch.tensor([width, height])
+        first = (points * size - 0.5).floor()
+        on = (first >= -1) & (first < size)
+        low = torch.where(on, first.clamp(min=0), size).amin(3)  # [B, Q, M, 2]
+        high = torch.where(on, torch.minimum(first + 1, size - 1), torch.tensor(-1.0)).amax(3)
+        pad = (0, 0, 0, 0, 0, runs * run - Q)
+        low = torch.nn.functional.pad(low, pad, value=math.inf).unflatten(1, (runs, run))
+        high = torch.nn.functional.pad(high, pad, value=-1).unflatten(1, (runs, run))
+        boxes.append(torch.cat([low.amin(2), high.amax(2)], -1))  # [B, runs, M, 4]
+    rectangles = torch.stack(boxes, 2).permute(0, 3, 2, 1, 4).to(torch.int32).contiguous()
+    bounds.copy_(rectangles.view(torch.uint8).flatten())
+
+
+def _visits(shapes: list[list[int]]) -> Iterator[Tensor]:
+    """The pixels of each level in the order of `query_at`."""
+    start = 0
+    for height, width in shapes:
+        pixels = start + torch.arange(height * width).view(height, width)
+        for band in pixels.split(8):
+            yield band.t().flatten()
+        start += height * width
+
+
+def torch_bytes(workload: Workload) -> dict[str, Counts]:
+    """Bytes per point that PyTorch moves in a layer of float32 that is not fused.
+
+    As Deformable DETR writes it: a softmax, offsets / sizes, reference points + that; each is a
+    kernel that reads its inputs from memory and writes its output there. Backward: the gradients of
+    the division and of the softmax, and the sum over heads and points that reference points get
+    where they want a gradient.
+    """
+    reference = 8 * len(workload.levels) / (workload.heads * sum(workload.points))
+    softmax, divided, added = 4 + 4, 8 + 8, 8 + 8 + reference
+    return {
+        "forward": {"softmax": softmax, "divide": divided, "add": added},
+        "backward": {"softmax": 4 + 4 + 4, "divide": divided},
+        "reference": {"sum": 8 + reference},
+    }
+
+
+def layer_table(counts: dict[str, Counts]) -> dict[str, tuple[float, float]]:
+    """Bytes per point of the layer of FUSED: {what: (fused, not fused)}."""
+    torch_moves = {name: sum(b.values()) for name, b in torch_bytes(WORKLOADS[FUSED]).items()}
+    (way,) = counts["chosen"]
+    rows = {}
+    for measure in ("least_bytes", "l2_bytes"):
+        fused, plain = counts["forward fused"][measure], counts["forward teams"][measure]
+        plain += torch_moves["forward"]
+        rows[f"forward, {measure}"] = (fused, plain)
+        fused += counts[f"backward {way} fused"][measure]
+        plain += counts[f"backward {way}"][measure] + torch_moves["backward"]
+        rows[f"forward + backward, {measure}"] = (fused, plain + torch_moves["reference"])
+        rows[f"the same, reference points without a gradient, {measure}"] = (fused, plain)
+    return rows
+
+
+@dataclasses.dataclass
+class Bar:
+    """What the kernels are held to: the worst figure of all that it is about."""
+
+    text: str
+    limit: float
+    figure: float = 0.0
+    where: str = "-"
+
+    @property
+    def met(self) -> bool:
+        return self.figure <= self.limit + 1e-4  # figures are rounded
+
+    def add(self, figure: float, where: str) -> None:
+        if figure > self.figure or self.where == "-":
+            self.figure, self.where = figure, where
+
+
+def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
+    """The bars, each with its worst figure."""
+    loads = Bar("forward: loads, of one thread per channel", 1 / 4)
+    read = Bar("forward: sectors read, of one thread per channel", 0.92)
+    narrow = Bar("forward: sectors read in bf16, of f32", 0.6)
+    missed = Bar("forward, encoder: sectors that miss the modelled L1", 0.5)
+    atomics = Bar("backward: atomics, of one thread per channel", 1 / 4)
+    older = Bar("the same before sm_90", 1 / 4)
+    encoder = Bar("backward, encoder: atomic sectors", 0.6)
+    others = Bar("backward, elsewhere: atomic sectors", 1)
+    gathered = Bar("deterministic backward: sectors, of the atomic one", 3)
+    for case, found in counts.items():
+        plain, ours = found["forward plain"], found["forward teams"]
+        loads.add(ours["loads"] / plain["loads"], case)
+        if case.endswith("f32"):
+            if WORKLOADS[case.split()[0]].head_dim == 32:
+                read.add(ours["read"] / plain["read"], case)
+        else:
+            wide = counts[case.replace("bf16", "f32")]["forward teams"]
+            narrow.add(ours["read"] / wide["read"], case)
+        if "encoder" in case:
+            missed.add(ours["l1_missed"] / plain["l1_missed"], case)
+        plain = found["backward plain"]
+        for chosen, bar in (("chosen", atomics), ("chosen before sm_90", older)):
+            (way,) = found[chosen]
+            ours = found[f"backward {way}"]
+            # one float at a time before sm_90, which only gathering is counted for
+            assert chosen == "chosen" or way == "gather"
+            bar.add(ours["atomics"] / plain["atomics"], f"{case}: {way}")
+            sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
+            (encoder if "encoder" in case else others).add(sectors, f"{case}: {way}")
+        moved = [
+            sum(found[f"backward {way}"][kind] for kind in ("read", "written", "atomic_sectors"))
+            for way in ("gather", "scatter")
+        ]
+        gathered.add(moved[0] / moved[1], case)
+    found_bars = [loads, read, narrow, missed, atomics, older, encoder, others, gathered]
+    for what, (fused, unfused) in layer_table(counts[f"{FUSED} f32"]).items():
+        limit = 0.5 if what.startswith("forward,") else 0.6
+        found_bars.append(Bar(f"layer fused: {what}", limit, fused / unfused, FUSED))
+    return found_bars
+
+
+def bars_table(found: list[Bar]) -> Table:
+    """A row for each bar."""
+    table = Table(title="bars")
+    for heading in ("at most", "worst", "", "what", "where"):
+        table.add_column(heading, no_wrap=heading != "what")
+    for bar in found:
+        verdict = "met" if bar.met else "[red]not met[/red]"
+        table.add_row(f"{bar.limit:.2f}x", f"{bar.figure:.3f}x", verdict, bar.text, bar.where)
+    return table
 
 
 def table_of(all_counts: dict[str, dict[str, Counts]]) -> Table:
@@ -110,21 +324,22 @@ def table_of(all_counts: dict[str, dict[str, Counts]]) -> Table:
     table = Table(title="per sampling point (share of one thread per channel)")
     table.add_column("workload, dtype, kernel", no_wrap=True)
     columns = ("loads", "read", "l1_missed", "written", "atomics", "atomic_sectors")
+    columns += ("l2_bytes", "least_bytes")
     for column in columns:
         table.add_column(column.replace("_", " "), justify="right")
     for case, counts in all_counts.items():
         table.add_section()
-        table.add_row(f"[bold]{case}[/bold]")
+        chosen = [f"{key}: {min(ways)}" for key, ways in counts.items() if key.startswith("chosen")]
+        table.add_row(f"[bold]{case}[/bold] ({', '.join(chosen)})")
         for kernel, figures in counts.items():
-            if kernel == "chosen":
+            if kernel.startswith("chosen"):
                 continue
             plain = counts[kernel.split()[0] + " plain"]
             cells = []
             for column in columns:
-                share = f" {figures[column] / plain[column]:5.2f}x" if plain[column] else ""
-                cells.append(f"{figures[column]:.2f}{share}" if figures[column] else "-")
-            chosen = " (chosen)" if kernel.split()[1] in counts["chosen"] else ""
-            table.add_row(f"  {kernel}{chosen}", *cells)
+                share = f" {figures[column] / plain[column]:4.2f}x" if plain[column] else ""
+                cells.append(f"{figures[column]:.1f}{share}" if figures[column] else "-")
+            table.add_row(f"  {kernel}", *cells)
     return table
 
 
@@ -145,15 +360,16 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write the counts here")
     parser.add_argument("--check", type=Path, help="fail where a count is above those of this file")
     options = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 190)
     every = list(cases())
     counts = {
         f"{workload.name} {dtype}": count(workload, dtype)
         for workload, dtype in track(every, "counting", console=console)
     }
-    console.print(table_of(counts))
     if options.json:
         options.json.write_text(json.dumps(counts, indent=1) + "\n")
+    console.print(table_of(counts))
+    console.print(bars_table(bars(counts)))
     faults = raised(counts, json.loads(options.check.read_text())) if options.check else []
     for fault in faults:
         console.print(f"[red]{fault}[/red]")

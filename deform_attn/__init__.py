@@ -2,11 +2,13 @@
 
 from deform_attn.backends import BACKENDS, choose_backend, use_backend
 from deform_attn.functional import ms_deform_attn, ms_deform_attn_fused
-from deform_attn.modules import MSDeformAttn
+from deform_attn.modules import MSDeformableAttention, MSDeformAttn, MultiScaleDeformableAttention
 
 __all__ = [
     "BACKENDS",
     "MSDeformAttn",
+    "MSDeformableAttention",
+    "MultiScaleDeformableAttention",
     "choose_backend",
     "ms_deform_attn",
     "ms_deform_attn_fused",

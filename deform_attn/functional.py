@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from deform_attn.backends import choose_backend
-from deform_attn.formula import layer_points
-from deform_attn.inputs import Levels, check, check_layer, location_dtype
+from deform_attn.backends import Backend, choose_backend
+from deform_attn.formula import discrete, layer_points, on_device
+from deform_attn.inputs import Levels, check, check_layer, check_method, location_dtype
 
 __all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
 
@@ -23,6 +24,8 @@ def ms_deform_attn(
     attention_weights: Tensor,
     *,
     num_points: Sequence[int] | None = None,
+    method: str = "default",
+    official_clamp: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """Sample feature maps of several scales at a few points a query and sum them, weighted.
@@ -45,6 +48,13 @@ def ms_deform_attn(
         attention_weights: shape of ``sampling_locations`` without its last dimension; in value's
             or the locations' dtype, others are converted.
         num_points: number of points in each level where they differ.
+        method: ``"default"``, or ``"discrete"`` as in RT-DETRv2 (arXiv 2407.17140):
+            a point samples the one pixel ``trunc(location * size + 1/2)``, or the nearest on the
+            map (pixel 0 for NaN), and locations get no gradient. Pixels are gathered in plain
+            PyTorch on every device: no kernel, and any order of derivatives.
+        official_clamp: for ``"discrete"``, pixels as RT-DETRv2's official code picks them, which
+            takes the height for the width: ``x`` is at most ``height - 1``. Needed for what was
+            trained that way on wide maps; the same on square ones.
         backend: ``"compiled"``, ``"triton"`` or ``"reference"``; None chooses the first that runs
             on value's device (see :func:`deform_attn.choose_backend`).
 
@@ -74,6 +84,8 @@ def ms_deform_attn(
         sampling_locations,
         attention_weights,
         num_points,
+        method,
+        official_clamp,
         backend,
     )
     if torch.compiler.is_compiling():
@@ -83,7 +95,7 @@ def ms_deform_attn(
     except (RuntimeError, ValueError, TypeError, AttributeError):
         # Kernels refuse what does not fit; which argument is at fault is looked for only then,
         # because looking costs as much as a small call.
-        check(*arguments[:-1])
+        check(*arguments[:6])
         raise
 
 
@@ -97,6 +109,8 @@ def ms_deform_attn_fused(
     *,
     num_points: Sequence[int] | None = None,
     offset_scale: float = 0.5,
+    method: str = "default",
+    official_clamp: bool = False,
     backend: str | None = None,
 ) -> Tensor:
     """The part of a layer between its projections: softmax, offsets to locations, attention.
@@ -120,6 +134,9 @@ def ms_deform_attn_fused(
         attention_logits: shape of ``sampling_offsets`` without its last dimension.
         num_points: number of points in each level where they differ.
         offset_scale: portion of a box's side that the offsets of a level span together.
+        method: as in :func:`ms_deform_attn`; with ``"discrete"`` reference points and offsets get
+            no gradient.
+        official_clamp: as in :func:`ms_deform_attn`.
         backend: as in :func:`ms_deform_attn`.
 
     Returns:
@@ -145,13 +162,39 @@ def ms_deform_attn_fused(
         *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
         *(attention_logits, num_points),
     )
+    options = (offset_scale, method, official_clamp, backend)
     if torch.compiler.is_compiling():
-        return _layer(*arguments, offset_scale, backend)
+        return _layer(*arguments, *options)
     try:
-        return _layer(*arguments, offset_scale, backend)
+        return _layer(*arguments, *options)
     except (RuntimeError, ValueError, TypeError, AttributeError):
         check_layer(*arguments)
         raise
+
+
+def gradients(
+    grad_output: Tensor,
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of value, sampling_locations and attention_weights: for callers that have autograd's part."""
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    chosen, operands = _settled(*inputs, None, None)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        grads = chosen.backward(grad_output.contiguous(), *operands, deterministic)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        check(*inputs, None)
+        raise
+    of_value, of_locations, of_weights = grads
+    return (
+        of_value,
+        of_locations.to(sampling_locations.dtype),
+        of_weights.to(attention_weights.dtype),
+    )
 
 
 def _attention(
@@ -161,8 +204,34 @@ def _attention(
     sampling_locations: Tensor,
     attention_weights: Tensor,
     num_points: Sequence[int] | None,
+    method: str,
+    official_clamp: bool,
     backend: str | None,
 ) -> Tensor:
+    check_method(method)
+    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    chosen, operands = _settled(*inputs, num_points, backend)
+    if method == "default":
+        return chosen.call(*operands)
+    if not torch.compiler.is_compiling():
+        # composing broadcasts what does not fit, so what is at fault is looked for first
+        check(*inputs, num_points)
+    _, _, _, locations, weights, _, counts = operands
+    return discrete(
+        *(value, spatial_shapes, level_start_index, locations, weights, counts, official_clamp)
+    )
+
+
+def _settled(
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    num_points: Sequence[int] | None,
+    backend: str | None,
+) -> tuple[Backend, tuple[Any, ...]]:
+    """The backend of a call, and the operands that it takes."""
     chosen = choose_backend(value.device.type, value.dtype, backend)
     dtype = value.dtype
     real = location_dtype(dtype)
@@ -172,7 +241,7 @@ def _attention(
         attention_weights = _converted("attention_weights", attention_weights, real)
     shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
     counts = None if num_points is None else list(num_points)
-    return chosen.call(value, shapes, starts, sampling_locations, attention_weights, sizes, counts)
+    return chosen, (value, shapes, starts, sampling_locations, attention_weights, sizes, counts)
 
 
 def _layer(
@@ -184,6 +253,8 @@ def _layer(
     attention_logits: Tensor,
     num_points: Sequence[int] | None,
     offset_scale: float,
+    method: str,
+    official_clamp: bool,
     backend: str | None,
 ) -> Tensor:
     chosen = choose_backend(value.device.type, value.dtype, backend)
@@ -192,7 +263,8 @@ def _layer(
     if sampling_offsets.dtype != attention_logits.dtype or sampling_offsets.dtype != value.dtype:
         sampling_offsets = _converted("sampling_offsets", sampling_offsets, real)
         attention_logits = _converted("attention_logits", attention_logits, real)
-    if chosen.call_layer is not None:
+    check_method(method)
+    if chosen.call_layer is not None and method == "default":
         shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
         counts = None if num_points is None else list(num_points)
         return chosen.call_layer(
@@ -205,12 +277,13 @@ def _layer(
             *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
             *(attention_logits, num_points),
         )
-    extent = torch.as_tensor(spatial_shapes, device=value.device)
     locations, weights = layer_points(
-        extent, reference_points, sampling_offsets, attention_logits, num_points, offset_scale
+        on_device(spatial_shapes, value.device),
+        *(reference_points, sampling_offsets, attention_logits, num_points, offset_scale),
     )
     return _attention(
-        *(value, spatial_shapes, level_start_index, locations, weights, num_points), chosen.name
+        *(value, spatial_shapes, level_start_index, locations, weights, num_points),
+        *(method, official_clamp, chosen.name),
     )
 
 

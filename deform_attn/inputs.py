@@ -10,15 +10,18 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "LARGEST_SIDE",
     "Levels",
     "check",
     "check_gradient",
     "check_layer",
     "check_layer_operands",
+    "check_method",
     "check_operands",
     "host_level_sizes",
     "location_dtype",
     "points_per_level",
+    "readable",
 ]
 
 Levels: TypeAlias = Tensor | Sequence[Sequence[int]]
@@ -43,6 +46,15 @@ def points_per_level(
     if num_points is not None:
         return list(num_points)
     return [sampling_locations.shape[4]] * num_levels
+
+
+def readable(tensor: Tensor, *, wait: bool = False) -> bool:
+    """Whether a tensor's numbers can be read here and now; ``wait``: from another device too."""
+    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
+        return False  # traced: there are no numbers yet
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False  # mapped: many numbers at once
+    return tensor.device.type == "cpu" or (wait and not tensor.is_meta)
 
 
 def host_level_sizes(
@@ -141,6 +153,12 @@ def _check(
     _check_points(value, points, num_levels, num_points)
     _check_level_sizes(value.shape[1], spatial_shapes, level_start_index)
     return num_levels
+
+
+def check_method(method: str) -> None:
+    """Raise a ValueError for a way of sampling that there is not."""
+    if method not in ("default", "discrete"):
+        raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
 
 
 def check_operands(
@@ -357,16 +375,10 @@ def _check_points(
 def _check_level_sizes(
     rows: int, spatial_shapes: Levels, level_start_index: Tensor | Sequence[int] | None
 ) -> None:
-    def readable(metadata: object) -> bool:
-        if not isinstance(metadata, Tensor):
-            return True
-        if metadata.device.type == "meta" or type(metadata) is not Tensor:
-            return False  # traced: there are no numbers yet
-        if torch._C._functorch.is_functorch_wrapped_tensor(metadata):
-            return False  # mapped: many numbers at once
-        return metadata.device.type == "cpu" or CHECK_DEVICE_METADATA
+    def known(metadata: object) -> bool:
+        return not isinstance(metadata, Tensor) or readable(metadata, wait=CHECK_DEVICE_METADATA)
 
-    if not readable(spatial_shapes):
+    if not known(spatial_shapes):
         return
     sizes = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
     for level, (height, width) in enumerate(sizes):
@@ -375,7 +387,7 @@ def _check_level_sizes(
                 f"spatial_shapes: expected sides from 1 to 2**31 - 1, got (height, width) = "
                 f"({height}, {width}) for level {level}"
             )
-    if not readable(level_start_index):
+    if not known(level_start_index):
         return
     if level_start_index is None:
         starts = [0]

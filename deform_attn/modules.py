@@ -1,19 +1,173 @@
-"""Attention modules: projections round the operator, with the official names and weights."""
+"""Attention modules: projections round the operator, with the peers' names, weights and masks.
+
+One implementation, and a class for each way in which peers call it.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deform_attn.functional import ms_deform_attn_fused
-from deform_attn.inputs import Levels
+from deform_attn.inputs import Levels, check_method, readable
 
-__all__ = ["MSDeformAttn"]
+__all__ = ["MSDeformAttn", "MSDeformableAttention", "MultiScaleDeformableAttention"]
 
 
-class MSDeformAttn(nn.Module):
+class _Attention(nn.Module):
+    """Projections with the official initial weights, checks, and the fused operator."""
+
+    value_name, shapes_name, mask_name = "value", "spatial_shapes", "key_padding_mask"
+    mask_keeps = False  # whether True in a mask is for pixels, not for padding
+    layout = ""  # of query and value, where it is not [batch, rows, channels]
+    offset_scale, method, official_clamp = 0.5, "default", False
+
+    def __init__(
+        self, channels: int, heads: int, points: Sequence[int], value_channels: int | None
+    ) -> None:
+        """``points`` of each level; ``value_channels`` None: value and output as they are."""
+        super().__init__()
+        self._heads, self._points = heads, list(points)
+        total = heads * sum(points)
+        # drawn in this order, so that a seed gives the weights that it gives the peers
+        self.sampling_offsets = nn.Linear(channels, total * 2)
+        self.attention_weights = nn.Linear(channels, total)
+        self.value_proj: nn.Module = nn.Identity()
+        self.output_proj: nn.Module = nn.Identity()
+        if value_channels is not None:
+            self.value_proj = nn.Linear(channels, value_channels)
+            self.output_proj = nn.Linear(value_channels, channels)
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        """Head m looks in direction 2 pi m / M, its k-th point k pixels away; weights are even."""
+        angles = torch.arange(self._heads, dtype=torch.float32) * (2 * math.pi / self._heads)
+        directions = torch.stack([angles.cos(), angles.sin()], -1)  # [M, 2]
+        directions = directions / directions.abs().amax(-1, keepdim=True)
+        steps = torch.cat([torch.arange(1, n + 1, dtype=torch.float32) for n in self._points])
+        nn.init.zeros_(self.sampling_offsets.weight)
+        with torch.no_grad():
+            self.sampling_offsets.bias.copy_((directions[:, None] * steps[:, None]).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        for projection in (self.value_proj, self.output_proj):
+            if isinstance(projection, nn.Linear):
+                nn.init.xavier_uniform_(projection.weight)
+                nn.init.zeros_(projection.bias)
+
+    def _attend(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value: Tensor,
+        spatial_shapes: Levels,
+        level_start_index: Tensor | None,
+        mask: Tensor | None,
+    ) -> Tensor:
+        """``[batch, queries, channels]`` from query and value of that form, batch first."""
+        self._check(query, reference_points, value, spatial_shapes)
+        value = self.value_proj(value)
+        if mask is not None:
+            value = value.masked_fill(self._padding(mask, value)[..., None], 0)
+        B, Q, _ = query.shape
+        counts, uniform = self._points, len(set(self._points)) == 1
+        points = (B, Q, self._heads, *((len(counts), counts[0]) if uniform else (sum(counts),)))
+        output: Tensor = self.output_proj(
+            ms_deform_attn_fused(
+                value.unflatten(-1, (self._heads, -1)),
+                spatial_shapes,
+                level_start_index,
+                reference_points,
+                self.sampling_offsets(query).view(*points, 2),
+                self.attention_weights(query).view(points),
+                num_points=None if uniform else counts,
+                offset_scale=self.offset_scale,
+                method=self.method,
+                official_clamp=self.official_clamp,
+            )
+        )
+        return output
+
+    def _check(
+        self, query: Tensor, reference_points: Tensor, value: Tensor, spatial_shapes: Levels
+    ) -> None:
+        channels, levels = self.sampling_offsets.in_features, len(self._points)
+        if value.dim() != 3 or value.shape[-1] != channels:
+            raise ValueError(
+                f"{self.value_name}: expected shape [batch, rows, {channels}]{self.layout}, "
+                f"got {tuple(value.shape)}"
+            )
+        B = value.shape[0]
+        if query.dim() != 3 or query.shape[0] != B or query.shape[-1] != channels:
+            raise ValueError(
+                f"query: expected shape [{B}, queries, {channels}]{self.layout}, "
+                f"got {tuple(query.shape)}"
+            )
+        if len(spatial_shapes) != levels:
+            raise ValueError(
+                f"{self.shapes_name}: expected {levels} levels as the module was made for, "
+                f"got {len(spatial_shapes)}"
+            )
+        Q, width = query.shape[1], reference_points.shape[-1]
+        if width not in (2, 4) or reference_points.shape not in (
+            (B, Q, levels, width),
+            (B, Q, 1, width),
+        ):
+            raise ValueError(
+                f"reference_points: expected shape [{B}, {Q}, {levels} or 1, 2] of points (x, y) "
+                f"or [{B}, {Q}, {levels} or 1, 4] of boxes (cx, cy, w, h), "
+                f"got {tuple(reference_points.shape)}"
+            )
+        device = self.sampling_offsets.weight.device
+        for name, tensor in (
+            (self.value_name, value),
+            ("query", query),
+            ("reference_points", reference_points),
+        ):
+            if tensor.device != device:
+                raise ValueError(
+                    f"{name}: expected on the module's device ({device}), got {tensor.device}"
+                )
+
+    def _padding(self, mask: Tensor, value: Tensor) -> Tensor:
+        """The mask, checked: True for padding."""
+        meaning = "True for pixels" if self.mask_keeps else "True for padding"
+        shape = value.shape[:2]
+        if mask.dtype != torch.bool or mask.shape != shape:
+            raise ValueError(
+                f"{self.mask_name}: expected a bool tensor of shape {list(shape)}, {meaning}, "
+                f"got {mask.dtype} {tuple(mask.shape)}"
+            )
+        if mask.device != value.device:
+            raise ValueError(
+                f"{self.mask_name}: expected on {self.value_name}'s device ({value.device}), "
+                f"got {mask.device}"
+            )
+        padding = ~mask if self.mask_keeps else mask
+        if readable(padding) and padding.numel() > 0 and padding.all():
+            raise ValueError(
+                f"{self.mask_name}: expected {meaning}, got a mask that leaves no pixel: is it of "
+                "the other polarity?"
+            )
+        return padding
+
+
+def _check_sizes(channels: str, heads: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1, got {size}")
+    if sizes[channels] % sizes[heads]:
+        raise ValueError(
+            f"{channels}: expected a multiple of {heads} ({sizes[heads]}), got {sizes[channels]}"
+        )
+
+
+class MSDeformAttn(_Attention):
     """Multi-scale deformable attention as Deformable DETR, DINO and Mask2Former call it.
 
     Every query predicts, for each head and level, ``n_points`` offsets from its reference point
@@ -41,47 +195,20 @@ class MSDeformAttn(nn.Module):
         torch.Size([2, 5, 32])
     """
 
+    value_name, shapes_name = "input_flatten", "input_spatial_shapes"
+    mask_name = "input_padding_mask"
+
     def __init__(
         self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
     ) -> None:
-        super().__init__()
-        sizes = {
-            "d_model": d_model,
-            "n_levels": n_levels,
-            "n_heads": n_heads,
-            "n_points": n_points,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{name}: expected at least 1, got {size}")
-        if d_model % n_heads:
-            raise ValueError(f"d_model: expected a multiple of n_heads ({n_heads}), got {d_model}")
+        sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
+        _check_sizes("d_model", "n_heads", **sizes)
+        super().__init__(d_model, n_heads, [n_points] * n_levels, d_model)
         self.im2col_step = 64  # callers of the official module set it; there is no such limit here
         self.d_model = d_model
         self.n_levels = n_levels
         self.n_heads = n_heads
         self.n_points = n_points
-        self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
-        self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
-        self.value_proj = nn.Linear(d_model, d_model)
-        self.output_proj = nn.Linear(d_model, d_model)
-        self._reset_parameters()
-
-    def _reset_parameters(self) -> None:
-        """Head m looks in direction 2 pi m / M, its k-th point k pixels away; weights are even."""
-        nn.init.zeros_(self.sampling_offsets.weight)
-        angles = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)  # [M, 2]
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        steps = torch.arange(1, self.n_points + 1, dtype=torch.float32)
-        offsets = directions[:, None, None, :] * steps[None, None, :, None]  # [M, 1, P, 2]
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_(offsets.expand(-1, self.n_levels, -1, -1).reshape(-1))
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for projection in (self.value_proj, self.output_proj):
-            nn.init.xavier_uniform_(projection.weight)
-            nn.init.zeros_(projection.bias)
 
     def forward(
         self,
@@ -98,7 +225,8 @@ class MSDeformAttn(nn.Module):
             query: ``[batch, queries, d_model]``.
             reference_points: ``[batch, queries, n_levels, 2]``, the point ``(x, y)`` as fractions
                 of the map, or ``[batch, queries, n_levels, 4]``, a box ``(cx, cy, w, h)``: offsets
-                are pixels of the level, or ``n_points`` times half a box's sides.
+                are pixels of the level, or ``n_points`` times half a box's sides; with one level,
+                the same for all.
             input_flatten: feature maps, one row a pixel: ``[batch, rows, d_model]``.
             input_spatial_shapes: ``(height, width)`` of each level: ``[n_levels, 2]`` or a list.
             input_level_start_index: row of each level's first pixel, ``[n_levels]``.
@@ -108,48 +236,297 @@ class MSDeformAttn(nn.Module):
             ``[batch, queries, d_model]``.
 
         Raises:
-            ValueError: a shape does not fit; the message names the argument.
+            ValueError: a shape, device or mask does not fit; the message names the argument.
         """
-        if input_flatten.dim() != 3 or input_flatten.shape[-1] != self.d_model:
-            raise ValueError(
-                f"input_flatten: expected shape [batch, rows, {self.d_model}], "
-                f"got {tuple(input_flatten.shape)}"
-            )
-        B, S, _ = input_flatten.shape
-        if query.dim() != 3 or query.shape[0] != B or query.shape[-1] != self.d_model:
-            raise ValueError(
-                f"query: expected shape [{B}, queries, {self.d_model}], got {tuple(query.shape)}"
-            )
-        if len(input_spatial_shapes) != self.n_levels:
-            raise ValueError(
-                f"input_spatial_shapes: expected {self.n_levels} levels (n_levels), "
-                f"got {len(input_spatial_shapes)}"
-            )
-        Q = query.shape[1]
-        value = self.value_proj(input_flatten)
-        if input_padding_mask is not None:
-            if input_padding_mask.dtype != torch.bool or input_padding_mask.shape != (B, S):
-                raise ValueError(
-                    f"input_padding_mask: expected a bool tensor of shape [{B}, {S}], True for "
-                    f"padding, got {input_padding_mask.dtype} {tuple(input_padding_mask.shape)}"
-                )
-            value = value.masked_fill(input_padding_mask[..., None], 0)
-        value = value.view(B, S, self.n_heads, -1)
-        width = reference_points.shape[-1]
-        if reference_points.shape != (B, Q, self.n_levels, width) or width not in (2, 4):
-            raise ValueError(
-                f"reference_points: expected shape [{B}, {Q}, {self.n_levels}, 2] of points (x, y) "
-                f"or [{B}, {Q}, {self.n_levels}, 4] of boxes (cx, cy, w, h), "
-                f"got {tuple(reference_points.shape)}"
-            )
-        points = (B, Q, self.n_heads, self.n_levels, self.n_points)
-        attended = ms_deform_attn_fused(
-            value,
-            input_spatial_shapes,
-            input_level_start_index,
-            reference_points,
-            self.sampling_offsets(query).view(*points, 2),
-            self.attention_weights(query).view(points),
+        return self._attend(
+            *(query, reference_points, input_flatten, input_spatial_shapes),
+            *(input_level_start_index, input_padding_mask),
         )
-        output: Tensor = self.output_proj(attended)
-        return output
+
+
+class MultiScaleDeformableAttention(_Attention):
+    """Multi-scale deformable attention as mmcv and detrex call it, with the residual inside.
+
+    :class:`MSDeformAttn` whose output goes through dropout and is added to the query as it came
+    in. Names, initial weights and state dict are those of mmcv's module; detrex's are the same.
+
+    Args:
+        embed_dims: channels of query and output.
+        num_heads: number of heads; divides ``embed_dims``.
+        num_levels: number of feature maps.
+        num_points: points that a query samples in each level and head.
+        im2col_step: mmcv's limit on a launch, which is not needed here.
+        dropout: probability with which a channel of the output is dropped in training.
+        batch_first: query and value are ``[batch, rows, channels]``, not ``[rows, batch, ...]``.
+        norm_cfg: mmcv's, unused there too.
+        init_cfg: mmcv's, unused there too.
+        value_proj_ratio: channels of the projected value over ``embed_dims``.
+        embed_dim: detrex's name for ``embed_dims``.
+        img2col_step: detrex's name for ``im2col_step``.
+
+    Raises:
+        ValueError: a size is less than 1, or a number of channels is not a multiple of
+            ``num_heads``.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn import MultiScaleDeformableAttention
+        >>> attention = MultiScaleDeformableAttention(32, 4, 2, 3, batch_first=True)
+        >>> features, query = torch.rand(2, 60, 32), torch.rand(2, 5, 32)
+        >>> attention(
+        ...     query,
+        ...     value=features,
+        ...     reference_points=torch.rand(2, 5, 2, 2),
+        ...     spatial_shapes=torch.tensor([[8, 6], [4, 3]]),
+        ...     level_start_index=torch.tensor([0, 48]),
+        ... ).shape
+        torch.Size([2, 5, 32])
+    """
+
+    def __init__(
+        self,
+        embed_dims: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int = 4,
+        im2col_step: int = 64,
+        dropout: float = 0.1,
+        batch_first: bool = False,
+        norm_cfg: Any = None,
+        init_cfg: Any = None,
+        value_proj_ratio: float = 1.0,
+        *,
+        embed_dim: int | None = None,
+        img2col_step: int | None = None,
+    ) -> None:
+        embed_dims = embed_dims if embed_dim is None else embed_dim
+        value_channels = int(embed_dims * value_proj_ratio)
+        sizes = {
+            "embed_dims": embed_dims,
+            "num_heads": num_heads,
+            "num_levels": num_levels,
+            "num_points": num_points,
+            "embed_dims * value_proj_ratio": value_channels,
+        }
+        for channels in ("embed_dims", "embed_dims * value_proj_ratio"):
+            _check_sizes(channels, "num_heads", **sizes)
+        super().__init__(embed_dims, num_heads, [num_points] * num_levels, value_channels)
+        self.im2col_step = im2col_step if img2col_step is None else img2col_step
+        self.embed_dims = embed_dims
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.dropout = nn.Dropout(dropout)
+        self.batch_first = batch_first
+        self.norm_cfg = norm_cfg
+        self.init_cfg = init_cfg
+        if not batch_first:
+            self.layout = " (rows and batch exchanged, for batch_first is False)"
+
+    def init_weights(self) -> None:
+        """Draw the initial weights again, as mmcv's runners ask for."""
+        self._reset_parameters()
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        identity: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key_padding_mask: Tensor | None = None,
+        reference_points: Tensor | None = None,
+        spatial_shapes: Levels | None = None,
+        level_start_index: Tensor | None = None,
+        residual: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """``dropout(attention) + identity``.
+
+        Args:
+            query: ``[queries, batch, embed_dims]``, or batch first.
+            key: unused, as in mmcv.
+            value: feature maps, one row a pixel: ``[rows, batch, embed_dims]``, or batch first;
+                None: the query, without ``query_pos``.
+            identity: what the output is added to; None: the query, without ``query_pos``.
+            query_pos: added to the query; of its shape.
+            key_padding_mask: ``[batch, rows]``, True for padding: such rows count as zero.
+            reference_points: ``[batch, queries, num_levels, 2 or 4]`` as in :class:`MSDeformAttn`.
+            spatial_shapes: ``(height, width)`` of each level: ``[num_levels, 2]`` or a list.
+            level_start_index: row of each level's first pixel, ``[num_levels]``.
+            residual: deprecated name of ``identity``.
+            kwargs: ignored; mmcv's layers pass all that they have.
+
+        Returns:
+            Shape of ``query``.
+
+        Raises:
+            TypeError: ``reference_points`` or ``spatial_shapes`` is missing.
+            ValueError: a shape, device or mask does not fit; the message names the argument.
+        """
+        if reference_points is None or spatial_shapes is None:
+            missing = "reference_points" if reference_points is None else "spatial_shapes"
+            raise TypeError(f"{missing}: expected a tensor, got None")
+        if residual is not None:
+            warnings.warn(
+                "residual: deprecated, the argument is called identity",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            identity = residual if identity is None else identity
+        value = query if value is None else value
+        identity = query if identity is None else identity
+        if query_pos is not None:
+            query = query + query_pos
+        if not self.batch_first:
+            query, value = query.transpose(0, 1), value.transpose(0, 1)
+        output = self._attend(
+            *(query, reference_points, value, spatial_shapes, level_start_index, key_padding_mask)
+        )
+        if not self.batch_first:
+            output = output.transpose(0, 1)
+        dropped: Tensor = self.dropout(output)
+        return dropped + identity
+
+
+VARIANTS = ("rtdetr", "rtdetrv2", "dfine")
+
+
+class MSDeformableAttention(_Attention):
+    """Multi-scale deformable attention as RT-DETR, RT-DETRv2, D-FINE and DEIM call it.
+
+    Offsets are portions of the reference box: ``offset_scale / points`` of its sides, by the
+    points of the level. RT-DETR (arXiv 2304.08069), RT-DETRv2 (arXiv 2407.17140), D-FINE (arXiv
+    2410.13842); names, initial weights and state dict are those of their official modules.
+
+    Args:
+        embed_dim: channels of query, value and output.
+        num_heads: number of heads; divides ``embed_dim``.
+        num_levels: number of feature maps.
+        num_points: points that a query samples in each level and head; a list where they differ.
+        method: ``"default"``, or ``"discrete"``: one pixel a point, and offsets that are not
+            learnt (see :func:`deform_attn.ms_deform_attn`).
+        offset_scale: portion of a box's side that the offsets of a level span together.
+        variant: ``"rtdetr"``; ``"rtdetrv2"``, which has a buffer ``num_points_scale`` too; or
+            ``"dfine"``, for DEIM too, which has the buffer, but no projection of value and output.
+        official_clamp: for ``"discrete"``, see :func:`deform_attn.ms_deform_attn`.
+
+    Raises:
+        ValueError: a size is less than 1, ``embed_dim`` is not a multiple of ``num_heads``, the
+            length of ``num_points`` is not ``num_levels``, or there is no such method or variant.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn import MSDeformableAttention
+        >>> attention = MSDeformableAttention(32, 4, num_levels=2, num_points=[3, 6])
+        >>> query, box, memory = torch.rand(2, 5, 32), torch.rand(2, 5, 1, 4), torch.rand(2, 60, 32)
+        >>> attention(query, box, memory, [(8, 6), (4, 3)]).shape
+        torch.Size([2, 5, 32])
+    """
+
+    shapes_name, mask_name, mask_keeps = "value_spatial_shapes", "value_mask", True
+
+    def __init__(
+        self,
+        embed_dim: int = 256,
+        num_heads: int = 8,
+        num_levels: int = 4,
+        num_points: int | Sequence[int] = 4,
+        method: str = "default",
+        offset_scale: float = 0.5,
+        *,
+        variant: str = "rtdetrv2",
+        official_clamp: bool = False,
+    ) -> None:
+        counts = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
+        sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_levels": num_levels}
+        _check_sizes("embed_dim", "num_heads", **sizes)
+        if len(counts) != num_levels or min(counts) < 0 or sum(counts) == 0:
+            raise ValueError(
+                f"num_points: expected a count, or one for each of {num_levels} levels, "
+                f"got {num_points}"
+            )
+        check_method(method)
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+        super().__init__(embed_dim, num_heads, counts, None if variant == "dfine" else embed_dim)
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_levels = num_levels
+        self.num_points = num_points
+        self.num_points_list = counts
+        self.method = method
+        self.offset_scale = offset_scale
+        self.variant = variant
+        self.official_clamp = official_clamp
+        if variant != "rtdetr":
+            self.register_buffer("num_points_scale", self._portions())
+        if method == "discrete":
+            self.sampling_offsets.requires_grad_(False)
+
+    def _portions(self) -> Tensor:
+        """1 / points of its level for each point: what the buffer ``num_points_scale`` holds."""
+        return torch.cat([torch.full((n,), 1 / max(n, 1)) for n in self.num_points_list])
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """The buffer must say what ``num_points`` says, from which locations are computed."""
+        super()._load_from_state_dict(state_dict, prefix, *others)
+        name, wanted = prefix + "num_points_scale", self._portions()
+        scale, errors = state_dict.get(name), others[-1]
+        if (
+            not isinstance(scale, Tensor)
+            or scale.shape != wanted.shape
+            or not readable(scale.cpu())
+        ):
+            return
+        if not torch.allclose(scale.float().cpu(), wanted, rtol=1e-2):
+            errors.append(
+                f"{name}: expected 1 / points for num_points {self.num_points_list}, "
+                f"got {scale.tolist()}"
+            )
+
+    def forward(
+        self,
+        query: Tensor,
+        reference_points: Tensor,
+        value: Tensor | Sequence[Tensor],
+        value_spatial_shapes: Levels,
+        value_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Attend from every query to a few points of every feature map.
+
+        Args:
+            query: ``[batch, queries, embed_dim]``.
+            reference_points: ``[batch, queries, 1 or num_levels, 4]``, a box ``(cx, cy, w, h)`` as
+                fractions of the map, or ``[..., 2]``, a point ``(x, y)``: then offsets are pixels
+                of the level.
+            value: feature maps, one row a pixel: ``[batch, rows, embed_dim]``, or for ``"dfine"``
+                also its official form, for each level ``[batch, num_heads, embed_dim / num_heads,
+                height * width]``, which is copied into that one.
+            value_spatial_shapes: ``(height, width)`` of each level: a list or ``[num_levels, 2]``.
+            value_mask: ``[batch, rows]``, True for pixels, False for padding, which counts as zero.
+
+        Returns:
+            ``[batch, queries, embed_dim]``.
+
+        Raises:
+            ValueError: a shape, device or mask does not fit; the message names the argument.
+        """
+        if not isinstance(value, Tensor):
+            value = self._joined(value, value_spatial_shapes)
+        return self._attend(query, reference_points, value, value_spatial_shapes, None, value_mask)
+
+    def _joined(self, levels: Sequence[Tensor], spatial_shapes: Levels) -> Tensor:
+        """``[batch, rows, embed_dim]`` of D-FINE's ``[batch, heads, head_dim, rows]`` by level."""
+        shape = [self.num_heads, self.embed_dim // self.num_heads]
+        listed = not isinstance(spatial_shapes, Tensor) and not torch.compiler.is_compiling()
+        for i, level in enumerate(levels):
+            rows = level.shape[-1]
+            if listed and i < len(spatial_shapes):
+                rows = math.prod(spatial_shapes[i])
+            if level.dim() != 4 or [*level.shape[1:]] != [*shape, rows]:
+                raise ValueError(
+                    f"value: expected shape [batch, {shape[0]}, {shape[1]}, height * width], that "
+                    f"of level {i} with {rows} pixels, got {tuple(level.shape)}"
+                )
+        return torch.cat([level.permute(0, 3, 1, 2) for level in levels], 1).flatten(2)

@@ -72,10 +72,11 @@ LAYER = Signature(
 )
 
 
-def define(name: str, signature: Signature) -> Operator:
-    """Define ``deform_attn::<name>`` and its backward; return the differentiable call of the pair.
+def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any]]:
+    """Define ``deform_attn::<name>`` and its backward.
 
-    The call takes the inputs of the signature by position.
+    Returns the differentiable call of the pair, which takes the inputs of the signature by
+    position, and the backward operator for who has an autograd of his own.
     """
     inputs = ", ".join((*signature.tensors, *signature.numbers))
     outputs = ", ".join(["Tensor"] * len(signature.differentiable))
@@ -180,7 +181,7 @@ def define(name: str, signature: Signature) -> Operator:
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         torch.library.register_vmap(qualified, _over_batch(op, batched), lib=LIBRARY)
         LIBRARY.impl(op._schema.name, _differentiable(op, function), "Autograd")
-    return call
+    return call, backward_op
 
 
 def _differentiable(op: Any, function: Any) -> Callable[..., Any]:

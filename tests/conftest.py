@@ -2,6 +2,7 @@
 
 Fixtures `runner`, `dtypes`, `case` (from runners.py and cases.py) are combined at collection; a
 combination that cannot run is not collected, and the header says which runners do not run and why.
+`golden_case` goes through the cases of the recorded modules (--goldens).
 The marker `only` narrows the choice, and further for slow runners (interpreted kernels):
 
     @pytest.mark.only(runners=package, dtypes=["f64", "f32"], slow={"dtypes": ["f32"]})
@@ -11,6 +12,7 @@ The marker `only` narrows the choice, and further for slow runners (interpreted 
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -90,6 +92,11 @@ def _picked(choice: Any, everything: dict[str, Any]) -> list[Any]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_case" in metafunc.fixturenames:
+        facts = json.loads(
+            (metafunc.config.getoption("--goldens") / "msda_modules.json").read_text()
+        )
+        metafunc.parametrize("golden_case", list(facts["config"]["cases"]))
     names = [n for n in ("runner", "dtypes", "case") if n in metafunc.fixturenames]
     if not names:
         return

@@ -6,6 +6,9 @@ is not a fault of its judge; `test_oracle.py` tries it against rational arithmet
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import torch
 from cases import Inputs
 from torch import Tensor
@@ -98,6 +101,36 @@ def ms_deform_attn(inputs: Inputs, *, all_rising: bool = False) -> Tensor:
                 pixel = torch.where(on_map[..., None], pixel, 0)  # an off-map NaN is not read
                 output = output + (share[..., None] * pixel).sum(3)
     return output.reshape(B, Q, M * D)
+
+
+def discrete(inputs: Inputs, *, official_clamp: bool = False) -> Tensor:
+    """One pixel a point: ``method="discrete"``, in float64, point by point.
+
+    The pixel is what comes out in the dtype of the locations; only that is rounded.
+    """
+    inputs = settle(inputs)
+    value, locations, weights = inputs.tensors
+    value, weights = value.double(), weights.double()
+    B, _, M, D = value.shape
+    Q, counts = locations.shape[1], inputs.points_per_level
+    locations = locations.detach().reshape(B, Q, M, sum(counts), 2)
+    level_of_point = [level for level, count in enumerate(counts) for _ in range(count)]
+    table = level_table(inputs)
+
+    def pixel(location: Tensor, size: int, last: int) -> int:
+        x = (location * size + 0.5).item()
+        return 0 if math.isnan(x) else int(min(max(x, 0), last))
+
+    rows = torch.zeros(locations.shape[:-1], dtype=torch.long)
+    for point in itertools.product(*map(range, rows.shape)):
+        height, width, start = table[level_of_point[point[-1]]]
+        x, y = locations[point]
+        last = min(height, width) - 1 if official_clamp else width - 1
+        rows[point] = start + pixel(y, height, height - 1) * width + pixel(x, width, last)
+    batch = torch.arange(B).view(B, 1, 1, 1)
+    head = torch.arange(M).view(1, 1, M, 1)
+    picked = value[batch, rows, head]  # [B, Q, M, K, D]
+    return (picked * weights.reshape(*rows.shape, 1)).sum(3).reshape(B, Q, M * D)
 
 
 def gradients(

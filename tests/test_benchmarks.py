@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import check, measure, models, peers, report, roofline, run
+from benchmarks import check, kernels, measure, models, peers, report, roofline, run
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw, scaled
 
 SMALL = scaled(WORKLOADS["rtdetr_decoder_640"], 0.1)
@@ -332,10 +332,32 @@ def test_a_model_keeps_its_outputs_and_a_wrong_op_is_found(monkeypatch: pytest.M
     assert row["status"] == "ok"
     assert row["difference"] <= models.LARGEST_DIFFERENCE
     assert 0 < row["share"] < 1
-    exact = models._deform_attn
+    exact = models.integration.ms_deform_attn
 
-    def swapped(value: Any, shapes: Any, locations: Any, weights: Any) -> torch.Tensor:
-        return exact(value, shapes, locations, weights.flip(-1))  # the points in a wrong order
+    def swapped(*inputs: Any) -> torch.Tensor:
+        return exact(*inputs[:-1], inputs[-1].flip(-1))  # the points in a wrong order
 
-    monkeypatch.setattr(models, "_deform_attn", swapped)
+    monkeypatch.setattr(models.integration, "ms_deform_attn", swapped)
     assert models.measure_model("deformable_detr", size=64, rounds=1)["status"] == "wrong"
+
+
+@pytest.mark.parametrize(
+    ("figures", "fails"),
+    [
+        ({"registers": 64, "occupancy": 50}, False),
+        ({"registers": 65, "occupancy": 50}, True),
+        ({"registers": 64, "occupancy": 49}, True),
+        ({"registers": 64, "occupancy": 50, "spills": 4}, True),
+    ],
+)
+def test_kernel_limits(figures: dict[str, int], fails: bool) -> None:
+    assert kernels.Kernel(90, "forward_teams", "f32", "", **figures).fails == fails
+    backward = {**figures, "registers": figures["registers"] + 32}
+    assert kernels.Kernel(90, "backward_teams", "f32", "", **backward).fails == fails
+
+
+def test_kernel_names_are_understood() -> None:
+    signature = "void deform_attn::backward_teams<__half, 8, int, true, deform_attn::LayerPoints<"
+    kernel = kernels.parse(f"{signature}__half> >(deform_attn::Problem)", 90)
+    assert (kernel.name, kernel.dtype) == ("backward_teams", "f16")
+    assert kernel.variant == "16 bytes, int32, scatter, layer"

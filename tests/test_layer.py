@@ -6,15 +6,17 @@ import math
 
 import pytest
 import torch
+from cases import Dtypes
+from runners import Runner, package
 from torch import Tensor
 
 import deform_attn
 from deform_attn import formula, ms_deform_attn_fused
 
 SHAPES = [(7, 5), (3, 4), (1, 1)]
+SIZES = [side for shape in SHAPES for side in shape]
 ROWS = sum(height * width for height, width in SHAPES)
 BATCH, QUERIES, HEADS = 2, 9, 3
-DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
 
 def draw(
@@ -45,8 +47,7 @@ def draw(
 
 def truth(inputs: tuple[Tensor, ...], num_points: list[int] | None, scale: float) -> Tensor:
     value, reference, offsets, logits = inputs
-    sizes = [side for shape in SHAPES for side in shape]
-    return formula.layer(value, None, None, reference, offsets, logits, sizes, num_points, scale)
+    return formula.layer(value, None, None, reference, offsets, logits, SIZES, num_points, scale)
 
 
 def with_gradients(function, inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
@@ -55,25 +56,36 @@ def with_gradients(function, inputs: tuple[Tensor, ...], grad: Tensor) -> list[T
     return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output.dtype))]
 
 
-@pytest.mark.parametrize("num_points", [None, [3, 0, 2]], ids=["uniform", "listed"])
-@pytest.mark.parametrize("levels", [1, len(SHAPES)])
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("backend", ["compiled", "reference"])
-def test_values_and_gradients(
-    backend: str, dtype: torch.dtype, size: int, levels: int, num_points: list[int] | None
+def tried(
+    runner: Runner,
+    dtypes: Dtypes,
+    *,
+    size: int = 2,
+    levels: int = len(SHAPES),
+    num_points: list[int] | None = None,
+    head_dim: int = 20,
 ) -> None:
-    inputs = draw(dtype, size=size, levels=levels, num_points=num_points)
-    grad = torch.randn(BATCH, QUERIES, HEADS * 20, dtype=torch.float64).to(dtype)
+    """Output and gradients against the formula in float64."""
+    drawn = draw(dtypes.value, size=size, levels=levels, num_points=num_points, head_dim=head_dim)
+    if runner.slow:
+        drawn = tuple(tensor[:1] for tensor in drawn)
+    inputs = tuple(tensor.to(runner.device) for tensor in drawn)
+    grad = torch.randn(*inputs[1].shape[:2], HEADS * head_dim, dtype=torch.float64)
+    grad = grad.to(runner.device, dtypes.value)
 
     def call(*inputs: Tensor) -> Tensor:
-        value, *rest = inputs
         return ms_deform_attn_fused(
-            value, SHAPES, None, *rest, num_points=num_points, offset_scale=0.7, backend=backend
+            inputs[0],
+            SHAPES,
+            None,
+            *inputs[1:],
+            num_points=num_points,
+            offset_scale=0.7,
+            backend=runner.backend,
         )
 
-    exact = tuple(tensor.double() for tensor in inputs)
-    wanted = with_gradients(lambda *x: truth(x, num_points, 0.7), exact, grad.double())
+    exact = tuple(tensor.cpu().double() for tensor in inputs)
+    wanted = with_gradients(lambda *x: truth(x, num_points, 0.7), exact, grad.cpu().double())
     got = with_gradients(call, inputs, grad)
     for name, a, b, like in zip(
         ["output", "value", "reference_points", "sampling_offsets", "attention_logits"],
@@ -86,10 +98,39 @@ def test_values_and_gradients(
         # sums of a few dozen terms in float32 at least, rounded once to the dtype of the result
         limit = (
             4 * torch.finfo(a.dtype).eps
-            + 20 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+            + 20 * torch.finfo(torch.promote_types(dtypes.value, torch.float32)).eps
         )
-        error = (a.double() - b).abs().max() / b.abs().max()
+        error = (a.cpu().double() - b).abs().max() / b.abs().max()
         assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
+
+
+@pytest.mark.only(runners=package, slow={"dtypes": ["f32"]})
+@pytest.mark.parametrize("num_points", [None, [3, 0, 2]], ids=["uniform", "listed"])
+@pytest.mark.parametrize("levels", [1, len(SHAPES)])
+@pytest.mark.parametrize("size", [2, 4])
+def test_values_and_gradients(
+    runner: Runner, dtypes: Dtypes, size: int, levels: int, num_points: list[int] | None
+) -> None:
+    tried(runner, dtypes, size=size, levels=levels, num_points=num_points)
+
+
+@pytest.mark.only(runners=package, dtypes=["f16", "bf16"])
+def test_listed_points_in_16_bits(runner: Runner, dtypes: Dtypes) -> None:
+    tried(runner, dtypes, num_points=[1, 0, 2])
+
+
+@pytest.mark.only(runners=package, dtypes=["f32"])
+@pytest.mark.parametrize("head_dim", [1, 4, 16, 30, 71, 128, 256])
+def test_head_dims(runner: Runner, dtypes: Dtypes, head_dim: int) -> None:
+    tried(runner, dtypes, num_points=[2, 0, 1], head_dim=head_dim)
+
+
+@pytest.mark.only(
+    runners=lambda runner: package(runner) and runner.deterministic, slow={"dtypes": ["f32"]}
+)
+def test_every_element_is_written(runner: Runner, dtypes: Dtypes, poisoned: None) -> None:
+    """From memory full of NaN, and by the deterministic kernels."""
+    tried(runner, dtypes, size=4, num_points=[3, 0, 2])
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -104,10 +145,18 @@ def test_gradcheck(size: int) -> None:
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-def test_operator_checks() -> None:
-    value, *rest = (t.requires_grad_() for t in draw(torch.float64, size=4, queries=2))
-    operands = (value, torch.tensor(SHAPES), None, *rest, None, None, 0.5)
+@pytest.mark.parametrize("num_points", [None, [3, 0, 2]], ids=["uniform", "listed"])
+def test_operator_checks(num_points: list[int] | None) -> None:
+    """Forward and backward; sizes as a tensor, and as numbers."""
+    value, *rest = (
+        t.requires_grad_() for t in draw(torch.float64, size=4, queries=2, num_points=num_points)
+    )
+    levels = (torch.tensor(SHAPES), None) if num_points is None else (None, SIZES)
+    operands = (value, levels[0], None, *rest, levels[1], num_points, 0.5)
     torch.library.opcheck(torch.ops.deform_attn.ms_deform_attn_fused.default, operands)
+    grad = torch.randn(BATCH, 2, HEADS * 20, dtype=torch.float64, requires_grad=True)
+    backward = torch.ops.deform_attn.ms_deform_attn_fused_backward.default
+    torch.library.opcheck(backward, (grad, *operands, False))
 
 
 def test_compiles_to_one_node() -> None:

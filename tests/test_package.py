@@ -70,7 +70,8 @@ REGISTERED = """
 import ctypes, sys, torch, deform_attn
 ctypes.CDLL(sys.argv[1], ctypes.RTLD_GLOBAL)
 torch.ops.load_library(sys.argv[2])
-for name in ("ms_deform_attn", "ms_deform_attn_backward"):
+for name in ("", "_backward", "_fused", "_fused_backward", "_by", "_by_backward"):
+    name = "ms_deform_attn" + name
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"deform_attn::{name}", "CUDA"), name
 print(torch.ops.deform_attn.cuda_build())
 """

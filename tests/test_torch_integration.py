@@ -1,9 +1,10 @@
-"""The operator inside PyTorch: opcheck, compile, export, autocast, and the choice of a backend."""
+"""Operator and modules inside PyTorch: opcheck, compile, export, replicas, choice of a backend."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import io
 import logging
 import os
@@ -11,14 +12,19 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cases import CASES, DTYPES, Case, Dtypes, Inputs
+from family import FAMILY, lively, tensors_of, with_tensors
 from runners import Runner, operators, package
 from test_autograd import Recorder
 from tolerances import check_results, grad_output_for, results
+from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import deform_attn
 from deform_attn import MSDeformAttn
@@ -246,19 +252,290 @@ def test_autocast_module_keeps_locations_in_float32(
 # ------------------------------------------------------------------------- copies and pickles
 
 
+@pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize(
     "copied",
     [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))],
     ids=["deepcopy", "pickle"],
 )
-def test_module_copies(copied: Callable[[MSDeformAttn], MSDeformAttn]) -> None:
-    module = MSDeformAttn(32, 3, 4, 2)
-    arguments = module_arguments(module)
+def test_module_copies(name: str, copied: Callable[[nn.Module], nn.Module]) -> None:
+    module = lively(FAMILY[name].make())
+    call = FAMILY[name].arguments()
     other = copied(module)
-    assert torch.equal(other(*arguments), module(*arguments))
+    assert torch.equal(other(**call), module(**call))
     with torch.no_grad():
-        other.value_proj.weight.zero_()
-    assert not torch.equal(other(*arguments), module(*arguments))
+        other.attention_weights.weight.zero_()
+    assert not torch.equal(other(**call), module(**call))
+
+
+# ------------------------------------------------------------------- each module of the family
+
+each_module = pytest.mark.parametrize("name", FAMILY)
+
+
+def leaves_of(module: nn.Module, call: dict[str, Any]) -> list[torch.Tensor]:
+    """What has gradients: the tensors of a call, and the parameters that are trained."""
+    inputs = [tensor.requires_grad_() for tensor in tensors_of(call).values()]
+    return [*inputs, *(p for p in module.parameters() if p.requires_grad)]
+
+
+@each_module
+def test_compiled_modules_train(name: str) -> None:
+    """One graph each way for other batches, numbers of queries and maps."""
+    module = lively(FAMILY[name].make())
+    compiled = Compiled(module, dynamic=True)
+    graphs = []  # Dynamo may start a graph anew, with a number that it took for symbolic
+    # no two sizes of the first call are alike: Dynamo would take them for one
+    for batch, queries, maps in (
+        (7, 5, ((6, 9), (3, 4), (2, 1))),
+        (3, 4, ((8, 5), (4, 2), (2, 3))),
+    ):
+        call = FAMILY[name].arguments(batch, queries, maps)
+        leaves = leaves_of(module, call)
+        expected, found = module(**call), compiled.call(**call)
+        torch.testing.assert_close(found, expected)
+        weights = torch.randn_like(expected)
+        for one, other in zip(
+            torch.autograd.grad(found, leaves, weights, allow_unused=True),
+            torch.autograd.grad(expected, leaves, weights, allow_unused=True),
+        ):
+            assert (one is None) == (other is None)
+            if one is not None:
+                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+        graphs.append(len(compiled.graphs))
+    assert graphs[0] == graphs[1]
+
+
+@each_module
+def test_exported_modules(name: str) -> None:
+    module = lively(FAMILY[name].make()).eval()
+    call = FAMILY[name].arguments()
+    program = torch.export.export(module, (), call)
+    targets = [str(node.target) for node in program.graph.nodes]
+    kernels = sum(target.startswith("deform_attn.ms_deform_attn") for target in targets)
+    assert kernels == (0 if name == "discrete" else 1)
+    assert not any("grid" in target for target in targets)
+    torch.testing.assert_close(program.module()(**call), module(**call))
+
+
+@each_module
+def test_autocast_modules(name: str) -> None:
+    """Close to float32, with gradients of the parameters in theirs."""
+    module = lively(FAMILY[name].make())
+    call = FAMILY[name].arguments()
+    expected = module(**call)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = module(**call)
+    found.sum().backward()
+    if name != "discrete":  # a location rounded to 16 bits may lie on another pixel
+        assert (found - expected).abs().max() <= 0.05 * expected.abs().max()
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad.dtype == torch.float32
+            assert parameter.grad.isfinite().all()
+
+
+@each_module
+def test_gradients_per_sample(name: str) -> None:
+    """torch.func over a module: vmap of grad of a functional call, as a loop over the batch."""
+    module = lively(FAMILY[name].make())
+    calls = [FAMILY[name].arguments(batch=1) for _ in range(3)]
+    parameters = {n: p.detach() for n, p in module.named_parameters() if p.requires_grad}
+
+    def loss(parameters: dict[str, torch.Tensor], tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+        call = with_tensors(calls[0], tensors)
+        return (torch.func.functional_call(module, parameters, kwargs=call) ** 2).sum()
+
+    samples = [tensors_of(call) for call in calls]
+    stacked = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, stacked)
+    for i, sample in enumerate(samples):
+        for key, gradient in torch.func.grad(loss)(parameters, sample).items():
+            torch.testing.assert_close(found[key][i], gradient, rtol=1e-4, atol=1e-4)
+
+
+class OnOneDevice(torch.utils._python_dispatch.TorchDispatchMode):
+    """Refuses what a CUDA graph cannot record: numbers read back, and copies to another device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default, "a number is read back"
+        output = func(*args, **(kwargs or {}))
+        tensors = [x for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)]
+        devices = {tensor.device.type for tensor in tensors}
+        assert len(devices) <= 1, f"{func}: between {devices}"
+        return output
+
+
+@each_module
+def test_a_call_stays_on_its_device(name: str) -> None:
+    """Forward and backward on a device whose numbers cannot be read: as a CUDA graph records it."""
+    module = FAMILY[name].make().to("meta")
+    call = FAMILY[name].arguments(device="meta")
+    if name != "dfine":
+        mask = {"official": "input_padding_mask", "mmcv": "key_padding_mask"}.get(
+            name, "value_mask"
+        )
+        call[mask] = torch.empty(2, 49, dtype=torch.bool, device="meta")
+    leaves = leaves_of(module, call)
+    with OnOneDevice():
+        grads = torch.autograd.grad(module(**call).sum(), leaves, allow_unused=True)
+    assert sum(grad is not None for grad in grads) >= len(grads) - 1  # not discrete's reference
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("levels", ["tensor", "list"])
+def test_triton_launches_stay_on_the_device(
+    levels: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's part of the Triton backend, with the launches themselves left out."""
+    from deform_attn.backends import triton
+
+    launches = []
+    monkeypatch.setattr(triton, "_run", lambda kernel, *_, **__: launches.append(kernel))
+    inputs = CASES["non_square"].make(DTYPES["f32"]).to("meta")
+    shapes, starts, sizes = inputs.spatial_shapes, inputs.level_start_index, None
+    if levels == "list":
+        shapes, starts, sizes = None, None, [5, 7, 3, 4, 2, 1]
+    value, locations, weights = inputs.tensors
+    reference = torch.empty(2, 5, 1, 4, device="meta")
+    attention = (value, shapes, starts, locations, weights, sizes, None)
+    layer = (value, shapes, starts, reference, locations, weights, sizes, None, 0.5)
+    with OnOneDevice():
+        output = triton.forward(*attention)
+        triton.backward(output, *attention, deterministic)
+        triton.layer_forward(*layer)
+        triton.layer_backward(output, *layer, deterministic)
+    assert launches.count("forward") == 2
+    assert launches.count("backward") == (4 if deterministic else 2)  # one for each of the batch
+
+
+def test_the_guard_sees_what_it_refuses() -> None:
+    number = torch.ones(2)
+    with OnOneDevice():
+        number.sum()
+        with pytest.raises(AssertionError, match="read back"):
+            number.sum().item()
+        with pytest.raises(AssertionError, match="read back"):
+            bool(number.sum() > 1)
+        with pytest.raises(AssertionError, match="between"):
+            number.to("meta")
+
+
+# ------------------------------------------------------------- several replicas or processes
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """What DataParallel makes for a device: modules that share all but their parameters."""
+    replicas = {m: m._replicate_for_data_parallel() for m in module.modules()}
+    for original, replica in replicas.items():
+        for key, child in original._modules.items():
+            replica._modules[key] = replicas[child]
+        for key, parameter in original._parameters.items():
+            setattr(replica, key, parameter.view_as(parameter))  # as a broadcast: not a leaf
+    return replicas[module]
+
+
+@each_module
+def test_replicas_in_threads(name: str) -> None:
+    """As DataParallel runs them: outputs of their own, gradients that meet in the module."""
+    module = lively(FAMILY[name].make())
+    calls = [FAMILY[name].arguments() for _ in range(2)]
+    expected = [module(**call) for call in calls]
+    sum(output.sum() for output in expected).backward()
+    wanted = {key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda call: replica_of(module)(**call), calls))
+    for one, other in zip(found, expected):
+        assert torch.equal(one, other)
+    sum(output.sum() for output in found).backward()
+    for key, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(parameter.grad, wanted[key])
+
+
+DISTRIBUTED = """
+import copy, sys
+import torch
+import torch.distributed as dist
+from family import FAMILY, lively
+
+rank, store = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+for name, member in FAMILY.items():
+    torch.manual_seed(0)
+    module = lively(member.make())
+    calls = [member.arguments() for _ in range(2)]
+    alone = copy.deepcopy(module)
+    for call in calls:
+        (alone(**call).square().sum() / 2).backward()
+    together = torch.nn.parallel.DistributedDataParallel(module)
+    for step in range(2):  # a parameter without a gradient is an error in the second
+        module.zero_grad()
+        together(**calls[rank]).square().sum().backward()
+        for (key, one), other in zip(module.named_parameters(), alone.parameters()):
+            assert (one.grad is None) == (other.grad is None) == (not one.requires_grad), key
+            if one.grad is not None:
+                torch.testing.assert_close(one.grad, other.grad, rtol=1e-4, atol=1e-4)
+    print(name)
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    """DistributedDataParallel: no parameter is left out, gradients are those of the whole batch."""
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", DISTRIBUTED, str(rank), str(tmp_path / "store")],
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in processes:
+            output, errors = process.communicate(timeout=120)
+            assert process.returncode == 0, errors
+            assert output.split() == list(FAMILY)
+    finally:
+        for process in processes:
+            process.kill()
+
+
+# ------------------------------------------------------------------------- without the module
+
+PACKAGED = """
+import sys
+import torch
+import deform_attn
+
+given, expected = torch.load(sys.argv[2])
+model = torch._inductor.aoti_load_package(sys.argv[1])
+for arguments, output in zip(given, expected):
+    torch.testing.assert_close(model(*arguments), output)
+print(len(given))
+"""
+
+
+def test_aot_inductor_package_in_a_fresh_process(tmp_path: Path) -> None:
+    """Compiled ahead of time with a dynamic number of queries; the operator is called by it."""
+    module = lively(FAMILY["official"].make()).eval()
+    calls = [tuple(FAMILY["official"].arguments(queries=n).values()) for n in (5, 8)]
+    queries = torch.export.Dim("queries", min=2, max=1000)
+    shapes = ({1: queries}, {1: queries}, None, None, None)
+    with torch.no_grad():
+        expected = [module(*call) for call in calls]
+        program = torch.export.export(module, calls[0], dynamic_shapes=shapes)
+        package_file = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(tmp_path / "layer.pt2"),
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
+        )
+    torch.save((calls, expected), tmp_path / "calls.pt")
+    done = run_python(PACKAGED, arguments=(package_file, str(tmp_path / "calls.pt")))
+    assert (done.returncode, done.stdout.strip()) == (0, "2"), done.stderr
 
 
 # -------------------------------------------------------------------------- choice of a backend
@@ -326,9 +603,11 @@ def test_forced_backend_that_cannot_run_says_why(way: str) -> None:
         assert words in str(caught.value)
 
 
-def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run_python(
+    code: str, arguments: tuple[str, ...] = (), **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code, *arguments],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         capture_output=True,
         text=True,
@@ -360,10 +639,10 @@ def test_fallback_is_logged_once(
     """One line under the logger deform_attn, with the reason."""
     from deform_attn import backends
 
-    broken = {
-        **BACKENDS,
-        "compiled": backends.Backend("compiled", lambda *_: "not built", BACKENDS["compiled"].call),
-        "triton": backends.Backend("triton", lambda *_: "no GPU", BACKENDS["triton"].call),
+    reasons = {"compiled": "not built", "triton": "no GPU"}
+    broken = BACKENDS | {
+        name: dataclasses.replace(BACKENDS[name], why_not=lambda *_, why=why: why)
+        for name, why in reasons.items()
     }
     monkeypatch.setattr(backends, "BACKENDS", broken)
     monkeypatch.setattr(backends, "_told", set())

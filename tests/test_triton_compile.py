@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from benchmarks.triton_kernels import MOST_REGISTERS
+
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +41,9 @@ SHAPES: list[Kernel] = [
     ("forward", 90, "f32", {"reference": (1, 4)}),
     ("backward", 90, "f32", {**ODD, "wide": True}),
     ("backward", 90, "f32", {"reference": (1, 4)}),
+    ("backward", 86, "f16", {"deterministic": True}),
     ("backward", 90, "bf16", {"deterministic": True}),
+    ("backward", 100, "f32", {"deterministic": True, "reference": (4, 2)}),
     ("add_up_rows", 90, "bf16", {}),
 ]
 TOO_LARGE: Kernel = ("forward", 90, "f32", {"head_dim": 128, "blocks": (32, 128, 2, 1)})
@@ -130,6 +134,13 @@ def compiled() -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("kernel", EVERYWHERE + SHAPES, ids=label)
 def test_no_spills(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
     assert compiled[label(kernel)]["spills"] == 0
+
+
+@pytest.mark.parametrize(
+    "kernel", [k for k in EVERYWHERE + SHAPES if "head_dim" not in k[3]], ids=label
+)
+def test_registers(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
+    assert compiled[label(kernel)]["registers"] <= MOST_REGISTERS[kernel[0]]
 
 
 def test_spills_would_be_seen(compiled: dict[str, dict[str, Any]]) -> None:

@@ -2,12 +2,12 @@
 //
 //   backward_plain    a thread per channel, an atomic per channel and pixel: the design of 2020, kept
 //                     as the yardstick and as the text to read first
-//   backward_teams   gradients of points and weights, summed in the lanes; where kScatter, the
-//                     gradient of value too, with the widest atomics there are
-//   bound_queries     the pixels that each run of 32 queries reaches, a rectangle a level
-//   backward_gather    the gradient of value without atomics: each tile of pixels gathers from the
+//   backward_teams    gradients of points and weights, or of a layer's offsets and logits, summed in
+//                     the lanes. Where kScatter, the gradient of value too, with the widest atomics
+//                     there are; elsewhere the pixels that the queries reach
+//   backward_gather   the gradient of value without atomics: each tile of pixels gathers from the
 //                     queries that reach it, always in the same order
-//   finish_layer      gradients of a layer's reference points, offsets and logits
+//   sum_heads         what the heads add to the gradient of a layer's reference points
 //   round_sums        sums of a 16-bit gradient to its dtype
 //
 // Scattering suits few queries on large maps, gathering many queries and whoever asks for the same
@@ -74,36 +74,127 @@ __global__ void __launch_bounds__(kBlock)
     if (threadIdx.x == 0) {
       for (int i = 0; i < 4; ++i) dot[i] = dots[i][0];
       const auto gradient = point_gradient(foot, levels.level[level], sample.weight, dot);
-      gradients.set(item * problem.points + k, gradient.x, gradient.y, gradient.weight);
+      gradients.set(item * problem.points + k, gradient);
     }
     __syncthreads();
   }
 }
 
-// What the lanes of a warp share: 32 points at a time, each staged by one lane. All here and nothing
-// in registers, which the pixels and the gradient of the output need.
-template <typename Sum, typename Offset, typename Query>
-struct Staged {
-  Corner<Sum, Offset> corner[kWarp];
-  Sum dot[kWarp][4];  // of the four pixels with the gradient of the output
-  Sum right[kWarp], down[kWarp], weight[kWarp];
-  int level[kWarp];
-  Query query[kWarp / 4];        // of each team, which has 4 lanes or more
-  int64_t output_at[kWarp / 4];  // of each team
+// Pixels from `low` to `high`, both (x, y) and on it; empty where high < low.
+struct alignas(16) Rectangle {
+  int low[2], high[2];
 };
 
-// Works as `forward_teams` does, on the same blocks. `grad_value` is added to where kScatter, zeros
-// before; else it is not touched.
-template <typename T, int kVec, typename Offset, bool kScatter, typename Points, typename Gradients>
+__device__ inline int64_t runs_of(const Problem& problem, int run) {
+  return (problem.queries + run - 1) / run;
+}
+
+// bounds [batch, heads, levels, runs]: the columns and rows of pixels that each `run` queries touch,
+// one after the other in the order of visits: all of a block, or one. The warps of the block take the
+// levels by turns, a lane per query, and x before y, for registers are few; the locations are still
+// in the cache.
+template <typename Points>
+__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
+                              const Points& points, const Part& part, int run, Rectangle* bounds) {
+  const int lane = threadIdx.x % kWarp;
+  for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
+    const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
+    Rectangle* const to = bounds + plane * runs_of(problem, run) + part.first / run;
+#pragma unroll 1
+    for (int axis = 0; axis < 2; ++axis) {
+      const int size = axis ? levels.level[l].height : levels.level[l].width;
+      int low = size, high = -1;
+#pragma unroll 1
+      for (int i = lane; i < part.count; i += kWarp) {
+        if (run == 1) low = size, high = -1;
+        const int64_t at = query_at(part.first + i, levels, problem.levels);
+        const auto query = points.find(problem, part.batch, at, part.head);
+#pragma unroll 1
+        for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
+          const auto location = points.location(query, k, l, levels);
+          const auto along = axis ? location.at[1] : location.at[0];
+          using Sum = std::decay_t<decltype(along)>;
+          int pixel;
+          Sum fraction;
+          if (!pixel_of<Numbers<Sum>>(along, size, pixel, fraction)) continue;
+          low = min(low, max(pixel, 0));
+          high = max(high, min(pixel + 1, size - 1));
+        }
+        if (run == 1) to[i].low[axis] = low, to[i].high[axis] = high;
+      }
+      if (run == 1) continue;
+      for (int step = kWarp / 2; step > 0; step /= 2) {
+        low = min(low, __shfl_xor_sync(kAllLanes, low, step));
+        high = max(high, __shfl_xor_sync(kAllLanes, high, step));
+      }
+      if (lane == 0) to->low[axis] = low, to->high[axis] = high;
+    }
+  }
+}
+
+// Numbers of a layer's points that a warp keeps in shared memory.
+template <typename Sum>
+constexpr int kKept = sizeof(Sum) == 8 ? 32 : 128;
+
+// What the lanes of a warp share: 32 points at a time, each staged by one lane. All here and nothing
+// in registers, which the pixels and the gradient of the output need.
+template <typename Sum, typename Offset, typename Points>
+struct Staged {
+  Corner<Sum, Offset> corner[kWarp];
+  Sum dot[kWarp]
+         [4];  // of the four pixels with the gradient of the output; then of a layer's point:
+               // its gradients by x and y, and the same times its offset
+  typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
+  int64_t output_at[kWarp / 4];             // of each team
+  Sum weight[Points::kLayer ? kWarp : 1];   // of a layer's points, an exponential each
+  Sum by_weight[Points::kLayer ? kKept<Sum> : 1];
+};
+
+// Adds the points of one pass, `first` to first + count of a query, to what the head adds to the
+// gradient of the query's reference points. The lanes of the query's team take its numbers by turns,
+// each always the same.
+template <typename T, typename Shared>
+__device__ void add_reference_parts(const Problem& problem, const BlockLevels& levels,
+                                    const LayerPoints<T>& points, const Shared& staged,
+                                    const Teams& teams, int head, int first, int count, int level,
+                                    Real<T>* parts) {
+  using Sum = Real<T>;
+  const int size = points.reference_size;
+  const int64_t item = staged.query[teams.team()].item;
+  Sum* const row = parts + (item * problem.heads + head) * points.reference_levels * size;
+  const bool shared = points.reference_levels == 1;
+  for (; level < problem.levels && levels.first_point[level] < first + count; ++level) {
+    const int begin = max(levels.first_point[level], first);
+    const int end = min(levels.first_point[level + 1], first + count);
+    const bool begun = shared ? begin > 0 : levels.first_point[level] < first;
+    const Sum portion = points.portion(level, levels);
+    for (int j = teams.channel_lane(); j < size; j += teams.lanes()) {
+      Sum sum = 0;
+#pragma unroll 1
+      for (int k = begin; k < end; ++k) {
+        sum += staged.dot[(k - first) * teams.count() + teams.team()][j];
+      }
+      if (levels.level[level].height == 0) sum = 0;
+      if (j >= 2) sum *= portion;
+      Sum* const to = row + (shared ? 0 : level * size) + j;
+      if (begin < end) *to = begun ? *to + sum : sum;
+    }
+  }
+}
+
+// Works as `forward_teams` does, on the same blocks. `grad_value` is added to and `bounds` is null
+// where kScatter; elsewhere `grad_value` is not touched and `bounds` is written.
+template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                    const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
-                   Gradients gradients, int positions, int lane_bits) {
+                   typename Points::Gradients gradients, Rectangle* __restrict__ bounds, int run,
+                   int positions, int lane_bits) {
   using Sum = Real<T>;
   constexpr int kWidth = kAtomicWidth<Sum, kVec>;
   __shared__ BlockLevels levels;
   __shared__ Part part;
-  __shared__ Staged<Sum, Offset, typename Points::Query> all_staged[kBlock / kWarp];
+  __shared__ Staged<Sum, Offset, Points> all_staged[kBlock / kWarp];
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, positions, problem.head_dim);
   read_levels(table, problem, levels);
 
@@ -123,22 +214,30 @@ __global__ void __launch_bounds__(kBlock, 4)
       staged.output_at[teams.lane] =
           staged_query < 0 ? 0 : problem.output_at(part.batch, staged_query, part.head);
     }
+    // The place of the gradient by the weight of a point that this lane stages.
+    [[maybe_unused]] const auto by_weight = [&](int k) -> Sum& {
+      if constexpr (Points::kLayer) {
+        if (problem.points * teams.count() > kKept<Sum>) {
+          return gradients.by_weight[staged.query[teams.lane % teams.count()].first_point + k];
+        }
+      }
+      return staged.by_weight[k * teams.count() + teams.lane % teams.count()];
+    };
     int level = 0;
+    [[maybe_unused]] Sum mean = 0;  // of a layer: of the gradients by weight, weighted
     for (int first = 0; first < problem.points; first += teams.lanes()) {
       const int k_staged = first + teams.lane / teams.count();
       __syncwarp();
       const auto& query = staged.query[teams.lane % teams.count()];
-      if (query.first_point >= 0 && k_staged < problem.points) {
+      const bool stages = query.first_point >= 0 && k_staged < problem.points;
+      if (stages) {
         level = level_of(k_staged, level, levels);
         const Sample<Sum> sample = points.at(query, k_staged, level, levels);
         Footprint<Sum> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
         staged.corner[teams.lane] =
             corner_of<Sum, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
-        staged.right[teams.lane] = foot.right;
-        staged.down[teams.lane] = foot.down;
-        staged.weight[teams.lane] = sample.weight;
-        staged.level[teams.lane] = level;
+        if constexpr (Points::kLayer) staged.weight[teams.lane] = sample.weight;
 #pragma unroll
         for (int i = 0; i < 4; ++i) staged.dot[teams.lane][i] = 0;
       }
@@ -210,68 +309,53 @@ __global__ void __launch_bounds__(kBlock, 4)
         }
       }
       __syncwarp();
-      if (query.first_point >= 0 && k_staged < problem.points) {
+      if (stages) {  // the point once more: registers are few, its numbers are in the cache
+        const auto location = points.location(query, k_staged, level, levels);
+        const Sum weight =
+            Points::kLayer ? staged.weight[teams.lane] : points.weight(query, k_staged);
         Footprint<Sum> foot;
-        foot.right = staged.right[teams.lane];
-        foot.down = staged.down[teams.lane];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) foot.on[i] = staged.corner[teams.lane].at[i] >= 0;
-        const auto gradient = point_gradient(foot, levels.level[staged.level[teams.lane]],
-                                             staged.weight[teams.lane], staged.dot[teams.lane]);
-        gradients.set(query.first_point + k_staged, gradient.x, gradient.y, gradient.weight);
+        foot.place(location.at[0], location.at[1], levels.level[level].height,
+                   levels.level[level].width);
+        const auto gradient =
+            point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane]);
+        const int64_t point = query.first_point + k_staged;
+        if constexpr (Points::kLayer) {
+          const bool empty = levels.level[level].height == 0;
+          const auto step = points.step_of(query.item, level, levels);
+          const auto moved = points.offset(point);
+          gradients.set_offset(point, empty ? Sum(0) : gradient.x * step.at[0],
+                               empty ? Sum(0) : gradient.y * step.at[1]);
+          staged.dot[teams.lane][0] = gradient.x;
+          staged.dot[teams.lane][1] = gradient.y;
+          staged.dot[teams.lane][2] = gradient.x * moved.at[0];
+          staged.dot[teams.lane][3] = gradient.y * moved.at[1];
+          mean += weight * gradient.weight;
+          by_weight(k_staged) = gradient.weight;
+        } else {
+          gradients.set(point, gradient);
+        }
+      }
+      if constexpr (Points::kLayer) {
+        __syncwarp();
+        if (mine < part.count) {
+          add_reference_parts(problem, levels, points, staged, teams, part.head, first, count,
+                              level_of(first, 0, levels), gradients.reference_parts);
+        }
+      }
+    }
+    if constexpr (Points::kLayer) {  // the softmax: each lane has staged the same points as above
+      for (int step = teams.count(); step < kWarp; step *= 2) {
+        mean += __shfl_xor_sync(kAllLanes, mean, step);
+      }
+      const auto& query = staged.query[teams.lane % teams.count()];
+#pragma unroll 1
+      for (int k = teams.lane / teams.count(); query.first_point >= 0 && k < problem.points;
+           k += teams.lanes()) {
+        gradients.set_logit(query.first_point + k, points.weight(query, k) * (by_weight(k) - mean));
       }
     }
   }
-}
-
-constexpr int kRun = 32;  // queries, one after the other in the order of visits
-
-// Pixels from (left, top) to (right, bottom), both on it; empty where right < left.
-struct alignas(16) Rectangle {
-  int left, top, right, bottom;
-};
-
-__device__ inline int64_t runs_of(const Problem& problem) {
-  return (problem.queries + kRun - 1) / kRun;
-}
-
-// bounds [batch, heads, levels, runs]: the pixels that the points of a run touch. A warp per run
-// and head, a lane per query.
-template <typename T, typename Points>
-__global__ void __launch_bounds__(kBlock)
-    bound_queries(Problem problem, LevelTable table, Points points, Rectangle* bounds) {
-  using Sum = Real<T>;
-  __shared__ BlockLevels levels;
-  read_levels(table, problem, levels);
-  const int64_t runs = runs_of(problem);
-  const int64_t item = int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (item >= problem.batch * runs * problem.heads) return;
-  const int head = static_cast<int>(item % problem.heads);
-  const int64_t run = item / problem.heads % runs, batch = item / problem.heads / runs;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t position = run * kRun + lane;
-  const bool there = position < problem.queries;
-  const auto query =
-      points.reopen(problem, batch, there ? query_at(position, levels, table.count) : 0, head);
-  for (int l = 0; l < table.count; ++l) {
-    const Level level = levels.level[l];
-    Rectangle box = {level.width, level.height, -1, -1};
-    for (int k = levels.first_point[l]; there && k < levels.first_point[l + 1]; ++k) {
-      const Sample<Sum> sample = points.at(query, k, l, levels);
-      Footprint<Sum> foot;
-      if (!foot.place(sample.x, sample.y, level.height, level.width)) continue;
-      box = {min(box.left, max(foot.x, 0)), min(box.top, max(foot.y, 0)),
-             max(box.right, min(foot.x + 1, level.width - 1)),
-             max(box.bottom, min(foot.y + 1, level.height - 1))};
-    }
-    for (int step = kWarp / 2; step > 0; step /= 2) {
-      box.left = min(box.left, __shfl_xor_sync(kAllLanes, box.left, step));
-      box.top = min(box.top, __shfl_xor_sync(kAllLanes, box.top, step));
-      box.right = max(box.right, __shfl_xor_sync(kAllLanes, box.right, step));
-      box.bottom = max(box.bottom, __shfl_xor_sync(kAllLanes, box.bottom, step));
-    }
-    if (lane == 0) bounds[((batch * problem.heads + head) * table.count + l) * runs + run] = box;
-  }
+  if constexpr (!kScatter) bound_queries(problem, levels, points, part, run, bounds);
 }
 
 // backward_gather: a block owns a tile of kTileHeight x kTileWidth pixels of one head and 32 channels.
@@ -318,6 +402,15 @@ __device__ int slot_in(const Tile& tile, int l, int x, int y, const BlockLevels&
   return x >= 0 && x < kWidth && y >= 0 && y < kTileHeight ? y * kWidth + x : -1;
 }
 
+// Whether one of the first `count` levels has the row of `value`.
+__device__ inline bool in_a_level(int64_t row, const BlockLevels& levels, int count) {
+  for (int l = 0; l < count; ++l) {
+    const Level& level = levels.level[l];
+    if (row >= level.start && row < level.start + area(level)) return true;
+  }
+  return false;
+}
+
 // The row of `value` of a place in the tile; -1: off the map, or owned by an earlier level.
 template <int kWidth>
 __device__ int64_t owned_row(const Tile& tile, int slot, const BlockLevels& levels) {
@@ -325,11 +418,13 @@ __device__ int64_t owned_row(const Tile& tile, int slot, const BlockLevels& leve
   const int x = tile.x + slot % kWidth, y = tile.y + slot / kWidth;
   if (x >= home.width || y >= home.height) return -1;
   const int64_t row = home.start + int64_t{y} * home.width + x;
-  for (int l = 0; l < tile.level; ++l) {
-    const Level& other = levels.level[l];
-    if (row >= other.start && row < other.start + area(other)) return -1;
-  }
-  return row;
+  return in_a_level(row, levels, tile.level) ? -1 : row;
+}
+
+// The place of the n-th bit that is set, n from 0.
+__device__ inline int nth_bit(unsigned bits, int n) {
+  for (; n > 0; --n) bits &= bits - 1;
+  return __ffs(bits) - 1;
 }
 
 __device__ inline bool overlap(const Level& a, const Level& b) {
@@ -339,12 +434,12 @@ __device__ inline bool overlap(const Level& a, const Level& b) {
 // Every warp has its own sums of the whole tile and gathers from every kGatherWarps-th run of
 // queries; then the sums of the warps are added in their order. No atomic and no race: the same
 // bits every time. Levels may overlap: the first level that a row of `value` belongs to owns it, and
-// its tiles gather the points of the other levels too. Rows of no level are left alone.
+// its tiles gather the points of the other levels too. Rows of no level get zeros.
 template <typename T, typename Points>
 __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
     backward_gather(Problem problem, LevelTable table, Points points,
                     const T* __restrict__ grad_output, const Rectangle* __restrict__ bounds,
-                    T* __restrict__ grad_value) {
+                    T* __restrict__ grad_value, int run) {
   using Sum = Real<T>;
   constexpr int kWidth = kTileWidth<T>;
   __shared__ BlockLevels levels;
@@ -363,8 +458,18 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
   }
   read_levels(table, problem, levels);
   const bool on = first_channel + lane < problem.head_dim;
-  const int runs = static_cast<int>(runs_of(problem));
+  const int runs = static_cast<int>(runs_of(problem, run));
+  const auto row_of = [&](int64_t row) {
+    return grad_value + problem.value_at(batch, row, head) + first_channel + lane;
+  };
 
+  if (!levels.fill_value) {
+    const int64_t step = int64_t{gridDim.x / planes} * kGatherWarps;
+    for (int64_t row = int64_t{blockIdx.x / planes} * kGatherWarps + warp; row < problem.rows;
+         row += step) {
+      if (on && !in_a_level(row, levels, table.count)) *row_of(row) = static_cast<T>(Sum(0));
+    }
+  }
   for (unsigned index = blockIdx.x / planes;; index += gridDim.x / planes) {
     if (threadIdx.x == 0) tile = tile_at<kWidth>(index, levels, table.count);
     __syncthreads();
@@ -373,50 +478,62 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
 
     for (int l = 0; l < table.count; ++l) {
       if (!overlap(levels.level[l], levels.level[tile.level])) continue;
+      const int count = levels.first_point[l + 1] - levels.first_point[l];  // points of a query
       for (int base = 0; base < runs; base += kGatherWarps * kWarp) {
         bool near = false;
         if (base + lane * kGatherWarps + warp < runs) {
           const Rectangle box = bounds[((batch * problem.heads + head) * table.count + l) * runs +
                                        base + lane * kGatherWarps + warp];
-          near = box.left <= box.right &&
-                 (l != tile.level || (box.left < tile.x + kWidth && box.right >= tile.x &&
-                                      box.top < tile.y + kTileHeight && box.bottom >= tile.y));
+          near = box.low[0] <= box.high[0] &&
+                 (l != tile.level || (box.low[0] < tile.x + kWidth && box.high[0] >= tile.x &&
+                                      box.low[1] < tile.y + kTileHeight && box.high[1] >= tile.y));
         }
-        for (unsigned near_runs = __ballot_sync(kAllLanes, near); near_runs;
-             near_runs &= near_runs - 1) {
-          const int run = base + (__ffs(near_runs) - 1) * kGatherWarps + warp;
-          const int64_t position = int64_t{run} * kRun + lane;
-          const int64_t query =
-              position < problem.queries ? query_at(position, levels, table.count) : -1;
-          for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-            // This lane's point: which pixels of the tile it touches, -1 for those outside.
-            int slot[4] = {-1, -1, -1, -1};
-            Sum share[4] = {};
-            if (query >= 0) {
-              const auto sample =
-                  points.at(points.reopen(problem, batch, query, head), k, l, levels);
-              Footprint<Sum> foot;
-              foot.place(sample.x, sample.y, levels.level[l].height, levels.level[l].width);
+        const unsigned near_runs = __ballot_sync(kAllLanes, near);
+        const int total = __popc(near_runs) * run * count;
+        // Lanes take the points one after the other: those of a query and level lie in a row.
+        for (int item = lane; item - lane < total; item += kWarp) {
+          // This lane's point: which pixels of the tile it touches, -1 for those outside.
+          int slot[4] = {-1, -1, -1, -1};
+          Sum share[4] = {};
+          bool hit = false;
+          int64_t query = 0;
+          const int place = item / count;
+          const int64_t position =
+              item < total
+                  ? int64_t{base + nth_bit(near_runs, place / run) * kGatherWarps + warp} * run +
+                        place % run
+                  : problem.queries;
+          if (position < problem.queries) {
+            query = query_at(position, levels, table.count);
+            const int k = levels.first_point[l] + item % count;
+            const auto location =
+                points.location(points.find(problem, batch, query, head), k, l, levels);
+            Footprint<Sum> foot;
+            foot.place(location.at[0], location.at[1], levels.level[l].height,
+                       levels.level[l].width);
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                if (foot.on[i])
-                  slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1), foot.y + (i >> 1), levels);
-                share[i] = foot.weight(i) * sample.weight;
-              }
+            for (int i = 0; i < 4; ++i) {
+              if (foot.on[i])
+                slot[i] = slot_in<kWidth>(tile, l, foot.x + (i & 1), foot.y + (i >> 1), levels);
+              hit = hit || slot[i] >= 0;
             }
-            const bool hit = slot[0] >= 0 || slot[1] >= 0 || slot[2] >= 0 || slot[3] >= 0;
-            for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
-              const int from = __ffs(hits) - 1;
-              const int64_t source =
-                  problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
-              const Sum grad =
-                  on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+            if (hit) {  // of most points nothing but the location is read
+              const Sum weight = points.weight(points.reopen(problem, batch, query, head), k);
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                const int to = __shfl_sync(kAllLanes, slot[i], from);
-                const Sum part = __shfl_sync(kAllLanes, share[i], from);
-                if (to >= 0) sums[warp][to][lane] += part * grad;
-              }
+              for (int i = 0; i < 4; ++i) share[i] = foot.weight(i) * weight;
+            }
+          }
+          for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
+            const int from = __ffs(hits) - 1;
+            const int64_t source =
+                problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
+            const Sum grad =
+                on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              const int to = __shfl_sync(kAllLanes, slot[i], from);
+              const Sum part = __shfl_sync(kAllLanes, share[i], from);
+              if (to >= 0) sums[warp][to][lane] += part * grad;
             }
           }
         }
@@ -428,83 +545,28 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, 4)
       if (row < 0 || !on) continue;
       Sum sum = 0;
       for (int w = 0; w < kGatherWarps; ++w) sum += sums[w][i][lane];
-      grad_value[problem.value_at(batch, row, head) + first_channel + lane] = static_cast<T>(sum);
+      *row_of(row) = static_cast<T>(sum);
     }
     __syncthreads();
   }
 }
 
-// From the gradients of locations and weights to those of reference points, offsets and logits: what
-// a layer's softmax and its step from offsets to locations do to them. A warp per query.
-template <typename T>
+// parts [B, Q, M, L or 1, size] to grad_reference [B, Q, L or 1, size]: a thread per number. A level
+// without points has no part.
+template <typename Sum>
 __global__ void __launch_bounds__(kBlock)
-    finish_layer(Problem problem, LevelTable table, LayerPoints<T> points,
-                 const Real<T>* __restrict__ by_location, const Real<T>* __restrict__ by_weight,
-                 Real<T>* __restrict__ grad_reference, void* grad_offsets, void* grad_logits) {
-  using Sum = Real<T>;
-  __shared__ BlockLevels levels;
-  read_levels(table, problem, levels);
-  const int64_t item = int64_t{blockIdx.x} * (blockDim.x / kWarp) + threadIdx.x / kWarp;
-  if (item >= problem.batch * problem.queries) return;
-  const int lane = threadIdx.x % kWarp;
-  const int64_t batch = item / problem.queries, query = item % problem.queries;
-  const auto set = [&](void* to, int64_t at, Sum number) {
-    if (points.wide) {
-      static_cast<Sum*>(to)[at] = number;
-    } else {
-      static_cast<T*>(to)[at] = static_cast<T>(number);
-    }
-  };
-
-  Sum whole[4] = {};  // of all levels, where they share one reference point
-  for (int l = 0; l < table.count; ++l) {
-    const int first = levels.first_point[l], count = levels.first_point[l + 1] - first;
-    const bool empty = levels.level[l].height == 0;
-    const Pack<Sum, 2> step = points.step_of(item, l, levels);
-    Sum sums[4] = {};
-    for (int i = lane; i < problem.heads * count; i += kWarp) {
-      const int64_t point = (item * problem.heads + i / count) * problem.points + first + i % count;
-      const auto gradient = load<2>(by_location + 2 * point);
-      const auto moved = points.offset(point);
-#pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        sums[j] += gradient.at[j];
-        sums[2 + j] += gradient.at[j] * moved.at[j];
-        set(grad_offsets, 2 * point + j, empty ? Sum(0) : gradient.at[j] * step.at[j]);
-      }
-    }
-    const Sum part = points.portion(l, levels);
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      for (int bits = kWarp / 2; bits > 0; bits /= 2) {
-        sums[j] += __shfl_xor_sync(kAllLanes, sums[j], bits);
-      }
-      if (empty) sums[j] = 0;
-      if (j >= 2) sums[j] *= part;
-      whole[j] += sums[j];
-      if (lane == 0 && points.reference_levels > 1 && j < points.reference_size) {
-        grad_reference[(item * points.reference_levels + l) * points.reference_size + j] = sums[j];
-      }
-    }
-  }
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if (lane == 0 && points.reference_levels == 1 && j < points.reference_size) {
-      grad_reference[item * points.reference_size + j] = whole[j];
-    }
-  }
-
-  for (int head = 0; head < problem.heads; ++head) {
-    const auto opened = points.reopen(problem, batch, query, head);
-    Sum mean = 0;
-    for (int k = lane; k < problem.points; k += kWarp) {
-      mean += points.weight(opened, k) * by_weight[opened.first_point + k];
-    }
-    for (int bits = kWarp / 2; bits > 0; bits /= 2) mean += __shfl_xor_sync(kAllLanes, mean, bits);
-    for (int k = lane; k < problem.points; k += kWarp) {
-      const int64_t point = opened.first_point + k;
-      set(grad_logits, point, points.weight(opened, k) * (by_weight[point] - mean));
-    }
+    sum_heads(Problem problem, LevelTable table, const Sum* __restrict__ parts,
+              Sum* __restrict__ grad_reference, int reference_levels, int size) {
+  const int row = reference_levels * size;
+  const int64_t total = problem.batch * problem.queries * row;
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
+    const int at = static_cast<int>(i % row), l = at / size;
+    const bool none = reference_levels > 1 && table.first_point[l] == table.first_point[l + 1];
+    const Sum* const first = parts + i / row * problem.heads * row + at;
+    Sum sum = 0;
+    for (int head = 0; head < problem.heads && !none; ++head) sum += first[int64_t{head} * row];
+    grad_reference[i] = sum;
   }
 }
 

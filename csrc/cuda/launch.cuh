@@ -15,6 +15,7 @@
 #include <string>
 
 #include "backward.cuh"
+#include "errors.cuh"
 
 namespace deform_attn {
 
@@ -118,39 +119,11 @@ constexpr const char* kArchitectures = DEFORM_ATTN_TEXT(__CUDA_ARCH_LIST__);
 constexpr const char* kArchitectures = "";
 #endif
 
-// "7.5, 9.0" from "750,900".
-inline std::string architectures() {
-  std::string text;
-  const std::string list = std::string(kArchitectures) + ",";
-  size_t from = 0;
-  for (size_t to = list.find(','); to != std::string::npos; to = list.find(',', from)) {
-    const std::string number = list.substr(from, to - from);
-    from = to + 1;
-    if (number.size() < 3) continue;
-    if (!text.empty()) text += ", ";
-    text += number.substr(0, number.size() - 2) + "." + number.substr(number.size() - 2, 1);
-  }
-  return text;
-}
-
-inline std::string launch_error(const char* kernel, cudaError_t error, const char* what,
-                                int capability) {
-  const std::string name = std::string("deform_attn: CUDA kernel ") + kernel;
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction) {
-    const std::string here =
-        std::to_string(capability / 10) + "." + std::to_string(capability % 10);
-    return name + " was not built for this GPU, which has compute capability " + here +
-           "; built for: " + architectures() + ". Build it: TORCH_CUDA_ARCH_LIST=\"" + here +
-           "\" pip install --no-build-isolation .";
-  }
-  return name + " was not launched: " + what;
-}
-
 inline void check_launch(const char* kernel, const Device& device) {
   const cudaError_t error = cudaGetLastError();
   if (error == cudaSuccess) return;
-  throw std::runtime_error(
-      launch_error(kernel, error, cudaGetErrorString(error), device.capability));
+  throw std::runtime_error(launch_error(kernel, error, cudaGetErrorString(error), device.capability,
+                                        architectures(kArchitectures)));
 }
 
 inline unsigned grid_of(const char* kernel, int64_t blocks) {
@@ -198,59 +171,93 @@ inline void forward_call(const Inputs& in, void* output, const Device& device, b
 enum class Way { kPlain, kScatter, kGather };
 
 // Gathering costs a look at every tile of the maps, scattering an atomic for every pixel of a point:
-// gather where a pixel of value is hit at least once on average.
-inline Way chosen_way(const Problem& problem, bool deterministic) {
+// gather where a pixel of value is hit at least once on average. Before sm_90 an atomic adds one
+// float at a time, 126 a point on rtdetr_decoder_640; gathering moves fewer bytes through L2 there
+// (846 a point against 1125; dino_decoder_900q 795 against 1062), though more through L1: gather.
+// From sm_90 on an atomic adds four. By `make traffic`, an estimate until a GPU has timed it.
+inline Way chosen_way(const Problem& problem, bool deterministic, const Device& device) {
   const bool dense = problem.queries * problem.points >= problem.rows;
-  return deterministic || dense ? Way::kGather : Way::kScatter;
+  const bool gathers = deterministic || dense || device.capability < 90;
+  return gathers ? Way::kGather : Way::kScatter;
 }
 
 // Working memory, in bytes.
 struct BackwardPlan {
   Way way;
+  bool zeros;         // the gradient of value must be zeros before; else every element is written
   size_t sums;        // zeros: the gradient of a 16-bit value in float, to be rounded once
   size_t bounds;      // of backward_gather
   size_t statistics;  // of LayerPoints
+  size_t by_weight;   // of LayerPointGradients
+  size_t parts;       // of LayerPointGradients
 };
 
-inline BackwardPlan plan_backward(const Problem& problem, Type type, Way way) {
-  const bool narrow = type == Type::kHalf || type == Type::kBFloat16;
-  const int64_t real = type == Type::kDouble ? sizeof(double) : sizeof(float);
+// Queries that share a rectangle of pixels that they reach: those of a block where they may be the
+// pixels of the maps, neighbours then, and each its own elsewhere.
+inline int run_of(const Problem& problem, const Shape& shape) {
+  return problem.queries == problem.rows ? shape.positions : 1;
+}
+
+inline bool nothing_to_do(const Problem& problem) {
+  return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
+}
+
+inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& device) {
+  const Problem& problem = in.problem;
+  const bool narrow = in.type == Type::kHalf || in.type == Type::kBFloat16;
+  const int64_t real = in.type == Type::kDouble ? sizeof(double) : sizeof(float);
   const int64_t items = problem.batch * problem.queries * problem.heads;
-  const int64_t runs = (problem.queries + kRun - 1) / kRun;
-  BackwardPlan plan = {way, 0, 0, static_cast<size_t>(2 * items * real)};
+  const auto bytes = [&](int64_t numbers) { return static_cast<size_t>(numbers * real); };
+  BackwardPlan plan = {way, true, 0, 0, 0, 0, 0};
+  if (nothing_to_do(problem)) return plan;
   if (way == Way::kGather) {
+    plan.zeros = false;
+    // no access has more runs than that number by number
+    const int run = run_of(problem, shape_of(problem, 1, 2, false, device.processors));
+    const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
                   sizeof(Rectangle);
   } else if (narrow) {
-    plan.sums = static_cast<size_t>(problem.batch * problem.rows * problem.row_stride() * real);
+    plan.zeros = false;
+    plan.sums = bytes(problem.batch * problem.rows * problem.row_stride());
+  }
+  if (in.layer.reference) {
+    if (way == Way::kGather) plan.statistics = bytes(2 * items);
+    if (problem.points * kWarp / 4 > (real == 8 ? kKept<double> : kKept<float>)) {
+      plan.by_weight = bytes(items * problem.points);
+    }
+    plan.parts = bytes(items * in.layer.levels * in.layer.size);
   }
   return plan;
 }
 
 struct Outputs {
-  void* value;       // [B, S, M, D]; zeros before
-  void* locations;   // [B, Q, M, K, 2]; of a layer: working memory in the dtype of sums
-  void* weights;     // [B, Q, M, K]; of a layer: likewise
-  void* sums;        // as planned
-  void* bounds;      // as planned
-  void* statistics;  // as planned; this and what follows: of a layer
-  void* reference;
-  void* offsets;
-  void* logits;
+  void* value;      // [B, S, M, D]
+  void* locations;  // [B, Q, M, K, 2]; of a layer: of its offsets
+  void* weights;    // [B, Q, M, K]; of a layer: of its logits
+  void* reference;  // of a layer
+  void* sums;       // this and what follows: as planned
+  void* bounds;
+  void* statistics;
+  void* by_weight;
+  void* parts;
 };
+
+// Where the gradients of these points go.
+template <typename T>
+GivenPointGradients<T> gradients_of(const GivenPoints<T>& points, const Outputs& out) {
+  return {static_cast<Real<T>*>(out.locations), out.weights, points.wide};
+}
+template <typename T>
+LayerPointGradients<T> gradients_of(const LayerPoints<T>& points, const Outputs& out) {
+  return {out.locations, out.weights, static_cast<Real<T>*>(out.parts),
+          static_cast<Real<T>*>(out.by_weight), points.wide};
+}
 
 template <typename T, typename Points>
 void gather_value(const Inputs& in, const Points& points, const T* grad_output, const Outputs& out,
-                  const Device& device) {
+                  int run, const Device& device) {
   const Problem& problem = in.problem;
-  const int64_t runs = (problem.queries + kRun - 1) / kRun;
-  const int64_t warps = problem.batch * problem.heads * runs;
-  constexpr int kWarps = kBlock / kWarp;
-  Rectangle* const bounds = static_cast<Rectangle*>(out.bounds);
-  LAUNCH((bound_queries<T, Points>), grid_of("bound_queries", (warps + kWarps - 1) / kWarps),
-         kBlock, device.stream, problem, in.levels, points, bounds);
-  check_launch("bound_queries", device);
-
   // Sizes on the device cannot be counted here: enough blocks for maps as large as `value`. Blocks
   // without a tile end at once, and take several where there are more.
   constexpr int kWidth = kTileWidth<T>;
@@ -267,23 +274,21 @@ void gather_value(const Inputs& in, const Points& points, const T* grad_output, 
   const int64_t most = ((int64_t{1} << 31) - 1) / planes;
   if (tiles > most) tiles = most;
   LAUNCH((backward_gather<T, Points>), grid_of("backward_gather", planes * tiles),
-         kGatherWarps * kWarp, device.stream, problem, in.levels, points, grad_output, bounds,
-         static_cast<T*>(out.value));
+         kGatherWarps * kWarp, device.stream, problem, in.levels, points, grad_output,
+         static_cast<const Rectangle*>(out.bounds), static_cast<T*>(out.value), run);
   check_launch("backward_gather", device);
 }
 
 inline void backward_call(const Inputs& in, const void* grad_output, const Outputs& out,
                           const BackwardPlan& plan, const Device& device) {
   const Problem& problem = in.problem;
-  if (problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0) return;
+  if (nothing_to_do(problem)) return;
   with_type(in.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     using Sum = Real<T>;
     const T* const value = static_cast<const T*>(in.value);
     const T* const grad = static_cast<const T*>(grad_output);
     Sum* const sums = static_cast<Sum*>(plan.sums ? out.sums : out.value);
-    const GivenPointGradients<T> gradients = {static_cast<Sum*>(out.locations), out.weights,
-                                              in.weights_are_real || in.layer.reference};
     if (plan.way == Way::kPlain) {
       const GivenPoints<T> points = {static_cast<const Sum*>(in.locations), in.weights,
                                      in.weights_are_real};
@@ -291,7 +296,7 @@ inline void backward_call(const Inputs& in, const void* grad_output, const Outpu
       const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
       LAUNCH(backward_plain<T>, grid_of("backward_plain", items),
              static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream, problem,
-             in.levels, points, value, grad, sums, gradients);
+             in.levels, points, value, grad, sums, gradients_of(points, out));
       check_launch("backward_plain", device);
     } else {
       with_points<T>(in, out.statistics, [&](const auto& points) {
@@ -301,24 +306,24 @@ inline void backward_call(const Inputs& in, const void* grad_output, const Outpu
           using A = decltype(access);
           const Shape shape = shape_of(problem, A::kVec, 2, false, device.processors);
           const auto launch = [&](auto scatter) {
-            LAUNCH((backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points,
-                                   GivenPointGradients<T>>),
-                   grid_of("backward_teams", shape.blocks), shape.threads, device.stream, problem,
-                   in.levels, points, value, grad, sums, gradients, shape.positions,
-                   shape.lane_bits);
+            LAUNCH(
+                (backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points>),
+                grid_of("backward_teams", shape.blocks), shape.threads, device.stream, problem,
+                in.levels, points, value, grad, sums, gradients_of(points, out),
+                static_cast<Rectangle*>(out.bounds), run_of(problem, shape), shape.positions,
+                shape.lane_bits);
             check_launch("backward_teams", device);
           };
-          plan.way == Way::kScatter ? launch(std::true_type()) : launch(std::false_type());
+          if (plan.way == Way::kScatter) return launch(std::true_type());
+          launch(std::false_type());
+          gather_value<T>(in, points, grad, out, run_of(problem, shape), device);
         });
-        if (plan.way == Way::kGather) gather_value<T>(in, points, grad, out, device);
-        if constexpr (std::is_same_v<Points, LayerPoints<T>>) {
-          const int64_t queries = problem.batch * problem.queries;
-          constexpr int kWarps = kBlock / kWarp;
-          LAUNCH(finish_layer<T>, grid_of("finish_layer", (queries + kWarps - 1) / kWarps), kBlock,
-                 device.stream, problem, in.levels, points, gradients.locations,
-                 static_cast<const Sum*>(out.weights), static_cast<Sum*>(out.reference),
-                 out.offsets, out.logits);
-          check_launch("finish_layer", device);
+        if constexpr (Points::kLayer) {
+          const int64_t numbers = problem.batch * problem.queries * in.layer.levels * in.layer.size;
+          LAUNCH(sum_heads<Sum>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+                 static_cast<const Sum*>(out.parts), static_cast<Sum*>(out.reference),
+                 in.layer.levels, in.layer.size);
+          check_launch("sum_heads", device);
         }
       });
     }

@@ -13,6 +13,7 @@ namespace deform_attn {
 struct BlockLevels {
   Level level[kMaxLevels];
   int first_point[kMaxLevels + 1];
+  bool fill_value;          // one behind the other, from the first row of `value` to the last
   bool queries_are_pixels;  // query q is pixel q of the maps, as in an encoder
 };
 
@@ -30,7 +31,7 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
     }
     for (int l = lane; l <= table.count; l += kWarp) levels.first_point[l] = table.first_point[l];
     __syncwarp();
-    bool in_line = true;  // levels lie one behind the other and fill `value`
+    bool in_line = true;
     for (int first = 0; first < table.count; first += kWarp) {
       const int l = first + lane;
       Level level = {0, 0, 0};
@@ -50,8 +51,9 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
     }
     in_line = __all_sync(kAllLanes, in_line);
     if (lane == 0) {
-      levels.queries_are_pixels = in_line && table.count > 0 && problem.queries == problem.rows &&
-                                  problem.rows < (int64_t{1} << 31);
+      levels.fill_value = in_line && table.count > 0;
+      levels.queries_are_pixels =
+          levels.fill_value && problem.queries == problem.rows && problem.rows < (int64_t{1} << 31);
     }
   }
   __syncthreads();
@@ -62,6 +64,10 @@ constexpr int kBand = 8;  // image rows that are visited together
 // Where the queries are the pixels of the maps, they are visited in bands of kBand image rows,
 // column by column: 64 in a row are a tile of 8 x 8 pixels, whose samples share most of their
 // pixels of `value`. Elsewhere they are visited in order.
+//
+// Not staged in shared memory: on deformable_detr_encoder_800x1333 the rectangles round the samples
+// of a tile are 4.5 sectors of `value` a point, 2.4 where they are cut to 56 KB and each pixel beyond
+// is read once. Visited in this order, 2.4 miss the modelled L1, and the shared memory stays free.
 __device__ inline int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
   if (!levels.queries_are_pixels) return position;
   int l = count - 1;

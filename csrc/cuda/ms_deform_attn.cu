@@ -2,7 +2,9 @@
 //
 //   Here              the device and stream of a call, entered for as long as it lasts
 //   level_table       the levels as kernels take them: never waits for the device
-//   forward, backward, layer_forward, layer_backward, build
+//   forward, backward, layer_forward, layer_backward
+//   forward_by, backward_by       the first two by kernels that are named, to time them
+//   build                         what this library was built with
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -18,8 +20,11 @@
 namespace deform_attn {
 namespace {
 
+using Gradients = std::tuple<Tensor, Tensor, Tensor>;
+
 void check(const char* what, cudaError_t error) {
-  DEFORM_ATTN_REQUIRE(error == cudaSuccess, "deform_attn: ", what, ": ", cudaGetErrorString(error));
+  DEFORM_ATTN_REQUIRE(error == cudaSuccess, "deform_attn, built with CUDA ", CUDART_VERSION / 1000,
+                      ".", CUDART_VERSION % 1000 / 10, ": ", what, ": ", cudaGetErrorString(error));
 }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -124,27 +129,31 @@ Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
                : torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
-Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
-               const MaybeTensor level_start_index, const Tensor sampling_locations,
-               const Tensor attention_weights, const MaybeSizes level_sizes,
-               const MaybeSizes num_points) {
+Tensor gradient_of_value(const Tensor& value, const BackwardPlan& plan) {
+  return plan.zeros ? torch::stable::new_zeros(value, value.sizes())
+                    : torch::stable::new_empty(value, value.sizes());
+}
+
+Tensor forward_with(bool plain, const Tensor& value, const MaybeTensor& spatial_shapes,
+                    const MaybeTensor& level_start_index, const Tensor& sampling_locations,
+                    const Tensor& attention_weights, const MaybeSizes& level_sizes,
+                    const MaybeSizes& num_points) {
   const Here here(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
   Tensor output = torch::stable::new_empty(call.value, call.output_shape());
-  forward_call(inputs_of(call, levels, locations), output.mutable_data_ptr(), here.device);
+  forward_call(inputs_of(call, levels, locations), output.mutable_data_ptr(), here.device, plain);
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor grad_output, const Tensor value,
-                                            const MaybeTensor spatial_shapes,
-                                            const MaybeTensor level_start_index,
-                                            const Tensor sampling_locations,
-                                            const Tensor attention_weights,
-                                            const MaybeSizes level_sizes,
-                                            const MaybeSizes num_points, bool deterministic) {
+// way_of: Problem, Device -> Way
+template <typename Choice>
+Gradients backward_with(const Choice& way_of, const Tensor& grad_output, const Tensor& value,
+                        const MaybeTensor& spatial_shapes, const MaybeTensor& level_start_index,
+                        const Tensor& sampling_locations, const Tensor& attention_weights,
+                        const MaybeSizes& level_sizes, const MaybeSizes& num_points) {
   const Here here(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
@@ -152,10 +161,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor grad_output, const Tens
   const Tensor locations = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output);
   const Inputs in = inputs_of(call, levels, locations);
-  const BackwardPlan plan =
-      plan_backward(in.problem, in.type, chosen_way(in.problem, deterministic));
+  const BackwardPlan plan = plan_backward(in, way_of(in.problem, here.device), here.device);
 
-  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes());
+  Tensor grad_value = gradient_of_value(call.value, plan);
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
   const Tensor sums = bytes_of(call.value, plan.sums, true);
@@ -168,6 +176,49 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor grad_output, const Tens
   out.bounds = bounds.mutable_data_ptr();
   backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
   return {grad_value, grad_locations, grad_weights};
+}
+
+Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
+               const MaybeTensor level_start_index, const Tensor sampling_locations,
+               const Tensor attention_weights, const MaybeSizes level_sizes,
+               const MaybeSizes num_points) {
+  return forward_with(false, value, spatial_shapes, level_start_index, sampling_locations,
+                      attention_weights, level_sizes, num_points);
+}
+
+Gradients backward(const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
+                   const MaybeTensor level_start_index, const Tensor sampling_locations,
+                   const Tensor attention_weights, const MaybeSizes level_sizes,
+                   const MaybeSizes num_points, bool deterministic) {
+  const auto way_of = [&](const Problem& problem, const Device& device) {
+    return chosen_way(problem, deterministic, device);
+  };
+  return backward_with(way_of, grad_output, value, spatial_shapes, level_start_index,
+                       sampling_locations, attention_weights, level_sizes, num_points);
+}
+
+Way named(const std::string& way) {
+  if (way == "plain") return Way::kPlain;
+  if (way == "scatter") return Way::kScatter;
+  if (way == "gather") return Way::kGather;
+  throw std::runtime_error("way: expected plain, scatter or gather, got " + way);
+}
+
+Tensor forward_by(const std::string way, const Tensor value, const MaybeTensor spatial_shapes,
+                  const MaybeTensor level_start_index, const Tensor sampling_locations,
+                  const Tensor attention_weights, const MaybeSizes level_sizes,
+                  const MaybeSizes num_points) {
+  return forward_with(named(way) == Way::kPlain, value, spatial_shapes, level_start_index,
+                      sampling_locations, attention_weights, level_sizes, num_points);
+}
+
+Gradients backward_by(const std::string way, const Tensor grad_output, const Tensor value,
+                      const MaybeTensor spatial_shapes, const MaybeTensor level_start_index,
+                      const Tensor sampling_locations, const Tensor attention_weights,
+                      const MaybeSizes level_sizes, const MaybeSizes num_points) {
+  return backward_with([&](const Problem&, const Device&) { return named(way); }, grad_output,
+                       value, spatial_shapes, level_start_index, sampling_locations,
+                       attention_weights, level_sizes, num_points);
 }
 
 Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -199,31 +250,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
   const Tensor gradient = call.checked_gradient(grad_output);
   const Inputs in = inputs_of(call, levels, offsets, offset_scale);
   const BackwardPlan plan =
-      plan_backward(in.problem, in.type, chosen_way(in.problem, deterministic));
+      plan_backward(in, chosen_way(in.problem, deterministic, here.device), here.device);
 
-  Tensor grad_value = torch::stable::new_zeros(call.value, call.value.sizes());
+  Tensor grad_value = gradient_of_value(call.value, plan);
   // zeros: a call without points has none of the gradients below written
   Tensor grad_reference = torch::stable::new_zeros(*call.reference, call.reference->sizes());
   Tensor grad_offsets = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_logits = torch::stable::new_empty(call.weights, call.weights.sizes());
-  const ScalarType real = call.real_type();
-  const Tensor locations = torch::stable::new_empty(call.locations, call.locations.sizes(), real);
-  const Tensor weights = torch::stable::new_empty(call.weights, call.weights.sizes(), real);
   const Tensor sums = bytes_of(call.value, plan.sums, true);
   const Tensor bounds = bytes_of(call.value, plan.bounds, false);
   const Tensor statistics = bytes_of(call.value, plan.statistics, false);
-  const Outputs out = {grad_value.mutable_data_ptr(),     locations.mutable_data_ptr(),
-                       weights.mutable_data_ptr(),        sums.mutable_data_ptr(),
-                       bounds.mutable_data_ptr(),         statistics.mutable_data_ptr(),
-                       grad_reference.mutable_data_ptr(), grad_offsets.mutable_data_ptr(),
-                       grad_logits.mutable_data_ptr()};
+  const Tensor by_weight = bytes_of(call.value, plan.by_weight, false);
+  const Tensor parts = bytes_of(call.value, plan.parts, false);
+  const Outputs out = {grad_value.mutable_data_ptr(),  grad_offsets.mutable_data_ptr(),
+                       grad_logits.mutable_data_ptr(), grad_reference.mutable_data_ptr(),
+                       sums.mutable_data_ptr(),        bounds.mutable_data_ptr(),
+                       statistics.mutable_data_ptr(),  by_weight.mutable_data_ptr(),
+                       parts.mutable_data_ptr()};
   backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
   return {grad_value, grad_reference, grad_offsets, grad_logits};
 }
 
 std::string build() {
   std::string list;
-  for (const char c : architectures()) list += c == ',' ? std::string("\",") : std::string(1, c);
+  for (const char c : architectures(kArchitectures))
+    list += c == ',' ? std::string("\",") : std::string(1, c);
   size_t at = 0;
   while ((at = list.find(", ", at)) != std::string::npos) list.insert(at += 2, "\"");
   return joined("{\"version\": \"", DEFORM_ATTN_VERSION, "\", \"torch\": \"", DEFORM_ATTN_TORCH,
@@ -238,6 +289,18 @@ STABLE_TORCH_LIBRARY_IMPL(deform_attn, CUDA, library) {
   library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
   library.impl("ms_deform_attn_fused", TORCH_BOX(&layer_forward));
   library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&layer_backward));
+  library.impl("ms_deform_attn_by", TORCH_BOX(&forward_by));
+  library.impl("ms_deform_attn_by_backward", TORCH_BOX(&backward_by));
+}
+
+// Private: benchmarks compare the kernels of a call with the others, and with the plain ones.
+STABLE_TORCH_LIBRARY_FRAGMENT(deform_attn, library) {
+#define DEFORM_ATTN_INPUTS                                            \
+  "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, " \
+  "Tensor sampling_locations, Tensor attention_weights, int[]? level_sizes, int[]? num_points"
+  library.def("ms_deform_attn_by(str way, " DEFORM_ATTN_INPUTS ") -> Tensor");
+  library.def("ms_deform_attn_by_backward(str way, Tensor grad_output, " DEFORM_ATTN_INPUTS
+              ") -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {

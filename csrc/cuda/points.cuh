@@ -20,16 +20,66 @@ struct Sample {
 
 // A source of points answers, for a query of a head:
 //
-//   open     what is to be known of the query before its points, or a query of no points where
-//            `query` is negative. All lanes of a warp call it together; lane i works for the query
-//            of team i % teams
-//   reopen   the same, for a lane alone, after an earlier kernel has opened the query
-//   at       point k, which samples `level`
+//   open      what is to be known of the query before its points, or a query of no points where
+//             `query` is negative. All lanes of a warp call it together; lane i works for the query
+//             of team i % teams
+//   reopen    the same, for a lane alone, after an earlier kernel has opened the query
+//   find      the same, without what the weights need
+//   location  where point k lies, which samples `level`
+//   weight    what it counts for
+//   at        both
+
+// Where the gradients of given points go.
+template <typename T>
+struct GivenPointGradients {
+  Real<T>* locations;
+  void* weights;
+  bool wide;
+
+  __device__ void set(int64_t point, const Sample<Real<T>>& gradient) const {
+    *reinterpret_cast<Pack<Real<T>, 2>*>(locations + 2 * point) = {gradient.x, gradient.y};
+    if (wide) {
+      static_cast<Real<T>*>(weights)[point] = gradient.weight;
+    } else {
+      static_cast<T*>(weights)[point] = static_cast<T>(gradient.weight);
+    }
+  }
+};
+
+// Where those of a layer go.
+template <typename T>
+struct LayerPointGradients {
+  using Sum = Real<T>;
+  void* offsets;
+  void* logits;
+  Sum* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the reference points'
+  Sum* by_weight;        // [B, Q, M, K]: working memory, where shared memory is too small for it
+  bool wide;             // offsets and logits have the dtype of the sums
+
+  __device__ void set_offset(int64_t point, Sum x, Sum y) const {
+    if (wide) {
+      *reinterpret_cast<Pack<Sum, 2>*>(static_cast<Sum*>(offsets) + 2 * point) = {x, y};
+    } else {
+      *reinterpret_cast<Pack<T, 2>*>(static_cast<T*>(offsets) + 2 * point) = {static_cast<T>(x),
+                                                                              static_cast<T>(y)};
+    }
+  }
+  __device__ void set_logit(int64_t point, Sum number) const {
+    if (wide) {
+      static_cast<Sum*>(logits)[point] = number;
+    } else {
+      static_cast<T*>(logits)[point] = static_cast<T>(number);
+    }
+  }
+};
 
 // Points as the caller gives them. Weights have the dtype of `value`, or that of the sums where
 // `wide`.
 template <typename T>
 struct GivenPoints {
+  static constexpr bool kLayer = false;
+  using Gradients = GivenPointGradients<T>;
+
   const Real<T>* locations;  // [B, Q, M, K, 2]
   const void* weights;       // [B, Q, M, K]
   bool wide;
@@ -42,14 +92,23 @@ struct GivenPoints {
     return {query < 0 ? -1 : problem.point_at(batch, query, head)};
   }
   __device__ Query reopen(const Problem& problem, int64_t batch, int64_t query, int head) const {
+    return find(problem, batch, query, head);
+  }
+  __device__ Query find(const Problem& problem, int64_t batch, int64_t query, int head) const {
     return {problem.point_at(batch, query, head)};
   }
-  __device__ Sample<Real<T>> at(const Query& query, int k, int, const BlockLevels&) const {
+  __device__ Pack<Real<T>, 2> location(const Query& query, int k, int, const BlockLevels&) const {
+    return load<2>(locations + 2 * (query.first_point + k));
+  }
+  __device__ Real<T> weight(const Query& query, int k) const {
     const int64_t point = query.first_point + k;
-    const auto location = load<2>(locations + 2 * point);
-    return {location.at[0], location.at[1],
-            wide ? static_cast<const Real<T>*>(weights)[point]
-                 : static_cast<Real<T>>(static_cast<const T*>(weights)[point])};
+    return wide ? static_cast<const Real<T>*>(weights)[point]
+                : static_cast<Real<T>>(static_cast<const T*>(weights)[point]);
+  }
+  __device__ Sample<Real<T>> at(const Query& query, int k, int level,
+                                const BlockLevels& levels) const {
+    const auto place = location(query, k, level, levels);
+    return {place.at[0], place.at[1], weight(query, k)};
   }
 };
 
@@ -58,11 +117,14 @@ struct GivenPoints {
 // memory.
 template <typename T>
 struct LayerPoints {
+  static constexpr bool kLayer = true;
+  using Gradients = LayerPointGradients<T>;
   using Sum = Real<T>;
+
   const Sum* reference;  // [B, Q, L or 1, 2 or 4]: (x, y), or (x, y, width, height)
   const void* offsets;   // [B, Q, M, K, 2]: in pixels, or in parts of the box
   const void* logits;    // [B, Q, M, K]
-  Sum* statistics;       // [B, Q, M, 2], for `reopen`; null: not kept
+  Sum* statistics;       // [B, Q, M, 2], for `reopen`; null: nobody will
   Sum offset_scale;
   int reference_levels;
   int reference_size;
@@ -117,6 +179,7 @@ struct LayerPoints {
     opened.item = batch * problem.queries + query;
     opened.largest = -INFINITY;
     const int count = query < 0 ? 0 : problem.points;
+#pragma unroll 1  // more at a time, and registers spill
     for (int k = lane / teams; k < count; k += kWarp / teams) {
       opened.largest = max(opened.largest, logit(opened.first_point + k));
     }
@@ -124,6 +187,7 @@ struct LayerPoints {
       opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
     }
     Sum sum = 0;
+#pragma unroll 1
     for (int k = lane / teams; k < count; k += kWarp / teams) {
       sum += exp(logit(opened.first_point + k) - opened.largest);
     }
@@ -136,33 +200,25 @@ struct LayerPoints {
     return opened;
   }
   __device__ Query reopen(const Problem& problem, int64_t batch, int64_t query, int head) const {
-    const int64_t item = batch * problem.queries + query;
-    const auto kept = load<2>(statistics + 2 * (item * problem.heads + head));
-    return {problem.point_at(batch, query, head), item, kept.at[0], kept.at[1]};
+    Query opened = find(problem, batch, query, head);
+    const auto kept = load<2>(statistics + 2 * (opened.item * problem.heads + head));
+    opened.largest = kept.at[0];
+    opened.inverse_sum = kept.at[1];
+    return opened;
   }
-  __device__ Sample<Sum> at(const Query& query, int k, int level, const BlockLevels& levels) const {
+  __device__ Query find(const Problem& problem, int64_t batch, int64_t query, int head) const {
+    return {problem.point_at(batch, query, head), batch * problem.queries + query, 0, 0};
+  }
+  __device__ Pack<Sum, 2> location(const Query& query, int k, int level,
+                                   const BlockLevels& levels) const {
     const Sum* const from = reference_of(query.item, level);
     const Pack<Sum, 2> step = step_of(query.item, level, levels);
     const Pack<Sum, 2> moved = offset(query.first_point + k);
-    return {from[0] + moved.at[0] * step.at[0], from[1] + moved.at[1] * step.at[1],
-            weight(query, k)};
+    return {from[0] + moved.at[0] * step.at[0], from[1] + moved.at[1] * step.at[1]};
   }
-};
-
-// Where the gradients of given points go.
-template <typename T>
-struct GivenPointGradients {
-  Real<T>* locations;
-  void* weights;
-  bool wide;
-
-  __device__ void set(int64_t point, Real<T> x, Real<T> y, Real<T> weight) const {
-    *reinterpret_cast<Pack<Real<T>, 2>*>(locations + 2 * point) = {x, y};
-    if (wide) {
-      static_cast<Real<T>*>(weights)[point] = weight;
-    } else {
-      static_cast<T*>(weights)[point] = static_cast<T>(weight);
-    }
+  __device__ Sample<Sum> at(const Query& query, int k, int level, const BlockLevels& levels) const {
+    const Pack<Sum, 2> place = location(query, k, level, levels);
+    return {place.at[0], place.at[1], weight(query, k)};
   }
 };
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,31 +30,20 @@ class Backend:
     name: str
     why_not: Callable[[str, torch.dtype], str | None]
     call: operator.Operator
+    backward: Callable[..., Any]  # of what `call` computes
     call_layer: operator.Operator | None = None
 
 
 def _define_backends() -> dict[str, Backend]:
     attention, layer = "ms_deform_attn", "ms_deform_attn_fused"
-    backends = {
-        "compiled": Backend(
-            "compiled",
-            compiled.why_not,
-            operator.define(attention, operator.ATTENTION),
-            operator.define(layer, operator.LAYER),
-        ),
-        "triton": Backend(
-            "triton",
-            triton.why_not,
-            operator.define(f"{attention}_triton", operator.ATTENTION),
-            operator.define(f"{layer}_triton", operator.LAYER),
-        ),
-        "reference": Backend(
-            "reference",
-            reference.why_not,
-            operator.define(f"{attention}_reference", operator.ATTENTION),
-            None,
-        ),
-    }
+    backends = {}
+    for module, suffix in ((compiled, ""), (triton, "_triton"), (reference, "_reference")):
+        name = module.__name__.rpartition(".")[2]
+        calls = operator.define(attention + suffix, operator.ATTENTION)
+        call_layer = None
+        if module is not reference:
+            call_layer, _ = operator.define(layer + suffix, operator.LAYER)
+        backends[name] = Backend(name, module.why_not, *calls, call_layer)
     for device in ("cpu", "cuda"):
         operator.LIBRARY.define(f"{device}_build() -> str")
     compiled.load()  # after the schemas: loading a library registers its kernels for them

@@ -219,20 +219,84 @@ def _way(offset, step, size, REFERENCE: tl.constexpr):
 
 
 @triton.jit
-def _point(
-    locations, weights, point, on_query, height, width, anchor, softmax, REFERENCE: tl.constexpr
+def _open_level(
+    shapes,
+    starts,
+    sizes,
+    starts_at,
+    level,
+    behind,
+    rows,
+    reference,
+    anchored,  # the query's number among those of all batch elements
+    offset_scale,
+    on_query,
+    COUNTS: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    ANCHORS: tl.constexpr,
 ):
-    """Location, weight and, with a reference, offset of a point."""
-    x = tl.load(locations + 2 * point, mask=on_query, other=0.0).to(tl.float32)
-    y = tl.load(locations + 2 * point + 1, mask=on_query, other=0.0).to(tl.float32)
+    """A level as (height, width, first row), its anchor, its first point and that of the next one,
+    and `behind` for the next one.
+    """
+    height, width, start, behind = _level(
+        shapes, starts, sizes, starts_at, level, behind, rows, len(COUNTS)
+    )
+    first_point = _first_point(level, COUNTS)
+    last_point = _first_point(level + 1, COUNTS)
+    anchor = ()
+    if REFERENCE > 0:
+        anchor = _anchor(
+            reference,
+            anchored,
+            level,
+            last_point - first_point,
+            height,
+            width,
+            offset_scale,
+            on_query,
+            REFERENCE,
+            ANCHORS,
+        )
+    return (height, width, start), anchor, first_point, last_point, behind
+
+
+@triton.jit
+def _sample(
+    locations,
+    weights,
+    point,
+    on_query,
+    level,
+    anchor,
+    softmax,
+    REFERENCE: tl.constexpr,
+    INDEX: tl.constexpr,
+):
+    """What a point samples: its four pixels' rows of value, which of them are on the map, and what
+    each counts; then weight, offset (location without a reference), fractions, and whether any hit.
+    """
+    height, width, start = level
+    x_offset = tl.load(locations + 2 * point, mask=on_query, other=0.0).to(tl.float32)
+    y_offset = tl.load(locations + 2 * point + 1, mask=on_query, other=0.0).to(tl.float32)
     weight = tl.load(weights + point, mask=on_query, other=0.0).to(tl.float32)
     if REFERENCE > 0:
         weight = tl.exp(weight - softmax[0]) * softmax[1]
-        x_location = anchor[0] + _way(x, anchor[2], width, REFERENCE)
-        y_location = anchor[1] + _way(y, anchor[3], height, REFERENCE)
+        x_location = anchor[0] + _way(x_offset, anchor[2], width, REFERENCE)
+        y_location = anchor[1] + _way(y_offset, anchor[3], height, REFERENCE)
     else:
-        x_location, y_location = x, y
-    return x_location, y_location, weight, x, y
+        x_location, y_location = x_offset, y_offset
+    x, y, right, down, hit, on = _footprint(x_location, y_location, height, width, on_query)
+    row = _rows(x, y, width, start, INDEX)
+    weight = tl.where(hit, weight, 0.0)  # no pixel: not even a NaN weight counts
+    up_share = weight * (1.0 - down)
+    down_share = weight * down
+    share = (
+        up_share * (1.0 - right),
+        up_share * right,
+        down_share * (1.0 - right),
+        down_share * right,
+    )
+    return row, on, share, weight, x_offset, y_offset, right, down, hit
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -273,58 +337,36 @@ def forward(
     softmax = ()
     if REFERENCE > 0:
         softmax = _softmax(weights, vector, on_query, POINTS, BLOCK_K)
+    locations += 2 * POINTS * vector
+    weights += POINTS * vector
     total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     behind = tl.zeros([], tl.int64)
-    for level in range(len(COUNTS)):
-        height, width, start, behind = _level(
-            shapes, starts, sizes, starts_at, level, behind, rows, len(COUNTS)
+    for number in range(len(COUNTS)):
+        level, anchor, first_point, last_point, behind = _open_level(
+            shapes,
+            starts,
+            sizes,
+            starts_at,
+            number,
+            behind,
+            rows,
+            reference,
+            batch * queries + query,
+            offset_scale,
+            on_query,
+            COUNTS,
+            REFERENCE,
+            ANCHORS,
         )
-        first_point = _first_point(level, COUNTS)
-        last_point = _first_point(level + 1, COUNTS)
-        anchor = ()
-        if REFERENCE > 0:
-            anchor = _anchor(
-                reference,
-                batch * queries + query,
-                level,
-                last_point - first_point,
-                height,
-                width,
-                offset_scale,
-                on_query,
-                REFERENCE,
-                ANCHORS,
-            )
         for first in range(first_point, last_point, UNROLL):
             for step in tl.static_range(UNROLL):
-                point = vector * POINTS + first + step
-                x_location, y_location, weight, x_offset, y_offset = _point(
-                    locations,
-                    weights,
-                    point,
-                    on_query,
-                    height,
-                    width,
-                    anchor,
-                    softmax,
-                    REFERENCE,
-                )
-                x, y, right, down, hit, on = _footprint(
-                    x_location, y_location, height, width, on_query
-                )
-                row = _rows(x, y, width, start, INDEX)
-                weight = tl.where(hit, weight, 0.0)  # no pixel: not even a NaN weight counts
-                up_share = weight * (1.0 - down)
-                down_share = weight * down
-                shares = (
-                    up_share * (1.0 - right),
-                    up_share * right,
-                    down_share * (1.0 - right),
-                    down_share * right,
+                point = first + step
+                row, on, share, weight, x_offset, y_offset, right, down, hit = _sample(
+                    locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
                 )
                 for i in tl.static_range(4):
                     pixel = _tile(value, row[i] * row_stride, on[i], channel, exists)
-                    total += shares[i][:, None] * pixel
+                    total += share[i][:, None] * pixel
 
     tl.store(
         output + vector[:, None] * HEAD_DIM + channel[None, :],
@@ -346,8 +388,8 @@ def backward(
     locations,
     weights,
     grad_value,  # [B, rows, heads, HEAD_DIM] float32, zeros; None: fill targets and shares
-    targets,  # [4, queries, heads, POINTS] head * rows + row of value; heads * rows: none
-    shares,  # [4, queries, heads, POINTS] what to multiply with the gradient of the output
+    targets,  # [queries, heads, POINTS, 4] head * rows + row of value; heads * rows: none
+    shares,  # [queries, heads, POINTS, 4] what to multiply with the gradient of the output
     grad_reference,  # [B, queries, heads, ANCHORS, REFERENCE] float32, or None
     grad_locations,  # of the offsets where there is a reference
     grad_weights,  # of the logits where there is a reference
@@ -384,47 +426,29 @@ def backward(
         of_weights = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
         of_reference = (nothing, nothing, nothing, nothing)
     behind = tl.zeros([], tl.int64)
-    for level in range(len(COUNTS)):
-        height, width, start, behind = _level(
-            shapes, starts, sizes, starts_at, level, behind, rows, len(COUNTS)
+    for number in range(len(COUNTS)):
+        level, anchor, first_point, last_point, behind = _open_level(
+            shapes,
+            starts,
+            sizes,
+            starts_at,
+            number,
+            behind,
+            rows,
+            reference,
+            batch * queries + query,
+            offset_scale,
+            on_query,
+            COUNTS,
+            REFERENCE,
+            ANCHORS,
         )
-        first_point = _first_point(level, COUNTS)
-        last_point = _first_point(level + 1, COUNTS)
-        anchor = ()
-        if REFERENCE > 0:
-            anchor = _anchor(
-                reference,
-                batch * queries + query,
-                level,
-                last_point - first_point,
-                height,
-                width,
-                offset_scale,
-                on_query,
-                REFERENCE,
-                ANCHORS,
-            )
         for first in range(first_point, last_point, UNROLL):
             for step in tl.static_range(UNROLL):
                 point = vector * POINTS + first + step
-                x_location, y_location, weight, x_offset, y_offset = _point(
-                    locations,
-                    weights,
-                    point,
-                    on_query,
-                    height,
-                    width,
-                    anchor,
-                    softmax,
-                    REFERENCE,
+                row, on, share, weight, x_offset, y_offset, right, down, hit = _sample(
+                    locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
                 )
-                x, y, right, down, hit, on = _footprint(
-                    x_location, y_location, height, width, on_query
-                )
-                row = _rows(x, y, width, start, INDEX)
-                weight = tl.where(hit, weight, 0.0)
-                across = (1.0 - right, right, 1.0 - right, right)
-                along = (1.0 - down, 1.0 - down, down, down)
 
                 # the gradient of the output times each pixel: all that the small gradients need
                 dots = (nothing, nothing, nothing, nothing)
@@ -437,22 +461,20 @@ def backward(
                     )
                     if grad_value is not None:
                         for i in tl.static_range(4):
-                            share = weight * (across[i] * along[i])
                             at = row[i] * row_stride
                             tl.atomic_add(
                                 grad_value + image + at[:, None] + channel[None, :],
-                                share[:, None] * grad,
+                                share[i][:, None] * grad,
                                 mask=on[i][:, None] & exists[None, :],
                                 sem="relaxed",
                             )
                 if grad_value is None:
-                    entry = (query * heads + head) * POINTS + first + step
+                    entry = 4 * ((query * heads + head) * POINTS + first + step)
+                    nowhere = heads.to(INDEX) * rows
                     for i in tl.static_range(4):
-                        place = entry + i * queries.to(tl.int64) * heads * POINTS
-                        nowhere = heads.to(INDEX) * rows
                         target = tl.where(on[i], head.to(INDEX) * rows + row[i], nowhere)
-                        tl.store(targets + place, target, mask=on_query)
-                        tl.store(shares + place, weight * (across[i] * along[i]), mask=on_query)
+                        tl.store(targets + entry + i, target, mask=on_query)
+                        tl.store(shares + entry + i, share[i], mask=on_query)
 
                 # off the map there is nothing, whatever the gradient of the output is
                 a = tl.where(on[0], dots[0], 0.0)
@@ -461,8 +483,8 @@ def backward(
                 d = tl.where(on[3], dots[3], 0.0)
                 of_weight = (a * (1.0 - right) + b * right) * (1.0 - down)
                 of_weight += (c * (1.0 - right) + d * right) * down
-                of_x = ((b - a) * (1.0 - down) + (d - c) * down) * (weight * width)
-                of_y = ((c - a) * (1.0 - right) + (d - b) * right) * (weight * height)
+                of_x = ((b - a) * (1.0 - down) + (d - c) * down) * (weight * level[1])
+                of_y = ((c - a) * (1.0 - right) + (d - b) * right) * (weight * level[0])
                 if REFERENCE > 0:
                     of_weights = tl.where(
                         slot[None, :] == first + step, of_weight[:, None], of_weights
@@ -486,7 +508,7 @@ def backward(
                 tl.store(place + 1, of_y.to(grad_locations.dtype.element_ty), mask=on_query)
 
         if grad_reference is not None and ANCHORS > 1:
-            anchor_at = (vector * ANCHORS + level) * REFERENCE
+            anchor_at = (vector * ANCHORS + number) * REFERENCE
             _store_reference(grad_reference + anchor_at, of_reference, on_query, REFERENCE)
             of_reference = (nothing, nothing, nothing, nothing)
     if grad_reference is not None and ANCHORS == 1:
@@ -495,8 +517,8 @@ def backward(
         at_slot = vector[:, None] * POINTS + slot[None, :]
         on_slot = on_query[:, None] & (slot < POINTS)[None, :]
         logit = tl.load(weights + at_slot, mask=on_slot, other=float("-inf")).to(tl.float32)
-        share = tl.exp(logit - softmax[0][:, None]) * softmax[1][:, None]
-        of_logit = share * (of_weights - tl.sum(share * of_weights, 1)[:, None])
+        weight = tl.exp(logit - softmax[0][:, None]) * softmax[1][:, None]
+        of_logit = weight * (of_weights - tl.sum(weight * of_weights, 1)[:, None])
         tl.store(grad_weights + at_slot, of_logit.to(grad_weights.dtype.element_ty), mask=on_slot)
 
 
@@ -517,15 +539,14 @@ def _add_dots(dots, grad, value, row, row_stride, on, channel, exists):
     )
 
 
-@triton.jit(do_not_specialize=("rows", "queries", "heads", "points"))
+@triton.jit(do_not_specialize=("rows", "heads", "points"))
 def add_up_rows(
     grad_output,  # [queries, heads, HEAD_DIM] of one batch element
     order,  # entries of targets, sorted by target
     begins,  # [heads * rows + 1] where each target's entries begin in order
-    shares,  # [4, queries, heads, points]
+    shares,  # [queries, heads, points, 4]
     grad_value,  # [rows, heads, HEAD_DIM]
     rows,
-    queries,
     heads,
     points,
     HEAD_DIM: tl.constexpr,
@@ -539,14 +560,13 @@ def add_up_rows(
     begin = tl.load(begins + target, mask=on_target, other=0)
     count = tl.load(begins + target + 1, mask=on_target, other=0) - begin
     head = target // rows
-    corner_stride = queries.to(tl.int64) * heads * points
 
     total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     for i in range(tl.max(count, 0)):
         on = i < count
         entry = tl.load(order + begin + i, mask=on, other=0)
         share = tl.load(shares + entry, mask=on, other=0.0)
-        vector = entry % corner_stride // points
+        vector = entry // 4 // points
         total += share[:, None] * _tile(grad_output, vector * HEAD_DIM, on, channel, exists)
 
     at = (target % rows * heads + head) * HEAD_DIM

@@ -1,5 +1,11 @@
 """The Triton backend on the host: when it can run, the block sizes, the launches.
 
+It serves where no CUDA library was built. Where one was, the compiled kernels are preferred for
+every shape: for a point they issue fewer loads (here each thread fetches the location and weight by
+itself), visit an encoder's queries in tiles, and add fewer numbers to the gradient of value; and
+Triton's launcher takes longer than theirs. That is an estimate from counts, not a measurement:
+`make gpu` times both on every workload, and its summary says where this one was faster.
+
 The kernels are in _triton_kernels.py, which is imported at the first call: importing triton takes
 longer than importing the rest of this package.
 """
@@ -56,16 +62,48 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the work is cut, and for how many registers a thread the compiler is to aim.
-
-    Without a limit ptxas spills a few bytes to reach an occupancy that is of no use here.
-    """
+    """How the work is cut, and how many registers a thread may take (None: as it comes)."""
 
     queries: int  # of a program
     channels: int  # at a time
     unroll: int  # points at a time
     warps: int  # of a program
     registers: int | None = None
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """A row of the table below."""
+
+    load: int | None  # bytes of the channels that a thread takes side by side; None: four channels
+    warps: int
+    unroll: int
+    registers: int
+
+
+# Chosen by shape, without trials on the device. `registers` is a limit at which no architecture
+# from 7.5 to 12.0 spills; `make kernels` shows what they take. The two 72s spill a few bytes at 64:
+# float32 on 7.5 and 8.0, a layer in 16 bits on 7.5 and 10.0.
+#
+# Many queries, enough to fill a GPU: 16 bytes a thread, the widest load; four warps, which share
+# what they read in the L1 cache; one point at a time, in few registers: warps enough to wait for
+# memory. Few queries: four channels a thread, so more threads; a program of one warp, to reach
+# every multiprocessor; two points at a time, as more warps than there are could not hide the wait.
+#
+# Backward: four channels a thread, the widest atomic addition in float32, also where it could load
+# more: one layout for both keeps the tiles out of shared memory. A program is one warp, so that
+# what it stores for a query gets there by shuffles: with two, every point waits at a barrier.
+_SETTINGS = {
+    ("forward", "many"): _Setting(load=16, warps=4, unroll=1, registers=64),
+    ("forward", "few"): _Setting(load=None, warps=1, unroll=2, registers=72),
+    ("forward, layer", "many"): _Setting(load=16, warps=4, unroll=1, registers=72),
+    ("forward, layer", "few"): _Setting(load=None, warps=1, unroll=1, registers=64),
+    ("backward", "any"): _Setting(load=None, warps=1, unroll=2, registers=88),
+    ("backward, deterministic", "any"): _Setting(load=None, warps=1, unroll=1, registers=96),
+    ("backward, layer", "any"): _Setting(load=None, warps=1, unroll=1, registers=96),
+}
+_MANY = 2**22  # channels of all queries and heads
+_SEVERAL_LOADS = 128  # registers where a warp's threads do not reach across a head's channels
 
 
 def blocks_for(
@@ -80,18 +118,9 @@ def blocks_for(
     fused: bool = False,
     interpreted: bool = False,
 ) -> Blocks:
-    """Block sizes by the shape of the problem, without trials on the device.
+    """Block sizes by the shape of the problem: a row of the table above, fitted to the head.
 
     A program's threads lie side by side along the channels of as many queries as fit.
-
-    Forward, many queries: 16 bytes of channels a thread, the widest load; four warps, which share
-    what they read in the L1 cache; one point at a time, in few registers: warps enough to wait
-    for memory. Few queries, not enough to fill a GPU: four channels a thread, so more threads; a
-    program of one warp, to reach every multiprocessor; more loads under way in each.
-
-    Backward: four channels a thread, the widest atomic addition in float32, also where it could
-    load more: one layout for both keeps the tiles out of shared memory. A program is one warp, so
-    that what it stores for a query gets there by shuffles.
 
     Args:
         element_size: bytes of an element of value.
@@ -105,21 +134,20 @@ def blocks_for(
         interpreted: for the interpreter, whose time is the number of programs.
     """
     channels = min(_power_of_two(head_dim), 256 if backward else 128)
-    many = vectors * channels >= 2**22 and not backward
-    by_thread = math.gcd(head_dim, 16 // element_size if many else 4)  # as it is aligned
+    kernel = "backward" if backward else "forward"
+    kernel += ", layer" if fused else ", deterministic" if backward and deterministic else ""
+    size = "any" if backward else "many" if vectors * channels >= _MANY else "few"
+    setting = _SETTINGS[kernel, size]
+    by_thread = 4 if setting.load is None else setting.load // element_size
+    by_thread = math.gcd(head_dim, by_thread)  # as a head is aligned
     side_by_side = max(1, 32 * by_thread // channels)
-    warps = 4 if many else 1
-    one = many or deterministic or fused or any(count % 2 for count in counts)
-    unroll = 1 if one else 2
-    registers = None
-    if side_by_side * channels > 32 * by_thread:  # several loads a pixel
-        registers = 128
-    elif fused:
-        registers = 96 if backward else 72
-    elif many:
-        registers = 64
-    block = min(128, _power_of_two(queries)) if interpreted else warps * side_by_side
-    return Blocks(block, channels, unroll, warps, registers)
+    return Blocks(
+        min(128, _power_of_two(queries)) if interpreted else setting.warps * side_by_side,
+        channels,
+        1 if any(count % setting.unroll for count in counts) else setting.unroll,
+        setting.warps,
+        setting.registers if channels <= 32 * by_thread else _SEVERAL_LOADS,
+    )
 
 
 def constants(
@@ -327,7 +355,7 @@ class _Problem:
                 launch(0, B * programs, of_value, None, None)
         else:
             of_value = torch.empty_like(self.value, dtype=_stored(self.value.dtype))
-            shape = (4, Q, M, sum(self.counts))
+            shape = (Q, M, sum(self.counts), 4)
             targets = torch.empty(
                 shape,
                 dtype=torch.int64 if S * M >= 2**31 else torch.int32,
@@ -387,7 +415,7 @@ class _Problem:
             _ceil(S * M, blocks.queries) * _ceil(D, blocks.channels),
             self.value.device,
             *arguments,
-            *(S, self.queries, M, sum(self.counts)),
+            *(S, M, sum(self.counts)),
             blocks=blocks,
             HEAD_DIM=D,
             BLOCK_R=blocks.queries,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -39,6 +41,14 @@ def why_not() -> str | None:
     return None
 
 
+def declared_kernels() -> set[str]:
+    """The names of all __global__ functions of csrc/cuda."""
+    text = "".join(path.read_text() for path in (ROOT / "csrc" / "cuda").glob("*.cuh"))
+    text = re.sub(r"//.*", "", text)
+    text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
+    return set(re.findall(r"__global__\s+void\s+(\w+)\(", text))
+
+
 @functools.cache
 def _sources_digest() -> str:
     digest = hashlib.sha256()
@@ -66,7 +76,15 @@ def compiled(source: str, output: str, *flags: str, link: tuple[str, ...] | None
     if target.exists():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{os.getpid()}.{output}")
+    with target.with_name(f"{output}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes compiles it
+        if not target.exists():
+            _compile(source, target, command, link)
+    return target
+
+
+def _compile(source: str, target: Path, command: list[str], link: tuple[str, ...] | None) -> None:
+    unfinished = target.with_name(f"unfinished.{target.name}")
     if link is None:
         _run([*command, str(HERE / source), "-o", str(unfinished), "-ldl"])
     else:
@@ -74,8 +92,7 @@ def compiled(source: str, output: str, *flags: str, link: tuple[str, ...] | None
         _run([*command, "-c", str(HERE / source), "-o", str(objects)])
         _run([COMPILER, *link, str(objects), "-o", str(unfinished), "-ldl"])
         objects.unlink()
-    unfinished.replace(target)  # at once, whoever else builds it
-    return target
+    unfinished.replace(target)  # at once: no half a file is ever taken for whole
 
 
 @functools.cache

@@ -101,29 +101,34 @@ class Emulated:
                 *(sampling_locations, attention_weights, num_points),
                 way=way,
             )
-        outputs = (*(tensor.data_ptr() for tensor in targets), 0, 0, 0)  # nothing of a layer
-        self.module.backward(
-            *(call.fields, grad_output.data_ptr(), outputs, way),
-            *(self.processors, self.long_offsets),
-        )
+        self._backward(call, grad_output, targets, way)
         return targets[0], targets[1], targets[2]
 
     def targets(self, *arguments: Any, way: str) -> tuple[Tensor, ...]:
-        """The three gradients as they must be before the call, and its working memory."""
-        value, _, _, locations, weights = arguments[:5]
+        """What the kernels write, as it must be before the call, in the order of Outputs.
+
+        The arguments are those of a call. Gradients of value, locations (offsets), weights (logits)
+        and reference points come first, then working memory.
+        """
+        call = _Call(*arguments)
+        _, zeros, sizes = self.module.plan(call.fields, way, self.processors)
+        value, locations, weights, reference = call.tensors
+        sums, *others = sizes
         return (
-            torch.zeros_like(value),
+            torch.zeros_like(value) if zeros else torch.full_like(value, NAN),
             torch.full_like(locations, NAN),
             torch.full_like(weights, NAN),
-            *self._scratch(_Call(*arguments), way),
+            torch.empty(0) if reference is None else torch.full_like(reference, NAN),
+            torch.zeros(sums, dtype=torch.uint8),
+            *(torch.full((size,), 255, dtype=torch.uint8) for size in others),
         )
 
-    def _scratch(self, call: _Call, way: str) -> tuple[Tensor, Tensor, Tensor]:
-        _, sums, bounds, statistics = self.module.plan(call.fields, way)
-        return (
-            torch.zeros(sums, dtype=torch.uint8),
-            torch.full((bounds,), 255, dtype=torch.uint8),
-            torch.full((statistics,), 255, dtype=torch.uint8),
+    def _backward(
+        self, call: _Call, grad_output: Tensor, targets: tuple[Tensor, ...], way: str
+    ) -> None:
+        self.module.backward(
+            *(call.fields, grad_output.data_ptr(), tuple(t.data_ptr() for t in targets), way),
+            *(self.processors, self.long_offsets),
         )
 
     def layer_forward(
@@ -136,6 +141,7 @@ class Emulated:
         attention_logits: Tensor,
         num_points: Sequence[int] | None,
         offset_scale: float,
+        output: Tensor | None = None,  # to be written to
     ) -> Tensor:
         """The output, [B, Q, M * D]."""
         call = _Call(
@@ -143,7 +149,8 @@ class Emulated:
             *(num_points, reference_points, offset_scale),
         )
         B, Q = reference_points.shape[:2]
-        output = value.new_full((B, Q, value.shape[2] * value.shape[3]), NAN)
+        if output is None:
+            output = value.new_full((B, Q, value.shape[2] * value.shape[3]), NAN)
         self.module.forward(
             call.fields, output.data_ptr(), False, self.processors, self.long_offsets
         )
@@ -161,32 +168,21 @@ class Emulated:
         num_points: Sequence[int] | None,
         offset_scale: float,
         way: str = "planned",
+        targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of value, reference_points, sampling_offsets and attention_logits."""
-        call = _Call(
+        arguments = (
             *(value, spatial_shapes, level_start_index, sampling_offsets, attention_logits),
             *(num_points, reference_points, offset_scale),
         )
-        grads = (
-            torch.zeros_like(value),
-            torch.full_like(reference_points, NAN),
-            torch.full_like(sampling_offsets, NAN),
-            torch.full_like(attention_logits, NAN),
-        )
-        work = [
-            torch.full_like(t, NAN, dtype=reference_points.dtype)
-            for t in (sampling_offsets, attention_logits)
-        ]
-        targets = (grads[0], *work, *self._scratch(call, way), *grads[1:])
-        self.module.backward(
-            *(call.fields, grad_output.data_ptr(), tuple(t.data_ptr() for t in targets), way),
-            *(self.processors, self.long_offsets),
-        )
-        return grads
+        if targets is None:
+            targets = self.targets(*arguments, way=way)
+        self._backward(_Call(*arguments), grad_output, targets, way)
+        return targets[0], targets[3], targets[1], targets[2]
 
     def way_of(self, *arguments: Any) -> str:
         """The way that is chosen for a call."""
-        return self.module.plan(_Call(*arguments).fields, "planned")[0]
+        return self.module.plan(_Call(*arguments).fields, "planned", self.processors)[0]
 
 
 class _Call:
@@ -205,6 +201,7 @@ class _Call:
     ) -> None:
         for tensor in (value, sampling_locations, attention_weights):
             assert tensor.is_contiguous()
+        self.tensors = (value, sampling_locations, attention_weights, reference_points)
         levels = len(spatial_shapes)
         counts = num_points
         if counts is None:

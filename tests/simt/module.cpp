@@ -52,14 +52,15 @@ Inputs inputs_of(const py::dict& call) {
   return in;
 }
 
-Device device(int processors, bool long_offsets) { return {processors, 90, nullptr, long_offsets}; }
+Device device(int processors, bool long_offsets) {
+  return {processors, kAtomicFloats == 4 ? 90 : 80, nullptr, long_offsets};
+}
 
-BackwardPlan plan(const py::dict& call, const std::string& name) {
-  const Inputs in = inputs_of(call);
+BackwardPlan plan(const Inputs& in, const std::string& name, const Device& device) {
   const Way way = name == "plain"     ? Way::kPlain
                   : name == "scatter" ? Way::kScatter
-                                      : chosen_way(in.problem, name == "gather");
-  return plan_backward(in.problem, in.type, way);
+                                      : chosen_way(in.problem, name == "gather", device);
+  return plan_backward(in, way, device);
 }
 
 const char* name_of(Way way) {
@@ -78,9 +79,12 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
     const py::gil_scoped_release release;
     forward_call(in, at(output), device(processors, long_offsets), plain);
   });
-  module.def("plan", [](const py::dict& call, const std::string& way) {
-    const BackwardPlan it = plan(call, way);
-    return py::make_tuple(name_of(it.way), it.sums, it.bounds, it.statistics);
+  // the way, and bytes of working memory in the order of Outputs
+  module.def("plan", [](const py::dict& call, const std::string& way, int processors) {
+    const BackwardPlan it = plan(inputs_of(call), way, device(processors, false));
+    return py::make_tuple(
+        name_of(it.way), it.zeros,
+        py::make_tuple(it.sums, it.bounds, it.statistics, it.by_weight, it.parts));
   });
   module.def("backward", [](const py::dict& call, uintptr_t grad_output, const py::tuple& outputs,
                             const std::string& way, int processors, bool long_offsets) {
@@ -88,9 +92,10 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
     const auto address = [&](size_t i) { return at(outputs[i].cast<uintptr_t>()); };
     const Outputs out = {address(0), address(1), address(2), address(3), address(4),
                          address(5), address(6), address(7), address(8)};
-    const BackwardPlan planned = plan(call, way);
+    const Device here = device(processors, long_offsets);
+    const BackwardPlan planned = plan(in, way, here);
     const py::gil_scoped_release release;
-    backward_call(in, at(grad_output), out, planned, device(processors, long_offsets));
+    backward_call(in, at(grad_output), out, planned, here);
   });
   module.def("set_order", [](const std::string& order, unsigned seed) {
     simt::options.order = order == "reversed"   ? simt::Order::kReversed
@@ -102,11 +107,13 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   module.def("plant_error",
              [](int error) { simt::planted_error = static_cast<cudaError_t>(error); });
 #if defined(SIMT_TRAFFIC)
-  // ranges: [(name, address, bytes)]
+  // ranges: [(name, address, bytes)]; the multiprocessors `modelled` run
   module.def("watch", [](const std::vector<std::tuple<std::string, uintptr_t, size_t>>& ranges,
-                         int processors) { traffic::start(ranges, processors); });
+                         int processors, const std::vector<int64_t>& modelled) {
+    traffic::start(ranges, processors, modelled);
+  });
   // {(kernel, tensor, "read" | "write" | "atomic"):
-  //  (instructions of a warp, accesses of a lane, sectors, sectors that miss the modelled L1)}
+  //  the numbers of traffic::Figures}
   module.def("counts", [] { return traffic::stop(); });
 #endif
 }

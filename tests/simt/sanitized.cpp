@@ -1,7 +1,8 @@
 // A program that runs kernels under the emulator, to be built with a sanitizer.
 //
 //   sanitized kernels    all kernels on small hostile calls; each against forward_plain or
-//                        backward_plain on the same call
+//                        backward_plain on the same call, fused layers too; then each kernel's name
+//                        and the number of cases that reach it
 //   sanitized able       what the emulator can do
 //   sanitized NAME       one kernel of selftest.h with its fault
 //   sanitized ok:NAME    the same kernel without it
@@ -9,6 +10,7 @@
 // Exit status 0: all as it should be; 1: a wrong result; 2: the emulator refused, and said why.
 #include <cmath>
 #include <cstdio>
+#include <set>
 
 #include "simt.h"
 // after simt.h
@@ -59,6 +61,12 @@ std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) 
   return numbers;
 }
 
+int level_of_point(const Inputs& in, int k) {
+  int l = 0;
+  while (k >= in.levels.first_point[l + 1]) ++l;
+  return l;
+}
+
 template <typename T>
 bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
   double largest = 1e-3;
@@ -72,6 +80,140 @@ bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
     if (!(std::abs(x - y) <= tolerance * largest)) return false;
   }
   return true;
+}
+
+// What a backward pass gives. Of a layer, locations and weights are its offsets and logits.
+template <typename T>
+struct Gradients {
+  std::vector<T> value;
+  std::vector<Real<T>> locations, wide, reference;
+  std::vector<T> narrow_offsets, narrow;
+};
+
+template <typename T>
+Gradients<T> backward(const Inputs& in, const T* grad, Way way, const Device& device) {
+  const Problem& problem = in.problem;
+  const size_t numbers = static_cast<size_t>(problem.batch * problem.rows * problem.row_stride());
+  const size_t queries = static_cast<size_t>(problem.batch * problem.queries);
+  const size_t points = queries * static_cast<size_t>(problem.heads * problem.points);
+  const BackwardPlan plan = plan_backward(in, way, device);
+  Gradients<T> found;
+  found.value.assign(numbers, static_cast<T>(plan.zeros ? 0.0f : NAN));
+  found.locations.resize(2 * points);
+  found.narrow_offsets.resize(2 * points);
+  found.wide.resize(points);
+  found.narrow.resize(points);
+  found.reference.resize(queries * static_cast<size_t>(in.layer.levels * in.layer.size));
+  std::vector<unsigned char> sums(plan.sums), work[4];
+  const size_t sizes[] = {plan.bounds, plan.statistics, plan.by_weight, plan.parts};
+  for (int i = 0; i < 4; ++i) work[i].assign(sizes[i], 0xff);
+  const bool wide = in.weights_are_real;
+  const bool narrow_offsets = in.layer.reference && !wide;
+  const Outputs out = {
+      found.value.data(),
+      narrow_offsets ? static_cast<void*>(found.narrow_offsets.data()) : found.locations.data(),
+      wide ? static_cast<void*>(found.wide.data()) : found.narrow.data(),
+      found.reference.data(),
+      sums.data(),
+      work[0].data(),
+      work[1].data(),
+      work[2].data(),
+      work[3].data()};
+  backward_call(in, grad, out, plan, device);
+  return found;
+}
+
+// A layer against the plain kernels on the locations and weights that it stands for.
+template <typename T>
+void run_layer(Inputs in, const Case& test, size_t index, const std::string& name, double tolerance,
+               const std::vector<T>& grad, const Device& device) {
+  using Sum = Real<T>;
+  const Problem& problem = in.problem;
+  std::mt19937 random(static_cast<unsigned>(index));
+  const size_t queries = static_cast<size_t>(problem.batch * problem.queries);
+  const size_t heads = static_cast<size_t>(problem.heads);
+  const size_t count = static_cast<size_t>(problem.points), points = queries * heads * count;
+  const int size = index % 3 == 0 ? 4 : 2, levels = index % 2 ? problem.levels : 1;
+  const double scale = 0.5;
+  const auto reference = drawn<Sum>(queries * static_cast<size_t>(levels * size), random, 0.2f, 1);
+  const auto narrow_offsets = drawn<T>(2 * points, random, -2, 2);
+  const auto narrow_logits = drawn<T>(points, random, -2, 2);
+  const std::vector<Sum> offsets(narrow_offsets.begin(), narrow_offsets.end());
+  const std::vector<Sum> logits(narrow_logits.begin(), narrow_logits.end());
+
+  std::vector<Sum> locations(2 * points), weights(points), steps(2 * points);
+  for (size_t i = 0; i < queries * heads; ++i) {
+    Sum sum = 0;
+    for (size_t k = 0; k < count; ++k) sum += std::exp(logits[i * count + k]);
+    for (size_t k = 0; k < count; ++k) {
+      const int l = level_of_point(in, static_cast<int>(k));
+      const size_t point = i * count + k;
+      const Sum* const from = reference.data() + (i / heads * static_cast<size_t>(levels) +
+                                                  static_cast<size_t>(levels > 1 ? l : 0)) *
+                                                     static_cast<size_t>(size);
+      weights[point] = std::exp(logits[point]) / sum;
+      for (size_t j = 0; j < 2; ++j) {
+        const auto [height, width] = test.levels[static_cast<size_t>(l)];
+        steps[2 * point + j] =
+            size == 4 ? static_cast<Sum>(from[2 + j] * scale / test.counts[static_cast<size_t>(l)])
+                      : Sum(1) / static_cast<Sum>(j ? height : width);
+        locations[2 * point + j] = from[j] + offsets[2 * point + j] * steps[2 * point + j];
+      }
+    }
+  }
+  Inputs given = in;
+  given.locations = locations.data();
+  given.weights = weights.data();
+  given.weights_are_real = true;
+  in.locations = in.weights_are_real ? static_cast<const void*>(offsets.data())
+                                     : static_cast<const void*>(narrow_offsets.data());
+  in.weights = in.weights_are_real ? static_cast<const void*>(logits.data())
+                                   : static_cast<const void*>(narrow_logits.data());
+  in.layer = {reference.data(), levels, size, scale};
+
+  std::vector<T> plain(grad.size()), output(grad.size());
+  forward_call(given, plain.data(), device, true);
+  forward_call(in, output.data(), device);
+  const auto alike = [&](const auto& a, const auto& b, const char* what) {
+    expect(test.lies || close(a, b, tolerance), name + "layer, " + what);
+  };
+  alike(plain, output, "forward");
+  const Gradients<T> by_given = backward(given, grad.data(), Way::kPlain, device);
+  std::vector<Sum> by_offset(2 * points), by_logit(points), by_reference(reference.size());
+  for (size_t i = 0; i < queries * heads; ++i) {
+    Sum mean = 0;
+    for (size_t k = i * count; k < (i + 1) * count; ++k) mean += weights[k] * by_given.wide[k];
+    for (size_t k = 0; k < count; ++k) {
+      const int l = level_of_point(in, static_cast<int>(k));
+      const size_t point = i * count + k;
+      Sum* const to = by_reference.data() + (i / heads * static_cast<size_t>(levels) +
+                                             static_cast<size_t>(levels > 1 ? l : 0)) *
+                                                static_cast<size_t>(size);
+      by_logit[point] = weights[point] * (by_given.wide[point] - mean);
+      for (size_t j = 0; j < 2; ++j) {
+        const Sum by = by_given.locations[2 * point + j];
+        by_offset[2 * point + j] = by * steps[2 * point + j];
+        to[j] += by;
+        if (size == 4) {
+          to[2 + j] += static_cast<Sum>(by * offsets[2 * point + j] * scale /
+                                        test.counts[static_cast<size_t>(l)]);
+        }
+      }
+    }
+  }
+  for (const Way way : {Way::kScatter, Way::kGather}) {
+    const Gradients<T> found = backward(in, grad.data(), way, device);
+    alike(by_given.value, found.value, "value");
+    alike(by_reference, found.reference, "reference points");
+    if (in.weights_are_real) {
+      alike(by_offset, found.locations, "offsets");
+      alike(by_logit, found.wide, "logits");
+    } else {
+      alike(by_offset, std::vector<Sum>(found.narrow_offsets.begin(), found.narrow_offsets.end()),
+            "offsets");
+      alike(by_logit, std::vector<Sum>(found.narrow.begin(), found.narrow.end()), "logits");
+    }
+  }
 }
 
 template <typename T>
@@ -128,50 +270,38 @@ void run(const Case& test, Type type, size_t index) {
   forward_call(in, output.data(), device);
   expect(close(plain, output, tolerance), name + "forward");
 
-  struct Result {
-    std::vector<T> value;
-    std::vector<Sum> locations, wide;
-    std::vector<T> narrow;
-  };
-  const auto backward = [&](BackwardPlan plan) {
-    Result result = {std::vector<T>(value.size()), std::vector<Sum>(2 * points),
-                     std::vector<Sum>(points), std::vector<T>(points)};
-    std::vector<unsigned char> sums(plan.sums), bounds(plan.bounds, 0xff);
-    const Outputs out = {
-        result.value.data(),
-        result.locations.data(),
-        in.weights_are_real ? static_cast<void*>(result.wide.data()) : result.narrow.data(),
-        sums.data(),
-        bounds.data(),
-        nullptr,
-        nullptr,
-        nullptr,
-        nullptr};
-    backward_call(in, grad.data(), out, plan, device);
-    return result;
-  };
-  const auto by = [&](Way way) { return backward(plan_backward(problem, type, way)); };
-  const Result expected = by(Way::kPlain);
-  const Result results[] = {by(Way::kScatter), by(Way::kGather)};
-  for (const Result& result : results) {
-    const std::string way = &result == results ? "scatter" : "gather";
-    expect(close(expected.value, result.value, tolerance), name + way + ", value");
-    expect(close(expected.locations, result.locations, tolerance), name + way + ", locations");
-    expect(close(expected.wide, result.wide, tolerance), name + way + ", weights");
-    expect(close(expected.narrow, result.narrow, tolerance), name + way + ", weights");
+  const Gradients<T> expected = backward(in, grad.data(), Way::kPlain, device);
+  for (const Way way : {Way::kScatter, Way::kGather}) {
+    const Gradients<T> result = backward(in, grad.data(), way, device);
+    const std::string what = name + (way == Way::kScatter ? "scatter" : "gather");
+    expect(close(expected.value, result.value, tolerance), what + ", value");
+    expect(close(expected.locations, result.locations, tolerance), what + ", locations");
+    expect(close(expected.wide, result.wide, tolerance), what + ", weights");
+    expect(close(expected.narrow, result.narrow, tolerance), what + ", weights");
   }
+  run_layer(in, test, index, name, tolerance, grad, device);
 }
 
 void kernels() {
   size_t index = 0;
+  std::map<std::string, int> cases;  // that reach a kernel
   for (const Case& test : kCases) {
+    simt::launches().clear();
     run<float>(test, Type::kFloat, index);
     run<__half>(test, Type::kHalf, index);
     run<__nv_bfloat16>(test, Type::kBFloat16, index + 1);
     if (index % 3 == 0) run<double>(test, Type::kDouble, index);
     ++index;
+    std::set<std::string> reached;
+    for (const auto& launch : simt::launches()) {
+      const std::string& full = launch.first;  // void deform_attn::name<...>
+      const size_t end = full.find('<'), begin = full.rfind(':', end) + 1;
+      reached.insert(full.substr(begin, end - begin));
+    }
+    for (const std::string& name : reached) ++cases[name];
   }
   std::printf("%zu cases\n", index);
+  for (const auto& [name, count] : cases) std::printf("%d %s\n", count, name.c_str());
 }
 
 // ---- the emulator

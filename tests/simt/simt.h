@@ -94,8 +94,8 @@ struct Watcher {
   virtual ~Watcher() = default;
   virtual void atomic(const void* address, int bytes) = 0;
   virtual void collective(int warp) = 0;  // the lanes of a warp have met
-  virtual void block(int64_t index) = 0;  // a block begins
-  virtual void kernel(const std::string& name, int64_t blocks) = 0;
+  virtual bool block(int64_t index) = 0;  // before a block begins; false: it is left out
+  virtual void kernel(const std::string& name, int64_t blocks, int threads) = 0;
 };
 inline Watcher* watcher = nullptr;
 
@@ -433,7 +433,7 @@ inline void launch(void* kernel, unsigned grid, unsigned block, size_t dynamic_s
     const std::lock_guard<std::mutex> lock(mutex);
     ++launches()[name];
   }
-  if (watcher) watcher->kernel(name, grid);
+  if (watcher) watcher->kernel(name, grid, static_cast<int>(block));
   static thread_local std::vector<std::unique_ptr<Worker>> kept;
   auto& workers = kept;  // of this thread, in the others too
   const unsigned count = watcher ? 1 : static_cast<unsigned>(options.workers);
@@ -452,7 +452,7 @@ inline void launch(void* kernel, unsigned grid, unsigned block, size_t dynamic_s
     grid_size = {grid, 1, 1};
     for (unsigned b = which; b < grid; b += count) {
       block_index = {b, 0, 0};
-      if (watcher) watcher->block(b);
+      if (watcher && !watcher->block(b)) continue;
       if (!worker->run_block(static_cast<int>(block))) break;
     }
     worker = nullptr;

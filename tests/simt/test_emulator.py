@@ -74,4 +74,8 @@ def test_kernels_have_no_fault(sanitizer: str) -> None:
     done = run(sanitizer, "kernels")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert done.stdout == "10 cases\n"
+    first, *rest = done.stdout.splitlines()
+    assert first == "10 cases"
+    reached = {name: int(count) for count, name in (line.split() for line in rest)}
+    assert set(reached) == build.declared_kernels()
+    print(f"{sanitizer}: cases that reach each kernel: {reached}")

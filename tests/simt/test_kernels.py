@@ -211,13 +211,6 @@ def test_errors_name_the_kernel() -> None:
     assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
 
 
-def declared_kernels() -> set[str]:
-    text = "".join(path.read_text() for path in (build.ROOT / "csrc" / "cuda").glob("*.cuh"))
-    text = re.sub(r"//.*", "", text)
-    text = re.sub(r"__launch_bounds__\((?:[^()]|\([^()]*\))*\)", "", text)
-    return set(re.findall(r"__global__\s+void\s+(\w+)\(", text))
-
-
 def run_layer(inputs: Inputs, kernels: Emulated, way: str) -> None:
     """The fused kernels on the same maps; test_layer_kernels.py tries what they compute."""
     B, Q = inputs.sampling_locations.shape[:2]
@@ -232,27 +225,31 @@ def run_layer(inputs: Inputs, kernels: Emulated, way: str) -> None:
 
 
 def test_every_kernel_is_reached(record_property: Any) -> None:
-    """Calls that reach every __global__ function in every dtype; how often, for the record."""
+    """Each __global__ function, in each dtype; with -s, the number of cases that reach it."""
+    cases: Counter[str] = Counter()
+    reached: dict[str, set[str]] = {}
+
+    def launched() -> Counter[str]:
+        return Counter(KERNELS.module.launches())
+
     for dtype in DTYPES:
         for name in ("non_square", "head_dim_32", "head_dim_71"):
             inputs = CASES[name].make(DTYPES[dtype])
+            before = launched()
             for way in WAYS:
                 for kernels in (KERNELS, Emulated(long_offsets=True)):
                     run(inputs, grad_output_for(inputs), kernels, way)
                     if way in ("scatter", "gather"):
                         run_layer(inputs, kernels, way)
-    launched = KERNELS.module.launches()
-    counts: Counter[str] = Counter()
-    for full_name, count in launched.items():
-        counts[re.search(r"deform_attn::(\w+)", full_name)[1]] += count
-    assert set(counts) == declared_kernels()
-    types = {"double", "float", "__half", "__nv_bfloat16"}
-    for kernel in declared_kernels():
-        wanted = types - {"double", "float"} if kernel == "round_sums" else types
-        reached = {re.search(r"<(\w+)", name)[1] for name in launched if f"::{kernel}<" in name}
-        assert reached == wanted, kernel
-    for name, count in sorted(counts.items()):
-        record_property(name, count)
-        print(
-            f"{name}: launched {count} times as {sum(f'::{name}<' in n for n in launched)} kernels"
-        )
+            here = [re.search(r"deform_attn::(\w+)<(\w+)", name) for name in launched() - before]
+            cases.update({match[1] for match in here})
+            for match in here:
+                reached.setdefault(match[1], set()).add(match[2])
+    for name in sorted(build.declared_kernels()):
+        record_property(name, cases[name])
+        print(f"{name}: {cases[name]} cases, as {', '.join(sorted(reached.get(name, ())))}")
+    assert set(cases) == build.declared_kernels()
+    narrow = {"__half", "__nv_bfloat16"}
+    wide = {"double", "float"}
+    for name, types in reached.items():
+        assert types == {"round_sums": narrow, "sum_heads": wide}.get(name, wide | narrow), name

@@ -10,14 +10,23 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from simt import build
+from simt.emulated import Emulated
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; the rest is for `make traffic`
 TRIED = ("deformable_detr_encoder_800x1333 f32", "rtdetr_decoder_640 f32")
+# What is not reached, and stays in the table: fusing saves memory traffic and launches, not L2's.
+NOT_MET = {
+    "layer fused: the same, reference points without a gradient, least_bytes",
+    "layer fused: forward, l2_bytes",
+    "layer fused: forward + backward, l2_bytes",
+    "layer fused: the same, reference points without a gradient, l2_bytes",
+}
 
 
 @pytest.mark.parametrize("entry", TRIED)
@@ -29,27 +38,30 @@ def test_counts_are_not_raised(entry: str) -> None:
     assert not traffic.raised(counts, COMMITTED)
 
 
-@pytest.mark.parametrize("entry", COMMITTED)
-def test_bars(entry: str) -> None:
+def test_bars() -> None:
     """What the kernels were designed for, against one thread per channel."""
-    counts = COMMITTED[entry]
-    plain, ours = counts["forward plain"], counts["forward teams"]
-    assert ours["loads"] <= plain["loads"] / 4
-    assert ours["read"] <= 0.92 * plain["read"]
-    if "encoder" in entry:
-        assert ours["l1_missed"] <= 0.5 * plain["l1_missed"]
-    plain = counts["backward plain"]
-    for way in counts["chosen"]:
-        ours = counts[f"backward {way}"]
-        assert ours["atomics"] <= plain["atomics"] / 4 + 1e-4  # both are rounded
-        limit = 0.6 if "encoder" in entry else 1.0
-        assert ours["atomic_sectors"] <= limit * plain["atomic_sectors"]
-    gather, scatter = (counts[f"backward {way}"] for way in ("gather", "scatter"))
-    moved = ("read", "written", "atomic_sectors")
-    assert sum(gather[kind] for kind in moved) <= 3 * sum(scatter[kind] for kind in moved)
+    from benchmarks import traffic
+
+    assert {bar.text for bar in traffic.bars(COMMITTED) if not bar.met} == NOT_MET
 
 
-def test_narrow_numbers_move_less() -> None:
-    for name in ("deformable_detr_encoder_800x1333", "dino_decoder_900q"):
-        wide, narrow = (COMMITTED[f"{name} {dtype}"]["forward teams"] for dtype in ("f32", "bf16"))
-        assert narrow["read"] <= 0.6 * wide["read"]
+@pytest.mark.parametrize("encoder", [False, True])
+def test_bounds_of_blocks_that_do_not_run(encoder: bool) -> None:
+    """The rectangles that the benchmark makes are those of the kernel, up to rounding."""
+    from benchmarks import traffic
+
+    levels = ((19, 12), (5, 6))
+    small = traffic.Workload(
+        *("small", levels, 258 if encoder else 37, 3, 4, (2, 2)), encoder=encoder
+    )
+    inputs = traffic.draw(small)
+    kernels = Emulated(processors=1)
+    arguments = (
+        *(inputs.value, inputs.spatial_shapes, inputs.level_start_index),
+        *(inputs.sampling_locations, inputs.attention_weights),
+    )
+    targets = kernels.targets(*arguments, None, way="gather")
+    kernels.backward(inputs.grad_output, *arguments, way="gather", targets=targets)
+    made = torch.empty_like(targets[5])
+    traffic.fill_bounds(inputs, made)
+    assert torch.equal(targets[5], made)

@@ -1,0 +1,207 @@
+"""Official checkpoints: from the names of their tensors to ours, rules that apply in order.
+
+Shared tensors (heads of all layers, routes) have one name in a checkpoint or many; all are read.
+A backbone's names are its own: ``backbone.`` passes through.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import cast
+
+from torch import Tensor, nn
+
+Rules = list[tuple[str, str]]
+
+# Deformable DETR and what was built on it. Its norm1 follows cross-attention, norm2
+# self-attention; the dense systems' the other way round.
+_LAYERS: Rules = [
+    (r"^transformer\.", ""),
+    (r"^level_embeds$", "level_embed"),
+    (r"^level_embed$", "encoder.level_embed"),
+    (r"^input_proj\.", "encoder.project."),
+    (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention.attention."),
+    (r"^(encoder\.layers\.\d+)\.norm", r"\1.join"),
+    (r"^(encoder\.layers\.\d+\.join\d)\.", r"\1.norm."),
+    (r"^((?:en|de)coder\.layers\.\d+)\.linear", r"\1.ffn.linear"),
+    (r"^((?:en|de)coder\.layers\.\d+)\.activation\.", r"\1.ffn.act."),
+    (r"^(decoder\.layers\.\d+\.(?:self|cross)_attn)\.", r"\1.attention."),
+    (r"^(decoder\.layers\.\d+)\.norm3\.", r"\1.join_ffn.norm."),
+    (r"^decoder\.norm\.", "decoder.heads.norm."),
+    (r"^decoder\.ref_point_head\.", "decoder.position.mlp."),
+    (r"^decoder\.query_scale\.", "decoder.position.scale."),
+    (r"^(?:decoder\.)?class_embed\.", "decoder.heads.classes."),
+    (r"^(?:decoder\.)?bbox_embed\.", "decoder.heads.boxes."),
+    (r"^query_embed\.", "queries.embed."),
+    (r"^reference_points\.", "queries.points."),
+    (r"^refpoint_embed\.", "queries.boxes."),
+    (r"^tgt_embed\.", "queries.content."),
+    (r"^label_enc\.", "denoising.embed."),
+    (r"^enc_output\.", "queries.project."),
+    (r"^enc_output_norm\.", "queries.norm."),
+    (r"^enc_out_class_embed\.", "queries.classes."),
+    (r"^enc_out_bbox_embed\.", "queries.box."),
+    (r"^pos_trans\.", "queries.sines.0."),
+    (r"^pos_trans_norm\.", "queries.sines.1."),
+]
+_CROSS_FIRST: Rules = [
+    (r"^(decoder\.layers\.\d+)\.norm1\.", r"\1.join_cross.norm."),
+    (r"^(decoder\.layers\.\d+)\.norm2\.", r"\1.join_self.norm."),
+]
+_SELF_FIRST: Rules = [
+    (r"^(decoder\.layers\.\d+)\.norm1\.", r"\1.join_self.norm."),
+    (r"^(decoder\.layers\.\d+)\.norm2\.", r"\1.join_cross.norm."),
+]
+_DEFORMABLE = _LAYERS + _CROSS_FIRST
+
+_DETR: Rules = [
+    (r"^transformer\.", ""),
+    (r"\.multihead_attn\.", ".cross_attn."),
+    # one head for all layers: the first one's name
+    (r"^(class|bbox)_embed\.", r"\1_embed.0."),
+    *_LAYERS,
+    *_SELF_FIRST,
+]
+
+_PROJECTIONS = {
+    "qcontent_proj": "q_content",
+    "qpos_proj": "q_position",
+    "qpos_sine_proj": "q_sine",
+    "kcontent_proj": "k_content",
+    "kpos_proj": "k_position",
+    "v_proj": "v",
+}
+_DAB_DETR: Rules = [
+    (r"^transformer\.", ""),
+    (r"^encoder\.query_scale\.", "encoder.scale."),
+    (r"^decoder\.ref_anchor_head\.", "decoder.position.size."),
+    (r"^(?:decoder\.)?(class|bbox)_embed\.", r"\1_embed.0."),
+    *(
+        (rf"^(decoder\.layers\.\d+)\.{short}_{theirs}\.", rf"\1.{long}_attn.{ours}.")
+        for short, long in (("sa", "self"), ("ca", "cross"))
+        for theirs, ours in _PROJECTIONS.items()
+    ),
+    (r"^(decoder\..*_attn)\.out_proj\.", r"\1.output."),
+    *(rule for rule in _LAYERS if "cross" not in rule[0]),
+    *_SELF_FIRST,
+]
+
+_RTDETR: Rules = [
+    (r"^decoder\.decoder\.", "decoder."),
+    (r"^decoder\.input_proj\.", "encoder.output."),
+    (r"^encoder\.input_proj\.", "encoder.project."),
+    (r"^(encoder\.project\.\d+)\.0\.", r"\1.conv."),  # v1
+    (r"^(encoder\.project\.\d+)\.1\.", r"\1.norm."),
+    (r"^encoder\.encoder\.0\.layers\.0\.", "encoder.attention."),
+    (r"^encoder\.attention\.self_attn\.", "encoder.attention.attention.attention."),
+    (r"^encoder\.attention\.linear", "encoder.attention.ffn.linear"),
+    (r"^encoder\.attention\.norm(\d)\.", r"encoder.attention.join\1.norm."),
+    (r"^encoder\.lateral_convs\.", "encoder.lateral."),
+    (r"^encoder\.downsample_convs\.", "encoder.down."),
+    (r"^encoder\.fpn_blocks\.", "encoder.fuse_up."),
+    (r"^encoder\.pan_blocks\.", "encoder.fuse_down."),
+    *((pattern, ours) for pattern, ours in _LAYERS if pattern.startswith(r"^(decoder\.layers")),
+    (r"^(decoder\.layers\.\d+)\.linear", r"\1.ffn.linear"),
+    *_SELF_FIRST,
+    (r"^(decoder\.layers\.\d+)\.gateway\.", r"\1.join_cross."),
+    (r"^decoder\.dec_score_head\.", "decoder.heads.classes."),
+    (r"^decoder\.dec_bbox_head\.", "decoder.heads.boxes."),
+    (r"^decoder\.query_pos_head\.", "decoder.position.mlp."),
+    (r"^decoder\.denoising_class_embed\.", "denoising.embed."),
+    (r"^decoder\.enc_output\.(?:0|proj)\.", "queries.project."),
+    (r"^decoder\.enc_output\.(?:1|norm)\.", "queries.norm."),
+    (r"^decoder\.enc_score_head\.", "queries.classes."),
+    (r"^decoder\.enc_bbox_head\.", "queries.box."),
+]
+_DFINE: Rules = [
+    *_RTDETR,
+    (r"^decoder\.up$", "decoder.heads.bins.up"),
+    (r"^decoder\.reg_scale$", "decoder.heads.bins.scale"),
+    (r"^decoder\.heads\.boxes\.", "decoder.heads.corners."),
+    (r"^decoder\.pre_bbox_head\.", "decoder.heads.first_box."),
+    (r"^decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"decoder.heads.quality.\1.mlp."),
+]
+
+_MR_DETR: Rules = [
+    (r"^transformer\.", ""),
+    (r"^query_embedding\.", "queries.content."),
+    (r"^neck\.convs\.(\d+)\.conv\.", r"encoder.project.\1.0."),
+    (r"^neck\.convs\.(\d+)\.norm\.", r"encoder.project.\1.1."),
+    (r"^decoder\.class_embed_o2m_encoder\.", "o2m.0.classes."),
+    (r"^decoder\.bbox_embed_enc_o2m\.", "o2m.0.box."),
+    (r"^(encoder\.layers\.\d+)\.attentions\.0\.", r"\1.attention.attention."),
+    (r"^(encoder\.layers\.\d+)\.norms\.0\.", r"\1.join1.norm."),
+    (r"^(encoder\.layers\.\d+)\.norms\.1\.", r"\1.join2.norm."),
+    (r"^(encoder\.layers\.\d+)\.ffns\.0\.layers\.0\.0\.", r"\1.ffn.linear1."),
+    (r"^(encoder\.layers\.\d+)\.ffns\.0\.layers\.1\.", r"\1.ffn.linear2."),
+    (r"^(decoder\.layers\.\d+)\.attentions\.0\.attn\.", r"\1.self_attn.attention."),
+    (r"^(decoder\.layers\.\d+)\.attentions\.0\.norm_o2o\.", r"\1.join_self.norm."),
+    (r"^decoder\.(layers\.\d+)\.attentions\.0\.norm_o2m\.", r"o2m.1.\1.join_self.norm."),
+    (r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m\.", r"o2m.1.\1.self_attn.tokens."),
+    (
+        r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m_pos\.",
+        r"o2m.1.\1.self_attn.positions.",
+    ),
+    (r"^(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn.attention."),
+    (r"^(decoder\.layers\.\d+)\.norms\.0\.", r"\1.join_cross.norm."),
+    (r"^(decoder\.layers\.\d+)\.norms\.1\.", r"\1.join_ffn.norm."),
+    (r"^decoder\.(layers\.\d+)\.ffns\.0\.layers\.0\.linear\.linear_sep\.", r"sep.\1.ffn.linear1."),
+    (r"^decoder\.(layers\.\d+)\.ffns\.0\.layers\.1\.linear_sep\.", r"sep.\1.ffn.linear2."),
+    (r"^(decoder\.layers\.\d+)\.ffns\.0\.layers\.0\.linear\.linear\.", r"\1.ffn.linear1."),
+    (r"^(decoder\.layers\.\d+)\.ffns\.0\.layers\.1\.linear\.", r"\1.ffn.linear2."),
+    *(rule for rule in _LAYERS if "layers" not in rule[0]),
+]
+
+# Buffers of RT-DETRv2 and D-FINE for images of one size, which are made anew here.
+_DERIVED = ("decoder.anchors", "decoder.valid_mask")
+
+RULES: dict[str, Rules] = {
+    "detr": _DETR,
+    "dab_detr": _DAB_DETR,
+    "dn_detr": _DAB_DETR,
+    "deformable_detr": _DEFORMABLE,
+    "dab_deformable_detr": _DEFORMABLE,
+    "dn_deformable_detr": _DEFORMABLE,
+    "dino": _DEFORMABLE,
+    "rtdetr": _RTDETR,
+    "dfine": _DFINE,
+    "deim": _DFINE,
+    "mr_detr": _MR_DETR,
+}
+
+
+def renamed(system: str, name: str, layers: int) -> str:
+    """Our name of an official tensor.
+
+    Args:
+        system: the name of the recipe in :mod:`~deform_attn.detr.models`.
+        name: the tensor's in the official checkpoint.
+        layers: of the decoder; in two stages the encoder's heads are one more in its lists.
+    """
+    for pattern, ours in RULES[system]:
+        name = re.sub(pattern, ours, name)
+    name = re.sub(rf"^decoder\.heads\.classes\.{layers}\.", "queries.classes.", name)
+    return re.sub(rf"^decoder\.heads\.boxes\.{layers}\.", "queries.box.", name)
+
+
+def load_official(model: nn.Module, system: str, state: Mapping[str, Tensor]) -> None:
+    """Load an official state dict into a model of the same system and sizes, strictly.
+
+    Args:
+        model: of a recipe in :mod:`~deform_attn.detr.models`.
+        system: the name of that recipe.
+        state: official names to tensors.
+
+    Raises:
+        KeyError: there are no rules for this system.
+        RuntimeError: names are missing or left over, or shapes differ.
+    """
+    layers = len(cast(nn.ModuleList, model.get_submodule("decoder.layers")))
+    given = {renamed(system, n, layers): t for n, t in state.items() if n not in _DERIVED}
+    own = model.state_dict(keep_vars=True)
+    named = {id(own[name]): name for name in given if name in own}
+    for name, tensor in own.items():
+        if name not in given and id(tensor) in named:  # shared with one that was named
+            given[name] = given[named[id(tensor)]]
+    model.load_state_dict(given, strict=True)

@@ -1,0 +1,405 @@
+"""Data to train on: drawn shapes, handwritten digits on photographs, a COCO folder of your own.
+
+A dataset gives ``(image, target)``: the image ``[3, size, size]``, float32 in [0, 1]; the target a
+dict of ``labels`` ``[n]``, int64, and ``boxes`` ``[n, 4]``, float32 ``(cx, cy, w, h)`` in [0, 1].
+``ground_truth()`` is the same in COCO's format, in pixels of the original images, for the AP.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageOps
+from torch import Tensor
+
+__all__ = [
+    "CocoFolder",
+    "Detection",
+    "Digits",
+    "Sample",
+    "Shapes",
+    "as_tensor",
+    "open_dataset",
+    "upright",
+]
+
+Sample = tuple[Tensor, dict[str, Tensor]]
+
+
+class Detection(Protocol):
+    """What training and evaluation ask of a dataset."""
+
+    classes: tuple[str, ...]
+    size: int  # sides of the images, in pixels
+    flips: bool  # whether a mirrored object is one of its class
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Sample: ...
+    def ground_truth(self) -> dict[str, Any]:
+        """``images``, ``annotations`` and ``categories`` of COCO; image i is that of item i."""
+        ...
+
+
+def open_dataset(name: str, split: str, size: int | None = None, seed: int = 0) -> Detection:
+    """The dataset that a command line names.
+
+    Args:
+        name: ``shapes``, ``digits`` or ``coco:FOLDER``.
+        split: ``train`` or ``val``.
+        size: sides of the images in pixels; by default 64, 128 and 640.
+        seed: of what is drawn; a folder has none.
+
+    Raises:
+        ValueError: another name or split, or a folder with faults; each is named.
+
+    Example:
+        >>> from deform_attn.detr.data import open_dataset
+        >>> image, target = open_dataset("shapes", "val")[0]
+        >>> image.shape, target["boxes"].shape[-1]
+        (torch.Size([3, 64, 64]), 4)
+    """
+    if split not in ("train", "val"):
+        raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
+    if name == "shapes":
+        return Shapes(split, size or 64, seed)
+    if name == "digits":
+        return Digits(split, size or 128, seed)
+    kind, _, folder = name.partition(":")
+    if kind == "coco" and folder:
+        return CocoFolder(folder, split, size or 640)
+    raise ValueError(f"data: expected 'shapes', 'digits' or 'coco:FOLDER', got {name!r}")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """An image as it is meant to be seen: cameras may store it on its side."""
+    return ImageOps.exif_transpose(image)
+
+
+def as_tensor(image: Image.Image, size: int) -> Tensor:
+    """An image of any mode as ``[3, size, size]`` in [0, 1], upright and stretched to a square."""
+    resized = upright(image).convert("RGB").resize((size, size))
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+
+
+Drawing = tuple[Image.Image, list[list[float]], list[int]]
+
+
+class _Drawn:
+    """Images drawn when they are asked for: the same for the same seed, split and index."""
+
+    classes: tuple[str, ...] = ()
+    lengths: ClassVar = {"train": 2000, "val": 200}
+
+    def __init__(self, split: str, size: int, seed: int) -> None:
+        self.split, self.size, self.seed = split, size, seed
+
+    def __len__(self) -> int:
+        return self.lengths[self.split]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        split = list(self.lengths).index(self.split)
+        rng = np.random.default_rng((self.seed, split, index))
+        image, boxes, labels = self.draw(rng, self.size)
+        corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 2, 2) / self.size
+        target = {
+            "labels": torch.tensor(labels, dtype=torch.int64),
+            "boxes": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], -1),
+        }
+        return as_tensor(image, self.size), target
+
+    def draw(self, rng: np.random.Generator, size: int) -> Drawing:
+        """An image of that size, its boxes ``(x1, y1, x2, y2)`` in pixels, and their classes."""
+        raise NotImplementedError
+
+    def ground_truth(self) -> dict[str, Any]:
+        """All objects in COCO's format, in pixels."""
+        annotations: list[dict[str, Any]] = []
+        for image_id in range(len(self)):
+            target = self[image_id][1]
+            for (cx, cy, w, h), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
+                box = [self.size * side for side in (cx - w / 2, cy - h / 2, w, h)]
+                annotations.append(
+                    {
+                        "id": len(annotations) + 1,
+                        "image_id": image_id,
+                        "category_id": label,
+                        "bbox": box,
+                        "area": box[2] * box[3],
+                        "iscrowd": 0,
+                    }
+                )
+        size = {"height": self.size, "width": self.size}
+        return {
+            "images": [{"id": i, **size} for i in range(len(self))],
+            "annotations": annotations,
+            "categories": [{"id": i, "name": name} for i, name in enumerate(self.classes)],
+        }
+
+
+class Shapes(_Drawn):
+    """One to four discs, squares and triangles on a noisy ground; 2000 to train on, 200 to test.
+
+    Args:
+        split: ``train`` or ``val``.
+        size: sides of the image, in pixels.
+        seed: another seed draws other images.
+    """
+
+    classes: tuple[str, ...] = ("disc", "square", "triangle")
+    flips = True
+
+    def __init__(self, split: str = "train", size: int = 64, seed: int = 0) -> None:
+        super().__init__(split, size, seed)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Drawing:
+        """Shapes that do not touch, drawn finely and then averaged."""
+        fine = 4  # drawn so many times as large, for smooth edges
+        ground = rng.integers(88, 168, (4, 4, 3), dtype=np.uint8)
+        image = Image.fromarray(ground).resize((size * fine, size * fine), Image.Resampling.BICUBIC)
+        pen = ImageDraw.Draw(image)
+        boxes: list[list[float]] = []
+        labels: list[int] = []
+        wanted = int(rng.integers(1, 5))
+        while len(boxes) < wanted:
+            label = int(rng.integers(len(self.classes)))
+            corners = (64, 4, 3)[label]
+            turn = rng.uniform(0, 2 * math.pi)
+            angles = turn + np.arange(corners) * (2 * math.pi / corners)
+            outline = np.stack([np.cos(angles), np.sin(angles)], -1)
+            outline = (outline * rng.uniform(0.08, 0.2) + rng.uniform(0.1, 0.9, 2)) * size
+            box = [*outline.min(0).tolist(), *outline.max(0).tolist()]
+            color = tuple(int(c) for c in rng.permutation([*rng.integers(0, 256, 2), 255]))
+            if min(box) < 0 or max(box) > size or _touches(box, boxes):
+                continue
+            pen.polygon([(x * fine, y * fine) for x, y in outline.tolist()], fill=color)
+            boxes.append(box)
+            labels.append(label)
+        image = image.resize((size, size), Image.Resampling.BOX)
+        noisy = np.asarray(image) + rng.normal(0, 12, (size, size, 3))
+        return Image.fromarray(noisy.clip(0, 255).astype(np.uint8)), boxes, labels
+
+
+def _touches(box: list[float], others: list[list[float]]) -> bool:
+    return any(
+        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+        for other in others
+    )
+
+
+class Digits(_Drawn):
+    """Real handwritten digits on real photographs: scikit-learn's and scikit-image's own.
+
+    Neither a digit nor a photograph of the test images is in one to train on.
+
+    Args:
+        split: ``train`` or ``val``.
+        size: sides of the image, in pixels.
+        seed: another seed composes other images.
+    """
+
+    classes: tuple[str, ...] = tuple("0123456789")
+    flips = False
+
+    def __init__(self, split: str = "train", size: int = 128, seed: int = 0) -> None:
+        super().__init__(split, size, seed)
+
+    def draw(self, rng: np.random.Generator, size: int) -> Drawing:
+        """Digits that do not touch, light where the photograph is dark and dark elsewhere."""
+        photographs = _photographs(self.split)
+        photograph = photographs[int(rng.integers(len(photographs)))]
+        side = rng.uniform(0.4, 1) * min(photograph.size)
+        x, y = (rng.uniform(0, length - side) for length in photograph.size)
+        canvas = photograph.resize((size, size), box=(x, y, x + side, y + side))
+        digits, names = _handwriting(self.split)
+        boxes: list[list[float]] = []
+        labels: list[int] = []
+        wanted = int(rng.integers(1, 7))
+        while len(boxes) < wanted:
+            which = int(rng.integers(len(digits)))
+            sides = rng.uniform(0.15, 0.36) * size * rng.uniform(0.8, 1.2, 2)
+            width, height = (int(side) for side in sides)
+            ink = digits[which].resize((width, height), Image.Resampling.BICUBIC)
+            ink = ink.point(lambda v: max(0, min(255, 3 * (v - 85))))  # crisp edges
+            x, y = (int(rng.uniform(0, size - length)) for length in (width, height))
+            rows, columns = np.nonzero(np.asarray(ink) > 127)
+            box = [float(x + columns.min()), float(y + rows.min())]
+            box += [float(x + columns.max() + 1), float(y + rows.max() + 1)]
+            if _touches(box, boxes):
+                continue
+            under = np.asarray(canvas.crop((x, y, x + width, y + height)).convert("L")).mean()
+            color = rng.integers(176, 256, 3) if under < 128 else rng.integers(0, 80, 3)
+            canvas.paste(tuple(int(c) for c in color), (x, y), ink)
+            boxes.append(box)
+            labels.append(names[which])
+        return canvas, boxes, labels
+
+
+@functools.cache
+def _handwriting(split: str) -> tuple[list[Image.Image], list[int]]:
+    """Ink (0 to 255) of 1400 digits to train on or of the 397 others, and what they are."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    part = slice(1400) if split == "train" else slice(1400, None)
+    ink = (digits.images[part] * (255 / 16)).astype(np.uint8)
+    return [Image.fromarray(digit) for digit in ink], digits.target[part].tolist()
+
+
+@functools.cache
+def _photographs(split: str) -> list[Image.Image]:
+    """Photographs that come with the wheels, so that nothing is downloaded."""
+    from skimage import data
+    from sklearn.datasets import load_sample_image
+
+    if split == "val":
+        arrays = [load_sample_image("china.jpg"), data.rocket(), data.camera()]
+    else:
+        names = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field moon retina"
+        arrays = [getattr(data, name)() for name in (*names.split(), "immunohistochemistry")]
+        arrays.append(load_sample_image("flower.jpg"))
+    photographs = [Image.fromarray(array).convert("RGB") for array in arrays]
+    for photograph in photographs:
+        photograph.thumbnail((640, 640))
+    return photographs
+
+
+class CocoFolder:
+    """Your own images, annotated in COCO's format; every fault is found before training starts.
+
+    The folder holds ``annotations/instances_NAME.json`` and the images in ``NAME/``, where NAME
+    starts with the split: ``train`` or ``train2017``. Images without objects and objects of a crowd
+    are kept: both count in the AP, and the model is trained on the former. Boxes may be outside the
+    image by one pixel, as rounding leaves them; they are then clipped.
+
+    Args:
+        folder: that folder.
+        split: ``train`` or ``val``.
+        size: images are stretched to a square with these sides.
+
+    Raises:
+        ValueError: no such file, or anything wrong in it: one line for each fault, with the file or
+            the id, what was expected and what came.
+    """
+
+    flips = True
+
+    def __init__(self, folder: str | Path, split: str, size: int) -> None:
+        found = sorted(Path(folder).glob(f"annotations/instances_{split}*.json"))
+        if len(found) != 1:
+            raise ValueError(
+                f"{folder}: expected one file annotations/instances_{split}*.json, "
+                f"got {[file.name for file in found] or 'none'}"
+            )
+        self.size = size
+        self.images = Path(folder) / found[0].stem.removeprefix("instances_")
+        try:
+            self._content = json.loads(found[0].read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{found[0]}: expected JSON, got {error}") from None
+        if faults := _faults(self._content, self.images):
+            shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if faults[20:] else [])
+            lines = "\n  ".join(shown)
+            raise ValueError(f"{found[0]}: {len(faults)} faults\n  {lines}")
+        categories = sorted(self._content["categories"], key=lambda category: category["id"])
+        self.classes = tuple(category["name"] for category in categories)
+        self._label = {category["id"]: i for i, category in enumerate(categories)}
+        self._objects: dict[Any, list[dict[str, Any]]] = {}
+        for one in self._content["annotations"]:
+            self._objects.setdefault(one["image_id"], []).append(one)
+
+    def __len__(self) -> int:
+        return len(self._content["images"])
+
+    def __getitem__(self, index: int) -> Sample:
+        facts = self._content["images"][index]
+        objects = [one for one in self._objects.get(facts["id"], []) if not one.get("iscrowd", 0)]
+        boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
+        sides = torch.tensor([facts["width"], facts["height"]])
+        low = boxes[:, :2].clamp(min=0)
+        high = torch.minimum(boxes[:, :2] + boxes[:, 2:], sides)
+        target = {
+            "labels": torch.tensor([self._label[one["category_id"]] for one in objects]).long(),
+            "boxes": torch.cat([(low + high) / 2 / sides, (high - low) / sides], -1),
+        }
+        with Image.open(self.images / facts["file_name"]) as image:
+            return as_tensor(image, self.size), target
+
+    def ground_truth(self) -> dict[str, Any]:
+        """The file, with the areas and crowd flags that it may leave out."""
+        annotations = [
+            {"area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0, **one}
+            for one in self._content["annotations"]
+        ]
+        return {**self._content, "annotations": annotations}
+
+
+def _faults(content: Any, folder: Path) -> list[str]:
+    """Everything that is wrong with an annotation file, one line each."""
+    parts = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or any(not isinstance(content.get(p), list) for p in parts):
+        return [f"expected an object with the lists {', '.join(parts)}"]
+    faults = []
+    needed = (
+        ("images", ("id", "file_name", "height", "width")),
+        ("annotations", ("id", "image_id", "category_id", "bbox")),
+        ("categories", ("id", "name")),
+    )
+    for part, keys in needed:
+        seen = set()
+        for i, one in enumerate(content[part]):
+            if missing := [key for key in keys if key not in one]:
+                faults.append(f"{part}[{i}]: expected keys {list(keys)}, {missing} missing")
+            elif one["id"] in seen:
+                faults.append(f"{part}[{i}]: expected an id of its own, got {one['id']} again")
+            else:
+                seen.add(one["id"])
+    if faults:
+        return faults
+    faults += [fault for facts in content["images"] if (fault := _image_fault(facts, folder))]
+    images = {facts["id"]: facts for facts in content["images"]}
+    categories = {category["id"] for category in content["categories"]}
+    for one in content["annotations"]:
+        name = f"annotation {one['id']}"
+        if one["image_id"] not in images:
+            faults.append(f"{name}: expected image_id of a listed image, got {one['image_id']}")
+        elif fault := _box_fault(one["bbox"], images[one["image_id"]]):
+            faults.append(f"{name} (image {one['image_id']}): {fault}")
+        if one["category_id"] not in categories:
+            known = sorted(categories)
+            faults.append(f"{name}: expected category_id among {known}, got {one['category_id']}")
+    return faults
+
+
+def _image_fault(facts: dict[str, Any], folder: Path) -> str | None:
+    name, file = f"image {facts['id']}", folder / facts["file_name"]
+    if not file.is_file():
+        return f"{name}: expected the file {file}, which is missing"
+    try:
+        with Image.open(file) as image:
+            width, height = upright(image).size
+    except OSError as error:
+        return f"{name}: expected an image in {file}, got {error}"
+    if (width, height) != (facts["width"], facts["height"]):
+        listed = f"{facts['width']} x {facts['height']}"
+        return f"{name}: expected {file} to be {listed} (width x height), got {width} x {height}"
+    return None
+
+
+def _box_fault(box: Any, image: dict[str, Any]) -> str | None:
+    numbers = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
+    if not numbers or len(box) != 4 or not all(math.isfinite(side) for side in box):
+        return f"expected bbox to be four finite numbers [x, y, width, height], got {box}"
+    x, y, w, h = box
+    if w <= 0 or h <= 0:
+        return f"expected bbox with width and height above 0, got {box}"
+    if x < -1 or y < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1:
+        return f"expected bbox inside {image['width']} x {image['height']} pixels, got {box}"
+    return None

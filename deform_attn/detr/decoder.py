@@ -1,0 +1,539 @@
+"""The decoder: queries that look at each other and at the image, layer by layer.
+
+    for each layer i:
+        position = p(x, reference)            what a query is asked: where to look
+        x = layer(x, position, reference)     what it has seen
+        logits, boxes, reference = heads(x)   what it says, and where it looks next
+
+Where queries come from, what ``position`` is, how layers attend and what heads do to references
+are the differences between the systems:
+
+    system           queries                    position       attention     references
+    DETR             learnt position            fixed          dense         none
+    DAB-DETR         learnt boxes               sines, sizes   conditional   look forward twice
+    Deformable DETR  learnt, or selected        fixed          deformable    fixed, or refined
+    DAB-Deformable   learnt boxes and content   sines, scaled  deformable    refined
+    DINO             selected, learnt content   sines          deformable    look forward twice
+    RT-DETR          selected                   MLP of box     deformable    look forward twice
+    D-FINE, DEIM     selected                   MLP of box     gated         distributions
+    Mr. DETR         selected, learnt content   fixed          deformable    look forward twice
+
+Look forward twice (DINO, 3.5): a layer's box also corrects the layer before it, for its reference
+keeps that layer's graph; the reference that attention and the next layer see does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deform_attn.detr.boxes import inverse_sigmoid, sine, sine_of_box
+from deform_attn.detr.dfine import Gate
+from deform_attn.detr.encoder import MLP, AddNorm, FeedForward, Memory, pixel_centres
+
+
+@dataclass(frozen=True)
+class Queries:
+    """What a decoder starts from.
+
+    Attributes:
+        content: ``[B, Q, d]``.
+        reference: points ``[B, Q, 2]`` or boxes ``[B, Q, 4]`` in [0, 1]; None for DETR.
+        position: ``[B, Q, d]`` where it is not made from the reference.
+    """
+
+    content: Tensor
+    reference: Tensor | None = None
+    position: Tensor | None = None
+
+
+Proposals = dict[str, dict[str, Tensor]]
+
+
+# --- Where queries come from -----------------------------------------------------------------
+
+
+class LearntQueries(nn.Module):
+    """Learnt positions (DETR), with learnt content and points projected from the position
+    (Deformable DETR).
+    """
+
+    def __init__(self, number: int, d: int, *, points: bool) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(number, 2 * d if points else d)
+        self.points = nn.Linear(d, 2) if points else None
+
+    def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
+        """The same queries for every image; no proposals."""
+        embed = self.embed.weight.expand(len(memory.features), -1, -1)
+        if self.points is None:
+            return Queries(torch.zeros_like(embed), position=embed), {}
+        position, content = embed.chunk(2, -1)
+        return Queries(content, self.points(position).sigmoid(), position), {}
+
+
+class AnchorQueries(nn.Module):
+    """Learnt boxes (DAB-DETR) and content, which may be narrower than d: the rest is 0.
+
+    ``content`` is a number of learnt channels, an embedding of which all take the last row
+    (DN-DETR: "no label"), or None.
+    """
+
+    def __init__(self, number: int, d: int, *, content: int | nn.Embedding | None) -> None:
+        super().__init__()
+        self.boxes = nn.Embedding(number, 4)
+        nn.init.uniform_(self.boxes.weight)
+        self.label = content if isinstance(content, nn.Embedding) else None
+        self.content = nn.Embedding(number, content) if isinstance(content, int) else None
+        self.d = d
+
+    def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
+        """The same queries for every image; no proposals."""
+        B = len(memory.features)
+        if self.content is not None:
+            learnt = self.content.weight
+        elif self.label is not None:
+            learnt = self.label.weight[-1].expand(len(self.boxes.weight), -1)
+        else:
+            learnt = self.boxes.weight[:, :0]
+        content = F.pad(learnt, (0, self.d - learnt.shape[1]))
+        reference = self.boxes.weight.sigmoid()
+        return Queries(content.expand(B, -1, -1), reference.expand(B, -1, -1)), {}
+
+
+class SelectedQueries(nn.Module):
+    """Two stages: every pixel proposes a box, the best become queries (Deformable DETR, 4.2).
+
+    Args:
+        number: of queries.
+        d: width.
+        classes: head of the proposals.
+        box: head of the proposals.
+        content: "learnt" (DINO's mixed selection), "memory" (RT-DETR), or "sine" of the proposal
+            (Deformable DETR).
+        position: also a projection of the proposal's sines.
+        objectness: proposals are ranked by the first class, else by their best one.
+        keep_all: losses are for all proposals, else for the selected.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        d: int,
+        classes: nn.Module,
+        box: nn.Module,
+        *,
+        content: Literal["learnt", "memory", "sine"],
+        position: bool = False,
+        objectness: bool = False,
+        keep_all: bool = False,
+    ) -> None:
+        super().__init__()
+        self.number, self.d = number, d
+        self.objectness, self.keep_all = objectness, keep_all
+        self.project, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
+        self.classes, self.box = classes, box
+        self.content = nn.Embedding(number, d) if content == "learnt" else None
+        sines = position or content == "sine"
+        self.sines = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)) if sines else None
+
+    def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
+        """Queries of each image, and the proposals for the criterion.
+
+        Raises:
+            ValueError: there are fewer pixels than queries.
+        """
+        anchors, valid = proposals(memory)
+        features = self.norm(self.project(memory.features * valid))
+        logits = self.classes(features)
+        if logits.shape[1] < self.number:
+            raise ValueError(f"memory: expected {self.number} pixels, got {logits.shape[1]}")
+        score = logits[..., 0] if self.objectness else logits.amax(-1)
+        top = score.topk(self.number, 1).indices[..., None]
+
+        def best(x: Tensor) -> Tensor:
+            return x.gather(1, top.expand(-1, -1, x.shape[-1]))
+
+        if self.keep_all:
+            unbounded = self.box(features) + anchors
+            selected = best(unbounded).detach()
+        else:
+            logits, anchors = best(logits), best(anchors)
+            unbounded = self.box(best(features)) + anchors
+            selected = unbounded.detach()
+        proposed = {"logits": logits, "boxes": unbounded.sigmoid(), "anchors": anchors.sigmoid()}
+        reference = selected.sigmoid()
+        content, position = best(features).detach(), None
+        if self.sines is not None:
+            position, content = self.sines(sine(reference, self.d // 2)).chunk(2, -1)
+        if self.content is not None:
+            content = self.content.weight.expand(len(reference), -1, -1)
+        return Queries(content, reference, position), {"encoder": proposed}
+
+
+def proposals(memory: Memory) -> tuple[Tensor, Tensor]:
+    """Logits of a box at every pixel, 0.05 of the image and twice that a level, and which count.
+
+    Boxes that are not well inside the image, and padding, have infinite logits.
+
+    Returns:
+        ``[B, S, 4]`` and bool ``[B, S, 1]``.
+    """
+    centres = pixel_centres(memory)
+    sizes = [0.05 * 2**i for i, (h, w) in enumerate(memory.shapes) for _ in range(h * w)]
+    size = torch.tensor(sizes, device=centres.device)[:, None].expand(len(centres), -1, 2)
+    boxes = torch.cat([centres, size], -1)
+    valid = ((boxes > 0.01) & (boxes < 0.99)).all(-1, keepdim=True)
+    if memory.padding is not None:
+        valid = valid & ~memory.padding[..., None]
+    logits = torch.log(boxes / (1 - boxes))
+    return logits.masked_fill(~valid, float("inf")), valid
+
+
+# --- What position is ------------------------------------------------------------------------
+
+
+class FixedPosition(nn.Module):
+    """The queries' own, in every layer."""
+
+    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
+        """``[B, Q, d]``."""
+        assert queries.position is not None, "these queries have no position"
+        return queries.position
+
+
+class BoxPosition(nn.Module):
+    """An MLP of the reference box (RT-DETR); ``limit`` clamps it (D-FINE)."""
+
+    def __init__(self, d: int, act: str = "relu", limit: float | None = None) -> None:
+        super().__init__()
+        self.mlp, self.limit = MLP(4, 2 * d, d, 2, act), limit
+
+    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
+        """``[B, Q, d]``."""
+        position: Tensor = self.mlp(reference)
+        return position if self.limit is None else position.clamp(-self.limit, self.limit)
+
+
+class SinePosition(nn.Module):
+    """An MLP of the reference box's sines (DINO), scaled by an MLP of the content (DAB)."""
+
+    def __init__(self, d: int, *, scale: bool) -> None:
+        super().__init__()
+        self.d, self.mlp = d, MLP(2 * d, d, d, 2)
+        self.scale = MLP(d, d, d, 2) if scale else None
+
+    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
+        """``[B, Q, d]``."""
+        assert reference is not None
+        position: Tensor = self.mlp(sine_of_box(reference, self.d))
+        # The first layer's content knows nothing of the image.
+        return position if self.scale is None or i == 0 else position * self.scale(x)
+
+
+class ConditionalPosition(nn.Module):
+    """DAB-DETR's pair for :class:`ConditionalCrossAttention`, side by side: an MLP of the box's
+    sines, and the sines of its centre, sharper where the box is small (section 4.4).
+    """
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.d, self.mlp, self.scale = d, MLP(2 * d, d, d, 2), MLP(d, d, d, 2)
+        self.size = MLP(d, d, 2, 2)
+
+    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
+        """``[B, Q, 2 d]``."""
+        assert reference is not None
+        sines = sine_of_box(reference, self.d)
+        y_and_x = sines[..., : self.d].unflatten(-1, (2, -1))  # [B, Q, (y, x), d / 2]
+        if i > 0:
+            y_and_x = y_and_x * self.scale(x).unflatten(-1, (2, -1))
+        sharper = self.size(x).sigmoid() / reference[..., 2:]  # (w, h)
+        y_and_x = y_and_x * sharper.flip(-1)[..., None]
+        return torch.cat([self.mlp(sines), y_and_x.flatten(-2)], -1)
+
+
+# --- How a layer attends ---------------------------------------------------------------------
+
+
+class DenseCrossAttention(nn.Module):
+    """Every query looks at every pixel: ``q = x + position, k = memory + its position``."""
+
+    def __init__(self, d: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(d, heads, dropout, batch_first=True)
+
+    def forward(
+        self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory
+    ) -> Tensor:
+        """Update of ``x [B, Q, d]``."""
+        assert memory.position is not None
+        k, v = memory.features + memory.position, memory.features
+        attended: Tensor = self.attention(x + position, k, v, memory.padding, False)[0]
+        return attended
+
+
+class ConditionalAttention(nn.Module):
+    """Content and position have projections of their own (Conditional DETR, DAB-DETR)."""
+
+    def __init__(self, d: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q_content, self.q_position = nn.Linear(d, d), nn.Linear(d, d)
+        self.k_content, self.k_position = nn.Linear(d, d), nn.Linear(d, d)
+        self.v, self.output = nn.Linear(d, d), nn.Linear(d, d)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+        """``[B, heads, Q, D]`` of queries, keys and values; ``hidden`` ones are True."""
+        mask = None if hidden is None else ~hidden
+        attended = F.scaled_dot_product_attention(q, k, v, mask)
+        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
+        return output
+
+    def split(self, *tensors: Tensor) -> list[Tensor]:
+        """``[B, N, heads * D]`` each to ``[B, heads, N, D]``."""
+        return [x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in tensors]
+
+
+class ConditionalSelfAttention(ConditionalAttention):
+    """Content and position are added."""
+
+    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+        """Update of ``x [B, Q, d]``; ``position [B, Q, 2 d]``, its first half counts."""
+        position, _ = position.chunk(2, -1)
+        q = self.q_content(x) + self.q_position(position)
+        k = self.k_content(x) + self.k_position(position)
+        q, k, v = self.split(q, k, self.v(x))
+        return self.attend(q, k, v, blocked)
+
+
+class ConditionalCrossAttention(ConditionalAttention):
+    """Content is compared with content, place with place, side by side in every head."""
+
+    def __init__(self, d: int, heads: int, *, first: bool) -> None:
+        super().__init__(d, heads)
+        self.q_sine = nn.Linear(d, d)
+        # The first layer's content knows nothing yet: there, it asks with its position too.
+        self.first = first
+        if not first:
+            del self.q_position
+
+    def forward(
+        self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory
+    ) -> Tensor:
+        """Update of ``x [B, Q, d]``; ``position [B, Q, 2 d]``."""
+        position, sines = position.chunk(2, -1)
+        q, k = self.q_content(x), self.k_content(memory.features)
+        k_position = self.k_position(memory.position)
+        if self.first:
+            q, k = q + self.q_position(position), k + k_position
+        q, k, v = self.split(q, k, self.v(memory.features))
+        q_sine, k_position = self.split(self.q_sine(sines), k_position)
+        hidden = None if memory.padding is None else memory.padding[:, None, None]
+        return self.attend(torch.cat([q, q_sine], -1), torch.cat([k, k_position], -1), v, hidden)
+
+
+class InstructedSelfAttention(nn.Module):
+    """Learnt tokens beside the queries tell a layer to answer many to one (Mr. DETR)."""
+
+    def __init__(self, attention: nn.Module, d: int, tokens: int) -> None:
+        super().__init__()
+        self.attention = attention
+        self.tokens, self.positions = nn.Embedding(tokens, d), nn.Embedding(tokens, d)
+
+    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+        """Update of ``x [B, Q, d]``; there are no queries to be ``blocked`` in this route."""
+        tokens = self.tokens.weight.expand(len(x), -1, -1)
+        q = torch.cat([tokens + self.positions.weight, x + position], 1)
+        v = torch.cat([tokens, x], 1)
+        attended: Tensor = self.attention(q, q, v, need_weights=False)[0]
+        return attended[:, tokens.shape[1] :]
+
+
+class DecoderLayer(nn.Module):
+    """Look at each other, look at the image, think; each is added and normalised.
+
+    Args:
+        self_attn: ``(x, position, blocked)``.
+        cross_attn: ``(x, position, reference, memory)``.
+        ffn: ``(x)``.
+        d: width.
+        gated: a gate joins what was seen with what was known (D-FINE).
+        limit: of the last sum, for half precision (RT-DETR, D-FINE).
+    """
+
+    def __init__(
+        self,
+        self_attn: nn.Module,
+        cross_attn: nn.Module,
+        ffn: FeedForward,
+        d: int,
+        *,
+        dropout: float = 0.0,
+        gated: bool = False,
+        limit: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.self_attn, self.cross_attn, self.ffn = self_attn, cross_attn, ffn
+        self.join_self, self.join_cross = AddNorm(d), Gate(d) if gated else AddNorm(d)
+        self.join_ffn = AddNorm(d, limit)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        reference: Tensor | None,
+        memory: Memory,
+        blocked: Tensor | None = None,
+    ) -> Tensor:
+        """Queries ``x [B, Q, d]``; ``blocked [Q, Q]`` hides queries where True."""
+        x = self.join_self(x, self.dropout(self.self_attn(x, position, blocked)))
+        x = self.join_cross(x, self.dropout(self.cross_attn(x, position, reference, memory)))
+        x = self.join_ffn(x, self.dropout(self.ffn(x)))
+        return x  # noqa: RET504
+
+
+# --- What heads say, and where queries look next ----------------------------------------------
+
+
+class Heads(nn.Module):
+    """Classes and boxes of every layer.
+
+    Args:
+        classes: a linear head a layer; the same one again where they are shared.
+        boxes: an MLP a layer.
+        refine: "no": references stay, "layer": they become the layer's box, "twice": so too, and
+            a box keeps the graph of the reference it corrects (look forward twice).
+        norm: of the queries that the heads see; the next box is made from queries without it.
+        eps: of the inverse sigmoid.
+    """
+
+    def __init__(
+        self,
+        classes: nn.ModuleList,
+        boxes: nn.ModuleList,
+        *,
+        refine: Literal["no", "layer", "twice"],
+        norm: nn.Module | None = None,
+        eps: float = 1e-5,
+    ) -> None:
+        super().__init__()
+        self.classes, self.boxes, self.norm = classes, boxes, norm
+        self.refine, self.eps = refine, eps
+
+    def forward(
+        self, i: int, x: Tensor, state: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Predictions of layer i from its queries ``x``; the state of the next layer."""
+        reference = state.get("reference")
+        hidden = x if self.norm is None else self.norm(x)
+        told = self.moved(self.boxes[i](hidden), state.get("with_graph", reference))
+        prediction = {"logits": self.classes[i](hidden), "boxes": told}
+        if self.refine == "layer":
+            state = {"reference": told.detach()}
+        if self.refine == "twice":
+            box = self.moved(self.boxes[i](x), reference)
+            state = {"reference": box.detach(), "with_graph": box}
+        return prediction, state
+
+    def moved(self, delta: Tensor, reference: Tensor | None) -> Tensor:
+        """A reference, a point or a box or none, moved by logits: a box."""
+        if reference is None:
+            return delta.sigmoid()
+        logit = inverse_sigmoid(reference, self.eps)
+        return (delta + F.pad(logit, (0, 4 - logit.shape[-1]))).sigmoid()
+
+
+class Decoder(nn.Module):
+    """The loop that all systems share.
+
+    Args:
+        layers: of decoding.
+        position: ``(i, x, queries, reference)`` to what a query is asked.
+        heads: ``(i, x, state)`` to predictions and the next state; :class:`Heads` or
+            :class:`~deform_attn.detr.dfine.FineHeads`.
+        eval_layers: layers to run in evaluation (RT-DETR: speed without a new training).
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[nn.Module],
+        position: nn.Module,
+        heads: nn.Module,
+        *,
+        eval_layers: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.position, self.heads = position, heads
+        self.eval_layers = eval_layers or len(self.layers)
+
+    def forward(
+        self, queries: Queries, memory: Memory, blocked: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Predictions of all layers, stacked: ``logits [layers, B, Q, C]``, ``boxes [..., 4]``.
+
+        Args:
+            queries: to start from.
+            memory: of the encoder.
+            blocked: ``[Q, Q]``, True where a query (row) must not see another.
+        """
+        x, state = queries.content, {}
+        if queries.reference is not None:
+            state["reference"] = queries.reference
+        said: dict[str, list[Tensor]] = {}
+        for i, layer in enumerate(self.layers[: None if self.training else self.eval_layers]):
+            reference = first = None
+            if "reference" in state:
+                reference = memory.on_every_level(state["reference"])  # [B, Q, L, 2 or 4]
+                first = reference[:, :, 0]
+            position = self.position(i, x, queries, first)
+            x = layer(x, position, reference, memory, blocked)
+            prediction, state = self.heads(i, x, state)
+            for name, value in prediction.items():
+                said.setdefault(name, []).append(value)
+        # Under autocast heads speak half precision; losses are not for that.
+        stacked = {name: torch.stack(values) for name, values in said.items()}
+        return {n: x.float() if x.dtype.itemsize == 2 else x for n, x in stacked.items()}
+
+
+class SequentialDecoder(nn.Module):
+    """The ancestor (Stewart et al., arXiv 1506.04878): an LSTM says one box after another.
+
+    It sees one cell of the image, the same at each step, and remembers what it has said.
+
+    Args:
+        channels: of the map whose pixels are the cells.
+        classes: number of classes; "no object" is one more.
+        steps: boxes of a cell.
+        hidden: units.
+        scale: pixels that the linear layer's unit is.
+    """
+
+    def __init__(
+        self, channels: int, classes: int, steps: int = 5, hidden: int = 250, scale: float = 100
+    ) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(channels, hidden)
+        self.classes, self.boxes = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4)
+        self.steps, self.scale = steps, scale
+
+    def forward(self, cells: Tensor, centres: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+        """Predictions ``[1, B, cells * steps, ...]``, a cell's in order.
+
+        Args:
+            cells: ``[B, cells, channels]``.
+            centres: of the cells, ``[B, cells, (x, y)]`` in [0, 1].
+            pixels: the images' ``(width, height, width, height)``.
+        """
+        x, _ = self.lstm(cells.flatten(0, 1).expand(self.steps, -1, -1))
+        x = x.transpose(0, 1).reshape(len(cells), -1, x.shape[-1])  # [B, cells * steps, hidden]
+        offset = self.boxes(x) * self.scale / pixels
+        centres = F.pad(centres, (0, 2)).repeat_interleave(self.steps, 1)
+        return {"logits": self.classes(x)[None], "boxes": (centres + offset)[None]}

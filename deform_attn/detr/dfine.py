@@ -1,0 +1,197 @@
+"""D-FINE (arXiv 2410.13842): a box's edges as distributions, refined from layer to layer.
+
+Each edge is ``reference edge + sum_n softmax(corners)_n W(n)``, in quarters of the first box's
+size; a layer adds to the logits of the layer before it, and learns from the last layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deform_attn.detr.boxes import from_corners, inverse_sigmoid, to_corners
+from deform_attn.detr.encoder import MLP
+
+
+class Gate(nn.Module):
+    """``norm(g1 * x + g2 * update)``: how much of the old state, how much of the attended."""
+
+    def __init__(self, d: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(2 * d, 2 * d)
+        nn.init.zeros_(self.gate.weight)
+        nn.init.zeros_(self.gate.bias)
+        self.norm = nn.LayerNorm(d)
+
+    def forward(self, x: Tensor, update: Tensor) -> Tensor:
+        """``[B, Q, d]`` twice to ``[B, Q, d]``."""
+        keep, take = self.gate(torch.cat([x, update], -1)).sigmoid().chunk(2, -1)
+        joined: Tensor = self.norm(keep * x + take * update)
+        return joined
+
+
+class EdgeBins(nn.Module):
+    """The distances ``W(n)`` that an edge's distribution is over: fine near 0, coarse far away.
+
+    Args:
+        count: number of intervals; there is one bin more.
+        up: ``W`` is linear up to about this.
+        scale: edges move in units of ``size / scale``; larger for small corrections.
+
+    Example:
+        >>> EdgeBins()().shape
+        torch.Size([33])
+    """
+
+    up: Tensor
+    scale: Tensor
+
+    def __init__(self, count: int = 32, up: float = 0.5, scale: float = 4.0) -> None:
+        super().__init__()
+        self.count = count
+        self.register_buffer("up", torch.tensor([up]))
+        self.register_buffer("scale", torch.tensor([scale]))
+
+    def forward(self) -> Tensor:
+        """``W``: ``[count + 1]``."""
+        bound = self.up * self.scale
+        step = (bound + 1) ** (2 / (self.count - 2))
+        powers = step ** torch.arange(1, self.count // 2, device=bound.device) - 1
+        zero = torch.zeros_like(bound)
+        return torch.cat([-2 * bound, -powers.flip(0), zero, powers, 2 * bound])
+
+    def boxes(self, initial: Tensor, corners: Tensor) -> Tensor:
+        """Box ``[..., 4]`` from the initial box and the logits ``[..., 4 * (count + 1)]``."""
+        probabilities = corners.unflatten(-1, (4, self.count + 1)).softmax(-1)
+        distance = 0.5 * self.scale + F.linear(probabilities, self()[None])[..., 0]
+        unit = initial[..., 2:] / self.scale
+        low = initial[..., :2] - distance[..., :2] * unit
+        high = initial[..., :2] + distance[..., 2:] * unit
+        return from_corners(torch.cat([low, high], -1))
+
+    @torch.no_grad()
+    def targets(self, initial: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
+        """Left bin of each edge of ``truth`` and the weight of the bin right of it: ``[n, 4]``."""
+        corners = to_corners(truth)
+        unit = (initial[:, 2:] / self.scale).clamp(min=1e-16)
+        low = (initial[:, :2] - corners[:, :2]) / unit
+        high = (corners[:, 2:] - initial[:, :2]) / unit
+        bins = self()
+        distance = torch.cat([low, high], -1) - 0.5 * self.scale
+        distance = torch.minimum(torch.maximum(distance, bins[0]), bins[-1])
+        left = torch.searchsorted(bins, distance.contiguous(), right=True) - 1
+        left = left.clamp(0, self.count - 1)
+        return left, (distance - bins[left]) / (bins[left + 1] - bins[left])
+
+    def localisation(self, corners: Tensor, initial: Tensor, truth: Tensor, iou: Tensor) -> Tensor:
+        """FGL: cross entropy on the two bins beside the truth, weighted by IoU: ``[n, 4]``.
+
+        Args:
+            corners: logits of the matched queries, ``[n, 4 * (count + 1)]``.
+            initial: the boxes that they refer to, ``[n, 4]``.
+            truth: the objects' boxes, ``[n, 4]``.
+            iou: of the predicted boxes with them, ``[n]``.
+        """
+        left, right_weight = self.targets(initial, truth)
+        log_p = corners.unflatten(-1, (4, self.count + 1)).log_softmax(-1)
+        at_left = log_p.gather(-1, left[..., None])[..., 0]
+        at_right = log_p.gather(-1, left[..., None] + 1)[..., 0]
+        both: Tensor = (1 - right_weight) * at_left + right_weight * at_right
+        return -iou[:, None] * both
+
+    def distillation(
+        self,
+        prediction: dict[str, Tensor],
+        matched: tuple[Tensor, Tensor],
+        iou: Tensor,
+        balance: tuple[int, int],
+        temperature: float = 5,
+    ) -> Tensor:
+        """DDF: the last layer's distributions teach, whether a query is matched or not.
+
+        Args:
+            prediction: with ``teacher_corners`` and ``teacher_logits``.
+            matched: (image, query) of the matched queries.
+            iou: of their boxes with their objects, their weight; others weigh what the teacher
+                scores them.
+            balance: how many are matched and how many not; each kind counts as the root of it.
+            temperature: of both distributions.
+        """
+        student = prediction["corners"].unflatten(-1, (4, self.count + 1)) / temperature
+        teacher = prediction["teacher_corners"].unflatten(-1, (4, self.count + 1)) / temperature
+        weight = prediction["teacher_logits"].sigmoid().amax(-1).index_put(matched, iou).detach()
+        divergence = F.kl_div(
+            student.log_softmax(-1), teacher.detach().softmax(-1), reduction="none"
+        ).sum(-1)
+        loss = temperature**2 * (weight[..., None] * divergence).mean(-1)  # [B, Q]
+        hit = torch.zeros_like(weight, dtype=torch.bool)
+        hit[matched] = True
+        zero = loss.sum() * 0
+        of_hits = loss[hit].mean() if hit.any() else zero
+        of_others = loss[~hit].mean() if not hit.all() else zero
+        a, b = (number**0.5 for number in balance)
+        mean: Tensor = (a * of_hits + b * of_others) / (a + b)
+        return mean
+
+
+class Quality(nn.Module):
+    """LQE: a peaked distribution is a sure box, and a sure box a better score."""
+
+    def __init__(self, bins: EdgeBins, top: int = 4, hidden: int = 64, act: str = "relu") -> None:
+        super().__init__()
+        self.bins, self.top = bins.count + 1, top
+        self.mlp = MLP(4 * (top + 1), hidden, 1, 2, act).zeroed()
+
+    def forward(self, logits: Tensor, corners: Tensor) -> Tensor:
+        """``logits [B, Q, C]`` plus one number a query."""
+        top = corners.unflatten(-1, (4, self.bins)).softmax(-1).topk(self.top).values
+        statistics = torch.cat([top, top.mean(-1, keepdim=True)], -1).flatten(-2)
+        better: Tensor = logits + self.mlp(statistics)
+        return better
+
+
+class FineHeads(nn.Module):
+    """Heads of D-FINE's decoder: as :class:`~deform_attn.detr.decoder.Heads`, with distributions.
+
+    Args:
+        classes: a linear head a layer.
+        corners: an MLP to ``4 * (bins.count + 1)`` a layer.
+        first_box: the plain head that makes the box which all distances refer to.
+        bins: of the distances.
+        eps: of the inverse sigmoid.
+        act: activation of the quality MLPs.
+    """
+
+    def __init__(
+        self,
+        classes: nn.ModuleList,
+        corners: nn.ModuleList,
+        first_box: nn.Module,
+        bins: EdgeBins,
+        *,
+        eps: float = 1e-5,
+        act: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.classes, self.corners, self.first_box = classes, corners, first_box
+        self.bins, self.eps = bins, eps
+        self.quality = nn.ModuleList(Quality(bins, act=act) for _ in classes)
+
+    def forward(
+        self, i: int, x: Tensor, state: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Predictions of layer i from its queries ``x``; the state of the next layer."""
+        prediction = {}
+        if i == 0:
+            guess = (self.first_box(x) + inverse_sigmoid(state["reference"], self.eps)).sigmoid()
+            prediction = {"pre_boxes": guess, "pre_logits": self.classes[0](x)}
+            state = {"initial": guess.detach(), "x": torch.zeros_like(x)}
+        corners = self.corners[i](x + state["x"])
+        if i > 0:
+            corners = corners + state["corners"]
+        boxes = self.bins.boxes(state["initial"], corners)
+        logits = self.quality[i](self.classes[i](x), corners)
+        shared = {"corners": corners, "initial": state["initial"]}
+        prediction |= {"logits": logits, "boxes": boxes, **shared}
+        return prediction, {"reference": boxes.detach(), "x": x.detach(), **shared}

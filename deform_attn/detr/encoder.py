@@ -1,0 +1,423 @@
+"""From a backbone's maps to the memory that decoders attend to: three encoders.
+
+Dense attention over one map (DETR), deformable attention over several (Deformable DETR), and
+attention on the smallest map with convolutions between the maps (RT-DETR).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deform_attn import MSDeformableAttention, MSDeformAttn
+from deform_attn.detr.boxes import sine_of_pixels
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "gelu": nn.GELU,
+    "silu": nn.SiLU,
+    "prelu": nn.PReLU,  # DAB-DETR; one learnt slope a layer
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Feature maps of all levels, one row a pixel.
+
+    Attributes:
+        features: ``[B, S, d]``.
+        shapes: ``(height, width)`` of each level.
+        padding: ``[B, S]``, True for padding; None where there is none.
+        position: ``[B, S, d]``, added to the keys of dense attention.
+        ratios: ``[B, L, (x, y)]``, the part of each level that is no padding; None: all of it.
+    """
+
+    features: Tensor
+    shapes: list[tuple[int, int]]
+    padding: Tensor | None = None
+    position: Tensor | None = None
+    ratios: Tensor | None = None
+
+    @staticmethod
+    def of(maps: Sequence[Tensor]) -> Memory:
+        """Maps ``[B, d, H, W]`` without padding."""
+        return Memory(flat(maps), [(x.shape[-2], x.shape[-1]) for x in maps])
+
+    def on_every_level(self, reference: Tensor) -> Tensor:
+        """References ``[B, Q, 2 or 4]`` as fractions of each padded map: ``[B, Q, L, 2 or 4]``."""
+        if self.ratios is None:
+            return reference[:, :, None]
+        ratios = self.ratios.repeat(1, 1, reference.shape[-1] // 2)
+        return reference[:, :, None] * ratios[:, None]
+
+
+def flat(maps: Sequence[Tensor]) -> Tensor:
+    """``[B, d, H, W]`` each to ``[B, S, d]``."""
+    return torch.cat([x.flatten(2).transpose(1, 2) for x in maps], 1)
+
+
+class MLP(nn.Module):
+    """Linear layers with an activation between them."""
+
+    def __init__(
+        self, inputs: int, hidden: int, outputs: int, layers: int, act: str = "relu"
+    ) -> None:
+        super().__init__()
+        sizes = [inputs, *[hidden] * (layers - 1), outputs]
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
+        self.act = ACTIVATIONS[act]()
+
+    def zeroed(self) -> MLP:
+        """Starts with zero, whatever the input."""
+        for parameter in self.layers[-1].parameters():
+            nn.init.zeros_(parameter)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[..., inputs]`` to ``[..., outputs]``."""
+        for layer in self.layers[:-1]:
+            x = self.act(layer(x))
+        last: Tensor = self.layers[-1](x)
+        return last
+
+
+class FeedForward(nn.Sequential):
+    """``linear2(act(linear1(x)))``."""
+
+    def __init__(self, d: int, hidden: int, act: str, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(d, hidden)
+        self.act = ACTIVATIONS[act]()
+        self.dropout = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(hidden, d)
+
+
+class AddNorm(nn.Module):
+    """``norm(x + update)``; ``limit`` keeps half precision finite (RT-DETR)."""
+
+    def __init__(self, d: int, limit: float | None = None) -> None:
+        super().__init__()
+        self.norm, self.limit = nn.LayerNorm(d), limit
+
+    def forward(self, x: Tensor, update: Tensor) -> Tensor:
+        """``[B, Q, d]`` twice to ``[B, Q, d]``."""
+        x = x + update
+        if self.limit is not None:
+            x = x.clamp(-self.limit, self.limit)
+        normal: Tensor = self.norm(x)
+        return normal
+
+
+class SelfAttention(nn.Module):
+    """Every query looks at every other: ``q = k = x + position, v = x``."""
+
+    def __init__(self, d: int, heads: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(d, heads, dropout, batch_first=True)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        blocked: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> Tensor:
+        """Update of ``x [B, Q, d]``; ``blocked [Q, Q]``, ``padding [B, Q]`` hide what is True."""
+        q = x + position
+        attended: Tensor = self.attention(q, q, x, padding, False, blocked)[0]
+        return attended
+
+
+class DeformableAttention(nn.Module):
+    """Every query looks at a few points near its reference."""
+
+    def __init__(self, attention: MSDeformAttn | MSDeformableAttention) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Memory) -> Tensor:
+        """Update of ``x [B, Q, d]``; references are ``[B, Q, L, 2 or 4]``."""
+        padded = () if memory.padding is None else (None, memory.padding)
+        attended: Tensor = self.attention(
+            x + position, reference, memory.features, memory.shapes, *padded
+        )
+        return attended
+
+
+class EncoderLayer(nn.Module):
+    """Attention, then a feed-forward network, each added and normalised."""
+
+    def __init__(
+        self, attention: nn.Module, d: int, hidden: int, act: str = "relu", dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.attention = attention
+        self.ffn = FeedForward(d, hidden, act, dropout)
+        self.join1, self.join2 = AddNorm(d), AddNorm(d)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *where: Any) -> Tensor:
+        """``x [B, S, d]``; ``where`` is whatever the attention takes beside it."""
+        x = self.join1(x, self.dropout(self.attention(x, *where)))
+        x = self.join2(x, self.dropout(self.ffn(x)))
+        return x  # noqa: RET504
+
+
+class DenseEncoder(nn.Module):
+    """DETR's: every pixel of one map looks at every other.
+
+    Args:
+        channels: of the map.
+        layers: of the encoder, of width d.
+        scale: positions are scaled by an MLP of the pixel (DAB-DETR).
+        temperature: of the sines that stand for positions.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        layers: Sequence[EncoderLayer],
+        d: int,
+        *,
+        scale: bool = False,
+        temperature: float = 10000,
+    ) -> None:
+        super().__init__()
+        self.project = nn.Conv2d(channels, d, 1)
+        self.layers = nn.ModuleList(layers)
+        self.scale = MLP(d, d, d, 2) if scale else None
+        self.temperature = temperature
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
+        """The last of a backbone's maps, ``[B, c, H, W]``; padding of the images, ``[B, h, w]``."""
+        x = self.project(maps[-1])
+        small = resized(padding, x)
+        return self.encode(x, sine_of_pixels(small, x.shape[1], self.temperature), small)
+
+    def encode(self, x: Tensor, position: Tensor, padding: Tensor) -> Memory:
+        """All ``[B, d, H, W]``, padding ``[B, H, W]``."""
+        shapes = [(x.shape[-2], x.shape[-1])]
+        x, position, padding = flat([x]), flat([position]), padding.flatten(1)
+        for layer in self.layers:
+            scale = 1 if self.scale is None else self.scale(x)
+            x = layer(x, position * scale, None, padding)
+        return Memory(x, shapes, padding, position)
+
+
+class DeformableEncoder(nn.Module):
+    """Deformable DETR's: every pixel of every map looks at a few points of all maps.
+
+    Args:
+        channels: of the backbone's maps.
+        layers: of the encoder, of width d.
+        levels: maps to attend to; beyond the backbone's, each is half the one before.
+        temperature: of the sines that stand for positions.
+        shift: of their pixels' centres.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        layers: Sequence[EncoderLayer],
+        d: int,
+        *,
+        levels: int,
+        temperature: float = 10000,
+        shift: float = -0.5,
+    ) -> None:
+        super().__init__()
+        more = [channels[-1], *[d] * levels][: levels - len(channels)]
+        convolutions = [nn.Conv2d(c, d, 1) for c in channels]
+        convolutions += [nn.Conv2d(c, d, 3, stride=2, padding=1) for c in more]
+        self.project = nn.ModuleList(nn.Sequential(c, nn.GroupNorm(32, d)) for c in convolutions)
+        self.level_embed = nn.Parameter(torch.empty(levels, d).normal_())
+        self.layers = nn.ModuleList(layers)
+        self.temperature, self.shift = temperature, shift
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
+        """A backbone's maps, ``[B, c, H, W]``; padding of the images, ``[B, h, w]``."""
+        projected = [project(x) for project, x in zip(self.project, maps)]
+        x = maps[-1]
+        for project in self.project[len(maps) :]:
+            x = project(x)
+            projected.append(x)
+        small = [resized(padding, x) for x in projected]
+        d = projected[0].shape[1]
+        positions = [sine_of_pixels(p, d, self.temperature, self.shift) for p in small]
+        return self.encode(projected, positions, small)
+
+    def encode(
+        self, maps: Sequence[Tensor], positions: Sequence[Tensor], paddings: Sequence[Tensor]
+    ) -> Memory:
+        """All levels' ``[B, d, H, W]`` twice, and ``[B, H, W]``."""
+        memory = replace(
+            Memory.of(maps),
+            padding=torch.cat([p.flatten(1) for p in paddings], 1),
+            ratios=torch.stack([valid_ratio(p) for p in paddings], 1),
+        )
+        position = flat([p + e[:, None, None] for p, e in zip(positions, self.level_embed)])
+        return self.attend(memory, position)
+
+    def attend(self, memory: Memory, position: Tensor) -> Memory:
+        """All layers; ``position [B, S, d]`` includes the level's embedding."""
+        reference = memory.on_every_level(pixel_centres(memory))
+        for layer in self.layers:
+            x = layer(memory.features, position, reference, memory)
+            memory = replace(memory, features=x)
+        return memory
+
+
+def resized(padding: Tensor | None, x: Tensor) -> Tensor:
+    """Padding of images as padding of a map ``x [B, d, H, W]``."""
+    if padding is None:
+        return torch.zeros(x.shape[0], *x.shape[-2:], dtype=torch.bool, device=x.device)
+    return F.interpolate(padding[:, None].float(), size=x.shape[-2:])[:, 0].bool()
+
+
+def valid_ratio(padding: Tensor) -> Tensor:
+    """``[B, H, W]`` to ``[B, (x, y)]``: the part of the first row and column without padding."""
+    return torch.stack([(~padding[:, 0]).float().mean(1), (~padding[:, :, 0]).float().mean(1)], -1)
+
+
+def pixel_centres(memory: Memory) -> Tensor:
+    """Centre ``(x, y)`` of every pixel as a fraction of its unpadded image: ``[B, S, 2]``."""
+    B, device = memory.features.shape[0], memory.features.device
+    levels = []
+    for i, (h, w) in enumerate(memory.shapes):
+        y = (torch.arange(h, device=device) + 0.5) / h
+        x = (torch.arange(w, device=device) + 0.5) / w
+        grid = torch.stack(torch.meshgrid(x, y, indexing="xy"), -1).view(1, -1, 2)
+        levels.append(grid.expand(B, -1, -1))
+        if memory.ratios is not None:
+            levels[-1] = grid / memory.ratios[:, i, None]
+    return torch.cat(levels, 1)
+
+
+class ConvNorm(nn.Module):
+    """Convolution without bias, batch norm, activation."""
+
+    def __init__(
+        self, inputs: int, outputs: int, size: int, stride: int = 1, act: str | None = None
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+        self.norm = nn.BatchNorm2d(outputs)
+        self.act = nn.Identity() if act is None else ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""
+        y: Tensor = self.act(self.norm(self.conv(x)))
+        return y
+
+
+class RepVGG(nn.Module):
+    """``act(3x3 + 1x1)``: can be folded into one convolution after training."""
+
+    def __init__(self, d: int, act: str) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = ConvNorm(d, d, 3), ConvNorm(d, d, 1)
+        self.act = ACTIVATIONS[act]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, d, H, W]`` to the same."""
+        y: Tensor = self.act(self.conv1(x) + self.conv2(x))
+        return y
+
+
+class CSPRep(nn.Module):
+    """Two 1x1 branches, one through RepVGG blocks, added: fuses two maps into one."""
+
+    def __init__(self, inputs: int, outputs: int, blocks: int, expansion: float, act: str) -> None:
+        super().__init__()
+        hidden = int(outputs * expansion)
+        self.conv1, self.conv2 = (ConvNorm(inputs, hidden, 1, act=act) for _ in range(2))
+        self.bottlenecks = nn.Sequential(*(RepVGG(hidden, act) for _ in range(blocks)))
+        self.conv3 = ConvNorm(hidden, outputs, 1, act=act) if hidden != outputs else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, inputs, H, W]`` to ``[B, outputs, H, W]``."""
+        y: Tensor = self.conv3(self.bottlenecks(self.conv1(x)) + self.conv2(x))
+        return y
+
+
+class HybridEncoder(nn.Module):
+    """RT-DETR's (arXiv 2304.08069, 4.2): attention in the smallest map, convolutions across.
+
+    Args:
+        channels: of the backbone's maps.
+        d: channels of the maps and of the memory.
+        project: once more for the memory (RT-DETR does, D-FINE does not).
+        heads, hidden: of the attention layer.
+        expansion, depth: of the fusing blocks: their width, and a third of their RepVGG blocks.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        d: int,
+        *,
+        project: bool = True,
+        heads: int = 8,
+        hidden: int = 1024,
+        dropout: float = 0.0,
+        expansion: float = 1.0,
+        depth: float = 1.0,
+        act: str = "silu",
+    ) -> None:
+        super().__init__()
+        steps, blocks = len(channels) - 1, round(3 * depth)
+        self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
+        self.attention = EncoderLayer(SelfAttention(d, heads, dropout), d, hidden, "gelu", dropout)
+        self.lateral = nn.ModuleList(ConvNorm(d, d, 1, act=act) for _ in range(steps))
+        self.down = nn.ModuleList(ConvNorm(d, d, 3, 2, act) for _ in range(steps))
+        self.fuse_up, self.fuse_down = (
+            nn.ModuleList(CSPRep(2 * d, d, blocks, expansion, act) for _ in range(steps))
+            for _ in range(2)
+        )
+        self.output = nn.ModuleList(
+            ConvNorm(d, d, 1) if project else nn.Identity() for _ in channels
+        )
+
+    def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
+        """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""
+        return self.memory(self.fuse(maps))
+
+    def fuse(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Maps ``[B, c, H, W]`` to maps ``[B, d, H, W]``."""
+        *lower, top = (project(x) for project, x in zip(self.project, maps))
+        pixels = self.attention(flat([top]), axis_codes(top))
+        high = pixels.transpose(1, 2).view_as(top)
+
+        outputs: list[Tensor] = []  # top down, then bottom up
+        for low, lateral, fuse in zip(reversed(lower), self.lateral, self.fuse_up):
+            high = lateral(high)
+            outputs.insert(0, high)
+            up = F.interpolate(high, size=low.shape[-2:], mode="nearest")
+            high = fuse(torch.cat([up, low], 1))
+        fused = [high]
+        for high, down, fuse in zip(outputs, self.down, self.fuse_down):
+            fused.append(fuse(torch.cat([down(fused[-1]), high], 1)))
+        return fused
+
+    def memory(self, maps: Sequence[Tensor]) -> Memory:
+        """Fused maps as a decoder's memory."""
+        return Memory.of([project(x) for project, x in zip(self.output, maps)])
+
+
+def axis_codes(x: Tensor) -> Tensor:
+    """Sines of the position in a map ``[B, d, H, W]``: ``[1, S, d]``.
+
+    Pixel t has the code of ``(t // H, t % H)`` as the official weights learnt it: column and row
+    where the map is square, and mixed up where it is not.
+    """
+    d, h, w = x.shape[1:]
+    t = torch.arange(h * w, device=x.device)
+    power = 10000 ** -(torch.arange(d // 4, dtype=torch.float32, device=x.device) / (d // 4))
+    first, second = (t // h)[:, None] * power, (t % h)[:, None] * power
+    return torch.cat([first.sin(), first.cos(), second.sin(), second.cos()], -1)[None]

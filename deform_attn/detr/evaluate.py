@@ -1,0 +1,128 @@
+"""Average precision, as COCO defines it (by faster-coco-eval), and the curves of a training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from deform_attn.detr.augment import collate
+from deform_attn.detr.data import Detection
+
+__all__ = ["average_precision", "draw_curves", "evaluate"]
+
+Postprocess = Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]]
+NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+
+
+def evaluate(
+    model: nn.Module, postprocess: Postprocess, dataset: Detection, batch: int = 16
+) -> dict[str, float]:
+    """The AP of a model on a dataset.
+
+    Args:
+        model: called with images ``[B, 3, size, size]`` on its own device, in evaluation mode.
+        postprocess: from its outputs and sizes ``[B, 2]`` (height, width) to boxes in pixels
+            ``(x1, y1, x2, y2)``, scores and labels of each image.
+        dataset: what to detect.
+        batch: images at a time.
+
+    Returns:
+        COCO's numbers by name (``AP``, ``AP50``, ...), in [0, 1].
+    """
+    truth = dataset.ground_truth()
+    device = next(model.parameters()).device
+    sizes = torch.tensor([[facts["height"], facts["width"]] for facts in truth["images"]])
+    detections: list[dict[str, Tensor]] = []
+    training = model.training
+    model.eval()
+    with torch.no_grad():
+        for first in range(0, len(dataset), batch):
+            indices = range(first, min(first + batch, len(dataset)))
+            images = collate([dataset[i] for i in indices])[0].to(device)
+            detections += postprocess(model(images), sizes[indices.start : indices.stop].to(device))
+    model.train(training)
+    return average_precision(truth, detections)
+
+
+def average_precision(
+    truth: dict[str, Any], detections: list[dict[str, Tensor]]
+) -> dict[str, float]:
+    """COCO's numbers for what was detected in each image.
+
+    Args:
+        truth: ``images``, ``annotations``, ``categories``; labels count the categories by id.
+        detections: for each image ``boxes`` ``[n, 4]`` ``(x1, y1, x2, y2)`` in pixels, ``scores``
+            ``[n]`` and ``labels`` ``[n]``; the 100 best of a class are judged.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.evaluate import average_precision
+        >>> truth = {
+        ...     "images": [{"id": 1, "height": 9, "width": 9}],
+        ...     "categories": [{"id": 7, "name": "cat"}],
+        ...     "annotations": [
+        ...         {"id": 1, "image_id": 1, "category_id": 7, "bbox": [1, 1, 4, 4], "area": 16,
+        ...          "iscrowd": 0}
+        ...     ],
+        ... }
+        >>> found = {"boxes": [[1.0, 1, 5, 4]], "scores": [0.9], "labels": [0]}  # IoU 0.75
+        >>> found = {name: torch.tensor(numbers) for name, numbers in found.items()}
+        >>> {name: round(v, 2) for name, v in average_precision(truth, [found]).items()}["AP50"]
+        1.0
+    """
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    categories = sorted(category["id"] for category in truth["categories"])
+    rows = []
+    for facts, found in zip(truth["images"], detections):
+        corners = found["boxes"].double()
+        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], -1).tolist()
+        for box, score, label in zip(boxes, found["scores"].tolist(), found["labels"].tolist()):
+            row = {"image_id": facts["id"], "category_id": categories[label]}
+            rows.append({**row, "bbox": box, "score": score})
+    if not rows:
+        return dict.fromkeys(NAMES, 0.0)
+    reference = COCO(truth)
+    judge = COCOeval_faster(reference, reference.loadRes(rows), "bbox", print_function=_silent)
+    judge.evaluate()
+    judge.accumulate()
+    judge.summarize()
+    return dict(zip(NAMES, np.maximum(judge.stats[: len(NAMES)], 0).tolist()))
+
+
+def _silent(*_: Any) -> None:
+    """In the place of print."""
+
+
+def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
+    """The loss of every step and the AP of every evaluation, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    loss = np.array(history["loss"])
+    sums = np.concatenate([[0], loss.cumsum()])
+    ends = np.arange(1, len(loss) + 1)
+    begins = np.maximum(0, ends - max(1, len(loss) // 40))
+    left.plot(ends, loss, color="#9ecae1", linewidth=0.7)
+    left.plot(ends, (sums[ends] - sums[begins]) / (ends - begins), color="#08519c")
+    left.set_title("loss", loc="left")
+    steps = [row["step"] for row in history["ap"]]
+    for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")) if steps else ():
+        values = [row[name] for row in history["ap"]]
+        right.plot(steps, values, "o-", color=color, markersize=3)
+        text = f" {name} {values[-1]:.2f}"
+        right.annotate(text, (steps[-1], values[-1]), color=color, va="center")
+        right.set_xlim(0, steps[-1] * 1.2)
+    right.set(ylim=(0, 1))
+    right.set_title("average precision on the test images", loc="left")
+    for axes in (left, right):
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.2)
+    figure.suptitle(title)
+    figure.savefig(file, format="png", dpi=120)

@@ -1,0 +1,262 @@
+"""The set criterion: what each prediction is told, whichever system made it.
+
+    loss = sum over sets of predictions (layers, encoder, denoising, routes) of
+           w_class * classification + w_l1 * |box - box*| + w_giou * (1 - GIoU)
+
+divided by the number of objects. A system is: how a set is matched, how it is classified.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from deform_attn.detr.boxes import overlap
+from deform_attn.detr.dfine import EdgeBins
+from deform_attn.detr.matching import (
+    Hungarian,
+    OneToMany,
+    Pairs,
+    Prediction,
+    Target,
+    check_targets,
+    union,
+)
+
+# (logits, one-hot targets, one-hot times IoU) -> the loss of each logit
+Classification = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def focal(logits: Tensor, hot: Tensor, quality: Tensor, alpha: float = 0.25) -> Tensor:
+    """Easy negatives count little: ``-alpha (1 - p)^2 log p`` (arXiv 1708.02002)."""
+    p = logits.sigmoid()
+    right = p * hot + (1 - p) * (1 - hot)
+    balance = alpha * hot + (1 - alpha) * (1 - hot)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, hot, reduction="none")
+    return balance * (1 - right) ** 2 * cross_entropy
+
+
+def varifocal(logits: Tensor, hot: Tensor, quality: Tensor, alpha: float = 0.75) -> Tensor:
+    """The score learns the IoU, weighted by it: low uncertainty is selected (RT-DETR, 4.3)."""
+    weight = alpha * logits.sigmoid().detach() ** 2 * (1 - hot) + quality
+    return F.binary_cross_entropy_with_logits(logits, quality, weight, reduction="none")
+
+
+def matchability_aware(logits: Tensor, hot: Tensor, quality: Tensor, gamma: float = 1.5) -> Tensor:
+    """As varifocal, but a poor box is no less weighted than a good one (DEIM)."""
+    weight = logits.sigmoid().detach() ** gamma * (1 - hot) + hot
+    return F.binary_cross_entropy_with_logits(logits, quality**gamma, weight, reduction="none")
+
+
+def softmax(logits: Tensor, hot: Tensor, quality: Tensor, nothing: float = 0.1) -> Tensor:
+    """Cross entropy where the last class is "no object", weighted by ``nothing`` (DETR).
+
+    A weighted mean over queries, where the others are what the criterion sums and divides.
+    """
+    weights = torch.ones(logits.shape[-1], device=logits.device)
+    weights[-1] = nothing
+    return F.cross_entropy(logits.flatten(0, 1), _with_nothing(hot).flatten(), weights)
+
+
+def cross_entropy(logits: Tensor, hot: Tensor, quality: Tensor) -> Tensor:
+    """Cross entropy of every query where the last class is "no object" (Stewart)."""
+    return F.cross_entropy(logits.transpose(1, 2), _with_nothing(hot), reduction="none")
+
+
+def _with_nothing(hot: Tensor) -> Tensor:
+    return torch.where(hot.any(-1), hot.argmax(-1), hot.shape[-1] - 1)
+
+
+def object_count(targets: Sequence[Target], device: torch.device) -> Tensor:
+    """Objects in the batch, averaged over processes; 1 where there are none."""
+    count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
+    return averaged(count)
+
+
+def averaged(count: Tensor) -> Tensor:
+    """Mean over processes, at least 1, so that their mean gradient is that of one big batch."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(count)
+        count = count / torch.distributed.get_world_size()
+    return count.clamp(min=1)
+
+
+def at(pairs: Pairs) -> tuple[Tensor, Tensor]:
+    """(image, query) of every pair of a batch, to index ``[B, Q, ...]``."""
+    image = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(pairs)])
+    return image, torch.cat([queries for queries, _ in pairs])
+
+
+def chosen(targets: Sequence[Target], pairs: Pairs, key: str) -> Tensor:
+    """The targets' ``key`` of every pair of a batch."""
+    return torch.cat([target[key][which] for target, (_, which) in zip(targets, pairs)])
+
+
+def layers_of(outputs: Mapping[str, Any], name: str) -> Iterator[tuple[str, Prediction]]:
+    """One prediction a layer of stacked outputs; the last layer teaches the others' corners."""
+    if "logits" not in outputs:
+        return
+    last = len(outputs["logits"]) - 1
+    for i in range(last + 1):
+        keys = ("logits", "boxes", "corners", "initial")
+        prediction = {key: outputs[key][i] for key in keys if key in outputs}
+        prediction |= {key: outputs[key] for key in ("counted", "pixels", "grid") if key in outputs}
+        if "corners" in outputs and i < last:
+            prediction["teacher_corners"] = outputs["corners"][last]
+            prediction["teacher_logits"] = outputs["logits"][last]
+        yield f"{name}{i}", prediction
+
+
+class Criterion(nn.Module):
+    """Weighted losses of all sets of predictions of a detector.
+
+    Args:
+        weights: of ``class``, ``l1``, ``giou``, and of D-FINE's ``fgl`` and ``ddf``.
+        match: matching of the decoder's layers.
+        classification: one of the functions above.
+        encoder: what the encoder's proposals are told: "classes"; "binary", object or not
+            (Deformable DETR's two stages); "anchors", binary and matched by the proposals' places
+            alone (Mr. DETR).
+        encoder_weight: of all losses of proposals, on top of theirs.
+        one_to_many: assignment of the routes beside the decoder's own.
+        share_matches: boxes of all layers learn from the union of all layers' pairs (D-FINE).
+        bins: of D-FINE's distributions of edges, which then learn too.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, float],
+        *,
+        match: Callable[[Prediction, Sequence[Target]], Pairs] | None = None,
+        classification: Classification = focal,
+        encoder: Literal["classes", "binary", "anchors"] = "classes",
+        encoder_weight: float = 1.0,
+        one_to_many: OneToMany | None = None,
+        share_matches: bool = False,
+        bins: EdgeBins | None = None,
+    ) -> None:
+        super().__init__()
+        self.weights = dict(weights)
+        self.match = match or Hungarian()
+        self.classification = classification
+        self.encoder, self.encoder_weight = encoder, encoder_weight
+        self.one_to_many = one_to_many
+        self.share_matches = share_matches
+        self.bins = bins
+
+    def forward(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Tensor]:
+        """Losses by name: ``<loss>/<set>``, such as ``giou/layer2``; their sum is to be minimised.
+
+        Args:
+            outputs: a detector's.
+            targets: ``{"labels": [n], "boxes": [n, 4]}`` of each image.
+
+        Raises:
+            ValueError: a target does not fit; the message names it.
+        """
+        logits = outputs["logits"]  # a softmax has "no object" as its last class
+        classes = logits.shape[-1] - (self.classification in (softmax, cross_entropy))
+        check_targets(targets, logits.shape[1], classes)
+        count = object_count(targets, logits.device)
+        matched = list(self.matched(outputs, targets))
+        shared = union([pairs for *_, pairs in matched])
+        positives = sum(len(queries) for queries, _ in shared)
+        of_shared = averaged(count.new_tensor(float(positives)))
+        # Denoising queries' edges are balanced as the matched ones', as in the official code.
+        balance = (positives, logits[0, ..., 0].numel() - positives)
+        found = {}
+
+        for name, prediction, goals, pairs in matched:
+            found[name] = {"class": self.classes(prediction, goals, pairs, count)}
+            told, number = (shared, of_shared) if self.share_matches else (pairs, count)
+            found[name] |= self.boxes(prediction, goals, told, number, balance)
+
+        for name, prediction, pairs, number in self.assigned(outputs, targets, count):
+            found[name] = {"class": self.classes(prediction, targets, pairs, number)}
+            found[name] |= self.boxes(prediction, targets, pairs, number, balance)
+
+        losses = {}
+        for name, values in found.items():
+            scale = self.encoder_weight if name.startswith("encoder") else 1.0
+            for loss, weight in self.weights.items():
+                if loss in values:
+                    losses[f"{loss}/{name}"] = scale * weight * values[loss]
+        return losses
+
+    def matched(
+        self, outputs: Mapping[str, Any], targets: Sequence[Target]
+    ) -> Iterator[tuple[str, Prediction, Sequence[Target], Pairs]]:
+        """Sets whose pairs come from one-to-one matching, each with what it is told."""
+        for name, prediction in layers_of(outputs, "layer"):
+            yield name, prediction, targets, self.match(prediction, targets)
+        for name in (n for n in ("pre", "encoder", "encoder_o2m") if n in outputs):
+            prediction = outputs[name]
+            if name == "pre" or self.encoder == "classes":
+                yield name, prediction, targets, self.match(prediction, targets)
+                continue
+            objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+            match, places = self.match, prediction
+            if self.encoder == "anchors":
+                match = replace(cast(Hungarian, match), classes=0)
+                places = {**prediction, "boxes": prediction["anchors"]}
+            yield name, prediction, objects, match(places, objects)
+
+    def assigned(
+        self, outputs: Mapping[str, Any], targets: Sequence[Target], count: Tensor
+    ) -> Iterator[tuple[str, Prediction, Pairs, Tensor]]:
+        """Sets that know their objects: denoising queries, and routes of several queries each."""
+        if (noised := outputs.get("dn")) is not None:
+            sets = [*layers_of(noised, "dn")]
+            if "pre" in noised:
+                sets.append(("dn_pre", noised["pre"]))
+            for name, prediction in sets:
+                yield name, prediction, noised["pairs"], count * noised["groups"]
+        for route in ("o2m", "sep"):
+            for name, prediction in layers_of(outputs.get(route, {}), route):
+                assert self.one_to_many is not None, "routes need one_to_many"
+                yield name, prediction, self.one_to_many(prediction, targets), count
+
+    def classes(
+        self, prediction: Prediction, targets: Sequence[Target], pairs: Pairs, n: Tensor
+    ) -> Tensor:
+        """The classification's loss over all queries, divided by n."""
+        logits, where = prediction["logits"], at(pairs)
+        labels = chosen(targets, pairs, "labels").long()
+        iou = overlap(prediction["boxes"][where].detach(), chosen(targets, pairs, "boxes"))[0]
+        # A query with several objects keeps one label: the last one's, on a CPU.
+        label = torch.full(logits.shape[:2], -1, device=logits.device).index_put(where, labels)
+        hot = (label[..., None] == torch.arange(logits.shape[-1], device=logits.device)).float()
+        quality = hot * torch.zeros_like(label, dtype=iou.dtype).index_put(where, iou)[..., None]
+        loss = self.classification(logits, hot, quality)
+        if "counted" in prediction:
+            loss = loss * prediction["counted"][..., None]
+        return loss if loss.dim() == 0 else loss.sum() / n
+
+    def boxes(
+        self,
+        prediction: Prediction,
+        targets: Sequence[Target],
+        pairs: Pairs,
+        n: Tensor,
+        balance: tuple[int, int],
+    ) -> dict[str, Tensor]:
+        """Losses of matched queries' boxes, divided by n; D-FINE's teach the others too."""
+        where, truth = at(pairs), chosen(targets, pairs, "boxes")
+        boxes = prediction["boxes"][where]
+        iou, giou = overlap(boxes, truth)
+        distance = (boxes - truth).abs()
+        if "pixels" in prediction:  # Stewart's distances are in pixels
+            distance = distance * prediction["pixels"]
+        losses = {"l1": distance.sum() / n, "giou": (1 - giou).sum() / n}
+        if self.bins is not None and "corners" in prediction:
+            corners, initial = prediction["corners"][where], prediction["initial"][where]
+            iou = iou.detach()
+            losses["fgl"] = self.bins.localisation(corners, initial, truth, iou).sum() / n
+            if "teacher_corners" in prediction:
+                losses["ddf"] = self.bins.distillation(prediction, where, iou, balance)
+        return losses

@@ -1,0 +1,72 @@
+"""The systems by name, small enough to be trained on a CPU in minutes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from deform_attn.detr import models
+from deform_attn.detr.models import Size, SmallBackbone, System
+
+__all__ = ["RECIPES", "Recipe", "build"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A system, and what its training does otherwise than the others'.
+
+    Attributes:
+        system: makes it, from a backbone, a number of classes and a size.
+        augment: one of AUGMENTATIONS.
+        slow: parameters with one of these in their name learn at a tenth of the rate.
+    """
+
+    system: Callable[..., System]
+    augment: str = "flip"
+    slow: tuple[str, ...] = ()
+
+
+SAMPLING = ("sampling_offsets", "queries.points")  # offsets, reference points
+# RT-DETR's encoder as its smallest models have it.
+LIGHT: dict[str, Any] = {"depth": 1 / 3, "expansion": 0.5}
+RECIPES = {
+    "stewart": Recipe(models.stewart),
+    "detr": Recipe(models.detr),
+    "dab_detr": Recipe(models.dab_detr),
+    "deformable_detr": Recipe(partial(models.deformable_detr, refine=True), slow=SAMPLING),
+    "deformable_detr_two_stage": Recipe(
+        partial(models.deformable_detr, two_stage=True), slow=SAMPLING
+    ),
+    "dab_deformable_detr": Recipe(models.dab_deformable_detr, slow=SAMPLING),
+    "dn_deformable_detr": Recipe(models.dn_deformable_detr, slow=SAMPLING),
+    "dino": Recipe(models.dino),
+    "rtdetr": Recipe(partial(models.rtdetr, **LIGHT)),
+    "rtdetrv2": Recipe(partial(models.rtdetr, version=2, **LIGHT)),
+    "dfine": Recipe(partial(models.dfine, **LIGHT)),
+    "deim": Recipe(partial(models.deim, **LIGHT), augment="dense"),
+    "mr_detr": Recipe(models.mr_detr, slow=SAMPLING),
+}
+
+
+def build(recipe: str, num_classes: int, width: int, layers: int, queries: int) -> System:
+    """A small model of a system on `SmallBackbone`, with its criterion and postprocessing.
+
+    Args:
+        recipe: one of RECIPES.
+        num_classes: number of classes.
+        width: channels of queries and memory, a multiple of 32.
+        layers: of the decoder; the encoder has one.
+        queries: number of them.
+    """
+    size = Size(
+        d=width,
+        heads=width // 16,
+        levels=3,
+        encoder_layers=1,
+        decoder_layers=layers,
+        hidden=4 * width,
+        queries=queries,
+    )
+    return RECIPES[recipe].system(SmallBackbone((width // 2, width, width)), num_classes, size)

@@ -1,0 +1,1 @@
+"""The detectors: parity with recorded reference outputs, and what was not recorded."""

@@ -1,0 +1,614 @@
+"""Each recorded system, run with our code: all that came out, by its recorded name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deform_attn.detr import losses, models
+from deform_attn.detr.boxes import overlap
+from deform_attn.detr.checkpoints import load_official, renamed
+from deform_attn.detr.denoising import Noised
+from deform_attn.detr.dfine import EdgeBins
+from deform_attn.detr.encoder import HybridEncoder, Memory, pixel_centres
+from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Pairs, assign, union
+
+from .recorded import Golden
+
+Found = dict[str, Tensor]
+
+
+class Maps(nn.Module):
+    """In place of a backbone: the channels of its maps."""
+
+    def __init__(self, *channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+
+def size_of(golden: Golden) -> models.Size:
+    config = golden.config
+    points = config.get("points", 4)
+    return models.Size(
+        d=config["d_model"],
+        heads=config["heads"],
+        levels=config.get("levels", 1),
+        points=tuple(points) if isinstance(points, list) else points,
+        encoder_layers=config.get("encoder_layers", 1),
+        decoder_layers=config["decoder_layers"],
+        hidden=config["ffn"],
+        queries=config["queries"],
+    )
+
+
+class Run:
+    """A model with recorded weights, loaded strictly, and what is found of it.
+
+    Args:
+        golden: the recorded system.
+        recipe: our function for it.
+        channels: of a backbone's maps.
+        variant: of the recorded weights.
+        prefix: of the recorded names in a whole checkpoint.
+        under: of the recorded outputs.
+        others: weights that are recorded as inputs, or not at all.
+        options: of the recipe.
+    """
+
+    def __init__(
+        self,
+        golden: Golden,
+        recipe: Callable[..., models.System],
+        *channels: int,
+        variant: str | None = None,
+        prefix: str = "",
+        under: str = "",
+        others: Mapping[str, Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        self.golden, self.prefix, self.under = golden, prefix, under
+        self.system = recipe.__name__
+        self.model, self.criterion, _ = recipe(
+            Maps(*channels), golden.config["classes"], size_of(golden), **options
+        )
+        self.names = {}
+        state = dict(others or {})
+        for name, weight in golden.state(variant).items():
+            state[prefix + name] = weight
+            layers = golden.config["decoder_layers"]
+            self.names[name] = renamed(self.system, prefix + name, layers)
+        load_official(self.model, self.system, state)
+        self.model.train()
+        for module in self.model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        self.inputs: dict[str, Tensor] = {}
+        self.found: Found = {}
+
+    def input(self, *names: str) -> list[Tensor]:
+        """Inputs whose gradients are recorded."""
+        for name in names:
+            self.inputs[name] = self.golden[f"in/{name}"].requires_grad_()
+        return [self.inputs[name] for name in names]
+
+    def maps(self, name: str) -> list[Tensor]:
+        return self.input(*(f"{name}{i}" for i in range(len(self.golden.maps(name)))))
+
+    def tell(self, **found: Tensor) -> None:
+        self.found |= {self.under + name.replace("__", "/"): x for name, x in found.items()}
+
+    def gradients(self, name: str, scalar: Tensor) -> None:
+        """Gradients of a scalar by inputs and parameters, all that are recorded."""
+        name = self.under + name
+        named = self.model.named_parameters(remove_duplicate=False)
+        ours = {own: p for own, p in named if p.requires_grad}  # discrete: no offsets
+        wanted = {f"in/{n}": x for n, x in self.inputs.items()}
+        wanted |= {f"param/{n}": ours[own] for n, own in self.names.items() if own in ours}
+        recorded = self.golden.outputs()
+        unreached = (self.golden.meta.get("no_gradient") or {}).get(name, ())
+        gradients = torch.autograd.grad(
+            scalar, list(wanted.values()), retain_graph=True, allow_unused=True
+        )
+        for key, gradient in zip(wanted, gradients):
+            if f"{name}/{key}" in recorded:
+                assert gradient is not None, f"{self.golden.name}: no gradient {name}/{key}"
+                self.found[f"{name}/{key}"] = gradient
+            elif key.removeprefix("param/") in unreached:
+                assert gradient is None or not gradient.any(), f"a gradient {name}/{key}"
+
+    def losses(
+        self,
+        outputs: Mapping[str, Any],
+        official: Callable[[str, str], str],
+        *,
+        weighted: bool = False,
+        gradients: bool = True,
+    ) -> None:
+        """All losses by official names, and the gradients of their sum."""
+        if not weighted:
+            self.criterion.weights = dict.fromkeys(self.criterion.weights, 1.0)
+            self.criterion.encoder_weight = 1.0
+        found = self.criterion(outputs, self.golden.targets())
+        names = {name: official(*name.split("/")) for name in found}
+        self.found |= {f"{self.under}loss/{names[name]}": x for name, x in found.items()}
+        if gradients:
+            self.gradients("lossgrad", torch.stack(list(found.values())).sum())
+
+    def matches(self, prefix: str, prediction: Mapping[str, Tensor], assign: Any = None) -> None:
+        pairs = (assign or self.criterion.match)(prediction, self.golden.targets())
+        self.found |= of_pairs(f"{self.under}match/{prefix}", pairs)
+
+    def layers(self, outputs: Mapping[str, Tensor]) -> None:
+        """What all layers say, and whom they are matched with."""
+        self.tell(logits=outputs["logits"], boxes=outputs["boxes"])
+        for i, (logits, boxes) in enumerate(zip(outputs["logits"], outputs["boxes"])):
+            self.matches(f"layer{i}", {"logits": logits, "boxes": boxes})
+
+    def deformable_memory(self) -> Memory:
+        encoder: Any = self.model.encoder
+        memory: Memory = encoder.encode(
+            self.maps("src"), self.golden.maps("pos"), self.golden.maps("mask")
+        )
+        return memory
+
+    def noised(self) -> Noised:
+        """The recorded draw of a denoising generator."""
+        golden = self.golden
+        labels, boxes = golden["in/dn/labels"], golden["in/dn/boxes_unact"]
+        slots, groups = labels.shape[1], golden.config["dn_groups"]
+        labels = labels.where(labels < golden.config["classes"], -1)  # RT-DETR's padding
+        boxes = boxes[:, :slots]
+        pairs = []
+        for target in golden.targets():
+            n = len(target["labels"])
+            starts = torch.arange(groups)[:, None] * (slots // groups)
+            pairs.append(((starts + torch.arange(n)).flatten(), torch.arange(n).repeat(groups)))
+        noised = Noised(labels, boxes, pairs, groups)
+        queries = golden.config["queries"]
+        assert torch.equal(noised.blocked(queries), golden["in/dn/attn_mask"])
+        for i, (queries_of, _) in enumerate(pairs):
+            if f"in/dn/positive_idx/{i}" in golden.arrays:
+                assert torch.equal(queries_of, golden[f"in/dn/positive_idx/{i}"])
+        return noised
+
+
+def of_pairs(prefix: str, pairs: Pairs) -> Found:
+    return {f"{prefix}/{i}": torch.stack(both) for i, both in enumerate(pairs)}
+
+
+def waves(*outputs: Mapping[str, Tensor]) -> Tensor:
+    """The scalar whose gradients are recorded."""
+    return sum((o["logits"].sin().sum() + o["boxes"].cos().sum() for o in outputs), torch.zeros(()))
+
+
+def joined(outputs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Denoising queries first, as they are recorded."""
+    return {k: torch.cat([outputs["dn"][k], outputs[k]], 2) for k in ("logits", "boxes")}
+
+
+LOSSES = {"class": "loss_ce", "l1": "loss_bbox", "giou": "loss_giou"}
+
+
+def suffixed(loss: str, of: str) -> str:
+    """``loss_ce`` of the last layer, ``loss_ce_i`` of layer i."""
+    i = of.removeprefix("layer")
+    return LOSSES[loss] if i == "2" else f"{LOSSES[loss]}_{i}"
+
+
+def deformable(golden: Golden) -> Found:
+    found: Found = {}
+    for variant in ("one_stage", "refine", "two_stage"):
+        run = Run(
+            golden,
+            models.deformable_detr,
+            *(8, 16, 32),
+            variant=variant,
+            under=f"{variant}/",
+            refine=variant == "refine",
+            two_stage=variant == "two_stage",
+        )
+        memory = run.deformable_memory()
+        outputs = run.model.detect(memory)
+        queries, _ = run.model.queries(memory)
+        run.layers(outputs)
+        run.tell(init_reference=queries.reference)
+        if variant == "refine":
+            run.tell(memory=memory.features[:, ::7])
+        if variant == "two_stage":
+            proposed = outputs["encoder"]
+            run.tell(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
+        run.gradients("grad", waves(outputs))
+        run.losses(outputs, lambda loss, of: suffixed(loss, "enc" if of == "encoder" else of))
+        found |= run.found
+    return found
+
+
+def dab_deformable(golden: Golden) -> Found:
+    run = Run(golden, models.dab_deformable_detr, 8, 16, 32)
+    outputs = run.model.detect(run.deformable_memory())
+    run.layers(outputs)
+    run.gradients("grad", waves(outputs))
+    run.losses(outputs, suffixed, gradients=False)
+    return run.found
+
+
+def dn_dab_deformable(golden: Golden) -> Found:
+    run = Run(golden, models.dn_deformable_detr, 8, 16, 32)
+    outputs = run.model.detect(run.deformable_memory(), run.noised())
+    run.layers(outputs)
+    run.tell(**joined(outputs))
+    run.gradients("grad", waves(joined(outputs)))
+
+    def official(loss: str, of: str) -> str:
+        if of.startswith("dn"):
+            return "tgt_" + suffixed(loss, "layer" + of[2:])
+        return suffixed(loss, of)
+
+    run.losses(outputs, official, gradients=False)
+    return run.found
+
+
+def dino(golden: Golden) -> Found:
+    run = Run(golden, models.dino, 8, 16, 32)
+    memory = run.deformable_memory()
+    outputs = run.model.detect(memory, run.noised())
+    run.layers(outputs)
+    proposed = outputs["encoder"]
+    run.matches("interm", proposed)
+    run.tell(
+        memory=memory.features[:, ::7],
+        interm_logits=proposed["logits"],
+        interm_boxes=proposed["boxes"],
+        init_boxes=proposed["anchors"],
+        **joined(outputs),
+    )
+    run.gradients("grad", waves(joined(outputs)))
+
+    def official(loss: str, of: str) -> str:
+        if of.startswith("dn"):
+            return suffixed(loss, "layer" + of[2:]).replace(LOSSES[loss], LOSSES[loss] + "_dn")
+        return suffixed(loss, "interm" if of == "encoder" else of)
+
+    run.losses(outputs, official)
+    return run.found
+
+
+def hybrid_weights(recipe: Callable[..., models.System], golden: Golden) -> dict[str, Tensor]:
+    """Of the encoder, which is recorded apart from the transformer: any will do."""
+    model = recipe(Maps(8, 8, 8), 1, size_of(golden)).model
+    names = ("encoder.output.", "decoder.", "queries.", "denoising.")
+    return {n: w for n, w in model.state_dict().items() if not n.startswith(names)}
+
+
+def transformer(run: Run) -> tuple[Memory, dict[str, Any]]:
+    """RT-DETR from its fused maps on."""
+    encoder: Any = run.model.encoder
+    memory = encoder.memory(run.maps("feat"))
+    outputs = run.model.detect(memory, run.noised())
+    run.layers(outputs)
+    run.tell(dn_logits=outputs["dn"]["logits"], dn_boxes=outputs["dn"]["boxes"])
+    proposed = outputs["encoder"]
+    run.tell(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
+    run.matches("enc", proposed)
+    run.model.eval()
+    with torch.no_grad():
+        evaluated = run.model.detect(memory)
+    run.tell(eval__logits=evaluated["logits"][-1], eval__boxes=evaluated["boxes"][-1])
+    run.model.train()
+    return memory, outputs
+
+
+def rtdetr(golden: Golden) -> Found:
+    version = 1 if golden.name == "rtdetr_v1" else 2
+    run = Run(
+        golden,
+        models.rtdetr,
+        *(8, 8, 8),
+        prefix="decoder.",
+        others=hybrid_weights(models.rtdetr, golden),
+        version=version,
+        method=golden.config["sampling"],
+    )
+    memory, outputs = transformer(run)
+    run.tell(memory=memory.features[:, ::7])
+    run.gradients("grad", waves(outputs, outputs["encoder"]))
+
+    def official(loss: str, of: str) -> str:
+        name = {"class": "loss_vfl", "l1": "loss_bbox", "giou": "loss_giou"}[loss]
+        last = "aux_2" if version == 1 else "enc_0"
+        sets = {"layer0": "aux_0", "layer1": "aux_1", "layer2": "", "encoder": last}
+        return "_".join(filter(None, [name, sets.get(of, f"dn_{of[2:]}")]))
+
+    run.losses(outputs, official, weighted=True)
+    return run.found
+
+
+def deim(golden: Golden) -> Found:
+    run = Run(
+        golden,
+        models.deim,
+        *(8, 8, 8),
+        prefix="decoder.",
+        others=hybrid_weights(models.deim, golden),
+        act=golden.config["mlp_activation"],
+    )
+    _, outputs = transformer(run)
+    noised = outputs["dn"]
+    last = {"logits": -outputs["logits"][-1], "boxes": outputs["boxes"][-1]}
+    run.matches("pre", outputs["pre"])
+    sets = run.criterion.matched(outputs, golden.targets())
+    run.found |= of_pairs("match/union", union([pairs for *_, pairs in sets]))
+    run.tell(
+        weighting_function=run.criterion.bins(),
+        corners=outputs["corners"],
+        dn_corners=noised["corners"],
+        ref_points=outputs["initial"][0],
+        pre_logits=outputs["pre"]["logits"],
+        pre_boxes=outputs["pre"]["boxes"],
+        dn_pre_logits=noised["pre"]["logits"],
+        dn_pre_boxes=noised["pre"]["boxes"],
+    )
+    run.gradients("grad", last["logits"].cos().sum() + last["boxes"].sin().sum())
+
+    def official(loss: str, of: str) -> str:
+        name = {"class": "mal", "l1": "bbox"}.get(loss, loss)
+        sets = {"layer0": "aux_0", "layer1": "aux_1", "layer2": "", "encoder": "enc_0"}
+        of = sets.get(of, f"dn_{of[2:]}" if of[2:].isdigit() else of)
+        return "_".join(filter(None, ["loss", name, of]))
+
+    run.losses(outputs, official, weighted=True)
+    return run.found
+
+
+def mrdetr(golden: Golden) -> Found:
+    # The projections of a backbone's maps are not recorded.
+    others = models.mr_detr(Maps(8, 16, 32), 5, size_of(golden)).model.state_dict()
+    others = {n: w for n, w in others.items() if n.startswith("encoder.project.")}
+    run = Run(golden, models.mr_detr, 8, 16, 32, others=others)
+    assign = replace(run.criterion.one_to_many, sample=golden.config["o2m"]["sample_size"])
+    run.criterion.one_to_many = assign
+    memory = run.deformable_memory()
+    outputs = run.model.detect(memory)
+    many: Any = run.model.o2m
+    starts = {"o2o": run.model.queries, "sep": run.model.queries, "o2m": many[0]}
+    for route, queries in starts.items():
+        said = outputs if route == "o2o" else outputs[route]
+        start = queries(memory)[0].reference
+        run.tell(**{f"{route}/logits": said["logits"], f"{route}/boxes": said["boxes"]})
+        run.tell(**{f"{route}/init_reference": start})
+        for i, (logits, boxes) in enumerate(zip(said["logits"], said["boxes"])):
+            told = {"logits": logits, "boxes": boxes}
+            run.matches(f"{route}/layer{i}", told, None if route == "o2o" else assign)
+        run.gradients(f"grad/{route}", waves(said))
+    one, o2m = outputs["encoder"], outputs["encoder_o2m"]
+    run.tell(memory=memory.features[:, ::7], anchors=one["anchors"])
+    run.tell(enc_logits=one["logits"], enc_boxes=one["boxes"])
+    run.tell(enc_o2m_logits=o2m["logits"], enc_o2m_boxes=o2m["boxes"])
+
+    def official(loss: str, of: str) -> str:
+        name = {"class": "loss_class", "l1": "loss_bbox", "giou": "loss_giou"}[loss]
+        sets = {"layer2": "", "encoder": "_enc", "encoder_o2m": "_enc_o2m"}
+        routed = of.replace("layer", "_").replace("o2m", "_group_").replace("sep", "_sep_")
+        return name + sets.get(of, routed)
+
+    run.losses(outputs, official)
+    return run.found
+
+
+def dense_memory(run: Run) -> Memory:
+    encoder: Any = run.model.encoder
+    memory: Memory = encoder.encode(*run.input("src"), run.golden["in/pos"], run.golden["in/mask"])
+    return memory
+
+
+def projection(golden: Golden) -> dict[str, Tensor]:
+    """Of a backbone's map, which is not recorded."""
+    d = golden.config["d_model"]
+    return {"input_proj.weight": torch.zeros(d, 8, 1, 1), "input_proj.bias": torch.zeros(d)}
+
+
+def hidden_of(run: Run, memory: Memory) -> tuple[Tensor, list[Tensor]]:
+    """What heads see, and the references of all layers."""
+    heads: Any = run.model.decoder.heads
+    seen: list[Tensor] = []
+    references: list[Tensor] = []
+    hooks = [
+        heads.norm.register_forward_hook(lambda _m, _x, y: seen.append(y)),
+        heads.register_forward_hook(
+            lambda _m, args, _y: references.append(args[2].get("reference"))
+        ),
+    ]
+    with torch.no_grad():
+        run.model.detect(memory)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(seen), references
+
+
+def detr(golden: Golden) -> Found:
+    others = projection(golden) | {"query_embed.weight": golden["in/query_pos"]}
+    run = Run(golden, models.detr, 8, others=others)
+    memory = dense_memory(run)
+    outputs = run.model.detect(memory)
+    run.layers(outputs)
+    run.tell(
+        memory=memory.features.transpose(1, 2).unflatten(2, memory.shapes[0]),
+        hidden=hidden_of(run, memory)[0],
+    )
+    embed: Any = run.model.queries
+    run.inputs["query_pos"] = embed.embed.weight
+    run.gradients("grad", waves(outputs))
+    run.losses(outputs, suffixed, gradients=False)
+    return run.found
+
+
+def dab_detr_dense(golden: Golden) -> Found:
+    others = projection(golden) | {"refpoint_embed.weight": golden["in/refpoint_unact"]}
+    run = Run(golden, models.dab_detr, 8, others=others)
+    memory = dense_memory(run)
+    outputs = run.model.detect(memory)
+    hidden, references = hidden_of(run, memory)
+    run.tell(
+        logits=outputs["logits"],
+        boxes=outputs["boxes"],
+        memory=memory.features,
+        hidden=hidden,
+        references=torch.stack(references),
+    )
+    queries: Any = run.model.queries
+    run.inputs["refpoint_unact"] = queries.boxes.weight
+    run.gradients("grad", waves(outputs))
+    return run.found
+
+
+def load_part(
+    part: nn.Module, golden: Golden, case: str, system: str, prefix: str, others: tuple[str, ...]
+) -> dict[str, nn.Parameter]:
+    """Weights that are recorded in full, into a part of a model; parameters by official name."""
+    state = golden.state(case)
+    names = {n: renamed(system, prefix + n, 6).removeprefix("encoder.") for n in state}
+    own = part.state_dict()
+    assert {n for n in own if not n.startswith(others)} == set(names.values())
+    part.load_state_dict(own | {ours: state[n] for n, ours in names.items()})
+    parameters = dict(part.named_parameters())
+    return {n: parameters[ours] for n, ours in names.items() if ours in parameters}
+
+
+def gradients_of_part(
+    found: Found, case: str, scalar: Tensor, inputs: Found, parameters: Mapping[str, Tensor]
+) -> None:
+    wanted = {f"in/{n}": x for n, x in inputs.items()}
+    wanted |= {f"param/{n}": x for n, x in parameters.items()}
+    gradients = torch.autograd.grad(scalar, list(wanted.values()))
+    found |= {f"{case}/grad/{n}": g for n, g in zip(wanted, gradients)}
+
+
+def encoder(golden: Golden) -> Found:
+    found: Found = {}
+    config = golden.config
+    size = models.Size(d=config["d_model"], heads=config["heads"], hidden=config["ffn"])
+    deform = models.deformable_encoder(Maps(8, 16, 32), replace(size, encoder_layers=2))
+    others = ("project.", "level_embed")
+    parameters = load_part(
+        deform, golden, "deformable", "deformable_detr", "transformer.encoder.", others
+    )
+    source = golden["in/deformable/src"].requires_grad_()
+    memory = Memory(
+        source,
+        golden["in/deformable/shapes"].tolist(),
+        golden["in/deformable/padding_mask"],
+        ratios=golden["in/deformable/valid_ratios"],
+    )
+    output = deform.attend(memory, golden["in/deformable/pos"]).features
+    found["deformable/output"] = output
+    found["deformable/reference"] = memory.on_every_level(pixel_centres(memory))
+    gradients_of_part(found, "deformable", output.sin().sum(), {"src": source}, parameters)
+
+    for case, options in config["cases"].items():
+        if case == "deformable":
+            continue
+        hybrid = HybridEncoder(
+            options["in_channels"],
+            options["hidden_dim"],
+            heads=config["heads"],
+            hidden=options["ffn"],
+            expansion=options["expansion"],
+            depth=options["depth_mult"],
+            act=options["activation"],
+        ).eval()
+        parameters = load_part(hybrid, golden, case, "rtdetr", "encoder.", ("output.",))
+        maps = {f"feat{i}": golden[f"in/{case}/feat{i}"].requires_grad_() for i in range(3)}
+        fused = hybrid.fuse(list(maps.values()))
+        found |= {f"{case}/output{i}": x for i, x in enumerate(fused)}
+        scalar = torch.stack([x.sin().sum() for x in fused]).sum()
+        gradients_of_part(found, case, scalar, maps, parameters)
+    return found
+
+
+def matcher_losses(golden: Golden) -> Found:
+    found: Found = {}
+    recorded = golden.outputs()
+    bins = EdgeBins()
+    for i in range(golden.config["problems"]):
+        given = {
+            key: golden[f"in/{i}/{key}"].requires_grad_() for key in ("logits", "boxes", "corners")
+        }
+        logits, boxes, corners = given.values()
+        targets = golden.targets(f"in/{i}")
+        for name in ("deformable", "rtdetr_v2", "deim"):
+            match = Hungarian()
+            found |= of_pairs(f"{i}/match/{name}", match(given, targets))
+            for b, target in enumerate(targets):
+                found[f"{i}/cost/{name}/{b}"] = match.cost(logits[b], boxes[b], target)
+        pairs: Pairs = [tuple(golden[f"in/{i}/indices/{b}"]) for b in range(2)]
+        where, truth = losses.at(pairs), losses.chosen(targets, pairs, "boxes")
+        n = losses.object_count(targets, logits.device)
+        iou = overlap(boxes[where], truth)[0].detach()
+        initial = golden[f"in/{i}/ref_points"][where]
+        left, right_weight = bins.targets(initial, truth)
+        found[f"{i}/iou_matched"] = iou
+        found[f"{i}/fgl_target_left_bin"] = left.flatten()
+        found[f"{i}/fgl_target_weight_right"] = right_weight.flatten()
+        found[f"{i}/fgl_target_weight_left"] = 1 - right_weight.flatten()
+        told = {
+            "corners": corners,
+            "teacher_corners": golden[f"in/{i}/teacher_corners"],
+            "teacher_logits": golden[f"in/{i}/teacher_logits"],
+        }
+        balance = (len(iou), logits[..., 0].numel() - len(iou))
+        of = {
+            "fgl": (bins.localisation(corners[where], initial, truth, iou).sum() / n, "corners"),
+            "ddf": (bins.distillation(told, where, iou, balance), "corners"),
+        }
+        for name, kind in CLASSIFICATIONS.items():
+            criterion = losses.Criterion({"class": 1, "l1": 1, "giou": 1}, classification=kind)
+            of[name] = (criterion.classes(given, targets, pairs, n), "logits")
+            for box_loss, value in criterion.boxes(given, targets, pairs, n, balance).items():
+                of[{"l1": "bbox"}.get(box_loss, box_loss)] = (value, "boxes")
+        for name, (loss, key) in of.items():
+            found[f"{i}/loss/{name}"] = loss
+            if f"{i}/grad_{name}/{key}" in recorded:
+                [gradient] = torch.autograd.grad(loss, given[key], retain_graph=True)
+                found[f"{i}/grad_{name}/{key}"] = gradient
+
+        start = f"in/o2m/{i}"
+        many = OneToMany(sample=golden.config["o2m"]["sample_size"])
+        told = {key: golden[f"{start}/{key}"] for key in ("logits", "boxes")}
+        found |= of_pairs(f"o2m/{i}/match", many(told, golden.targets(start)))
+
+        said, objects = golden[f"in/stewart/{i}/pred"], golden[f"in/stewart/{i}/gt"]
+        said_by, which = assign(Lexicographic.cost(said, objects))
+        offset = (said[said_by, :2] - objects[which, :2]).abs() / objects[which, 2:]
+        missed, distance = (offset > 0.5).any(-1).sum(), (said[said_by] - objects[which]).abs()
+        triple = torch.stack([missed.float(), said_by.sum().float(), distance.sum()])
+        found[f"stewart/{i}/cost"] = triple
+        answer = torch.full((len(said),), -1).index_put((said_by,), which)
+        found[f"stewart/{i}/match"] = torch.stack([torch.arange(len(said)), answer])
+    return found
+
+
+CLASSIFICATIONS = {
+    "focal": losses.focal,
+    "vfl": losses.varifocal,
+    "mal": losses.matchability_aware,
+}
+SYSTEMS: dict[str, Callable[[Golden], Found]] = {
+    "matcher_losses": matcher_losses,
+    "encoder": encoder,
+    "detr": detr,
+    "dab_detr_dense": dab_detr_dense,
+    "deformable": deformable,
+    "dab_deformable": dab_deformable,
+    "dn_dab_deformable": dn_dab_deformable,
+    "dino": dino,
+    "rtdetr_v1": rtdetr,
+    "rtdetr_v2": rtdetr,
+    "rtdetr_v2_points_list": rtdetr,
+    "rtdetr_v2_discrete": rtdetr,
+    "deim": deim,
+    "mrdetr": mrdetr,
+}

@@ -1,0 +1,338 @@
+"""Data: drawn alike every time, boxes that fit, folders whose every fault is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deform_attn.detr.augment import Augmented, Item, Steps, mixup, mosaic, warp
+from deform_attn.detr.data import CocoFolder, Digits, Shapes, open_dataset
+from deform_attn.detr.evaluate import average_precision
+
+
+@pytest.mark.parametrize("kind", [Shapes, Digits])
+def test_drawn_images_depend_on_seed_split_and_index_alone(kind: Any) -> None:
+    dataset = kind("train", seed=3)
+    again = [kind("train", seed=3)[i] for i in (5, 2)]
+    for index, (image, target) in zip((5, 2), again):
+        same_image, same_target = dataset[index]
+        assert torch.equal(image, same_image)
+        assert torch.equal(target["boxes"], same_target["boxes"])
+        assert torch.equal(target["labels"], same_target["labels"])
+    for other in (kind("train", seed=4)[5], kind("val", seed=3)[5], dataset[6]):
+        assert not torch.equal(again[0][0], other[0])
+    with pytest.raises(IndexError, match="0 to 1999, got 2000"):
+        dataset[2000]
+
+
+@pytest.mark.parametrize("kind", [Shapes, Digits])
+def test_drawn_boxes_fit_inside_and_all_classes_occur(kind: Any) -> None:
+    dataset = kind("train")
+    seen = set()
+    for index in range(60):
+        image, target = dataset[index]
+        assert image.shape == (3, dataset.size, dataset.size)
+        assert image.dtype == torch.float32
+        assert 0 <= image.min() <= image.max() <= 1
+        boxes = target["boxes"]
+        assert len(boxes) >= 1
+        assert (boxes[:, 2:] > 0).all()
+        assert (boxes[:, :2] - boxes[:, 2:] / 2 >= 0).all()
+        assert (boxes[:, :2] + boxes[:, 2:] / 2 <= 1).all()
+        seen.update(target["labels"].tolist())
+    assert seen == set(range(len(dataset.classes)))
+
+
+def test_the_box_of_a_shape_is_where_it_was_drawn() -> None:
+    """Inside the box of a shape the colour stands out; just outside it is the calm ground."""
+    dataset = Shapes("val")
+    for index in range(20):
+        image, target = dataset[index]
+        for cx, cy, w, _ in (target["boxes"] * dataset.size).tolist():
+            center = image[:, round(cy - 0.5), round(cx - 0.5)]
+            edge = image[:, round(cy - 0.5), max(0, round(cx - w / 2 - 2))]
+            assert (center - edge).abs().max() > 0.2
+
+
+def test_digits_and_photographs_of_the_test_images_are_not_trained_on() -> None:
+    from deform_attn.detr.data import _handwriting, _photographs
+
+    for pictures in (lambda split: _handwriting(split)[0], _photographs):
+        train = {picture.tobytes() for picture in pictures("train")}
+        assert not train & {picture.tobytes() for picture in pictures("val")}
+
+
+def test_ground_truth_of_a_drawn_set_scores_one_against_itself() -> None:
+    dataset = Shapes("val")
+    found = []
+    for index in range(len(dataset)):
+        target = dataset[index][1]
+        center, half = target["boxes"][:, :2] * 64, target["boxes"][:, 2:] * 32
+        corners = torch.cat([center - half, center + half], -1)
+        scores = torch.ones(len(corners))
+        found.append({"boxes": corners, "scores": scores, "labels": target["labels"]})
+    assert average_precision(dataset.ground_truth(), found)["AP"] == pytest.approx(1)
+    found[0]["labels"] = (found[0]["labels"] + 1) % 3
+    assert average_precision(dataset.ground_truth(), found)["AP"] < 1
+
+
+def test_average_precision_of_a_case_by_hand() -> None:
+    """Two objects, one found at IoU 0.6 under a false alarm with a higher score."""
+    truth = {
+        "images": [{"id": 5, "height": 100, "width": 100}],
+        "categories": [{"id": 9, "name": "thing"}],
+        "annotations": [
+            {"id": i, "image_id": 5, "category_id": 9, "bbox": box, "area": 400, "iscrowd": 0}
+            for i, box in enumerate(([0, 0, 20, 20], [50, 50, 20, 20]), 1)
+        ],
+    }
+    found = {
+        "boxes": torch.tensor([[80.0, 0, 90, 10], [0, 0, 20, 12]]),
+        "scores": torch.tensor([0.9, 0.8]),
+        "labels": torch.tensor([0, 0]),
+    }
+    result = average_precision(truth, [found])
+    # precision 1/2 up to recall 1/2: 51 of 101 recall points, at IoU .5, .55 and .6
+    assert result["AP50"] == pytest.approx(51 / 101 / 2)
+    assert result["AP"] == pytest.approx(51 / 101 / 2 * 3 / 10)
+    assert result["AP75"] == 0
+    nothing = {name: numbers[:0] for name, numbers in found.items()}
+    assert average_precision(truth, [nothing])["AP"] == 0
+
+
+# A folder of one's own
+
+
+def coco_folder(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda c: None) -> Path:
+    """Three images of odd modes, categories with gaps, an empty image, a crowd; then `change`."""
+    (folder / "annotations").mkdir(parents=True)
+    (folder / "train2017").mkdir()
+    for name, mode in (("ä b.png", "RGBA"), ("gray.png", "L"), ("16.png", "I;16")):
+        Image.new(mode, (40, 30)).save(folder / "train2017" / name)
+    sides = {"height": 30, "width": 40}
+    content = {
+        "images": [
+            {"id": 70, "file_name": "ä b.png", **sides},
+            {"id": 3, "file_name": "gray.png", **sides},
+            {"id": 8, "file_name": "16.png", **sides},
+        ],
+        "categories": [{"id": 90, "name": "zebra"}, {"id": 4, "name": "ant"}],
+        "annotations": [
+            {"id": 1, "image_id": 70, "category_id": 90, "bbox": [10, 5, 20, 10]},
+            {"id": 2, "image_id": 70, "category_id": 4, "bbox": [-0.5, 0, 40.9, 30.2]},
+            {"id": 3, "image_id": 8, "category_id": 4, "bbox": [0, 0, 5, 5], "iscrowd": 1},
+        ],
+    }
+    change(content)
+    file = folder / "annotations" / "instances_train2017.json"
+    file.write_text(json.dumps(content), encoding="utf-8")
+    return folder
+
+
+def test_nothing_of_a_folder_is_lost(tmp_path: Path) -> None:
+    dataset = open_dataset(f"coco:{coco_folder(tmp_path)}", "train", size=32)
+    assert len(dataset) == 3
+    assert dataset.classes == ("ant", "zebra")
+    image, target = dataset[0]
+    assert image.shape == (3, 32, 32)
+    assert target["labels"].tolist() == [1, 0]
+    expected = torch.tensor([[20 / 40, 10 / 30, 20 / 40, 10 / 30], [0.5, 0.5, 1, 1]])
+    torch.testing.assert_close(target["boxes"], expected)
+    assert dataset[1][1]["boxes"].shape == (0, 4)
+    assert dataset[2][1]["labels"].shape == (0,)  # a crowd is no target,
+    assert len(dataset.ground_truth()["annotations"]) == 3  # but it counts in the AP
+    found = {
+        "boxes": torch.tensor([[10.0, 5, 30, 15], [-0.5, 0, 40.4, 30.2]]),
+        "scores": torch.ones(2),
+        "labels": torch.tensor([1, 0]),
+    }
+    nothing = {name: numbers[:0] for name, numbers in found.items()}
+    in_crowd = {
+        "boxes": torch.tensor([[0.0, 0, 5, 5]]),
+        "scores": torch.ones(1),
+        "labels": torch.tensor([0]),
+    }
+    result = average_precision(dataset.ground_truth(), [found, nothing, in_crowd])
+    assert result["AP"] == pytest.approx(1)
+
+
+FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "missing image": (
+        lambda c: c["images"][1].update(file_name="no.png"),
+        r"image 3: expected the file .*no\.png, which is missing",
+    ),
+    "not an image": (
+        lambda c: c["images"][1].update(file_name="../annotations"),
+        r"image 3: expected the file .*annotations, which is missing",
+    ),
+    "other size": (
+        lambda c: c["images"][1].update(width=41),
+        r"image 3: expected .*gray\.png to be 41 x 30 \(width x height\), got 40 x 30",
+    ),
+    "box outside": (
+        lambda c: c["annotations"][0].update(bbox=[30, 5, 20, 10]),
+        r"annotation 1 \(image 70\): expected bbox inside 40 x 30 pixels, got \[30, 5, 20, 10\]",
+    ),
+    "negative size": (
+        lambda c: c["annotations"][1].update(bbox=[9, 9, -4, 2]),
+        r"annotation 2 \(image 70\): expected bbox with width and height above 0, got \[9, 9, -4",
+    ),
+    "no number": (
+        lambda c: c["annotations"][1].update(bbox=[9, 9, float("nan"), 2]),
+        r"annotation 2 .*four finite numbers \[x, y, width, height\], got \[9, 9, nan, 2\]",
+    ),
+    "three numbers": (
+        lambda c: c["annotations"][1].update(bbox=[9, 9, 3]),
+        r"annotation 2 .*four finite numbers",
+    ),
+    "unknown category": (
+        lambda c: c["annotations"][2].update(category_id=5),
+        r"annotation 3: expected category_id among \[4, 90\], got 5",
+    ),
+    "unknown image": (
+        lambda c: c["annotations"][2].update(image_id=71),
+        r"annotation 3: expected image_id of a listed image, got 71",
+    ),
+    "id twice": (
+        lambda c: c["annotations"][2].update(id=1),
+        r"annotations\[2\]: expected an id of its own, got 1 again",
+    ),
+    "key left out": (
+        lambda c: c["images"][0].pop("height"),
+        r"images\[0\]: expected keys .*\['height'\] missing",
+    ),
+    "no list": (lambda c: c.pop("categories"), r"lists images, annotations, categories"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_of_a_folder_is_named(name: str, tmp_path: Path) -> None:
+    change, message = FAULTS[name]
+    with pytest.raises(ValueError, match=message):
+        CocoFolder(coco_folder(tmp_path, change), "train", 32)
+
+
+def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
+    def spoil(content: dict[str, Any]) -> None:
+        content["images"][1]["file_name"] = "no.png"
+        for one in content["annotations"]:
+            one["bbox"] = [0, 0, 0, 1]
+
+    with pytest.raises(ValueError, match="4 faults") as error:
+        CocoFolder(coco_folder(tmp_path, spoil), "train", 32)
+    assert all(f"annotation {i}" in str(error.value) for i in (1, 2, 3))
+
+
+def test_a_broken_image_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    (folder / "train2017" / "gray.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"image 3: expected an image in .*gray\.png"):
+        CocoFolder(folder, "train", 32)
+    with pytest.raises(ValueError, match=r"expected one file annotations/instances_val\*\.json"):
+        CocoFolder(folder, "val", 32)
+    with pytest.raises(ValueError, match="'coco:FOLDER', got 'voc'"):
+        open_dataset("voc", "train")
+    with pytest.raises(ValueError, match="split: expected 'train' or 'val', got 'test'"):
+        open_dataset("shapes", "test")
+
+
+# Augmentation
+
+
+def white_box(box: tuple[float, float, float, float]) -> Any:
+    """A black image with one white box (x1, y1, x2, y2 in [0, 1]) and its target."""
+    image = torch.zeros(3, 64, 64)
+    x1, y1, x2, y2 = (round(64 * side) for side in box)
+    image[:, y1:y2, x1:x2] = 1
+    center = torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]]) / 64
+    return image, {"labels": torch.tensor([2]), "boxes": center}
+
+
+def extent_of_white(image: torch.Tensor) -> torch.Tensor:
+    """The box (cx, cy, w, h) round the pixels that are more white than black and gray."""
+    ys, xs = torch.where(image[0] > 0.75)
+    low, high = torch.stack([xs.min(), ys.min()]), torch.stack([xs.max(), ys.max()]) + 1
+    return torch.cat([(low + high) / 2, high - low]) / 64
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_boxes_go_where_their_pixels_go(seed: int) -> None:
+    """Flip, zoom, crop and mosaic of a white box: the box is round the white pixels."""
+    rng = np.random.default_rng(seed)
+    sample = white_box((0.25, 0.375, 0.625, 0.5))
+    maps = [[[-1, 0, 0], [0, 1, 0]], [[1.6, 0, 0.3], [0, 1.6, -0.2]], [[0.7, 0, 0.1], [0, 0.9, 0]]]
+    moved = [warp(sample, np.array(one)) for one in maps]
+    black = (torch.zeros(3, 64, 64), {"labels": torch.empty(0), "boxes": torch.empty(0, 4)})
+    moved.append(mosaic([black, sample, black, black], rng))
+    for image, target in moved:
+        assert target["labels"].tolist() == [2]
+        at_edge = (target["boxes"][0, :2] - target["boxes"][0, 2:] / 2 <= 0).any()
+        tolerance = 3 / 64 if not at_edge else 6 / 64
+        torch.testing.assert_close(
+            target["boxes"][0], extent_of_white(image), atol=tolerance, rtol=0
+        )
+
+
+def test_a_box_out_of_sight_is_dropped_and_a_clipped_one_is_not() -> None:
+    sample = white_box((0.25, 0.25, 0.5, 0.5))
+    left_half_of_it = warp(sample, np.array([[1, 0, -0.75], [0, 1, 0]]))
+    torch.testing.assert_close(
+        left_half_of_it[1]["boxes"], torch.tensor([[0.75, 0.375, 0.25, 0.25]])
+    )
+    torch.testing.assert_close(
+        warp(sample, np.array([[1, 0, -1.25], [0, 1, 0]]))[1]["boxes"],
+        torch.tensor([[0.9375, 0.375, 0.125, 0.25]]),
+    )
+    assert warp(sample, np.array([[1, 0, -1.4], [0, 1, 0]]))[1]["boxes"].shape == (0, 4)
+    with pytest.raises(ValueError, match="expected 4 of them, got 3"):
+        mosaic([sample] * 3, np.random.default_rng(0))
+
+
+def test_mixup_keeps_the_objects_of_both() -> None:
+    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
+    targets = [{"labels": torch.tensor([i]), "boxes": torch.full((1, 4), i / 10)} for i in range(2)]
+    mixup(images, targets, np.random.default_rng(0))
+    assert 0.45 <= images[0].max() <= 0.55
+    torch.testing.assert_close(images[0] + images[1], torch.ones(3, 4, 4))
+    assert [target["labels"].tolist() for target in targets] == [[0, 1], [1, 0]]
+    assert targets[0]["boxes"][:, 0].tolist() == pytest.approx([0, 0.1])
+
+
+def test_mosaic_and_mixup_multiply_objects_and_stop_half_way() -> None:
+    data = Augmented(Shapes("train"), "dense", steps=58, seed=0)
+    assert [step for step in range(58) if data.is_on("mosaic", step)] == list(range(4, 29))
+    assert [step for step in range(58) if data.is_on("mixup", step)] == list(range(4, 29))
+    assert [step for step in range(58) if data.is_on("crop", step)] == list(range(4, 50))
+
+    def objects(step: int) -> int:
+        drawn = [data[Item(step + i % 5, i, i)] for i in range(64)]
+        return sum(len(target["boxes"]) for target in data.batch(drawn)[1])
+
+    assert objects(12) > 1.5 * objects(50)
+    with pytest.raises(ValueError, match="augment: expected one of"):
+        Augmented(Shapes("train"), "more", steps=58, seed=0)
+
+
+def test_batches_are_the_same_wherever_training_starts_and_however_it_is_shared() -> None:
+    whole = list(Steps(50, 8, 0, 25, seed=1, part=(0, 1)))
+    assert list(Steps(50, 8, 13, 25, seed=1, part=(0, 1))) == whole[13:]
+    parts = [list(Steps(50, 8, 0, 25, seed=1, part=(i, 2))) for i in range(2)]
+    assert [a + b for a, b in zip(*parts)] == whole
+    images = [item.image for items in whole for item in items]
+    epochs = [images[i : i + 50] for i in range(0, 200, 50)]
+    assert all(sorted(epoch) == list(range(50)) for epoch in epochs)  # none is left out
+    assert epochs[0] != epochs[1]
+    assert len(next(iter(Steps(5, 8, 0, 1, seed=1, part=(0, 1))))) == 8  # more than there are
+    data = Augmented(Shapes("train"), "dense", steps=20, seed=1)
+    one, two = (data.batch([data[item] for item in whole[5]]) for _ in range(2))
+    assert torch.equal(one[0], two[0])
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(one[1], two[1]))
+    with pytest.raises(ValueError, match="multiple of 3 processes, got 8"):
+        Steps(50, 8, 0, 20, seed=1, part=(0, 3))

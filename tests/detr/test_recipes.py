@@ -1,0 +1,322 @@
+"""What was not recorded: recipes as a whole, random draws, and the edges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deform_attn.detr import losses, models
+from deform_attn.detr.boxes import sine_of_pixels, to_corners
+from deform_attn.detr.decoder import proposals
+from deform_attn.detr.denoising import Denoising
+from deform_attn.detr.dfine import EdgeBins
+from deform_attn.detr.encoder import Memory
+from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, union
+
+TINY = models.Size(
+    d=32, heads=4, levels=3, encoder_layers=1, decoder_layers=2, hidden=32, queries=12
+)
+RECIPES: dict[str, Callable[..., models.System]] = {
+    "stewart": models.stewart,
+    "detr": models.detr,
+    "dab_detr": models.dab_detr,
+    "dn_detr": models.dn_detr,
+    "one_stage": models.deformable_detr,
+    "refined": partial(models.deformable_detr, refine=True),
+    "two_stage": partial(models.deformable_detr, two_stage=True),
+    "dab_deformable_detr": models.dab_deformable_detr,
+    "dn_deformable_detr": models.dn_deformable_detr,
+    "dino": models.dino,
+    "rtdetr": models.rtdetr,
+    "rtdetr_v2": partial(models.rtdetr, version=2, expansion=0.5),
+    "rtdetr_v2_discrete": partial(models.rtdetr, version=2, method="discrete"),
+    "dfine": models.dfine,
+    "deim": models.deim,
+    "deim_on_rtdetr": partial(models.deim, base=models.rtdetr, version=2),
+    "mr_detr": models.mr_detr,
+}
+TARGETS = [
+    {
+        "labels": torch.tensor([2, 0]),
+        "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.7, 0.6, 0.4, 0.2]]),
+    },
+    {"labels": torch.zeros(0, dtype=torch.long), "boxes": torch.zeros(0, 4)},
+]
+NOTHING = [TARGETS[1], TARGETS[1]]
+
+
+def made(name: str) -> models.System:
+    return RECIPES[name](models.SmallBackbone((16, 16, 32)), 3, TINY)
+
+
+def padded() -> tuple[Tensor, Tensor]:
+    mask = torch.zeros(2, 64, 96, dtype=torch.bool)
+    mask[1, 48:], mask[1, :, 80:] = True, True
+    return torch.rand(2, 3, 64, 96).masked_fill(mask[:, None], 0), mask
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_step_reaches_every_parameter(name: str) -> None:
+    model, criterion, _ = made(name)
+    for parameter in model.parameters():  # heads start at zero, and would hide what is before
+        torch.nn.init.normal_(parameter, std=0.05)
+    images, mask = padded()
+    found = criterion(model(images, mask, TARGETS), TARGETS)
+    assert all(loss.isfinite() for loss in found.values()), found
+    torch.stack(list(found.values())).sum().backward()
+    unreached = {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert not unreached
+
+
+@pytest.mark.parametrize("name", ["detr", "dino", "deim", "mr_detr"])
+def test_half_precision(name: str) -> None:
+    model, criterion, _ = made(name)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model(*padded(), TARGETS)
+    found = criterion(outputs, TARGETS)
+    assert all(loss.isfinite() and loss.dtype is torch.float32 for loss in found.values())
+    torch.stack(list(found.values())).sum().backward()
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_images_without_objects(name: str) -> None:
+    model, criterion, _ = made(name)
+    found = criterion(model(*padded(), NOTHING), NOTHING)
+    assert all(loss.isfinite() for loss in found.values()), found
+    assert all(not loss for key, loss in found.items() if key.startswith(("l1", "giou")))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_results_are_boxes_in_pixels(name: str) -> None:
+    model, _, postprocess = made(name)
+    images, mask = padded()
+    with torch.no_grad():
+        outputs = model.eval()(images, mask)
+        results = postprocess(outputs, torch.tensor([[64, 96], [48, 80]]))
+        again = postprocess(model(images, mask, TARGETS), torch.tensor([[64, 96], [48, 80]]))
+    assert not {"dn", "o2m", "sep"} & set(outputs)
+    for result, same in zip(results, again):
+        n = len(result["scores"])
+        assert result["boxes"].shape == (n, 4)
+        assert result["labels"].shape == (n,)
+        assert ((result["labels"] >= 0) & (result["labels"] < 3)).all()
+        assert ((result["scores"] >= 0) & (result["scores"] <= 1)).all()
+        assert all(torch.equal(result[key], same[key]) for key in result)
+    corners = to_corners(outputs["boxes"][-1, 1]) * torch.tensor([80, 48, 80, 48])
+    distance = torch.cdist(results[1]["boxes"], corners, p=1).amin(-1)
+    assert (distance < 1e-3).all()
+
+
+@pytest.mark.parametrize("name", ["dn_detr", "dn_deformable_detr", "dino", "rtdetr", "deim"])
+def test_noised_queries_are_not_seen(name: str) -> None:
+    model: Any = made(name).model.train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.eval()
+    images, mask = padded()
+    with torch.no_grad():
+        alone, beside = model(images, mask), model(images, mask, TARGETS)
+    assert "dn" in beside
+    for key in ("logits", "boxes"):
+        torch.testing.assert_close(alone[key], beside[key], rtol=1e-5, atol=1e-6)
+
+
+def test_fewer_layers_in_evaluation() -> None:
+    size = models.Size(d=32, heads=4, levels=3, decoder_layers=3, hidden=32, queries=12)
+    model = models.rtdetr(models.SmallBackbone(), 3, size, eval_layers=2).model
+    images = torch.rand(1, 3, 64, 64)
+    assert len(model.train()(images)["logits"]) == 3
+    assert len(model.eval()(images)["logits"]) == 2
+
+
+def drawn(denoising: Denoising, n: int = 4) -> tuple[Tensor, Tensor, Tensor, Any]:
+    """Labels and corners of positives and of what else there is, and their noise."""
+    labels, boxes = torch.arange(n) % 3, torch.tensor([[0.5, 0.5, 0.2, 0.3]]).repeat(n, 1)
+    target: Mapping[str, Tensor] = {"labels": labels, "boxes": boxes}
+    noised = denoising.noise([target])
+    assert noised is not None
+    moved = noised.boxes[0].sigmoid().unflatten(0, (noised.groups, -1, n))
+    return labels, noised.labels[0].unflatten(0, (noised.groups, -1, n)), moved, noised
+
+
+def test_contrastive_noise() -> None:
+    labels, found, moved, noised = drawn(Denoising(3, 8, number=20000, box_noise=0.4))
+    assert noised.groups == 5000
+    assert moved.shape[1] == 2
+    flipped = (found != labels).float().mean()  # a quarter is drawn anew, from three classes
+    assert abs(flipped - 0.25 * 2 / 3) < 0.01
+    half = torch.tensor([0.1, 0.15, 0.1, 0.15]) * 0.4
+    corner = torch.tensor([0.4, 0.35, 0.6, 0.65])
+    shift = (to_corners(moved) - corner) / half
+    near, far = shift[:, 0].abs(), shift[:, 1].abs()
+    assert near.max() < 1.001
+    assert abs(near.mean() - 0.5) < 0.01
+    assert far.min() > 0.999
+    assert far.max() < 2.001
+    assert abs(far.mean() - 1.5) < 0.01
+    assert abs(shift.mean()) < 0.02  # either way
+    queries, targets = noised.pairs[0]
+    assert torch.equal(queries[:8], torch.tensor([0, 1, 2, 3, 8, 9, 10, 11]))
+    assert torch.equal(targets[:8], torch.arange(4).repeat(2))
+
+
+def test_noise_of_boxes_alone() -> None:
+    plain = Denoising(
+        3, 8, contrastive=False, groups=5000, label_noise=0.2, box_noise=0.4, indicator=True
+    )
+    labels, found, moved, noised = drawn(plain)
+    assert moved.shape[:2] == (5000, 1)
+    assert abs((found != labels).float().mean() - 0.2 * 2 / 3) < 0.01
+    shift = (moved - torch.tensor([0.5, 0.5, 0.2, 0.3])) / 0.4
+    bound = torch.tensor([0.1, 0.15, 0.2, 0.3])
+    assert (shift.abs() <= bound * 1.001).all()
+    assert (abs(shift.abs().mean((0, 1, 2)) / bound - 0.5) < 0.02).all()
+    assert (plain.content(noised)[..., -1] == 1).all()
+
+
+def test_padding_slots_are_zero() -> None:
+    denoising = Denoising(3, 8, number=6)
+    noised = denoising.noise(TARGETS)
+    assert noised is not None
+    assert not denoising.content(noised)[1].any()
+    assert not noised.boxes[1].any()
+    assert len(noised.pairs[1][0]) == 0
+    assert denoising.noise(NOTHING) is None
+
+
+def test_one_to_many_is_thinned() -> None:
+    box = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
+    prediction = {"logits": torch.zeros(1, 50, 3), "boxes": box.repeat(50, 1)[None]}
+    target = {"labels": torch.tensor([1]), "boxes": box}
+    [(queries, _)] = OneToMany()(prediction, [target])
+    assert len(queries) == 6
+    [(queries, _)] = OneToMany(sample=4)(prediction, [target])
+    assert len(queries) == 4
+
+
+def test_matching_survives_what_is_not_a_number() -> None:
+    prediction = {"logits": torch.full((1, 5, 3), torch.nan), "boxes": torch.rand(1, 5, 4)}
+    [(queries, targets)] = Hungarian()(prediction, [TARGETS[0]])
+    assert len(set(queries.tolist())) == 2
+    assert sorted(targets.tolist()) == [0, 1]
+
+
+def test_the_most_frequent_object_stays() -> None:
+    a, b = torch.tensor([3]), torch.tensor([7])
+    zero, one = torch.tensor([0]), torch.tensor([1])
+    [(queries, targets)] = union([[(a, zero)], [(a, one)], [(a, one)], [(b, zero)]])
+    assert dict(zip(queries.tolist(), targets.tolist())) == {3: 1, 7: 0}
+
+
+def test_early_predictions_win() -> None:
+    said = torch.tensor([[32.0, 32, 20, 20], [32, 32, 20, 20], [5, 5, 4, 4]])
+    cost = Lexicographic.cost(said, torch.tensor([[33.0, 33, 20, 20]]))
+    assert cost[:, 0].argmin() == 0  # same box, said first
+    assert cost[2, 0] > 100  # no overlap
+
+
+def test_a_cell_is_silent_after_it_was_unsure() -> None:
+    model, _, postprocess = made("stewart")
+    outputs = model.eval()(torch.rand(1, 3, 64, 64))
+    logits = torch.full_like(outputs["logits"], -5)
+    logits[..., -1] = 5
+    logits[0, 0, [0, 2, 5, 6], 1] = 20  # cell 0: sure, unsure, sure; cell 1: sure, sure
+    results = postprocess(outputs | {"logits": logits}, torch.tensor([[64, 64]]))
+    wanted = to_corners(outputs["boxes"][0, 0, [0, 5, 6]]) * 64
+    torch.testing.assert_close(results[0]["boxes"], wanted)
+
+
+def test_losses_of_several_classifications() -> None:
+    logits, hot = torch.randn(2, 5, 3), torch.zeros(2, 5, 3)
+    hot[0, 1, 2] = 1
+    for loss in (losses.focal, losses.varifocal, losses.matchability_aware):
+        better = loss(logits + 2 * (2 * hot - 1), hot, hot).sum()
+        assert better < loss(logits, hot, hot).sum()
+
+
+def test_proposals_of_an_image() -> None:
+    memory = Memory.of([torch.zeros(1, 8, n, n) for n in (80, 40, 20)])
+    logits, valid = proposals(memory)
+    assert valid.shape == (1, 8400, 1)
+    assert (~valid).sum() == 316  # as in RT-DETR at 640 pixels
+    assert logits[~valid.expand_as(logits)].isinf().all()
+    box = logits[0, 80 * 80 + 40 * 3 + 7].sigmoid()
+    torch.testing.assert_close(box, torch.tensor([7.5 / 40, 3.5 / 40, 0.1, 0.1]))
+    assert not proposals(Memory.of([torch.zeros(1, 8, 1, 1)] * 6))[1][0, 5]  # 1.6 of the image
+
+
+@pytest.mark.parametrize(("temperature", "shift"), [(20, 0.0), (10000, -0.5)])
+def test_positions_of_pixels(temperature: float, shift: float) -> None:
+    padding = torch.zeros(1, 4, 6, dtype=torch.bool)
+    padding[:, 3], padding[..., 4:] = True, True  # 3 rows and 4 columns are left
+    found = sine_of_pixels(padding, 8, temperature, shift)[0, :, 1, 2]
+    wanted = []
+    for place, extent in ((2, 3), (3, 4)):  # counted from 1: y, then x
+        for power in (0, 0.5):
+            angle = 2 * math.pi * (place + shift) / (extent + 1e-6) / temperature**power
+            wanted += [math.sin(angle), math.cos(angle)]
+    torch.testing.assert_close(found, torch.tensor(wanted))
+
+
+def test_scores_are_fused() -> None:
+    p = torch.tensor([0.5, 0.2, 0.9]).view(3, 1, 1, 1)
+    outputs = {"logits": torch.logit(p), "boxes": torch.rand(3, 1, 1, 4)}
+    [result] = models.best_scores(outputs, torch.tensor([[10, 10]]), fuse=True)
+    second = math.sqrt((0.2**2.001 + 0.5**1.853) / 2)
+    third = math.sqrt((0.9**2.001 + second**1.853) / 2)
+    assert result["scores"].item() == pytest.approx(third, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [4.0, 8.0])
+def test_edges_are_found_again(scale: float) -> None:
+    """A distribution on the two bins that are targets, with their weights, is the target."""
+    bins, n = EdgeBins(scale=scale), 200
+    initial = torch.cat([0.3 + 0.4 * torch.rand(n, 2), 0.2 + 0.2 * torch.rand(n, 2)], -1)
+    truth = initial * (0.9 + 0.2 * torch.rand(n, 4))
+    left, right_weight = bins.targets(initial, truth)
+    p = torch.zeros(n, 4, bins.count + 1)
+    p.scatter_(-1, left[..., None], 1 - right_weight[..., None])
+    p.scatter_add_(-1, left[..., None] + 1, right_weight[..., None])
+    found = bins.boxes(initial, p.log().flatten(1))
+    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+
+
+GOOD = TARGETS[0]
+BAD: list[tuple[list[Any], str]] = [
+    ([GOOD], r"targets: expected 2, one an image, got 1"),
+    ([GOOD, {**GOOD, "labels": torch.tensor([0.0, 1.0])}], r"\[1\]\['labels'\]: expected integers"),
+    ([GOOD, {**GOOD, "boxes": torch.rand(3, 4)}], r"expected \[2, 4\], got \(3, 4\)"),
+    ([GOOD, {**GOOD, "labels": torch.tensor([0, 3])}], r"expected 0 to 2, got 0 to 3"),
+    ([{**GOOD, "boxes": GOOD["boxes"] * 64}, GOOD], r"\[0\]\['boxes'\]: expected cxcywh in"),
+    ([{**GOOD, "boxes": GOOD["boxes"] * torch.nan}, GOOD], r"got nan"),
+]
+
+
+@pytest.mark.parametrize(("targets", "message"), BAD)
+@pytest.mark.parametrize("name", ["dino", "detr"])
+def test_bad_targets(name: str, targets: Any, message: str) -> None:
+    model, criterion, _ = made(name)
+    images = torch.rand(2, 3, 64, 64)
+    with pytest.raises(ValueError, match=message):
+        criterion(model(images), targets)
+    if name == "dino":
+        with pytest.raises(ValueError, match=message):
+            model(images, None, targets)
+
+
+def test_bad_images() -> None:
+    model = made("dino").model
+    with pytest.raises(ValueError, match=r"images: expected shape \[B, 3, H, W\], got \(1, 1, 64"):
+        model(torch.rand(1, 1, 64, 64))
+    with pytest.raises(ValueError, match=r"mask: expected bool of shape \[1, 64, 64\]"):
+        model(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64))
+    model = models.dino(models.SmallBackbone(), 3, replace(TINY, queries=100)).model
+    with pytest.raises(ValueError, match=r"memory: expected 100 pixels, got 84"):
+        model(torch.rand(1, 3, 32, 32))

@@ -1,0 +1,194 @@
+"""Training: the same to the bit after a kill, the same in two processes, and it learns."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from deform_attn.detr import load
+from deform_attn.detr.data import Shapes
+from deform_attn.detr.recipes import RECIPES, build
+from deform_attn.detr.train import Settings, parameter_groups, train
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Settings of a training on a folder of few images: shapes, written as PNG."""
+    folder = tmp_path_factory.mktemp("coco")
+    (folder / "annotations").mkdir()
+    few = {"train": 24, "val": 8}
+    for split in few:
+        dataset = Shapes(split)
+        dataset.lengths = few  # type: ignore[misc]
+        truth = dataset.ground_truth()
+        truth["images"] = [one | {"file_name": f"{one['id']}.png"} for one in truth["images"]]
+        (folder / split).mkdir()
+        for index in range(len(dataset)):
+            pixels = (dataset[index][0] * 255).round().byte().permute(1, 2, 0).numpy()
+            Image.fromarray(pixels).save(folder / split / f"{index}.png")
+        file = folder / "annotations" / f"instances_{split}.json"
+        file.write_text(json.dumps(truth))
+    settings = {"data": f"coco:{folder}", "size": 64, "steps": 16, "batch": 4}
+    return settings | {"evaluate_every": 8, "save_every": 3}
+
+
+def command(out: Path, **settings: Any) -> list[str]:
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    return ["-m", "deform_attn.detr.train", "--out", str(out), *options]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+def checkpoint(out: Path) -> dict[str, Any]:
+    return torch.load(out / "checkpoint.pt", weights_only=True)
+
+
+def differing(one: Any, two: Any, path: str = "") -> list[str]:
+    """Where two nests of dicts and lists are not the same to the bit."""
+    if isinstance(one, dict):
+        assert one.keys() == two.keys(), path
+        return [f for key in one for f in differing(one[key], two[key], f"{path}/{key}")]
+    if isinstance(one, list):
+        assert len(one) == len(two), path
+        return [f for i, pair in enumerate(zip(one, two)) for f in differing(*pair, f"{path}/{i}")]
+    same = torch.equal(one, two) if isinstance(one, Tensor) else one == two
+    return [] if same else [path]
+
+
+def test_a_killed_training_goes_on_to_the_bit(short: dict[str, Any], tmp_path: Path) -> None:
+    """Denoising draws random numbers, DEIM's augmentation mixes; killed twice, at any step."""
+    settings = short | {"recipe": "deim", "amp": "bfloat16"}
+    train_command = [sys.executable, *command(tmp_path / "whole", **settings)]
+    subprocess.run(train_command, check=True, env=environment())
+    cut = [sys.executable, *command(tmp_path / "cut", **settings)]
+    random = torch.Generator().manual_seed(time.time_ns() % 2**32)
+    for _ in range(2):
+        before = (tmp_path / "cut/checkpoint.pt").exists() and checkpoint(tmp_path / "cut")["step"]
+        process = subprocess.Popen(cut, env=environment())
+        while process.poll() is None:
+            time.sleep(0.05)
+            if (tmp_path / "cut/checkpoint.pt").exists():
+                now = checkpoint(tmp_path / "cut")["step"]
+                if now > before:
+                    time.sleep(0.3 * torch.rand((), generator=random).item())
+                    break
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    subprocess.run(cut, check=True, env=environment())
+    whole, cut_short = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    for one in (whole, cut_short):
+        del one["history"]["cpu_seconds"]
+    assert whole["step"] == short["steps"]
+    assert differing(whole, cut_short) == []
+    for name in ("model.pt", "history.json", "curves.png"):
+        assert (tmp_path / "cut" / name).stat().st_size > 0
+    assert not list((tmp_path / "cut").glob("*.partial"))
+
+
+def test_two_processes_train_as_one_with_the_doubled_batch(
+    short: dict[str, Any], tmp_path: Path
+) -> None:
+    """The first step's gradients agree to rounding (Adam's mean is a tenth of them), so do losses.
+
+    Halves of a batch hold unequal numbers of objects: a process that divided by its own would
+    differ.
+    """
+    settings = short | {"recipe": "deformable_detr", "freeze_norms": 1, "clip": 1e9}
+    for steps in (1, 5):
+        now = settings | {"steps": steps}
+        train(Settings(**now), tmp_path / f"one{steps}")
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += ["--nproc-per-node=2", *command(tmp_path / f"two{steps}", **now)]
+        subprocess.run(torchrun, check=True, env=environment(), capture_output=True)
+    one, two = (checkpoint(tmp_path / f"{name}1") for name in ("one", "two"))
+    states = zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values())
+    for mine, theirs in states:
+        scale = mine["exp_avg"].abs().max().item()
+        torch.testing.assert_close(
+            mine["exp_avg"], theirs["exp_avg"], rtol=1e-4, atol=2e-5 * scale + 1e-9
+        )
+    one, two = (checkpoint(tmp_path / f"{name}5") for name in ("one", "two"))
+    torch.testing.assert_close(
+        torch.tensor(one["history"]["loss"]),
+        torch.tensor(two["history"]["loss"]),
+        rtol=2e-3,
+        atol=0,
+    )
+    with pytest.raises(ValueError, match="processes: expected 2 as in .*, got 1"):
+        train(Settings(**settings | {"steps": 5}), tmp_path / "two5")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_takes_steps_and_is_loaded(
+    recipe: str, short: dict[str, Any], tmp_path: Path
+) -> None:
+    settings = short | {"recipe": recipe, "steps": 2, "batch": 2}
+    history = train(Settings(**settings), tmp_path)
+    assert len(history["loss"]) == 2
+    assert all(loss > 0 for loss in history["loss"])
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    detector = load(tmp_path / "model.pt")
+    assert detector.classes == ["disc", "square", "triangle"]
+    found = detector.predict([Image.new("L", (50, 70))], threshold=0)[0]
+    assert found["boxes"].shape == (len(found["names"]), 4)
+    assert found["boxes"].isfinite().all()
+
+
+def test_float16_scales_its_losses(short: dict[str, Any], tmp_path: Path) -> None:
+    """Where a scaled gradient overflows the step is left out and the scale halved."""
+    settings = short | {"recipe": "deformable_detr", "amp": "float16", "steps": 3, "batch": 2}
+    train(Settings(**settings), tmp_path)
+    state = checkpoint(tmp_path)
+    assert 1 < state["scaler"]["scale"] <= 65536
+    assert all(one["exp_avg"].isfinite().all() for one in state["optimizer"]["state"].values())
+
+
+def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path) -> None:
+    settings = short | {"recipe": "deformable_detr", "steps": 1, "batch": 2}
+    for wrong, message in (
+        ({"recipe": "yolo"}, "recipe: expected one of stewart, .*; got 'yolo'"),
+        ({"amp": "int8"}, "amp: expected one of none, bfloat16, float16; got 'int8'"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
+        ({"data": "voc"}, "data: expected 'shapes'"),
+        ({"augment": "more"}, "augment: expected one of"),
+        ({"batch": 0}, "batch: expected at least 1, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(Settings(**settings | wrong), tmp_path)
+    train(Settings(**settings), tmp_path)
+    with pytest.raises(ValueError, match=r"lr: expected 0\.001 as in .*checkpoint\.pt, got 0\.1"):
+        train(Settings(**settings | {"lr": 0.1}), tmp_path)
+
+
+def test_rates_and_decay_are_those_of_the_parameter() -> None:
+    settings = Settings(recipe="deformable_detr", data="shapes", backbone_lr=0.5)
+    model = build("deformable_detr", 3, 64, 2, 20).model
+    groups = parameter_groups(model, settings)
+    rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    slow = [name for name, _ in model.named_parameters() if "sampling_offsets" in name]
+    assert len(slow) == 2 * 3  # one layer of the encoder, two of the decoder
+    slow += ["queries.points.weight", "queries.points.bias"]
+    assert set(slow) < {name for name, _ in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        lr = 1e-3 * (0.5 if name.startswith("backbone.") else 0.1 if name in slow else 1)
+        assert rates[id(parameter)] == (lr, 1e-4 if parameter.dim() > 1 else 0), name
+
+
+def test_a_detector_learns(tmp_path: Path) -> None:
+    history = train(Settings(recipe="rtdetr", data="shapes", steps=80, lr=2e-3), tmp_path)
+    assert sum(history["loss"][-10:]) < 0.7 * sum(history["loss"][:10])
+    assert history["ap"][-1]["AP50"] > 0.1

@@ -1,0 +1,258 @@
+"""ONNX: each form of the operator against the oracle, then whole graphs in onnxruntime."""
+
+from __future__ import annotations
+
+import collections
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from cases import Case, Dtypes, Inputs
+from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
+from tolerances import check_results, grad_output_for, truth
+from torch import Tensor, nn
+
+import deform_attn
+from deform_attn import MSDeformAttn, ms_deform_attn
+from deform_attn.integrations.onnx import FORMS, OPSET, decompositions, export
+
+LARGEST_DIFFERENCE = 2e-6  # of a layer's float32 outputs, over their largest number
+LEVELS = [(5, 7), (3, 4), (2, 1)]
+PLUGIN = "MultiscaleDeformableAttnPlugin_TRT"
+
+# The forms as functions ----------------------------------------------------------------------
+
+
+def plugin(
+    value: Tensor, shapes: Tensor, starts: Tensor, locations: Tensor, weights: Tensor
+) -> Tensor:
+    """TensorRT's plugin as its README and its checks of types and shapes tell it."""
+    B, S, M, D = value.shape
+    L = shapes.shape[0]
+    _, Q, _, _, P, _ = locations.shape
+    assert {value.dtype, locations.dtype, weights.dtype} == {torch.float32}
+    assert {shapes.dtype, starts.dtype} == {torch.int32}
+    assert (shapes.shape, starts.shape) == ((L, 2), (L,))
+    assert (locations.shape, weights.shape) == ((B, Q, M, L, P, 2), (B, Q, M, L, P))
+    return ms_deform_attn(value, shapes, starts, locations, weights).view(B, Q, M, D)
+
+
+def symbolic(name: str, inputs: Any, attributes: Any, *, shape: Any, **options: Any) -> Tensor:
+    assert name == f"trt.plugins::{PLUGIN}"
+    assert attributes == {"plugin_version": "2", "plugin_namespace": ""}
+    output = plugin(*inputs)
+    assert output.shape == tuple(shape)
+    return output
+
+
+def arguments(inputs: Inputs, form: str) -> tuple[Any, ...]:
+    """Of the operator; "grid_sample" needs level sizes as numbers."""
+    shapes, starts, sizes = inputs.spatial_shapes, inputs.level_start_index, None
+    if form == "grid_sample" or not isinstance(shapes, Tensor):
+        sizes = [int(side) for pair in shapes for side in pair]
+        shapes = None
+    if starts is not None:
+        starts = torch.as_tensor(starts)
+        areas = torch.tensor([int(h) * int(w) for h, w in inputs.spatial_shapes])
+        if form == "grid_sample" and torch.equal(starts.long(), areas.cumsum(0) - areas):
+            starts = None
+    return (inputs.value, shapes, starts, *inputs.tensors[1:], sizes, inputs.num_points)
+
+
+def samples_something(case: Case) -> bool:
+    """No GridSample and no plugin has an empty shape."""
+    points = sum(case.points) if isinstance(case.points, tuple) else case.points
+    return 0 not in (case.batch, case.queries, points)
+
+
+@pytest.mark.only(dtypes=["f32", "bf16"], cases=samples_something)
+@pytest.mark.parametrize("form", FORMS)
+def test_each_form_is_the_operator(
+    form: str, dtypes: Dtypes, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the rule for kernels: values at knots, off the map, not finite, points by level."""
+    monkeypatch.setattr(torch.onnx.ops, "symbolic", symbolic)
+    inputs = case.make(dtypes)
+    decomposed = decompositions(form)[torch.ops.deform_attn.ms_deform_attn.default]
+    given = arguments(inputs, form)
+    if form == "grid_sample" and given[2] is not None:
+        with pytest.raises(ValueError, match="level_start_index: expected None for form"):
+            decomposed(*given)
+        return
+    output = decomposed(*given)
+    assert output.dtype == dtypes.value
+    grad_output = grad_output_for(inputs)
+    exact = truth(inputs, grad_output)
+    check_results((output, *exact[1:]), inputs, grad_output, names=("output",))
+
+
+def test_a_form_that_is_none() -> None:
+    with pytest.raises(ValueError, match="form: expected one of grid_sample, gather"):
+        decompositions("gridsample")
+
+
+def test_a_model_in_training() -> None:
+    with pytest.raises(ValueError, match="model: expected one in evaluation mode"):
+        export(nn.Linear(2, 2), (torch.rand(1, 2),))
+
+
+# Graphs --------------------------------------------------------------------------------------
+
+
+class Plugin(OpRun):
+    """The plugin for onnx's own evaluator."""
+
+    op_domain = "trt.plugins"
+
+    def _run(self, *inputs: Any, plugin_version: str, plugin_namespace: str) -> tuple[Any, ...]:
+        assert (plugin_version, plugin_namespace) == ("2", "")
+        return (plugin(*map(torch.from_numpy, inputs)).numpy(),)
+
+
+Plugin.__name__ = PLUGIN
+
+
+def run(model: onnx.ModelProto, feed: tuple[Tensor, ...]) -> list[Tensor]:
+    """In onnxruntime; what it has no kernel for, in onnx's evaluator."""
+    onnx.checker.check_model(model, full_check=True)
+    inputs = {put.name: tensor.numpy() for put, tensor in zip(model.graph.input, feed)}
+    if counts(model)[PLUGIN]:
+        outputs = ReferenceEvaluator(model, new_ops=[Plugin]).run(None, inputs)
+    else:
+        session = onnxruntime.InferenceSession(
+            model.SerializeToString(), providers=["CPUExecutionProvider"]
+        )
+        outputs = session.run(None, inputs)
+    return [torch.from_numpy(np.asarray(output)) for output in outputs]
+
+
+def counts(model: onnx.ModelProto) -> collections.Counter[str]:
+    return collections.Counter(node.op_type for node in model.graph.node)
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+class Layer(nn.Module):
+    """A layer between its neighbours: maps that the graph cannot know before it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = MSDeformAttn(32, len(LEVELS), 4, 2)
+        nn.init.normal_(self.attention.sampling_offsets.weight, std=0.3)
+        nn.init.normal_(self.attention.attention_weights.weight, std=0.3)
+
+    def forward(self, query: Tensor, reference_points: Tensor, features: Tensor) -> Tensor:
+        output: Tensor = self.attention(query, reference_points, features, LEVELS)
+        return output
+
+
+def layer_inputs(batch: int, queries: int) -> tuple[Tensor, ...]:
+    rows = sum(h * w for h, w in LEVELS)
+    return (
+        torch.randn(batch, queries, 32),
+        torch.rand(batch, queries, len(LEVELS), 2),
+        torch.randn(batch, rows, 32),
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_layer_with_dynamic_batch_and_queries(form: str, tmp_path: Path) -> None:
+    layer = Layer().eval()
+    batch, queries = torch.export.Dim("batch", max=64), torch.export.Dim("queries", max=1000)
+    program = export(
+        layer,
+        layer_inputs(2, 5),
+        tmp_path / "layer.onnx",
+        form=form,
+        dynamic_shapes=({0: batch, 1: queries}, {0: batch, 1: queries}, {0: batch}),
+        verbose=False,
+    )
+    model = onnx.load(tmp_path / "layer.onnx")
+    assert model.SerializeToString() == program.model_proto.SerializeToString()
+    opsets = {opset.domain: opset.version for opset in model.opset_import}
+    assert opsets[""] == OPSET
+    found = counts(model)
+    assert found["GridSample"] == (len(LEVELS) if form == "grid_sample" else 0)
+    assert found[PLUGIN] == (form == "tensorrt")
+    if form == "tensorrt":
+        assert opsets["trt.plugins"] == 1
+        (node,) = (node for node in model.graph.node if node.op_type == PLUGIN)
+        assert node.domain == "trt.plugins"
+        assert (len(node.input), len(node.output)) == (5, 1)
+    with torch.no_grad():
+        for inputs in (layer_inputs(2, 5), layer_inputs(1, 1), layer_inputs(3, 9)):
+            (output,) = run(model, inputs)
+            assert difference(output, layer(*inputs)) <= LARGEST_DIFFERENCE
+
+
+def test_level_sizes_in_a_tensor(tmp_path: Path) -> None:
+    """An input of the graph for "gather"; "grid_sample" says what to do."""
+
+    class Levels(nn.Module):
+        def forward(
+            self, value: Tensor, shapes: Tensor, locations: Tensor, weights: Tensor
+        ) -> Tensor:
+            return ms_deform_attn(value, shapes, None, locations, weights, num_points=[3, 6, 3])
+
+    shapes = torch.tensor(LEVELS)
+    rows = int(shapes.prod(-1).sum())
+    weights = torch.rand(2, 5, 4, 12).softmax(-1)
+    inputs = (torch.randn(2, rows, 4, 8), shapes, torch.rand(2, 5, 4, 12, 2), weights)
+    with pytest.raises(ValueError, match=r"spatial_shapes: expected a list of \(height, width\)"):
+        export(Levels().eval(), inputs, form="grid_sample", verbose=False)
+    model = export(Levels().eval(), inputs, form="gather", verbose=False).model_proto
+    for sizes in (shapes, shapes.flip(-1)):
+        changed = (inputs[0], sizes, *inputs[2:])
+        (output,) = run(model, changed)
+        assert difference(output, Levels()(*changed)) <= LARGEST_DIFFERENCE
+
+
+# A whole RT-DETR: two decoder layers behind an encoder and the choice of queries. What differs is
+# the rounding of all its layers.
+@pytest.mark.parametrize("form", ["grid_sample", "gather"])
+def test_rt_detr_of_transformers(form: str) -> None:
+    pytest.importorskip("transformers")
+    from transformers_models import SMALL, build, inputs_of
+
+    from deform_attn.integrations.transformers import accelerate
+
+    class Detector(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            output = self.model(pixel_values=pixels)
+            return output.logits, output.pred_boxes
+
+    small = SMALL["rt_detr"]
+    stock = build(small, torch.float32)
+    pixels = inputs_of(small, torch.float32)["pixel_values"]
+    with torch.no_grad():
+        expected = Detector(stock)(pixels)
+    detector = Detector(accelerate(stock)[0]).eval()
+    model = export(detector, (pixels,), form=form, verbose=False).model_proto
+    assert counts(model)["GridSample"] == (6 if form == "grid_sample" else 0)
+    for output, wanted in zip(run(model, (pixels,)), expected, strict=True):
+        assert difference(output, wanted) <= 5e-5
+
+
+def test_what_is_exported_already() -> None:
+    """A program, of any backend."""
+    layer, inputs = Layer().eval(), layer_inputs(2, 5)
+    program = torch.export.export(layer, inputs)
+    with pytest.raises(ValueError, match="dynamic_shapes: an exported program has its own"):
+        export(program, inputs, dynamic_shapes=({}, {}, {}))
+    with deform_attn.use_backend("reference"):
+        program = torch.export.export(layer, inputs)
+    model = export(program, inputs, form="gather", verbose=False).model_proto
+    with torch.no_grad():
+        assert difference(run(model, inputs)[0], layer(*inputs)) <= LARGEST_DIFFERENCE

@@ -1,0 +1,354 @@
+"""Models of transformers on this package's kernels: same numbers, one graph, and back again."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import inspect
+import pickle
+import sys
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import transformers
+from torch import nn
+from transformers_matrix import (
+    LIMIT,
+    compare,
+    compiles,
+    kernelized,
+)
+from transformers_models import (
+    SMALL,
+    Small,
+    build,
+    default_dtype,
+    inputs_of,
+    tensors_of,
+    without_labels,
+)
+
+import deform_attn
+from deform_attn.integrations import transformers as integration
+from deform_attn.integrations.transformers import (
+    MODEL_TYPES,
+    accelerate,
+    patch_transformers,
+    register_kernels,
+    restore,
+)
+
+HERE = [small for small in SMALL.values() if hasattr(transformers.models, small.model_type)]
+# One of each kind: a module, a function of the module, an attribute.
+KINDS = [SMALL[name] for name in ("rt_detr", "rt_detr_v2", "d_fine")]
+
+
+def name_of(small: Small) -> str:
+    return small.name
+
+
+def logits_of(model: nn.Module, small: Small) -> torch.Tensor:
+    with torch.no_grad(), default_dtype(torch.float64):
+        output = model(**without_labels(inputs_of(small)))
+    return torch.cat([tensor.flatten() for tensor in tensors_of(output)])
+
+
+# The same numbers ----------------------------------------------------------------------------
+
+
+def test_every_model_type_is_tried() -> None:
+    assert {small.model_type for small in SMALL.values()} == set(MODEL_TYPES)
+
+
+@pytest.mark.parametrize("small", HERE, ids=name_of)
+def test_outputs_loss_and_every_gradient(small: Small) -> None:
+    values, gradients, report = compare(small, torch.float64)
+    assert values <= LIMIT
+    assert gradients <= LIMIT
+    assert len(report.replaced) >= 2
+    assert not report.left
+
+
+@pytest.mark.parametrize("small", [s for s in HERE if "discrete" not in s.name], ids=name_of)
+def test_a_wrong_operator_would_be_seen(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its points in another order: the models' outputs and gradients hang on the operator."""
+    right = integration.ms_deform_attn
+
+    def wrong(*inputs: Any, **options: Any) -> torch.Tensor:
+        return right(*inputs[:-1], inputs[-1].flip(-1), **options)
+
+    monkeypatch.setattr(integration, "ms_deform_attn", wrong)
+    values, gradients, _ = compare(small, torch.float64)
+    assert values > 1e-3
+    assert gradients > 1e-1
+
+
+# Compiling costs seconds a model; transformers_matrix.py compiles them all.
+@pytest.mark.parametrize("name", ["rt_detr", "d_fine", "mask2former"])
+def test_one_graph(name: str) -> None:
+    """Forward and backward, with a node for each layer."""
+    with default_dtype(torch.float64):
+        assert compiles(SMALL[name], torch.float64, stock=False) == "one graph"
+
+
+@pytest.mark.parametrize("name", ["lw_detr", "d_fine"])
+def test_autocast(name: str) -> None:
+    """Values in bfloat16, locations in float32 or, behind D-FINE's first layer, in bfloat16."""
+    small = SMALL[name]
+    model, inputs = build(small, torch.float32), inputs_of(small, torch.float32)
+    accelerated, _ = accelerate(copy.deepcopy(model))
+    seen: list[tuple[torch.dtype, ...]] = []
+
+    def spy(*inputs: Any, **options: Any) -> torch.Tensor:
+        seen.append((inputs[0].dtype, inputs[4].dtype))
+        return deform_attn.ms_deform_attn(*inputs, **options)
+
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with mock.patch.object(integration, "ms_deform_attn", spy):
+            found = accelerated(**without_labels(inputs))
+        expected = model(**without_labels(inputs))
+    assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
+    # a layer's rounding may choose another query: its worth in logits is all that can be asked
+    assert (found.logits - expected.logits).abs().median() <= 0.05 * expected.logits.std()
+
+
+# What accelerate does to a model -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("small", KINDS, ids=name_of)
+def test_undone_it_is_the_model_it_was(small: Small) -> None:
+    model = build(small)
+    before = [(name, type(module)) for name, module in model.named_modules()]
+    attributes = [set(vars(module)) for module in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    expected = logits_of(model, small)
+    same, report = accelerate(model)
+    assert same is model
+    assert [name for name, _ in model.named_modules()] == [name for name, _ in before]
+    assert isinstance(model, type(build(small)))
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, state[name])
+    assert restore(model) is model
+    assert [(name, type(module)) for name, module in model.named_modules()] == before
+    assert [set(vars(module)) for module in model.modules()] == attributes
+    with mock.patch.object(integration, "ms_deform_attn", None):  # nobody calls it
+        assert torch.equal(logits_of(model, small), expected)
+    assert len(accelerate(model)[1].replaced) == len(report.replaced)
+
+
+@pytest.mark.parametrize("small", KINDS, ids=name_of)
+def test_copies_and_pickles_stay_accelerated(small: Small) -> None:
+    model, report = accelerate(build(small))
+    expected = logits_of(model, small)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with counted() as calls:
+            assert torch.equal(logits_of(copied, small), expected)
+        assert len(calls) == len(report.replaced)
+        again = accelerate(copied)[1]
+        assert not again.replaced
+        assert {reason for _, reason in again.left} == {"accelerated already"}
+        with counted() as calls:
+            logits_of(restore(copied), small)
+        assert not calls
+
+
+class counted:  # noqa: N801
+    """The calls that reach this package inside a `with` block."""
+
+    def __enter__(self) -> list[Any]:
+        calls: list[Any] = []
+
+        def spy(*inputs: Any, **options: Any) -> torch.Tensor:
+            calls.append(inputs)
+            return deform_attn.ms_deform_attn(*inputs, **options)
+
+        self.patch = mock.patch.object(integration, "ms_deform_attn", spy)
+        self.patch.__enter__()
+        return calls
+
+    def __exit__(self, *error: Any) -> None:
+        self.patch.__exit__(*error)
+
+
+def test_attentions_are_still_recorded() -> None:
+    """transformers finds the layers by their class."""
+    for name in ("deformable_detr", "rt_detr_v2"):
+        small = SMALL[name]
+        model, inputs = build(small), without_labels(inputs_of(small))
+        with torch.no_grad(), default_dtype(torch.float64):
+            expected = model(**inputs, output_attentions=True)
+            found = accelerate(model)[0](**inputs, output_attentions=True)
+        for field in ("cross_attentions", "encoder_attentions"):
+            one, other = (tensors_of(output.get(field)) for output in (found, expected))
+            assert len(one) == len(other)
+            for a, b in zip(one, other):
+                torch.testing.assert_close(a, b)
+        assert tensors_of(expected.cross_attentions)
+
+
+def test_the_report_says_what_and_where() -> None:
+    _, report = accelerate(build(SMALL["rt_detr"]))
+    assert str(report).splitlines() == [
+        "RTDetrForObjectDetection: 2 replaced, 0 left",
+        "  replaced model.decoder.layers.0.encoder_attn.attn: MultiScaleDeformableAttention",
+        "  replaced model.decoder.layers.1.encoder_attn.attn: MultiScaleDeformableAttention",
+    ]
+
+
+def test_no_deformable_attention() -> None:
+    model, report = accelerate(nn.Sequential(nn.Linear(2, 2)))
+    assert isinstance(model, nn.Sequential)
+    assert (report.replaced, report.left) == ((), ())
+    assert str(report) == "Sequential: no deformable attention found"
+    with pytest.raises(TypeError, match=r"model: expected a torch.nn.Module, got dict"):
+        accelerate({})  # type: ignore[type-var]
+
+
+class Unknown(nn.Module):
+    """Deformable attention of some repository, with an operator of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sampling_offsets = nn.Linear(8, 8)
+        self.attention_weights = nn.Linear(8, 4)
+
+
+def other_core(value: torch.Tensor) -> torch.Tensor:
+    return value
+
+
+def renamed(value: Any, shapes: Any, *rest: Any) -> Any:
+    raise AssertionError("never called")
+
+
+renamed.__name__ = "multi_scale_deformable_attention_v2"
+
+
+def test_what_is_not_known_is_left_and_said() -> None:
+    model = nn.ModuleDict(
+        {
+            "unknown": Unknown(),
+            "ours": deform_attn.MSDeformAttn(32, 2, 4, 2),
+            "other": Unknown(),
+            "changed": Unknown(),
+        }
+    )
+    model["other"].ms_deformable_attn_core = other_core
+    model["changed"].ms_deformable_attn_core = renamed
+    _, report = accelerate(model)
+    assert not report.replaced
+    reasons = dict(report.left)
+    assert reasons.keys() == {"unknown", "ours", "other", "changed"}
+    assert reasons["unknown"].endswith("Unknown calls no operator that is known here")
+    assert reasons["ours"] == "deform_attn's own module"
+    assert reasons["other"] == "its ms_deformable_attn_core is other_core, which is not known here"
+    assert (
+        "it takes (value, shapes, rest), expected (value, value_spatial_shapes"
+        in (reasons["changed"])
+    )
+    assert model["other"].ms_deformable_attn_core is other_core
+
+
+def test_a_changed_forward_is_left_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(SMALL["rt_detr"])
+    first, second = (
+        module for name, module in model.named_modules() if name.endswith("encoder_attn.attn")
+    )
+    first.forward = lambda *inputs: inputs[0]
+    _, report = accelerate(model)
+    assert len(report.replaced) == 1
+    assert [reason for _, reason in report.left] == [
+        "its forward was replaced on this one module, by `kernels` or a hook"
+    ]
+    model = restore(model)
+
+    def shorter(self: Any, value: Any, value_spatial_shapes: Any) -> None:
+        raise AssertionError("never called")
+
+    monkeypatch.setattr(type(second), "forward", shorter)
+    _, report = accelerate(model)
+    assert not report.replaced
+    assert "it takes (self, value, value_spatial_shapes), expected" in report.left[1][1]
+
+
+# Inside a block ------------------------------------------------------------------------------
+
+
+def test_patch_serves_old_and_new_models_and_leaves_nothing() -> None:
+    models = [(small, build(small)) for small in KINDS]
+    expected = {small.name: logits_of(model, small) for small, model in models}
+    with patch_transformers() as report:
+        models += [(small, build(small)) for small in KINDS]
+        for small, model in models:
+            with counted() as calls:
+                found = logits_of(model, small)
+            assert len(calls) == 2
+            torch.testing.assert_close(found, expected[small.name], rtol=1e-9, atol=1e-9)
+    for small, model in models:
+        with counted() as calls:
+            found = logits_of(model, small)
+        assert not calls
+        torch.testing.assert_close(found, expected[small.name], rtol=1e-9, atol=1e-9)
+    paths = [path for path, _ in report.replaced]
+    for model_type in {small.model_type for small in HERE}:
+        assert any(f".{model_type}." in path for path in paths), model_type
+    assert all("not in transformers" in reason for _, reason in report.left)
+
+
+def test_patch_is_undone_after_an_error() -> None:
+    from transformers.models.d_fine import modeling_d_fine as d_fine
+    from transformers.models.mask2former import modeling_mask2former as mask2former
+    from transformers.models.rt_detr import modeling_rt_detr as rt_detr
+
+    def now() -> list[Any]:
+        return [
+            vars(d_fine.DFineMultiscaleDeformableAttention).get("ms_deformable_attn_core"),
+            vars(mask2former)["multi_scale_deformable_attention"],
+            vars(rt_detr.MultiScaleDeformableAttention)["forward"],
+        ]
+
+    before = now()
+    with pytest.raises(KeyError, match="inside"), patch_transformers():
+        assert all(one is not other for one, other in zip(now(), before))
+        raise KeyError("inside")
+    assert now() == before
+
+
+# kernels -------------------------------------------------------------------------------------
+
+
+def test_register_kernels_or_a_clear_reason() -> None:
+    """transformers wants a narrow range of versions of `kernels`; here usually none is there."""
+    from transformers.utils.import_utils import is_kernels_available
+
+    if is_kernels_available():
+        assert max(kernelized(SMALL["rt_detr"])) <= LIMIT
+        return
+    installed = importlib.util.find_spec("kernels") is not None
+    reason = "works with kernels >= .*accelerate" if installed else "`kernels` is not installed"
+    with pytest.raises(ImportError, match=f"register_kernels: .*{reason}"):
+        register_kernels()
+
+
+def test_the_layer_is_what_kernels_asks_for() -> None:
+    """`kernels` refuses a layer with a constructor, other members, or another signature."""
+    from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
+
+    layer = integration.MultiScaleDeformableAttention
+    assert "__init__" not in vars(layer)
+    public = {name for name in vars(layer) if not name.startswith("_")}
+    assert public == {"forward", "has_backward", "can_torch_compile"}
+    ours, theirs = (inspect.signature(c.forward) for c in (layer, MultiScaleDeformableAttention))
+    assert [(p.name, p.kind) for p in ours.parameters.values()] == [
+        (p.name, p.kind) for p in theirs.parameters.values()
+    ]
+
+
+def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate needs none; the others say what is missing."""
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert not accelerate(nn.Linear(2, 2))[1].replaced
+    with pytest.raises(ImportError, match="transformers"), patch_transformers():
+        pass
