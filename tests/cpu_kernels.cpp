@@ -68,7 +68,7 @@ struct Results {
   template <typename Member>
   static bool same_bits(const Member& a, const Member& b) {
     return a.size() == b.size() &&
-           std::memcmp(a.data(), b.data(), a.size() * sizeof(a.data()[0])) == 0;
+           (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a.data()[0])) == 0);
   }
   bool operator==(const Results& other) const {
     return same_bits(output, other.output) && same_bits(value, other.value) &&
