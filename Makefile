@@ -83,7 +83,7 @@ gpu:  ## On a machine with a GPU, with its own torch and without a network: buil
 	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)
 
 docs: .venv/docs  ## The documentation, a site in OUT/site; a broken link or name is an error
-	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet --site-dir $(abspath $(OUT))/site
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir $(abspath $(OUT))/site
 
 wheels: setup  ## One wheel on several versions of torch and Python (downloads gigabytes)
 	$(PY) tests/wheel_matrix.py --out $(OUT)

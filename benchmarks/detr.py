@@ -75,9 +75,9 @@ def chart(curves: Curves, file: Path) -> None:
     """A small panel for each recipe: its curve in front of all others'."""
     from matplotlib.figure import Figure
 
-    columns = 4
+    columns = 5
     rows = -(-len(curves) // columns)
-    figure = Figure((11, 0.6 + 2.1 * rows), layout="constrained")
+    figure = Figure((12, 0.6 + 2.1 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
     lines = {
         name: [
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/detr"), help="folder of the runs")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=1, help="runs of each recipe")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=800, help="a multiple of 8")
     parser.add_argument("--report", action="store_true", help="only report what is finished")
     parser.add_argument("--to", type=Path, help="folder of the report; default: OUT")
     given = parser.parse_args()
@@ -121,7 +121,13 @@ def main() -> None:
             done = str(seed) in curves_of(given.out, given.steps).get(recipe, {})
             if not done and not given.report:
                 print(f"{recipe}, seed {seed}", flush=True)
-                settings = Settings(recipe=recipe, data="shapes", steps=given.steps, seed=seed)
+                settings = Settings(
+                    recipe=recipe,
+                    data="shapes",
+                    steps=given.steps,
+                    seed=seed,
+                    evaluate_every=given.steps // 8,
+                )
                 train(settings, given.out / f"{recipe}-{seed}")
     curves = curves_of(given.out, given.steps)
     if not curves:

@@ -14,6 +14,9 @@ would read. No kernel can take less than
 
 and the bound is the greatest of the three. `L2` is what four rows from L2 would cost: no bound, but
 what a kernel pays where neighbouring queries do not find each other's rows in L1.
+
+Two columns are about all cores: how many times as fast they are as one, of the kernel and (in the
+table of the machine) of the probe, each core with rows of its own: what no kernel can exceed.
 """
 
 from __future__ import annotations
@@ -27,7 +30,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import measure
-from benchmarks.environment import environment
+from benchmarks.environment import all_cores, environment
 from benchmarks.peers import PEERS
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
 
@@ -54,6 +59,7 @@ SETS = {  # bytes that the probe reads
     "64 MB": 2**26,
     "512 MB": 2**29,
 }
+LARGEST_SHARED = 2**24  # of which every core gets a copy, to see how they scale
 L1, L2 = 2**14, 2**18  # sets that fit into these caches of any processor of the last ten years
 
 
@@ -65,6 +71,8 @@ class Machine:
     multiply_add: float
     row: dict[int, float]  # by bytes of the set that is read
     stream: dict[int, float]
+    scaling: dict[int, float] = dataclasses.field(default_factory=dict)  # of rows: all cores
+    multiply_add_scaling: float = 1.0
 
     def row_of(self, size: float) -> float:
         """Cost of a row in a set of at least the greatest measured size that `size` reaches."""
@@ -90,7 +98,7 @@ def probe() -> Machine:
 def _measure(functions: ctypes.CDLL) -> Machine:
     count = 12_000_000
     multiply_add = min(functions.multiply_add(ctypes.c_int64(count)) for _ in range(REPEATS))
-    row, stream = {}, {}
+    row, stream, scaling = {}, {}, {}
     generator = np.random.default_rng(0)
     for size in SETS.values():
         floats = size // 4
@@ -105,17 +113,44 @@ def _measure(functions: ctypes.CDLL) -> Machine:
         order = order[: len(order) // 2 * 2]
         weights = generator.random(len(order), np.float32)
         rounds = max(1, 2**21 // len(order))
-        best = min(
-            functions.gather(
-                *(_pointer(data), _pointer(order), _pointer(weights)),
-                *(ctypes.c_int64(len(order)), ctypes.c_int64(rounds)),
-            )
+
+        best, way = min(
+            (_gather(functions, order, weights, rounds, way, data), way)
+            for way in range(3)
             for _ in range(REPEATS)
         )
         row[size] = best / (len(order) * rounds) * 1e9
+        if size <= LARGEST_SHARED:
+            own = [data, *(data.copy() for _ in range(all_cores() - 1))]
+            call = partial(_gather, functions, order, weights, rounds, way)
+            scaling[size] = _scaling([partial(call, data) for data in own])
     # a larger set is not faster to read: where it seems so, the smaller one was disturbed
     row = {size: min(ns for other, ns in row.items() if other >= size) for size in row}
-    return Machine(functions.lanes(), multiply_add / count * 1e9, row, stream)
+    work = [partial(functions.multiply_add, ctypes.c_int64(10 * count))] * all_cores()
+    return Machine(
+        functions.lanes(), multiply_add / count * 1e9, row, stream, scaling, _scaling(work)
+    )
+
+
+def _gather(
+    functions: ctypes.CDLL, order: Any, weights: Any, rounds: int, way: int, data: Any
+) -> float:
+    """Seconds to read the rows of `data` in this order, so many times."""
+    arrays = (_pointer(data), _pointer(order), _pointer(weights))
+    seconds: float = functions.gather(
+        *arrays, ctypes.c_int64(len(order)), ctypes.c_int64(rounds), way
+    )
+    return seconds
+
+
+def _scaling(work: Sequence[Callable[[], float]]) -> float:
+    """How many times as fast the calls are side by side as one after the other: the median."""
+    found = []
+    with ThreadPoolExecutor(len(work)) as pool:
+        for _ in range(REPEATS):
+            alone = sum(call() for call in work)
+            found.append(alone / max(pool.map(lambda call: call(), work)))
+    return statistics.median(found)
 
 
 def _pointer(array: Any) -> ctypes.c_void_p:
@@ -167,17 +202,23 @@ def _rows_touched(x: Inputs) -> int:
 
 
 def measure_workload(machine: Machine, workload: Workload, seconds: float) -> dict[str, Any]:
-    """Forward of the compiled backend on one thread, and its bounds."""
+    """Forward of the compiled backend on one thread and on all, and the bounds of one."""
     x = draw(workload)
-    entrant = measure.Entrant(PEERS["compiled"](workload, "cpu"), [x])
-    measure.race([entrant], seconds, rounds=(5, 200))
+    op = PEERS["compiled"](workload, "cpu")
+    entrants = [measure.Entrant(op, [x], threads) for threads in (1, all_cores())]
+    for entrant in entrants:  # apart: threads that wait for work disturb a single one
+        measure.race([entrant], seconds, rounds=(5, 200))
     found = bounds(machine, workload, x)
-    taken = statistics.median(entrant.times["forward"]) / workload.samples * 1e9
+    taken = [statistics.median(entrant.times["forward"]) for entrant in entrants]
+    both = [statistics.median(entrant.times["forward_backward"]) for entrant in entrants]
+    ns = taken[0] / workload.samples * 1e9
     return {
         "workload": workload.name,
-        "ns": taken,
+        "ns": ns,
         **found,
-        "ratio": taken / found["bound"],
+        "ratio": ns / found["bound"],
+        "scaling": taken[0] / taken[1],
+        "scaling_with_backward": both[0] / both[1],
     }
 
 
@@ -188,16 +229,20 @@ def print_results(console: Console, machine: Machine, rows: Sequence[dict[str, A
         table.add_column(heading, justify="right")
     table.add_row("ns a row of 128 bytes", *(f"{ns:.2f}" for ns in machine.row.values()))
     table.add_row("GB/s of a stream", *(f"{speed:.0f}" for speed in machine.stream.values()))
+    gains = (f"{gain:.2f}x" for gain in machine.scaling.values())
+    table.add_row(f"rows: {all_cores()} cores against 1", *gains)
     console.print(table)
     console.print(
         f"a multiply-add of {machine.lanes} floats: {machine.multiply_add:.3f} ns "
-        f"({2 * machine.lanes / machine.multiply_add:.0f} GFLOP/s)"
+        f"({2 * machine.lanes / machine.multiply_add:.0f} GFLOP/s), "
+        f"{all_cores()} cores {machine.multiply_add_scaling:.2f}x"
     )
     title = "forward, float32, one thread: ns, vector loads and rows touched a point"
     table = Table(title=title, title_justify="left", title_style="bold")
     for heading in (
         *("workload", "measured", "loads, FMAs", "rows touched"),
         *("arithmetic", "L1", "far", "bound", "measured / bound", "L2"),
+        *("all cores", "with backward"),
     ):
         table.add_column(heading, justify="left" if heading == "workload" else "right")
     for row in rows:
@@ -209,6 +254,7 @@ def print_results(console: Console, machine: Machine, rows: Sequence[dict[str, A
             *(f"{row[name]:.1f}" for name in ("arithmetic", "L1", "far", "bound")),
             f"{row['ratio']:.1f}x",
             f"{row['L2']:.1f}",
+            *(f"{row[name]:.2f}x" for name in ("scaling", "scaling_with_backward")),
         )
     console.print(table)
 

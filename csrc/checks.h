@@ -124,8 +124,6 @@ struct Call {
     return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
-  int64_t real_size() const { return type == ScalarType::Double ? 8 : 4; }  // bytes
-
   static Tensor contiguous_of(const Tensor& tensor) {
     return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
   }

@@ -125,10 +125,12 @@ def _nearest(location: Tensor, size: Tensor | int) -> Tensor:
 
 def _gather(value: Tensor, row: Tensor) -> Tensor:
     """Rows ``[B, Q, M, K]`` of value ``[B, S, M, D]``: ``[B, Q, M, K, D]``."""
-    B, Q, M, K = row.shape
-    D = value.shape[-1]
-    index = row.transpose(2, 3).reshape(B, Q * K, M, 1).expand(-1, -1, -1, D)
-    return value.gather(1, index).view(B, Q, K, M, D).transpose(2, 3)
+    B, S, M, D = value.shape
+    batch = torch.arange(B, device=value.device).view(B, 1, 1, 1)
+    head = torch.arange(M, device=value.device).view(M, 1)
+    index = (batch * S + row) * M + head
+    # whole vectors of channels at a time: several times faster than gather, number by number
+    return value.reshape(B * S * M, D).index_select(0, index.flatten()).view(*row.shape, D)
 
 
 def layer(

@@ -11,12 +11,15 @@ LINK = re.compile(r"\]\((?!docs/)([\w./-]+)\)")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages, and every file of the repository that they link to."""
+    """Add the pages, and every file of the repository that they or others link to."""
     root = Path(config.config_file_path).parent
-    for page in PAGES:
-        for name in (page, *LINK.findall((root / page).read_text())):
-            if (root / name).is_file() and files.get_file_from_path(name) is None:
-                files.append(File.generated(config, name, abs_src_path=str(root / name)))
+    pages = [root / name for name in PAGES]
+    names = set(PAGES)
+    for page in (*pages, *Path(config.docs_dir).glob("*.md")):
+        names.update(LINK.findall(page.read_text()))
+    for name in sorted(names):
+        if (root / name).is_file() and files.get_file_from_path(name) is None:
+            files.append(File.generated(config, name, abs_src_path=str(root / name)))
     return files
 
 

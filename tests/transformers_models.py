@@ -489,7 +489,13 @@ def _oneformer_model() -> nn.Module:
         is_training=False,  # no texts: their loss is always float32
         task_seq_len=8,
     )
-    return transformers.OneFormerForUniversalSegmentation(config)
+    model = transformers.OneFormerForUniversalSegmentation(config)
+    model.criterion.loss_contrastive = _no_loss  # older versions want it without texts too
+    return model
+
+
+def _no_loss(*inputs: Any) -> dict[str, Tensor]:
+    return {"loss_contrastive": torch.zeros(())}
 
 
 SMALL = {

@@ -13,11 +13,12 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
                                      const Run<Real>& run, const int32_t* __restrict reach,
                                      Real* grad_value, Quad<Real>* products, bool first, int some) {
   using V = Vec<Real, kLanes>;
-  V gradient[kVecs];
+  V gradient[kVecs], as_pixels[kVecs];  // channels in their order, and in that of load_channels
   each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
     gradient[v] =
         some > 0 ? load_some<kLanes>(grad_output, some) : load<kLanes>(grad_output + v * kLanes);
   });
+  load_channels<kLanes, kVecs>(grad_output, some, as_pixels);
   for (int k = 0; k < run.count; ++k) {
     run.template fetch<kVecs * kLanes* int{sizeof(T)}>(value, k);
     run.template fetch<kVecs * kLanes* int{sizeof(Real)}>(grad_value, k);
@@ -28,11 +29,9 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
     if (here & kOwned) {
       V sums[4] = {};
       each<4>([&](auto i) DEFORM_ATTN_INLINED {
-        const T* pixel = value + offset[i];
-        each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
-          sums[i] += gradient[v] *
-                     (some > 0 ? load_some<kLanes>(pixel, some) : load<kLanes>(pixel + v * kLanes));
-        });
+        V channels[kVecs];
+        load_channels<kLanes, kVecs>(value + offset[i], some, channels);
+        each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[i] += as_pixels[v] * channels[v]; });
       });
       Quad<Real> product;
       four_sums<Real, kLanes>(sums, product);

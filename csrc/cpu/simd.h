@@ -21,6 +21,8 @@
 #include <immintrin.h>
 #endif
 
+#include "../bilinear.h"
+
 #define DEFORM_ATTN_INLINED __attribute__((always_inline))  // of a lambda
 #define DEFORM_ATTN_INLINE inline DEFORM_ATTN_INLINED
 

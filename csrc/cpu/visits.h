@@ -26,12 +26,12 @@ inline int64_t blocks_of(const Inputs& in) {
 // The queries of some blocks, one after the other; blocks are counted over all images.
 class Visits {
  public:
-  // `take()` gives the next block, or a negative number where none is left.
   explicit Visits(const Inputs& in) : in_(in), per_image_(blocks_of(in)) {}
 
   int64_t batch = 0, query = 0;  // of the present visit
 
-  // Goes on to the next visit; false where none is left.
+  // Goes on to the next visit; false where none is left. `take()` gives the next block, or a
+  // negative number.
   template <typename Take>
   bool next(const Take& take) {
     while (at_ == count_) {

@@ -82,7 +82,8 @@ class _Setting:
 
 
 # Chosen by shape, without trials on the device. `registers` is a limit at which no architecture
-# from 7.5 to 12.0 spills (benchmarks/triton_kernels.py); with 8 fewer, some forward kernel does.
+# from 7.5 to 12.0 spills; `make kernels` shows what they take. The two 72s spill a few bytes at 64:
+# float32 on 7.5 and 8.0, a layer in 16 bits on 7.5 and 10.0.
 #
 # Many queries, enough to fill a GPU: 16 bytes a thread, the widest load; four warps, which share
 # what they read in the L1 cache; one point at a time, in few registers: warps enough to wait for

@@ -28,7 +28,7 @@ class Recipe:
     slow: tuple[str, ...] = ()
 
 
-SAMPLING = ("sampling_offsets", "reference_points")
+SAMPLING = ("sampling_offsets", "queries.points")  # offsets, reference points
 # RT-DETR's encoder as its smallest models have it.
 LIGHT: dict[str, Any] = {"depth": 1 / 3, "expansion": 0.5}
 RECIPES = {

@@ -240,7 +240,7 @@ class _Run:
         model.train()
         if settings.freeze_norms:
             for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d):
+                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                     module.eval()
         began = time.process_time() - self.history["cpu_seconds"]
         with self._progress() as show:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -316,5 +317,6 @@ def test_bad_images() -> None:
         model(torch.rand(1, 1, 64, 64))
     with pytest.raises(ValueError, match=r"mask: expected bool of shape \[1, 64, 64\]"):
         model(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64))
-    with pytest.raises(ValueError, match=r"memory: expected 12 pixels, got 6"):
-        model.eval()(torch.rand(1, 3, 8, 8))
+    model = models.dino(models.SmallBackbone(), 3, replace(TINY, queries=100)).model
+    with pytest.raises(ValueError, match=r"memory: expected 100 pixels, got 84"):
+        model(torch.rand(1, 3, 32, 32))

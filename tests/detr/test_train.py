@@ -179,14 +179,16 @@ def test_rates_and_decay_are_those_of_the_parameter() -> None:
     groups = parameter_groups(model, settings)
     rates = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(rates) == len(list(model.parameters()))
+    slow = [name for name, _ in model.named_parameters() if "sampling_offsets" in name]
+    assert len(slow) == 2 * 3  # one layer of the encoder, two of the decoder
+    slow += ["queries.points.weight", "queries.points.bias"]
+    assert set(slow) < {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
-        slow = "sampling_offsets" in name or "reference_points" in name
-        lr = 1e-3 * (0.5 if name.startswith("backbone.") else 0.1 if slow else 1)
+        lr = 1e-3 * (0.5 if name.startswith("backbone.") else 0.1 if name in slow else 1)
         assert rates[id(parameter)] == (lr, 1e-4 if parameter.dim() > 1 else 0), name
 
 
 def test_a_detector_learns(tmp_path: Path) -> None:
-    settings = Settings(recipe="detr", data="shapes", steps=100, batch=16, evaluate_every=100)
-    history = train(settings, tmp_path)
+    history = train(Settings(recipe="rtdetr", data="shapes", steps=80, lr=2e-3), tmp_path)
     assert sum(history["loss"][-10:]) < 0.7 * sum(history["loss"][:10])
     assert history["ap"][-1]["AP50"] > 0.1

@@ -1,0 +1,429 @@
+// A program that runs the CPU kernels without torch, to be built with a sanitizer: every tensor is
+// an allocation of its own, so that a stray read or write leaves it.
+//
+// Built with one file of csrc/cpu/kernels_*.cpp, whose Kernels DEFORM_ATTN_KERNELS names.
+//
+//   cpu_kernels          small hostile calls, by one thread and by several; each result against a
+//                        plain double loop, and the threads' against one thread's, bit by bit
+//   cpu_kernels short    a value that lacks a row: AddressSanitizer must stop it
+//   cpu_kernels twice    two threads with the same share: ThreadSanitizer must stop it
+//
+// Exit status 0: all as it should be; 1: a wrong result.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "cpu/kernels.h"
+#include "cpu/simd.h"
+
+using namespace deform_attn;
+using namespace deform_attn::cpu;
+
+namespace {
+
+constexpr int kThreads = 3;
+
+int failures = 0;
+
+void expect(bool right, const std::string& what) {
+  if (right) return;
+  ++failures;
+  std::fprintf(stderr, "wrong: %s\n", what.c_str());
+}
+
+struct Case {
+  std::vector<Level> levels;
+  std::vector<int> counts;  // points of each level
+  int64_t batch, queries;   // queries 0: the pixels
+  int heads, head_dim;
+};
+
+const Case kCases[] = {
+    {{{0, 9, 20}, {180, 5, 6}}, {4, 4}, 2, 0, 2, 32},                // an encoder
+    {{{0, 5, 7}, {35, 3, 4}, {47, 2, 1}}, {3, 6, 3}, 2, 5, 2, 8},    // a list of counts
+    {{{0, 5, 7}, {35, 1, 1}}, {2, 2}, 1, 37, 3, 30},                 //
+    {{{0, 4, 5}, {20, 2, 3}}, {1, 1}, 1, 3, 1, 71},                  //
+    {{{0, 4, 5}}, {5}, 2, 3, 2, 1},                                  //
+    {{{0, 3, 3}}, {23}, 1, 2, 1, 256},                               //
+    {{{0, 4, 5}, {0, 5, 4}, {7, 2, 3}}, {2, 0, 2}, 1, 19, 4, 16},    // overlapping levels
+    {{{3, 4, 5}, {30, 1, 6}, {40, 6, 1}}, {2, 2, 1}, 1, 19, 2, 64},  // gaps, lines
+    {{{0, 2, 2}}, {0}, 1, 3, 2, 4},                                  // no points
+    {{{0, 2, 2}}, {3}, 1, 0, 1, 3},                                  //
+};
+
+// What a call writes.
+template <typename T, typename Real, typename Weight>
+struct Results {
+  std::vector<T> output;
+  std::vector<Real> value, locations, reference;
+  std::vector<Weight> weights, offsets;
+
+  template <typename Member>
+  static bool same_bits(const Member& a, const Member& b) {
+    return a.size() == b.size() &&
+           (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(a.data()[0])) == 0);
+  }
+  bool operator==(const Results& other) const {
+    return same_bits(output, other.output) && same_bits(value, other.value) &&
+           same_bits(locations, other.locations) && same_bits(reference, other.reference) &&
+           same_bits(weights, other.weights) && same_bits(offsets, other.offsets);
+  }
+};
+
+// The same in double, by the definition.
+struct Truth {
+  std::vector<double> output, value, locations, weights;
+
+  Truth(const Problem& p, const Case& test, const std::vector<double>& from,
+        const std::vector<double>& at, const std::vector<double>& weight,
+        const std::vector<double>& grad)
+      : output(grad.size()), value(from.size()), locations(at.size()), weights(weight.size()) {
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (int64_t q = 0; q < p.queries; ++q) {
+        for (int m = 0; m < p.heads; ++m) {
+          size_t point = static_cast<size_t>(p.point_at(b, q, m));
+          const int64_t to = p.output_at(b, q, m);
+          for (size_t l = 0; l < test.levels.size(); ++l) {
+            for (int k = 0; k < test.counts[l]; ++k, ++point) {
+              sample(p, test.levels[l], b, m, to, point, from, at, weight, grad);
+            }
+          }
+        }
+      }
+    }
+  }
+
+ private:
+  void sample(const Problem& p, const Level& level, int64_t b, int m, int64_t to, size_t point,
+              const std::vector<double>& from, const std::vector<double>& at,
+              const std::vector<double>& weight, const std::vector<double>& grad) {
+    const double x = at[2 * point] * level.width - 0.5, y = at[2 * point + 1] * level.height - 0.5;
+    if (!(x > -1 && x < level.width && y > -1 && y < level.height)) return;
+    const double left = std::floor(x), top = std::floor(y);
+    for (int i = 0; i < 4; ++i) {
+      const double column = left + i % 2, row = top + i / 2;
+      if (column < 0 || column >= level.width || row < 0 || row >= level.height) continue;
+      const double across = i % 2 ? x - left : 1 - (x - left);
+      const double along = i / 2 ? y - top : 1 - (y - top);
+      const int64_t pixel = p.value_at(
+          b, level.start + static_cast<int64_t>(row) * level.width + static_cast<int64_t>(column),
+          m);
+      for (int d = 0; d < p.head_dim; ++d) {
+        const size_t in = static_cast<size_t>(pixel + d), out = static_cast<size_t>(to + d);
+        output[out] += weight[point] * across * along * from[in];
+        value[in] += weight[point] * across * along * grad[out];
+        weights[point] += across * along * from[in] * grad[out];
+        const double product = weight[point] * from[in] * grad[out];
+        locations[2 * point] += product * along * (i % 2 ? 1 : -1) * level.width;
+        locations[2 * point + 1] += product * across * (i / 2 ? 1 : -1) * level.height;
+      }
+    }
+  }
+};
+
+template <typename T>
+std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) {
+  std::uniform_real_distribution<float> uniform(low, high);
+  std::vector<T> numbers(count);
+  for (T& number : numbers) {
+    using Real = typename RealOf<T>::type;
+    from_real(static_cast<Real>(uniform(random)), number);
+  }
+  return numbers;
+}
+
+template <typename T>
+std::vector<double> doubles(const std::vector<T>& numbers) {
+  std::vector<double> to(numbers.size());
+  for (size_t i = 0; i < to.size(); ++i) to[i] = static_cast<double>(to_real(numbers[i]));
+  return to;
+}
+
+template <typename T>
+void expect_close(const std::vector<T>& got, const std::vector<double>& truth, double tolerance,
+                  const std::string& what) {
+  double largest = 1e-3, error = 0;
+  for (const double number : truth) largest = std::max(largest, std::abs(number));
+  for (size_t i = 0; i < truth.size(); ++i) {
+    const double off = std::abs(static_cast<double>(to_real(got[i])) - truth[i]);
+    error = off <= error ? error : off;  // a NaN stays
+  }
+  expect(got.size() == truth.size() && error <= tolerance * largest, what);
+}
+
+// Calls run(thread) on `threads` threads.
+template <typename Run>
+void side_by_side(int threads, const Run& run) {
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < threads; ++thread)
+    others.emplace_back([&, thread] { run(thread); });
+  run(0);
+  for (std::thread& other : others) other.join();
+}
+
+struct Free {
+  void operator()(void* bytes) const { ::operator delete(bytes, std::align_val_t{64}); }
+};
+std::unique_ptr<void, Free> scratch_of(const Kernels& kernels, const Inputs& in) {
+  return std::unique_ptr<void, Free>(
+      ::operator new(kernels.scratch_bytes(in), std::align_val_t{64}));
+}
+
+template <typename T, typename Weight>
+class Call {
+ public:
+  using Real = typename RealOf<T>::type;
+
+  Call(const Kernels& kernels, const Case& test, Type type, size_t index)
+      : kernels_(kernels), test_(test), random_(static_cast<unsigned>(index)) {
+    Problem& p = in_.problem;
+    first_point_.push_back(0);
+    for (size_t l = 0; l < test.levels.size(); ++l) {
+      const Level& level = test.levels[l];
+      p.rows = std::max(p.rows, level.start + int64_t{level.height} * level.width);
+      first_point_.push_back(first_point_.back() + test.counts[l]);
+    }
+    p.batch = test.batch;
+    p.queries = test.queries ? test.queries : p.rows;
+    p.heads = test.heads;
+    p.head_dim = test.head_dim;
+    p.levels = static_cast<int>(test.levels.size());
+    p.points = first_point_.back();
+    in_.levels = test.levels.data();
+    in_.first_point = first_point_.data();
+    in_.queries_are_pixels = test.queries == 0;
+    in_.value_type = type;
+    in_.weights_are_real = std::is_same_v<Weight, Real>;
+    const auto pixels = static_cast<size_t>(p.batch * p.rows * p.row_stride());
+    const auto outputs = static_cast<size_t>(p.batch * p.queries * p.row_stride());
+    points_ = static_cast<size_t>(p.point_at(p.batch, 0, 0));
+    value_ = drawn<T>(pixels, random_, -1, 1);
+    grad_ = drawn<T>(outputs, random_, -1, 1);
+    locations_ = drawn<Real>(2 * points_, random_, -0.3f, 1.3f);
+    for (size_t i = 0; i < locations_.size(); i += 11) {
+      locations_[i] = i % 3 ? static_cast<Real>(NAN) : static_cast<Real>(1e30);
+    }
+    weights_ = drawn<Weight>(points_, random_, 0, 1);
+    in_.value = value_.data();
+    in_.locations = locations_.data();
+    in_.weights = weights_.data();
+  }
+
+  // Against the truth, and several threads against one.
+  void check(const std::string& name) {
+    const auto one = run(1);
+    const Truth truth(in_.problem, test_, doubles(value_), doubles(locations_), doubles(weights_),
+                      doubles(grad_));
+    const double exact = sizeof(Real) == 4 ? 2e-5 : 1e-13;
+    const double rounded = sizeof(T) == 2 ? 1e-2 : exact;
+    expect_close(one.output, truth.output, rounded, name + "output");
+    expect_close(one.value, truth.value, exact, name + "gradient of value");
+    expect_close(one.locations, truth.locations, exact, name + "gradient of locations");
+    expect_close(one.weights, truth.weights, sizeof(Weight) == 2 ? 1e-2 : exact,
+                 name + "gradient of weights");
+    expect(one == run(kThreads), name + "several threads");
+  }
+
+  // A layer over the same value: points round references of `size` numbers.
+  void check_layer(const std::string& name, int size) {
+    const Problem& p = in_.problem;
+    const int levels = p.levels % 2 ? p.levels : 1;
+    const auto references = static_cast<size_t>(p.batch * p.queries * levels * size);
+    const auto reference = drawn<Real>(references, random_, 0.1f, 0.9f);
+    const auto offsets = drawn<Weight>(2 * points_, random_, -2, 2);
+    const auto logits = drawn<Weight>(points_, random_, -3, 3);
+    in_.layer = {reference.data(), levels, size, 0.5};
+    in_.locations = offsets.data();
+    in_.weights = logits.data();
+
+    std::vector<double> at(2 * points_), weights(points_), scale(2 * points_);
+    const auto each_point = [&](const auto& use) {
+      for (int64_t query = 0; query < p.batch * p.queries; ++query) {
+        for (int m = 0; m < p.heads; ++m) {
+          const auto head = static_cast<size_t>((query * p.heads + m) * p.points);
+          for (int l = 0; l < p.levels; ++l) {
+            const auto from = static_cast<size_t>((query * levels + (levels > 1 ? l : 0)) * size);
+            for (int k = first_point_[l]; k < first_point_[l + 1]; ++k) {
+              use(head, head + static_cast<size_t>(k), l, from);
+            }
+          }
+        }
+      }
+    };
+    each_point([&](size_t head, size_t point, int l, size_t from) {
+      double sum = 0;
+      for (int k = 0; k < p.points; ++k) {
+        sum += std::exp(static_cast<double>(to_real(logits[head + static_cast<size_t>(k)])));
+      }
+      weights[point] = std::exp(static_cast<double>(to_real(logits[point]))) / sum;
+      const Level& level = test_.levels[static_cast<size_t>(l)];
+      for (size_t i = 0; i < 2; ++i) {
+        const double side = i ? level.height : level.width;
+        scale[2 * point + i] = size == 2 ? 1 / side
+                                         : static_cast<double>(reference[from + 2 + i]) * 0.5 /
+                                               test_.counts[static_cast<size_t>(l)];
+        at[2 * point + i] =
+            static_cast<double>(reference[from + i]) +
+            static_cast<double>(to_real(offsets[2 * point + i])) * scale[2 * point + i];
+      }
+    });
+    const Truth truth(p, test_, doubles(value_), at, weights, doubles(grad_));
+    std::vector<double> by_offset(2 * points_), by_logit(points_), by_reference(references);
+    each_point([&](size_t head, size_t point, int l, size_t from) {
+      double mean = 0;
+      for (int k = 0; k < p.points; ++k) {
+        const size_t other = head + static_cast<size_t>(k);
+        mean += weights[other] * truth.weights[other];
+      }
+      by_logit[point] = weights[point] * (truth.weights[point] - mean);
+      for (size_t i = 0; i < 2; ++i) {
+        const double slope = truth.locations[2 * point + i];
+        by_offset[2 * point + i] = slope * scale[2 * point + i];
+        by_reference[from + i] += slope;
+        if (size == 4) {
+          by_reference[from + 2 + i] += slope *
+                                        static_cast<double>(to_real(offsets[2 * point + i])) * 0.5 /
+                                        test_.counts[static_cast<size_t>(l)];
+        }
+      }
+    });
+    const auto one = run(1);
+    const double exact = sizeof(Real) == 4 ? 1e-4 : 1e-12;
+    const double rounded = sizeof(Weight) == 2 ? 1e-2 : exact;
+    expect_close(one.output, truth.output, sizeof(T) == 2 ? 1e-2 : exact, name + "layer, output");
+    expect_close(one.value, truth.value, exact, name + "layer, gradient of value");
+    expect_close(one.reference, by_reference, exact, name + "layer, gradient of references");
+    expect_close(one.offsets, by_offset, rounded, name + "layer, gradient of offsets");
+    expect_close(one.weights, by_logit, rounded, name + "layer, gradient of logits");
+    expect(one == run(kThreads), name + "layer, several threads");
+  }
+
+  void forward_of_a_short_value() {
+    const std::vector<T> lacking(value_.begin(), value_.end() - in_.problem.row_stride());
+    in_.value = lacking.data();
+    run(1);
+  }
+
+  void backward_twice() {
+    std::vector<Real> by_value(value_.size()), by_location(locations_.size());
+    std::vector<Weight> by_weight(points_);
+    const Gradients grads{grad_.data(), by_value.data(), by_location.data(), by_weight.data()};
+    side_by_side(2, [&](int) {
+      kernels_.backward(in_, grads, {0, 0, in_.problem.heads, 0, 1},
+                        scratch_of(kernels_, in_).get());
+    });
+  }
+
+ private:
+  const Kernels& kernels_;
+  const Case& test_;
+  std::mt19937 random_;
+  Inputs in_ = {};
+  std::vector<int> first_point_;
+  size_t points_ = 0;
+  std::vector<T> value_, grad_;
+  std::vector<Real> locations_;
+  std::vector<Weight> weights_;
+
+  bool levels_overlap() const {
+    for (size_t l = 1; l < test_.levels.size(); ++l) {
+      const Level& before = test_.levels[l - 1];
+      if (test_.levels[l].start < before.start + int64_t{before.height} * before.width) return true;
+    }
+    return false;
+  }
+
+  // Heads in two groups, rows in bands: as many shares as can be.
+  std::vector<Share> shares(int threads) const {
+    std::vector<Share> found;
+    const int groups = std::min(threads > 1 ? 2 : 1, in_.problem.heads);
+    const int bands = threads > 1 && !levels_overlap() ? 2 : 1;
+    for (int64_t b = 0; b < in_.problem.batch; ++b) {
+      for (int group = 0; group < groups; ++group) {
+        for (int band = 0; band < bands; ++band) {
+          found.push_back({b, in_.problem.heads * group / groups,
+                           in_.problem.heads * (group + 1) / groups, band, bands});
+        }
+      }
+    }
+    return found;
+  }
+
+  Results<T, Real, Weight> run(int threads) const {
+    const Problem& p = in_.problem;
+    const bool layer = in_.layer.reference != nullptr;
+    Results<T, Real, Weight> to;
+    to.output.resize(grad_.size());
+    to.value.resize(value_.size());
+    to.locations.resize(locations_.size());
+    to.weights.resize(points_);
+    Blocks blocks{{0}, kernels_.blocks(in_) * p.batch, 2};
+    side_by_side(threads, [&](int) {
+      kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).get());
+    });
+    std::vector<Real> by_weight(layer ? points_ : 0);
+    const Gradients grads{grad_.data(), to.value.data(), to.locations.data(),
+                          layer ? static_cast<void*>(by_weight.data()) : to.weights.data()};
+    const std::vector<Share> all = shares(threads);
+    side_by_side(threads, [&](int thread) {
+      const auto scratch = scratch_of(kernels_, in_);
+      for (size_t i = static_cast<size_t>(thread); i < all.size();
+           i += static_cast<size_t>(threads)) {
+        kernels_.backward(in_, grads, all[i], scratch.get());
+      }
+    });
+    if (!layer) return to;
+    to.reference.resize(
+        static_cast<size_t>(p.batch * p.queries * in_.layer.levels * in_.layer.size));
+    to.offsets.resize(2 * points_);
+    const LayerGradients finished{to.locations.data(), by_weight.data(), to.reference.data(),
+                                  to.offsets.data(), to.weights.data()};
+    const int64_t queries = p.batch * p.queries;
+    side_by_side(threads, [&](int thread) {
+      kernels_.finish(in_, finished, queries * thread / threads, queries * (thread + 1) / threads,
+                      scratch_of(kernels_, in_).get());
+    });
+    return to;
+  }
+};
+
+template <typename T, typename Weight>
+void check(const Kernels& kernels, const Case& test, Type type, size_t index) {
+  const std::string name = std::string(kernels.name) + ", case " + std::to_string(index) +
+                           ", type " + std::to_string(static_cast<int>(type)) + ": ";
+  Call<T, Weight> call(kernels, test, type, index);
+  call.check(name);
+  call.check_layer(name, index % 2 ? 4 : 2);
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const Kernels& kernels = DEFORM_ATTN_KERNELS;
+  const std::string fault = count > 1 ? arguments[1] : "";
+  if (fault == "short") {
+    Call<float, float>(kernels, kCases[0], Type::kFloat, 0).forward_of_a_short_value();
+  } else if (fault == "twice") {
+    Call<float, float>(kernels, kCases[0], Type::kFloat, 0).backward_twice();
+  } else {
+    size_t index = 0;
+    for (const Case& test : kCases) {
+      check<double, double>(kernels, test, Type::kDouble, index);
+      check<float, float>(kernels, test, Type::kFloat, index);
+      check<Half, Half>(kernels, test, Type::kHalf, index);
+      check<Half, float>(kernels, test, Type::kHalf, index);
+      check<BFloat16, BFloat16>(kernels, test, Type::kBFloat16, index);
+      check<BFloat16, float>(kernels, test, Type::kBFloat16, index);
+      ++index;
+    }
+    std::printf("%s: %zu cases\n", kernels.name, index);
+  }
+  return failures ? 1 : 0;
+}

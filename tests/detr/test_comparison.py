@@ -1,0 +1,51 @@
+"""The comparison of all systems: what is finished is reported, what is not is trained."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import detr
+from deform_attn.detr.data import Shapes
+
+
+def curve(ap50: float, cpu_seconds: float = 100) -> dict[str, Any]:
+    rows = [{"step": s, "AP": ap50 * s / 1600, "AP50": ap50 * s / 800} for s in (200, 400, 800)]
+    return {"ap": rows, "cpu_seconds": cpu_seconds}
+
+
+def test_the_table_shows_the_spread_and_fails_a_recipe_by_its_worst_seed() -> None:
+    curves = {
+        "dino": {"0": curve(0.8, 90), "1": curve(0.4, 110), "2": curve(0.6, 100)},
+        "stewart": {"0": curve(0.32)},
+    }
+    rows = detr.table(curves, 800).splitlines()
+    assert rows[2] == (
+        "| dino | 3 | 0.15 (0.10 to 0.20) | 0.60 (0.40 to 0.80) | 0.30 (0.20 to 0.40) | 100 "
+        "| 0.45: NOT MET |"
+    )
+    assert rows[3] == "| stewart | 1 | 0.08 | 0.32 | 0.16 | 100 | 0.3: met |"
+
+
+def test_what_is_finished_is_not_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Shapes, "lengths", {"train": 32, "val": 8})
+    arguments = ["benchmarks.detr", "--out", str(tmp_path), "--recipes", "detr", "--steps", "8"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    detr.main()
+    assert "detr, seed 0" in capsys.readouterr().out
+    assert json.loads((tmp_path / "curves.json").read_text())["detr"]["0"]["ap"][-1]["step"] == 8
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "table.md").read_text().count("| detr | 1 |") == 1
+    monkeypatch.setattr(detr, "train", None)
+    detr.main()
+    assert "detr, seed 0" not in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], "800", "--report"])
+    with pytest.raises(SystemExit):
+        detr.main()
+    assert "expected finished runs of 800 steps" in capsys.readouterr().err
