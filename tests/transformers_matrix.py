@@ -266,8 +266,10 @@ def install(version: str, folder: Path) -> None:
         where = folder / "transformers"
     bounds = (where / "utils" / "import_utils.py").read_text()
     lowest, end = re.findall(r'^KERNELS_M(?:IN|AX)_VERSION = "(.*)"', bounds, re.MULTILINE)
-    # not every version that transformers asks for can be had; the table says so
-    subprocess.run([*command, f"kernels>={lowest},<{end}"], check=False, capture_output=True)
+    # with transformers, whose other needs must still be met; not every version that it asks for can
+    # be had, and the table says so
+    both = ["--upgrade", f"transformers=={version}", f"kernels>={lowest},<{end}"]
+    subprocess.run([*command, *both], check=False, capture_output=True)
 
 
 def main() -> int:
