@@ -39,12 +39,12 @@ help:  ## This list
 build: .venv/torch  ## Compile the libraries into the tree, as far as they changed
 	$(BUILD)
 
-test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels
+test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels, make docs
 	@# The CUDA library too: it must compile, link and register, though this machine may not run it.
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(BUILD)
 	$(PY) -m pytest -n auto --maxprocesses 8
 	.venv/bin/torch-abi-audit --check torch deform_attn/*.so
-	$(MAKE) kernels
+	$(MAKE) kernels docs
 
 lint: .venv/dev
 	.venv/bin/ruff check
