@@ -91,12 +91,11 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 
 // bounds [batch, heads, levels, runs]: the columns and rows of pixels that each `run` queries touch,
 // one after the other in the order of visits: all of a block, or one. The warps of the block take the
-// levels by turns, a lane per query; the locations are still in the cache. x before y, and a function
-// of its own: inlined, it makes registers of the kernel spill.
+// levels by turns, a lane per query; the locations are still in the cache. x before y: both at a time
+// make registers of the kernel spill.
 template <typename Points>
-__device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& levels,
-                                           Points points, const Part& part, int run,
-                                           Rectangle* bounds) {
+__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
+                              const Points& points, const Part& part, int run, Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
@@ -112,8 +111,7 @@ __device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& l
         const auto query = points.find(problem, part.batch, at, part.head);
 #pragma unroll 1
         for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-          const auto location = points.location(query, k, l, levels);
-          const auto along = axis ? location.at[1] : location.at[0];
+          const auto along = points.along(query, k, l, levels, axis);
           using Sum = std::decay_t<decltype(along)>;
           int pixel;
           Sum fraction;
@@ -322,10 +320,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         const int64_t point = query.first_point + k_staged;
         if constexpr (Points::kLayer) {
           const bool empty = levels.level[level].height == 0;
-          const auto step = points.step_of(query.item, level, levels);
+          const Sum across = points.step_of(query.item, level, levels, 0);
+          const Sum along = points.step_of(query.item, level, levels, 1);
           const auto moved = points.offset(point);
-          gradients.set_offset(point, empty ? Sum(0) : gradient.x * step.at[0],
-                               empty ? Sum(0) : gradient.y * step.at[1]);
+          gradients.set_offset(point, empty ? Sum(0) : gradient.x * across,
+                               empty ? Sum(0) : gradient.y * along);
           staged.dot[teams.lane][0] = gradient.x;
           staged.dot[teams.lane][1] = gradient.y;
           staged.dot[teams.lane][2] = gradient.x * moved.at[0];
@@ -495,7 +494,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
         for (int item = lane; item - lane < total; item += kWarp) {
           // This lane's point: which pixels of the tile it touches, -1 for those outside.
           int slot[4] = {-1, -1, -1, -1};
-          Sum share[4] = {};
+          Sum right = 0, down = 0, weight = 0;  // fewer registers than four products take
           bool hit = false;
           int64_t query = 0;
           const int place = item / count;
@@ -519,9 +518,9 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
               hit = hit || slot[i] >= 0;
             }
             if (hit) {  // of most points nothing but the location is read
-              const Sum weight = points.weight(points.reopen(problem, batch, query, head), k);
-#pragma unroll
-              for (int i = 0; i < 4; ++i) share[i] = foot.weight(i) * weight;
+              right = foot.right;
+              down = foot.down;
+              weight = points.weight(points.reopen(problem, batch, query, head), k);
             }
           }
           for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
@@ -530,10 +529,13 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
                 problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
             const Sum grad =
                 on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+            const Sum x = __shfl_sync(kAllLanes, right, from);
+            const Sum y = __shfl_sync(kAllLanes, down, from);
+            const Sum scale = __shfl_sync(kAllLanes, weight, from);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int to = __shfl_sync(kAllLanes, slot[i], from);
-              const Sum part = __shfl_sync(kAllLanes, share[i], from);
+              const Sum part = (i & 1 ? x : 1 - x) * (i & 2 ? y : 1 - y) * scale;
               if (to >= 0) sums[warp][to][lane] += part * grad;
             }
           }
