@@ -131,6 +131,15 @@ __device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
   }
 }
 
+// The same as a function of its own: inlined into a kernel for a narrow dtype, it makes registers
+// spill; apart from one for double, it does so itself.
+template <typename Points>
+__device__ __noinline__ void bound_queries_apart(Problem problem, const BlockLevels& levels,
+                                                 Points points, const Part& part, int run,
+                                                 Rectangle* bounds) {
+  bound_queries(problem, levels, points, part, run, bounds);
+}
+
 // Numbers of a layer's points that a warp keeps in shared memory.
 template <typename Sum>
 constexpr int kKept = sizeof(Sum) == 8 ? 32 : 128;
@@ -355,7 +364,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       }
     }
   }
-  if constexpr (!kScatter) bound_queries(problem, levels, points, part, run, bounds);
+  if constexpr (!kScatter && sizeof(T) == 8) {
+    bound_queries(problem, levels, points, part, run, bounds);
+  } else if constexpr (!kScatter) {
+    bound_queries_apart(problem, levels, points, part, run, bounds);
+  }
 }
 
 // backward_gather: a block owns a tile of kTileHeight x kTileWidth pixels of one head and 32 channels.
@@ -494,9 +507,9 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
         for (int item = lane; item - lane < total; item += kWarp) {
           // This lane's point: which pixels of the tile it touches, -1 for those outside.
           int slot[4] = {-1, -1, -1, -1};
-          Sum right = 0, down = 0, weight = 0;  // fewer registers than four products take
+          Sum share[4] = {};
           bool hit = false;
-          int64_t query = 0;
+          int64_t output_at = 0;
           const int place = item / count;
           const int64_t position =
               item < total
@@ -504,7 +517,8 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
                         place % run
                   : problem.queries;
           if (position < problem.queries) {
-            query = query_at(position, levels, table.count);
+            const int64_t query = query_at(position, levels, table.count);
+            output_at = problem.output_at(batch, query, head);
             const int k = levels.first_point[l] + item % count;
             const auto location =
                 points.location(points.find(problem, batch, query, head), k, l, levels);
@@ -518,24 +532,21 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
               hit = hit || slot[i] >= 0;
             }
             if (hit) {  // of most points nothing but the location is read
-              right = foot.right;
-              down = foot.down;
-              weight = points.weight(points.reopen(problem, batch, query, head), k);
+              const Sum weight = points.weight(points.reopen(problem, batch, query, head), k);
+              // not `weight`, which takes more registers: without a slot it is not added anyway
+#pragma unroll
+              for (int i = 0; i < 4; ++i) share[i] = foot.weight_on_map(i) * weight;
             }
           }
           for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
             const int from = __ffs(hits) - 1;
-            const int64_t source =
-                problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
+            const int64_t source = __shfl_sync(kAllLanes, output_at, from);
             const Sum grad =
                 on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
-            const Sum x = __shfl_sync(kAllLanes, right, from);
-            const Sum y = __shfl_sync(kAllLanes, down, from);
-            const Sum scale = __shfl_sync(kAllLanes, weight, from);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int to = __shfl_sync(kAllLanes, slot[i], from);
-              const Sum part = (i & 1 ? x : 1 - x) * (i & 2 ? y : 1 - y) * scale;
+              const Sum part = __shfl_sync(kAllLanes, share[i], from);
               if (to >= 0) sums[warp][to][lane] += part * grad;
             }
           }

@@ -217,9 +217,18 @@ struct LayerPoints {
   }
   __device__ Pack<Sum, 2> location(const Query& query, int k, int level,
                                    const BlockLevels& levels) const {
+    const Sum* const from = reference_of(query.item, level);
+    Pack<Sum, 2> step;
+    if (reference_size == 4) {
+      const Sum part = portion(level, levels);
+      step = {from[2] * part, from[3] * part};
+    } else {
+      step = {Sum(1) / static_cast<Sum>(levels.level[level].width),
+              Sum(1) / static_cast<Sum>(levels.level[level].height)};
+    }
     const Pack<Sum, 2> by = offset(query.first_point + k);
-    return {moved(query.item, level, levels, 0, by.at[0]),
-            moved(query.item, level, levels, 1, by.at[1])};
+    return {Numbers<Sum>::multiply_add(by.at[0], step.at[0], from[0]),
+            Numbers<Sum>::multiply_add(by.at[1], step.at[1], from[1])};
   }
   __device__ Sum along(const Query& query, int k, int level, const BlockLevels& levels,
                        int axis) const {
