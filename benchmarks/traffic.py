@@ -54,8 +54,10 @@ class Counter:
     points: int
     processors: list[int]
 
-    def run(self, tensors: dict[str, Tensor], call: Callable[[], Any]) -> Counts:
-        """Counts per sampling point.
+    def run(
+        self, tensors: dict[str, Tensor], call: Callable[[], Any], every: bool = False
+    ) -> Counts:
+        """Counts per sampling point; on every multiprocessor where so asked.
 
         loads           numbers and vectors that lanes read
         read, written   32-byte sectors, of a warp's instruction each once
@@ -67,7 +69,8 @@ class Counter:
                         reads or writes once, those it adds to twice
         """
         ranges = [(n, t.data_ptr(), t.numel() * t.element_size()) for n, t in tensors.items()]
-        KERNELS.module.watch(ranges, KERNELS.processors, self.processors)
+        processors = list(range(KERNELS.processors)) if every else self.processors
+        KERNELS.module.watch(ranges, KERNELS.processors, processors)
         call()
         figures: Counts = dict.fromkeys(
             ("loads", "read", "l1_missed", "written", "atomics", "atomic_sectors"), 0.0
@@ -126,10 +129,15 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         tensors = (layer_sources if fused else sources) | {"grad": inputs.grad_output} | written
         run = KERNELS.layer_backward if fused else KERNELS.backward
         call = layer if fused else given
-        figures = counter.run(
-            tensors,
-            lambda: run(inputs.grad_output, *call, way=way, targets=targets),
-        )
+
+        def once() -> None:
+            run(inputs.grad_output, *call, way=way, targets=targets)
+
+        figures = counter.run(tensors, once)
+        if way != "gather" and not workload.encoder:
+            # the blocks that are sampled hold other queries in another kernel: atomics of all
+            sums = {"sums": filled[-1]}
+            figures["atomics"] = counter.run(sums, once, every=True)["atomics"]
         zeros = sum(t.numel() * t.element_size() for t in filled) / counter.points
         figures["l2_bytes"] += zeros
         figures["least_bytes"] += zeros

@@ -87,11 +87,14 @@ struct Footprint {
   }
 
   // sample = sum of weight(i) * pixel(i) over the pixels on the map
-  HOST_DEVICE Real weight(int i) const {
+  HOST_DEVICE Real weight(int i) const { return N::where(on[i], weight_on_map(i)); }
+
+  // The same for whoever knows that the pixel is on the map.
+  HOST_DEVICE Real weight_on_map(int i) const {
     const Real one = Real{} + 1;
     const Real across = (i & 1) ? right : one - right;
     const Real along = (i & 2) ? down : one - down;
-    return N::where(on[i], across * along);
+    return across * along;
   }
 
   // From the products of the output's gradient with each pixel: that product with the sample, and

@@ -91,12 +91,11 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 
 // bounds [batch, heads, levels, runs]: the columns and rows of pixels that each `run` queries touch,
 // one after the other in the order of visits: all of a block, or one. The warps of the block take the
-// levels by turns, a lane per query; the locations are still in the cache. x before y, and a function
-// of its own: inlined, it makes registers of the kernel spill.
+// levels by turns, a lane per query; the locations are still in the cache. x before y: both at a time
+// make registers of the kernel spill.
 template <typename Points>
-__device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& levels,
-                                           Points points, const Part& part, int run,
-                                           Rectangle* bounds) {
+__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
+                              const Points& points, const Part& part, int run, Rectangle* bounds) {
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
@@ -112,8 +111,7 @@ __device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& l
         const auto query = points.find(problem, part.batch, at, part.head);
 #pragma unroll 1
         for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-          const auto location = points.location(query, k, l, levels);
-          const auto along = axis ? location.at[1] : location.at[0];
+          const auto along = points.along(query, k, l, levels, axis);
           using Sum = std::decay_t<decltype(along)>;
           int pixel;
           Sum fraction;
@@ -131,6 +129,15 @@ __device__ __noinline__ void bound_queries(Problem problem, const BlockLevels& l
       if (lane == 0) to->low[axis] = low, to->high[axis] = high;
     }
   }
+}
+
+// The same as a function of its own: inlined into a kernel for a narrow dtype, it makes registers
+// spill; apart from one for double, it does so itself.
+template <typename Points>
+__device__ __noinline__ void bound_queries_apart(Problem problem, const BlockLevels& levels,
+                                                 Points points, const Part& part, int run,
+                                                 Rectangle* bounds) {
+  bound_queries(problem, levels, points, part, run, bounds);
 }
 
 // Numbers of a layer's points that a warp keeps in shared memory.
@@ -322,10 +329,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         const int64_t point = query.first_point + k_staged;
         if constexpr (Points::kLayer) {
           const bool empty = levels.level[level].height == 0;
-          const auto step = points.step_of(query.item, level, levels);
+          const Sum across = points.step_of(query.item, level, levels, 0);
+          const Sum along = points.step_of(query.item, level, levels, 1);
           const auto moved = points.offset(point);
-          gradients.set_offset(point, empty ? Sum(0) : gradient.x * step.at[0],
-                               empty ? Sum(0) : gradient.y * step.at[1]);
+          gradients.set_offset(point, empty ? Sum(0) : gradient.x * across,
+                               empty ? Sum(0) : gradient.y * along);
           staged.dot[teams.lane][0] = gradient.x;
           staged.dot[teams.lane][1] = gradient.y;
           staged.dot[teams.lane][2] = gradient.x * moved.at[0];
@@ -356,7 +364,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       }
     }
   }
-  if constexpr (!kScatter) bound_queries(problem, levels, points, part, run, bounds);
+  if constexpr (!kScatter && sizeof(T) == 8) {
+    bound_queries(problem, levels, points, part, run, bounds);
+  } else if constexpr (!kScatter) {
+    bound_queries_apart(problem, levels, points, part, run, bounds);
+  }
 }
 
 // backward_gather: a block owns a tile of kTileHeight x kTileWidth pixels of one head and 32 channels.
@@ -497,7 +509,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
           int slot[4] = {-1, -1, -1, -1};
           Sum share[4] = {};
           bool hit = false;
-          int64_t query = 0;
+          int64_t output_at = 0;
           const int place = item / count;
           const int64_t position =
               item < total
@@ -505,7 +517,8 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
                         place % run
                   : problem.queries;
           if (position < problem.queries) {
-            query = query_at(position, levels, table.count);
+            const int64_t query = query_at(position, levels, table.count);
+            output_at = problem.output_at(batch, query, head);
             const int k = levels.first_point[l] + item % count;
             const auto location =
                 points.location(points.find(problem, batch, query, head), k, l, levels);
@@ -520,14 +533,14 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
             }
             if (hit) {  // of most points nothing but the location is read
               const Sum weight = points.weight(points.reopen(problem, batch, query, head), k);
+              // not `weight`, which takes more registers: without a slot it is not added anyway
 #pragma unroll
-              for (int i = 0; i < 4; ++i) share[i] = foot.weight(i) * weight;
+              for (int i = 0; i < 4; ++i) share[i] = foot.weight_on_map(i) * weight;
             }
           }
           for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
             const int from = __ffs(hits) - 1;
-            const int64_t source =
-                problem.output_at(batch, __shfl_sync(kAllLanes, query, from), head);
+            const int64_t source = __shfl_sync(kAllLanes, output_at, from);
             const Sum grad =
                 on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
 #pragma unroll

@@ -26,8 +26,9 @@ struct Sample {
 //   reopen    the same, for a lane alone, after an earlier kernel has opened the query
 //   find      the same, without what the weights need
 //   location  where point k lies, which samples `level`
+//   along     one coordinate of it to the bit: x (axis 0) or y (1)
 //   weight    what it counts for
-//   at        both
+//   at        location and weight
 
 // Where the gradients of given points go.
 template <typename T>
@@ -100,6 +101,9 @@ struct GivenPoints {
   __device__ Pack<Real<T>, 2> location(const Query& query, int k, int, const BlockLevels&) const {
     return load<2>(locations + 2 * (query.first_point + k));
   }
+  __device__ Real<T> along(const Query& query, int k, int, const BlockLevels&, int axis) const {
+    return locations[2 * (query.first_point + k) + axis];
+  }
   __device__ Real<T> weight(const Query& query, int k) const {
     const int64_t point = query.first_point + k;
     return wide ? static_cast<const Real<T>*>(weights)[point]
@@ -159,15 +163,17 @@ struct LayerPoints {
     const int points = levels.first_point[level + 1] - levels.first_point[level];
     return offset_scale / static_cast<Sum>(max(points, 1));
   }
-  // How far an offset of one moves a location, x and y.
-  __device__ Pack<Sum, 2> step_of(int64_t item, int level, const BlockLevels& levels) const {
-    if (reference_size == 4) {
-      const Sum* const box = reference_of(item, level);
-      const Sum part = portion(level, levels);
-      return {box[2] * part, box[3] * part};
-    }
-    return {Sum(1) / static_cast<Sum>(levels.level[level].width),
-            Sum(1) / static_cast<Sum>(levels.level[level].height)};
+  // How far an offset of one moves a location along an axis.
+  __device__ Sum step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
+    if (reference_size == 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
+    const Level& map = levels.level[level];
+    return Sum(1) / static_cast<Sum>(axis ? map.height : map.width);
+  }
+  // A coordinate, rounded once: the same bits wherever it is inlined.
+  __device__ Sum moved(int64_t item, int level, const BlockLevels& levels, int axis,
+                       Sum offset) const {
+    return Numbers<Sum>::multiply_add(offset, step_of(item, level, levels, axis),
+                                      reference_of(item, level)[axis]);
   }
 
   __device__ Query open(const Problem& problem, int64_t batch, int64_t query, int head,
@@ -212,9 +218,24 @@ struct LayerPoints {
   __device__ Pack<Sum, 2> location(const Query& query, int k, int level,
                                    const BlockLevels& levels) const {
     const Sum* const from = reference_of(query.item, level);
-    const Pack<Sum, 2> step = step_of(query.item, level, levels);
-    const Pack<Sum, 2> moved = offset(query.first_point + k);
-    return {from[0] + moved.at[0] * step.at[0], from[1] + moved.at[1] * step.at[1]};
+    Pack<Sum, 2> step;
+    if (reference_size == 4) {
+      const Sum part = portion(level, levels);
+      step = {from[2] * part, from[3] * part};
+    } else {
+      step = {Sum(1) / static_cast<Sum>(levels.level[level].width),
+              Sum(1) / static_cast<Sum>(levels.level[level].height)};
+    }
+    const Pack<Sum, 2> by = offset(query.first_point + k);
+    return {Numbers<Sum>::multiply_add(by.at[0], step.at[0], from[0]),
+            Numbers<Sum>::multiply_add(by.at[1], step.at[1], from[1])};
+  }
+  __device__ Sum along(const Query& query, int k, int level, const BlockLevels& levels,
+                       int axis) const {
+    const int64_t at = 2 * (query.first_point + k) + axis;
+    const Sum by = wide ? static_cast<const Sum*>(offsets)[at]
+                        : static_cast<Sum>(static_cast<const T*>(offsets)[at]);
+    return moved(query.item, level, levels, axis, by);
   }
   __device__ Sample<Sum> at(const Query& query, int k, int level, const BlockLevels& levels) const {
     const Pack<Sum, 2> place = location(query, k, level, levels);

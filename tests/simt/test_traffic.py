@@ -20,11 +20,8 @@ pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.wh
 COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; the rest is for `make traffic`
 TRIED = ("deformable_detr_encoder_800x1333 f32", "rtdetr_decoder_640 f32")
-# What is not reached, and stays in the table. Atomics are 0.251: the blocks of the two kernels that
-# are counted hold different queries; of the same queries it is a quarter. Fusing saves traffic of
-# memory and launches, not of L2.
+# What is not reached, and stays in the table: fusing saves memory traffic and launches, not L2's.
 NOT_MET = {
-    "backward: atomics, of one thread per channel",
     "layer fused: the same, reference points without a gradient, least_bytes",
     "layer fused: forward, l2_bytes",
     "layer fused: forward + backward, l2_bytes",
