@@ -142,7 +142,11 @@ struct Counter : simt::Watcher {
     if (instruction.accesses++ == 0) open.order.emplace_back(here, time);
     instruction.kind = kind;
     instruction.range = range;
-    for (uintptr_t s = address / kSector; s <= (address + bytes - 1) / kSector; ++s) {
+    // as if each tensor began a line, as a GPU's do: a CPU's may begin anywhere, and counts would
+    // differ from run to run
+    const uintptr_t first = (static_cast<uintptr_t>(range + 1) << 40) + address -
+                            ranges[static_cast<size_t>(range)].begin;
+    for (uintptr_t s = first / kSector; s <= (first + bytes - 1) / kSector; ++s) {
       instruction.sectors.push_back(s);
     }
   }
