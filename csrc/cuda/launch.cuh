@@ -173,7 +173,7 @@ enum class Way { kPlain, kScatter, kGather };
 // Gathering costs a look at every tile of the maps, scattering an atomic for every pixel of a point:
 // gather where a pixel of value is hit at least once on average. Before sm_90 an atomic adds one
 // float at a time, 126 a point on rtdetr_decoder_640; gathering moves fewer bytes through L2 there
-// (859 a point against 1126; dino_decoder_900q 807 against 1062), though more through L1: gather.
+// (855 a point against 1123; dino_decoder_900q 791 against 1047), though more through L1: gather.
 // From sm_90 on an atomic adds four. By `make traffic`, an estimate until a GPU has timed it.
 inline Way chosen_way(const Problem& problem, bool deterministic, const Device& device) {
   const bool dense = problem.queries * problem.points >= problem.rows;
