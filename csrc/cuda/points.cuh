@@ -215,6 +215,7 @@ struct LayerPoints {
   __device__ Query find(const Problem& problem, int64_t batch, int64_t query, int head) const {
     return {problem.point_at(batch, query, head), batch * problem.queries + query, 0, 0};
   }
+  // step_of is written out here: called, it makes registers of the float64 kernels spill.
   __device__ Pack<Sum, 2> location(const Query& query, int k, int level,
                                    const BlockLevels& levels) const {
     const Sum* const from = reference_of(query.item, level);
