@@ -446,8 +446,9 @@ def test_replicas_in_threads(name: str) -> None:
     module.zero_grad()
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda call: replica_of(module)(**call), calls))
+    # a Python thread has its own number of threads, and matrix products round by it
     for one, other in zip(found, expected):
-        assert torch.equal(one, other)
+        torch.testing.assert_close(one, other)
     sum(output.sum() for output in found).backward()
     for key, parameter in module.named_parameters():
         if parameter.requires_grad:
