@@ -24,7 +24,8 @@ keeps that layer's graph; the reference that attention and the next layer see do
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -94,16 +95,13 @@ class AnchorQueries(nn.Module):
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The same queries for every image; no proposals."""
-        B = len(memory.features)
-        if self.content is not None:
-            learnt = self.content.weight
-        elif self.label is not None:
-            learnt = self.label.weight[-1].expand(len(self.boxes.weight), -1)
-        else:
-            learnt = self.boxes.weight[:, :0]
+        boxes = self.boxes.weight
+        learnt = boxes[:, :0] if self.content is None else self.content.weight
+        if self.label is not None:
+            learnt = self.label.weight[-1].expand(len(boxes), -1)
         content = F.pad(learnt, (0, self.d - learnt.shape[1]))
-        reference = self.boxes.weight.sigmoid()
-        return Queries(content.expand(B, -1, -1), reference.expand(B, -1, -1)), {}
+        B = len(memory.features)
+        return Queries(content.expand(B, -1, -1), boxes.sigmoid().expand(B, -1, -1)), {}
 
 
 class SelectedQueries(nn.Module):
@@ -112,35 +110,32 @@ class SelectedQueries(nn.Module):
     Args:
         number: of queries.
         d: width.
-        classes: head of the proposals.
-        box: head of the proposals.
-        content: "learnt" (DINO's mixed selection), "memory" (RT-DETR), or "sine" of the proposal
-            (Deformable DETR).
-        position: also a projection of the proposal's sines.
-        objectness: proposals are ranked by the first class, else by their best one.
-        keep_all: losses are for all proposals, else for the selected.
+        classes: number of them.
+        learnt: contents are (DINO's mixed selection); else they are the selected features
+            (RT-DETR), or projections of the selected boxes' sines where these are projected.
+        binary: as in Deformable DETR the first class, "object", ranks proposals, all of them are
+            told, and positions are projections of the selected boxes' sines; else the best class
+            ranks them, and only those that are selected are told.
+        act: activation of the box head.
     """
 
     def __init__(
         self,
         number: int,
         d: int,
-        classes: nn.Module,
-        box: nn.Module,
+        classes: int,
         *,
-        content: Literal["learnt", "memory", "sine"],
-        position: bool = False,
-        objectness: bool = False,
-        keep_all: bool = False,
+        learnt: bool = False,
+        binary: bool = False,
+        act: str = "relu",
     ) -> None:
         super().__init__()
-        self.number, self.d = number, d
-        self.objectness, self.keep_all = objectness, keep_all
+        self.number, self.d, self.binary = number, d, binary
+        heads = class_head(d, classes), box_head(d, act=act)
         self.project, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
-        self.classes, self.box = classes, box
-        self.content = nn.Embedding(number, d) if content == "learnt" else None
-        sines = position or content == "sine"
-        self.sines = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)) if sines else None
+        self.classes, self.box = heads
+        self.content = nn.Embedding(number, d) if learnt else None
+        self.sines = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)) if binary else None
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """Queries of each image, and the proposals for the criterion.
@@ -153,22 +148,21 @@ class SelectedQueries(nn.Module):
         logits = self.classes(features)
         if logits.shape[1] < self.number:
             raise ValueError(f"memory: expected {self.number} pixels, got {logits.shape[1]}")
-        score = logits[..., 0] if self.objectness else logits.amax(-1)
+        score = logits[..., 0] if self.binary else logits.amax(-1)
         top = score.topk(self.number, 1).indices[..., None]
 
         def best(x: Tensor) -> Tensor:
             return x.gather(1, top.expand(-1, -1, x.shape[-1]))
 
-        if self.keep_all:
-            unbounded = self.box(features) + anchors
-            selected = best(unbounded).detach()
+        content, position = best(features), None
+        if self.binary:
+            boxes = self.box(features) + anchors
+            selected = best(boxes)
         else:
             logits, anchors = best(logits), best(anchors)
-            unbounded = self.box(best(features)) + anchors
-            selected = unbounded.detach()
-        proposed = {"logits": logits, "boxes": unbounded.sigmoid(), "anchors": anchors.sigmoid()}
-        reference = selected.sigmoid()
-        content, position = best(features).detach(), None
+            boxes = selected = self.box(content) + anchors
+        proposed = {"logits": logits, "boxes": boxes.sigmoid(), "anchors": anchors.sigmoid()}
+        content, reference = content.detach(), selected.detach().sigmoid()
         if self.sines is not None:
             position, content = self.sines(sine(reference, self.d // 2)).chunk(2, -1)
         if self.content is not None:
@@ -198,13 +192,9 @@ def proposals(memory: Memory) -> tuple[Tensor, Tensor]:
 # --- What position is ------------------------------------------------------------------------
 
 
-class FixedPosition(nn.Module):
-    """The queries' own, in every layer."""
-
-    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
-        """``[B, Q, d]``."""
-        assert queries.position is not None, "these queries have no position"
-        return queries.position
+def fixed_position(i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor | None:
+    """The queries' own, ``[B, Q, d]``, in every layer."""
+    return queries.position
 
 
 class BoxPosition(nn.Module):
@@ -214,9 +204,9 @@ class BoxPosition(nn.Module):
         super().__init__()
         self.mlp, self.limit = MLP(4, 2 * d, d, 2, act), limit
 
-    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
+    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, d]``."""
-        position: Tensor = self.mlp(reference)
+        position = self.mlp(reference)
         return position if self.limit is None else position.clamp(-self.limit, self.limit)
 
 
@@ -228,9 +218,8 @@ class SinePosition(nn.Module):
         self.d, self.mlp = d, MLP(2 * d, d, d, 2)
         self.scale = MLP(d, d, d, 2) if scale else None
 
-    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
+    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, d]``."""
-        assert reference is not None
         position: Tensor = self.mlp(sine_of_box(reference, self.d))
         # The first layer's content knows nothing of the image.
         return position if self.scale is None or i == 0 else position * self.scale(x)
@@ -246,9 +235,8 @@ class ConditionalPosition(nn.Module):
         self.d, self.mlp, self.scale = d, MLP(2 * d, d, d, 2), MLP(d, d, d, 2)
         self.size = MLP(d, d, 2, 2)
 
-    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor | None) -> Tensor:
+    def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, 2 d]``."""
-        assert reference is not None
         sines = sine_of_box(reference, self.d)
         y_and_x = sines[..., : self.d].unflatten(-1, (2, -1))  # [B, Q, (y, x), d / 2]
         if i > 0:
@@ -274,8 +262,7 @@ class DenseCrossAttention(nn.Module):
         """Update of ``x [B, Q, d]``."""
         assert memory.position is not None
         k, v = memory.features + memory.position, memory.features
-        attended: Tensor = self.attention(x + position, k, v, memory.padding, False)[0]
-        return attended
+        return self.attention(x + position, k, v, memory.padding, False)[0]
 
 
 class ConditionalAttention(nn.Module):
@@ -292,8 +279,7 @@ class ConditionalAttention(nn.Module):
         """``[B, heads, Q, D]`` of queries, keys and values; ``hidden`` ones are True."""
         mask = None if hidden is None else ~hidden
         attended = F.scaled_dot_product_attention(q, k, v, mask)
-        output: Tensor = self.output(attended.transpose(1, 2).flatten(2))
-        return output
+        return self.output(attended.transpose(1, 2).flatten(2))
 
     def split(self, *tensors: Tensor) -> list[Tensor]:
         """``[B, N, heads * D]`` each to ``[B, heads, N, D]``."""
@@ -351,8 +337,7 @@ class InstructedSelfAttention(nn.Module):
         tokens = self.tokens.weight.expand(len(x), -1, -1)
         q = torch.cat([tokens + self.positions.weight, x + position], 1)
         v = torch.cat([tokens, x], 1)
-        attended: Tensor = self.attention(q, q, v, need_weights=False)[0]
-        return attended[:, tokens.shape[1] :]
+        return self.attention(q, q, v, need_weights=False)[0][:, tokens.shape[1] :]
 
 
 class DecoderLayer(nn.Module):
@@ -395,11 +380,22 @@ class DecoderLayer(nn.Module):
         """Queries ``x [B, Q, d]``; ``blocked [Q, Q]`` hides queries where True."""
         x = self.join_self(x, self.dropout(self.self_attn(x, position, blocked)))
         x = self.join_cross(x, self.dropout(self.cross_attn(x, position, reference, memory)))
-        x = self.join_ffn(x, self.dropout(self.ffn(x)))
-        return x  # noqa: RET504
+        return self.join_ffn(x, self.dropout(self.ffn(x)))
 
 
 # --- What heads say, and where queries look next ----------------------------------------------
+
+
+def class_head(d: int, classes: int) -> nn.Linear:
+    """Every class starts with a score of 0.01, that a thousand negatives do not drown the rest."""
+    head = nn.Linear(d, classes)
+    nn.init.constant_(head.bias, -math.log(99))
+    return head
+
+
+def box_head(d: int, outputs: int = 4, act: str = "relu") -> MLP:
+    """Starts as no correction at all."""
+    return MLP(d, d, outputs, 3, act).zeroed()
 
 
 class Heads(nn.Module):
@@ -464,7 +460,7 @@ class Decoder(nn.Module):
     def __init__(
         self,
         layers: Sequence[nn.Module],
-        position: nn.Module,
+        position: Callable[..., Tensor | None],
         heads: nn.Module,
         *,
         eval_layers: int | None = None,

@@ -27,8 +27,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, update: Tensor) -> Tensor:
         """``[B, Q, d]`` twice to ``[B, Q, d]``."""
         keep, take = self.gate(torch.cat([x, update], -1)).sigmoid().chunk(2, -1)
-        joined: Tensor = self.norm(keep * x + take * update)
-        return joined
+        return self.norm(keep * x + take * update)
 
 
 class EdgeBins(nn.Module):
@@ -97,8 +96,7 @@ class EdgeBins(nn.Module):
         log_p = corners.unflatten(-1, (4, self.count + 1)).log_softmax(-1)
         at_left = log_p.gather(-1, left[..., None])[..., 0]
         at_right = log_p.gather(-1, left[..., None] + 1)[..., 0]
-        both: Tensor = (1 - right_weight) * at_left + right_weight * at_right
-        return -iou[:, None] * both
+        return -iou[:, None] * ((1 - right_weight) * at_left + right_weight * at_right)
 
     def distillation(
         self,
@@ -131,8 +129,7 @@ class EdgeBins(nn.Module):
         of_hits = loss[hit].mean() if hit.any() else zero
         of_others = loss[~hit].mean() if not hit.all() else zero
         a, b = (number**0.5 for number in balance)
-        mean: Tensor = (a * of_hits + b * of_others) / (a + b)
-        return mean
+        return (a * of_hits + b * of_others) / (a + b)
 
 
 class Quality(nn.Module):
@@ -147,8 +144,7 @@ class Quality(nn.Module):
         """``logits [B, Q, C]`` plus one number a query."""
         top = corners.unflatten(-1, (4, self.bins)).softmax(-1).topk(self.top).values
         statistics = torch.cat([top, top.mean(-1, keepdim=True)], -1).flatten(-2)
-        better: Tensor = logits + self.mlp(statistics)
-        return better
+        return logits + self.mlp(statistics)
 
 
 class FineHeads(nn.Module):
@@ -159,7 +155,6 @@ class FineHeads(nn.Module):
         corners: an MLP to ``4 * (bins.count + 1)`` a layer.
         first_box: the plain head that makes the box which all distances refer to.
         bins: of the distances.
-        eps: of the inverse sigmoid.
         act: activation of the quality MLPs.
     """
 
@@ -170,12 +165,11 @@ class FineHeads(nn.Module):
         first_box: nn.Module,
         bins: EdgeBins,
         *,
-        eps: float = 1e-5,
         act: str = "relu",
     ) -> None:
         super().__init__()
         self.classes, self.corners, self.first_box = classes, corners, first_box
-        self.bins, self.eps = bins, eps
+        self.bins = bins
         self.quality = nn.ModuleList(Quality(bins, act=act) for _ in classes)
 
     def forward(
@@ -184,7 +178,7 @@ class FineHeads(nn.Module):
         """Predictions of layer i from its queries ``x``; the state of the next layer."""
         prediction = {}
         if i == 0:
-            guess = (self.first_box(x) + inverse_sigmoid(state["reference"], self.eps)).sigmoid()
+            guess = (self.first_box(x) + inverse_sigmoid(state["reference"], 1e-5)).sigmoid()
             prediction = {"pre_boxes": guess, "pre_logits": self.classes[0](x)}
             state = {"initial": guess.detach(), "x": torch.zeros_like(x)}
         corners = self.corners[i](x + state["x"])

@@ -83,8 +83,7 @@ class MLP(nn.Module):
         """``[..., inputs]`` to ``[..., outputs]``."""
         for layer in self.layers[:-1]:
             x = self.act(layer(x))
-        last: Tensor = self.layers[-1](x)
-        return last
+        return self.layers[-1](x)
 
 
 class FeedForward(nn.Sequential):
@@ -110,8 +109,7 @@ class AddNorm(nn.Module):
         x = x + update
         if self.limit is not None:
             x = x.clamp(-self.limit, self.limit)
-        normal: Tensor = self.norm(x)
-        return normal
+        return self.norm(x)
 
 
 class SelfAttention(nn.Module):
@@ -130,8 +128,7 @@ class SelfAttention(nn.Module):
     ) -> Tensor:
         """Update of ``x [B, Q, d]``; ``blocked [Q, Q]``, ``padding [B, Q]`` hide what is True."""
         q = x + position
-        attended: Tensor = self.attention(q, q, x, padding, False, blocked)[0]
-        return attended
+        return self.attention(q, q, x, padding, False, blocked)[0]
 
 
 class DeformableAttention(nn.Module):
@@ -144,10 +141,7 @@ class DeformableAttention(nn.Module):
     def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """Update of ``x [B, Q, d]``; references are ``[B, Q, L, 2 or 4]``."""
         padded = () if memory.padding is None else (None, memory.padding)
-        attended: Tensor = self.attention(
-            x + position, reference, memory.features, memory.shapes, *padded
-        )
-        return attended
+        return self.attention(x + position, reference, memory.features, memory.shapes, *padded)
 
 
 class EncoderLayer(nn.Module):
@@ -165,8 +159,7 @@ class EncoderLayer(nn.Module):
     def forward(self, x: Tensor, *where: Any) -> Tensor:
         """``x [B, S, d]``; ``where`` is whatever the attention takes beside it."""
         x = self.join1(x, self.dropout(self.attention(x, *where)))
-        x = self.join2(x, self.dropout(self.ffn(x)))
-        return x  # noqa: RET504
+        return self.join2(x, self.dropout(self.ffn(x)))
 
 
 class DenseEncoder(nn.Module):
@@ -299,7 +292,7 @@ def pixel_centres(memory: Memory) -> Tensor:
     return torch.cat(levels, 1)
 
 
-class ConvNorm(nn.Module):
+class ConvNorm(nn.Sequential):
     """Convolution without bias, batch norm, activation."""
 
     def __init__(
@@ -309,11 +302,6 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
         self.act = nn.Identity() if act is None else ACTIVATIONS[act]()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[B, inputs, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""
-        y: Tensor = self.act(self.norm(self.conv(x)))
-        return y
 
 
 class RepVGG(nn.Module):
@@ -326,8 +314,7 @@ class RepVGG(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, d, H, W]`` to the same."""
-        y: Tensor = self.act(self.conv1(x) + self.conv2(x))
-        return y
+        return self.act(self.conv1(x) + self.conv2(x))
 
 
 class CSPRep(nn.Module):
@@ -342,8 +329,7 @@ class CSPRep(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, inputs, H, W]`` to ``[B, outputs, H, W]``."""
-        y: Tensor = self.conv3(self.bottlenecks(self.conv1(x)) + self.conv2(x))
-        return y
+        return self.conv3(self.bottlenecks(self.conv1(x)) + self.conv2(x))
 
 
 class HybridEncoder(nn.Module):
@@ -365,15 +351,13 @@ class HybridEncoder(nn.Module):
         project: bool = True,
         heads: int = 8,
         hidden: int = 1024,
-        dropout: float = 0.0,
         expansion: float = 1.0,
         depth: float = 1.0,
-        act: str = "silu",
     ) -> None:
         super().__init__()
-        steps, blocks = len(channels) - 1, round(3 * depth)
+        steps, blocks, act = len(channels) - 1, round(3 * depth), "silu"
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
-        self.attention = EncoderLayer(SelfAttention(d, heads, dropout), d, hidden, "gelu", dropout)
+        self.attention = EncoderLayer(SelfAttention(d, heads), d, hidden, "gelu")
         self.lateral = nn.ModuleList(ConvNorm(d, d, 1, act=act) for _ in range(steps))
         self.down = nn.ModuleList(ConvNorm(d, d, 3, 2, act) for _ in range(steps))
         self.fuse_up, self.fuse_down = (

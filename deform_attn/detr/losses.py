@@ -9,11 +9,11 @@ divided by the number of objects. A system is: how a set is matched, how it is c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal, cast
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from deform_attn.detr.boxes import overlap
@@ -98,24 +98,27 @@ def chosen(targets: Sequence[Target], pairs: Pairs, key: str) -> Tensor:
 
 
 def layers_of(outputs: Mapping[str, Any], name: str) -> Iterator[tuple[str, Prediction]]:
-    """One prediction a layer of stacked outputs; the last layer teaches the others' corners."""
-    if "logits" not in outputs:
-        return
-    last = len(outputs["logits"]) - 1
-    for i in range(last + 1):
+    """One prediction a layer of stacked outputs, and D-FINE's first guess; the last layer teaches
+    the others' corners.
+    """
+    layers = len(outputs.get("logits", ()))
+    for i in range(layers):
         keys = ("logits", "boxes", "corners", "initial")
         prediction = {key: outputs[key][i] for key in keys if key in outputs}
         prediction |= {key: outputs[key] for key in ("counted", "pixels", "grid") if key in outputs}
-        if "corners" in outputs and i < last:
-            prediction["teacher_corners"] = outputs["corners"][last]
-            prediction["teacher_logits"] = outputs["logits"][last]
+        if "corners" in outputs and i < layers - 1:
+            prediction["teacher_corners"] = outputs["corners"][-1]
+            prediction["teacher_logits"] = outputs["logits"][-1]
         yield f"{name}{i}", prediction
+    if "pre_boxes" in outputs:
+        yield f"{name}_pre", {"logits": outputs["pre_logits"][0], "boxes": outputs["pre_boxes"][0]}
 
 
-class Criterion(nn.Module):
+@dataclass
+class Criterion:
     """Weighted losses of all sets of predictions of a detector.
 
-    Args:
+    Attributes:
         weights: of ``class``, ``l1``, ``giou``, and of D-FINE's ``fgl`` and ``ddf``.
         match: matching of the decoder's layers.
         classification: one of the functions above.
@@ -128,28 +131,16 @@ class Criterion(nn.Module):
         bins: of D-FINE's distributions of edges, which then learn too.
     """
 
-    def __init__(
-        self,
-        weights: Mapping[str, float],
-        *,
-        match: Callable[[Prediction, Sequence[Target]], Pairs] | None = None,
-        classification: Classification = focal,
-        encoder: Literal["classes", "binary", "anchors"] = "classes",
-        encoder_weight: float = 1.0,
-        one_to_many: OneToMany | None = None,
-        share_matches: bool = False,
-        bins: EdgeBins | None = None,
-    ) -> None:
-        super().__init__()
-        self.weights = dict(weights)
-        self.match = match or Hungarian()
-        self.classification = classification
-        self.encoder, self.encoder_weight = encoder, encoder_weight
-        self.one_to_many = one_to_many
-        self.share_matches = share_matches
-        self.bins = bins
+    weights: Mapping[str, float]
+    match: Callable[[Prediction, Sequence[Target]], Pairs] = field(default_factory=Hungarian)
+    classification: Classification = focal
+    encoder: Literal["classes", "binary", "anchors"] = "classes"
+    encoder_weight: float = 1.0
+    one_to_many: OneToMany | None = None
+    share_matches: bool = False
+    bins: EdgeBins | None = None
 
-    def forward(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Tensor]:
+    def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Tensor]:
         """Losses by name: ``<loss>/<set>``, such as ``giou/layer2``; their sum is to be minimised.
 
         Args:
@@ -169,23 +160,17 @@ class Criterion(nn.Module):
         of_shared = averaged(count.new_tensor(float(positives)))
         # Denoising queries' edges are balanced as the matched ones', as in the official code.
         balance = (positives, logits[0, ..., 0].numel() - positives)
-        found = {}
-
-        for name, prediction, goals, pairs in matched:
-            found[name] = {"class": self.classes(prediction, goals, pairs, count)}
-            told, number = (shared, of_shared) if self.share_matches else (pairs, count)
-            found[name] |= self.boxes(prediction, goals, told, number, balance)
-
-        for name, prediction, pairs, number in self.assigned(outputs, targets, count):
-            found[name] = {"class": self.classes(prediction, targets, pairs, number)}
-            found[name] |= self.boxes(prediction, targets, pairs, number, balance)
-
         losses = {}
-        for name, values in found.items():
+        sets = [(*one, count) for one in matched] + [*self.assigned(outputs, targets, count)]
+        for i, (name, prediction, goals, pairs, number) in enumerate(sets):
+            found = {"class": self.classes(prediction, goals, pairs, number)}
+            if self.share_matches and i < len(matched):
+                pairs, number = shared, of_shared
+            found |= self.boxes(prediction, goals, pairs, number, balance)
             scale = self.encoder_weight if name.startswith("encoder") else 1.0
             for loss, weight in self.weights.items():
-                if loss in values:
-                    losses[f"{loss}/{name}"] = scale * weight * values[loss]
+                if loss in found:
+                    losses[f"{loss}/{name}"] = scale * weight * found[loss]
         return losses
 
     def matched(
@@ -194,32 +179,26 @@ class Criterion(nn.Module):
         """Sets whose pairs come from one-to-one matching, each with what it is told."""
         for name, prediction in layers_of(outputs, "layer"):
             yield name, prediction, targets, self.match(prediction, targets)
-        for name in (n for n in ("pre", "encoder", "encoder_o2m") if n in outputs):
-            prediction = outputs[name]
-            if name == "pre" or self.encoder == "classes":
-                yield name, prediction, targets, self.match(prediction, targets)
-                continue
-            objects = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
-            match, places = self.match, prediction
+        for name in (name for name in outputs if name.startswith("encoder")):
+            prediction = places = outputs[name]
+            goals, match = targets, self.match
+            if self.encoder != "classes":
+                goals = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             if self.encoder == "anchors":
-                match = replace(cast(Hungarian, match), classes=0)
-                places = {**prediction, "boxes": prediction["anchors"]}
-            yield name, prediction, objects, match(places, objects)
+                places, match = {**prediction, "boxes": prediction["anchors"]}, Hungarian(classes=0)
+            yield name, prediction, goals, match(places, goals)
 
     def assigned(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], count: Tensor
-    ) -> Iterator[tuple[str, Prediction, Pairs, Tensor]]:
+    ) -> Iterator[tuple[str, Prediction, Sequence[Target], Pairs, Tensor]]:
         """Sets that know their objects: denoising queries, and routes of several queries each."""
-        if (noised := outputs.get("dn")) is not None:
-            sets = [*layers_of(noised, "dn")]
-            if "pre" in noised:
-                sets.append(("dn_pre", noised["pre"]))
-            for name, prediction in sets:
-                yield name, prediction, noised["pairs"], count * noised["groups"]
+        noised = outputs.get("dn", {})
+        for name, prediction in layers_of(noised, "dn"):
+            yield name, prediction, targets, noised["pairs"], count * noised["groups"]
         for route in ("o2m", "sep"):
             for name, prediction in layers_of(outputs.get(route, {}), route):
                 assert self.one_to_many is not None, "routes need one_to_many"
-                yield name, prediction, self.one_to_many(prediction, targets), count
+                yield name, prediction, targets, self.one_to_many(prediction, targets), count
 
     def classes(
         self, prediction: Prediction, targets: Sequence[Target], pairs: Pairs, n: Tensor

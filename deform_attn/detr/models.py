@@ -7,8 +7,7 @@ images ``[B, 3, h, w]``, large maps first.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -111,7 +110,8 @@ class Detector(nn.Module):
 
         Returns:
             ``logits [layers, B, Q, C]`` and ``boxes [layers, B, Q, 4]``; where a system has them,
-            ``encoder``, ``dn``, ``pre``, ``o2m`` and ``sep``: dicts of the like.
+            ``pre_logits`` and ``pre_boxes`` of one layer, and ``encoder``, ``dn``, ``o2m`` and
+            ``sep``: dicts of the like.
 
         Raises:
             ValueError: a shape or target does not fit; the message names the argument.
@@ -131,13 +131,13 @@ class Detector(nn.Module):
         """All that comes after the encoder."""
         queries, proposed = self.queries(memory)
         if noised is None or self.denoising is None:
-            outputs = split(self.decoder(queries, memory))
+            outputs = self.decoder(queries, memory)
         else:
             both = self.denoising.before(queries, noised)
             said = self.decoder(both, memory, noised.blocked(queries.content.shape[1]))
             slots = noised.labels.shape[1]
-            outputs = split({name: value[:, :, slots:] for name, value in said.items()})
-            outputs["dn"] = split({name: value[:, :, :slots] for name, value in said.items()})
+            outputs = {name: value[:, :, slots:] for name, value in said.items()}
+            outputs["dn"] = {name: value[:, :, :slots] for name, value in said.items()}
             outputs["dn"] |= {"pairs": noised.pairs, "groups": noised.groups}
             if not self.denoising.contrastive:  # DN-DETR: padding is told nothing
                 outputs["dn"]["counted"] = noised.labels >= 0
@@ -166,14 +166,6 @@ class SequentialDetector(nn.Module):
         pixels = torch.tensor([width, height, width, height], device=images.device)
         outputs: Outputs = self.decoder(memory.features, enc.pixel_centres(memory), pixels)
         return outputs | {"pixels": pixels, "grid": torch.tensor(memory.shapes[0])}
-
-
-def split(said: Mapping[str, Tensor]) -> Outputs:
-    """D-FINE's first guess apart from what all layers say."""
-    outputs: Outputs = {name: v for name, v in said.items() if not name.startswith("pre_")}
-    if "pre_boxes" in said:
-        outputs["pre"] = {"logits": said["pre_logits"][0], "boxes": said["pre_boxes"][0]}
-    return outputs
 
 
 # --- Postprocessing: outputs to boxes in pixels ------------------------------------------------
@@ -256,18 +248,6 @@ class Size:
     dropout: float = 0.0
 
 
-def class_head(d: int, classes: int) -> nn.Linear:
-    """Every class starts with a score of 0.01, that a thousand negatives do not drown the rest."""
-    head = nn.Linear(d, classes)
-    nn.init.constant_(head.bias, -math.log(99))
-    return head
-
-
-def box_head(d: int, outputs: int = 4, act: str = "relu") -> enc.MLP:
-    """Starts as no correction at all."""
-    return enc.MLP(d, d, outputs, 3, act).zeroed()
-
-
 def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) -> nn.ModuleList:
     """A head for every layer, or one for all."""
     return nn.ModuleList([make()] * layers if shared else [make() for _ in range(layers)])
@@ -279,8 +259,8 @@ def heads(
     """Heads of a decoder; ``how`` is their treatment of references."""
     d, n = size.d, size.decoder_layers
     return dec.Heads(
-        each(n, partial(class_head, d, classes), shared=shared),
-        each(n, partial(box_head, d), shared=shared),
+        each(n, partial(dec.class_head, d, classes), shared=shared),
+        each(n, partial(dec.box_head, d), shared=shared),
         norm=nn.LayerNorm(d) if norm else None,
         **how,
     )
@@ -299,8 +279,14 @@ def layers_with(
     return [layer() for _ in range(size.decoder_layers)]
 
 
-def sampling(size: Size) -> enc.DeformableAttention:
-    """Deformable DETR's attention."""
+def sampling(size: Size, variant: str = "", method: str = "default") -> enc.DeformableAttention:
+    """Deformable DETR's attention; RT-DETR's or a successor's, where ``variant`` is its name."""
+    if variant:
+        points = size.points if isinstance(size.points, int) else list(size.points)
+        how: Any = {"variant": variant, "method": method}
+        return enc.DeformableAttention(
+            MSDeformableAttention(size.d, size.heads, size.levels, points, **how)
+        )
     assert isinstance(size.points, int), "points of each level are RT-DETRv2's and D-FINE's"
     return enc.DeformableAttention(MSDeformAttn(size.d, size.levels, size.heads, size.points))
 
@@ -370,7 +356,7 @@ def detr(
         refine="no",
     )
     attend = partial(dec.DenseCrossAttention, d, size.heads, size.dropout)
-    decoder = dec.Decoder(layers_with(attend, size), dec.FixedPosition(), said)
+    decoder = dec.Decoder(layers_with(attend, size), dec.fixed_position, said)
     queries = dec.LearntQueries(size.queries, d, points=False)
     criterion = Criterion(
         ONE, match=Hungarian(classes=1, softmax=True), classification=losses.softmax
@@ -421,14 +407,11 @@ def deformable_detr(
     said = heads(size, classes, shared=not moves, refine="layer" if moves else "no")
     queries: nn.Module = dec.LearntQueries(size.queries, d, points=True)
     if two_stage:
-        head, box = class_head(d, classes), box_head(d)
-        queries = dec.SelectedQueries(
-            size.queries, d, head, box, content="sine", objectness=True, keep_all=True
-        )
+        queries = dec.SelectedQueries(size.queries, d, classes, binary=True)
     else:  # boxes start small
         with torch.no_grad():
             said.get_parameter("boxes.0.layers.2.bias")[2:] = -2
-    decoder = dec.Decoder(layers_with(partial(sampling, size), size), dec.FixedPosition(), said)
+    decoder = dec.Decoder(layers_with(partial(sampling, size), size), dec.fixed_position, said)
     model = Detector(backbone, deformable_encoder(backbone, size), queries, decoder)
     return System(model, Criterion(TWO, encoder="binary"), partial(best_scores, number=100))
 
@@ -469,8 +452,7 @@ def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidde
 def dino(backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=900)) -> System:
     """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
     d = size.d
-    head, box = class_head(d, classes), box_head(d)
-    queries = dec.SelectedQueries(size.queries, d, head, box, content="learnt")
+    queries = dec.SelectedQueries(size.queries, d, classes, learnt=True)
     said = heads(size, classes, shared=True, norm=True, refine="twice", eps=1e-3)
     layers = layers_with(partial(sampling, size), size)
     decoder = dec.Decoder(layers, dec.SinePosition(d, scale=False), said)
@@ -501,20 +483,12 @@ def rtdetr(
         eval_layers: decoder layers to run in evaluation.
         encoder: ``expansion`` and ``depth`` of its blocks.
     """
-    attend = partial(sampling_boxes, size, "rtdetr" if version == 1 else "rtdetrv2", method)
+    attend = partial(sampling, size, "rtdetr" if version == 1 else "rtdetrv2", method)
     layers = layers_with(attend, size, limit=65504 if version == 1 else None)
     said = heads(size, classes, refine="twice")
     decoder = dec.Decoder(layers, dec.BoxPosition(size.d), said, eval_layers=eval_layers)
     model = hybrid(backbone, classes, size, decoder, **encoder)
     return System(model, Criterion(ONE, classification=losses.varifocal), best_scores)
-
-
-def sampling_boxes(size: Size, variant: str, method: str = "default") -> enc.DeformableAttention:
-    """RT-DETR's attention and its successors'."""
-    points = size.points if isinstance(size.points, int) else list(size.points)
-    return enc.DeformableAttention(
-        MSDeformableAttention(size.d, size.heads, size.levels, points, method, variant=variant)
-    )
 
 
 def hybrid(
@@ -528,8 +502,7 @@ def hybrid(
     """RT-DETR's frame: hybrid encoder, content from the memory, contrastive denoising."""
     d = size.d
     encoder = enc.HybridEncoder(backbone.channels, d, heads=size.heads, hidden=size.hidden, **how)
-    head, box = class_head(d, classes), box_head(d, act=act)
-    queries = dec.SelectedQueries(size.queries, d, head, box, content="memory")
+    queries = dec.SelectedQueries(size.queries, d, classes, act=act)
     denoising = Denoising(classes, d, padding=True, eps=1e-5)
     return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
@@ -557,13 +530,13 @@ def dfine(
     """
     d, n, bins = size.d, size.decoder_layers, EdgeBins(scale=scale)
     said = FineHeads(
-        each(n, partial(class_head, d, classes)),
-        each(n, partial(box_head, d, 4 * (bins.count + 1), act)),
-        box_head(d, act=act),
+        each(n, partial(dec.class_head, d, classes)),
+        each(n, partial(dec.box_head, d, 4 * (bins.count + 1), act)),
+        dec.box_head(d, act=act),
         bins,
         act=act,
     )
-    attend = partial(sampling_boxes, size, "dfine")
+    attend = partial(sampling, size, "dfine")
     layers = layers_with(attend, size, act, gated=True, limit=65504)
     decoder = dec.Decoder(layers, dec.BoxPosition(d, act, limit=10), said, eval_layers=eval_layers)
     model = hybrid(backbone, classes, size, decoder, act, project=False, **encoder)
@@ -600,12 +573,11 @@ def mr_detr(
     """
     d = size.d
     said = heads(size, classes, refine="twice", eps=1e-3)
-    how: Any = {"content": "learnt", "position": True, "objectness": True, "keep_all": True}
-    queries = dec.SelectedQueries(size.queries, d, class_head(d, classes), box_head(d), **how)
+    queries = dec.SelectedQueries(size.queries, d, classes, learnt=True, binary=True)
     layers = layers_with(partial(sampling, size), size)
-    decoder = dec.Decoder(layers, dec.FixedPosition(), said)
+    decoder = dec.Decoder(layers, dec.fixed_position, said)
 
-    many = variant(queries, classes=class_head(d, classes), box=box_head(d))
+    many = variant(queries, classes=dec.class_head(d, classes), box=dec.box_head(d))
     o2m, sep = nn.ModuleList(), nn.ModuleList()
     for layer in layers:
         told = dec.InstructedSelfAttention(layer.self_attn.get_submodule("attention"), d, tokens)

@@ -339,7 +339,7 @@ def deim(golden: Golden) -> Found:
     _, outputs = transformer(run)
     noised = outputs["dn"]
     last = {"logits": -outputs["logits"][-1], "boxes": outputs["boxes"][-1]}
-    run.matches("pre", outputs["pre"])
+    run.matches("pre", dict(losses.layers_of(outputs, "layer"))["layer_pre"])
     sets = run.criterion.matched(outputs, golden.targets())
     run.found |= of_pairs("match/union", union([pairs for *_, pairs in sets]))
     run.tell(
@@ -347,17 +347,17 @@ def deim(golden: Golden) -> Found:
         corners=outputs["corners"],
         dn_corners=noised["corners"],
         ref_points=outputs["initial"][0],
-        pre_logits=outputs["pre"]["logits"],
-        pre_boxes=outputs["pre"]["boxes"],
-        dn_pre_logits=noised["pre"]["logits"],
-        dn_pre_boxes=noised["pre"]["boxes"],
+        pre_logits=outputs["pre_logits"][0],
+        pre_boxes=outputs["pre_boxes"][0],
+        dn_pre_logits=noised["pre_logits"][0],
+        dn_pre_boxes=noised["pre_boxes"][0],
     )
     run.gradients("grad", last["logits"].cos().sum() + last["boxes"].sin().sum())
 
     def official(loss: str, of: str) -> str:
         name = {"class": "mal", "l1": "bbox"}.get(loss, loss)
         sets = {"layer0": "aux_0", "layer1": "aux_1", "layer2": "", "encoder": "enc_0"}
-        of = sets.get(of, f"dn_{of[2:]}" if of[2:].isdigit() else of)
+        of = sets.get(of, f"dn_{of[2:]}" if of[2:].isdigit() else of.removeprefix("layer_"))
         return "_".join(filter(None, ["loss", name, of]))
 
     run.losses(outputs, official, weighted=True)
@@ -518,7 +518,6 @@ def encoder(golden: Golden) -> Found:
             hidden=options["ffn"],
             expansion=options["expansion"],
             depth=options["depth_mult"],
-            act=options["activation"],
         ).eval()
         parameters = load_part(hybrid, golden, case, "rtdetr", "encoder.", ("output.",))
         maps = {f"feat{i}": golden[f"in/{case}/feat{i}"].requires_grad_() for i in range(3)}
