@@ -24,9 +24,9 @@ keeps that layer's graph; the reference that attention and the next layer see do
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -35,7 +35,17 @@ from torch.nn import functional as F
 
 from deform_attn.detr.boxes import inverse_sigmoid, sine, sine_of_box
 from deform_attn.detr.dfine import Gate
-from deform_attn.detr.encoder import MLP, AddNorm, FeedForward, Memory, pixel_centres
+from deform_attn.detr.encoder import (
+    MLP,
+    AddNorm,
+    FeedForward,
+    Memory,
+    Size,
+    box_head,
+    class_head,
+    each,
+    pixel_centres,
+)
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,10 @@ class LearntQueries(nn.Module):
     (Deformable DETR).
     """
 
-    def __init__(self, number: int, d: int, *, points: bool) -> None:
+    def __init__(self, size: Size, *, points: bool) -> None:
         super().__init__()
-        self.embed = nn.Embedding(number, 2 * d if points else d)
-        self.points = nn.Linear(d, 2) if points else None
+        self.embed = nn.Embedding(size.queries, 2 * size.d if points else size.d)
+        self.points = nn.Linear(size.d, 2) if points else None
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The same queries for every image; no proposals."""
@@ -85,13 +95,13 @@ class AnchorQueries(nn.Module):
     (DN-DETR: "no label"), or None.
     """
 
-    def __init__(self, number: int, d: int, *, content: int | nn.Embedding | None) -> None:
+    def __init__(self, size: Size, *, content: int | nn.Embedding | None) -> None:
         super().__init__()
-        self.boxes = nn.Embedding(number, 4)
+        self.boxes = nn.Embedding(size.queries, 4)
         nn.init.uniform_(self.boxes.weight)
         self.label = content if isinstance(content, nn.Embedding) else None
-        self.content = nn.Embedding(number, content) if isinstance(content, int) else None
-        self.d = d
+        self.content = nn.Embedding(size.queries, content) if isinstance(content, int) else None
+        self.d = size.d
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
         """The same queries for every image; no proposals."""
@@ -108,8 +118,7 @@ class SelectedQueries(nn.Module):
     """Two stages: every pixel proposes a box, the best become queries (Deformable DETR, 4.2).
 
     Args:
-        number: of queries.
-        d: width.
+        size: of the model.
         classes: number of them.
         learnt: contents are (DINO's mixed selection); else they are the selected features
             (RT-DETR), or projections of the selected boxes' sines where these are projected.
@@ -121,8 +130,7 @@ class SelectedQueries(nn.Module):
 
     def __init__(
         self,
-        number: int,
-        d: int,
+        size: Size,
         classes: int,
         *,
         learnt: bool = False,
@@ -130,11 +138,12 @@ class SelectedQueries(nn.Module):
         act: str = "relu",
     ) -> None:
         super().__init__()
-        self.number, self.d, self.binary = number, d, binary
+        d = size.d
+        self.number, self.d, self.binary = size.queries, d, binary
         heads = class_head(d, classes), box_head(d, act=act)
         self.project, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
         self.classes, self.box = heads
-        self.content = nn.Embedding(number, d) if learnt else None
+        self.content = nn.Embedding(size.queries, d) if learnt else None
         self.sines = nn.Sequential(nn.Linear(2 * d, 2 * d), nn.LayerNorm(2 * d)) if binary else None
 
     def forward(self, memory: Memory) -> tuple[Queries, Proposals]:
@@ -252,9 +261,9 @@ class ConditionalPosition(nn.Module):
 class DenseCrossAttention(nn.Module):
     """Every query looks at every pixel: ``q = x + position, k = memory + its position``."""
 
-    def __init__(self, d: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(d, heads, dropout, batch_first=True)
+        self.attention = nn.MultiheadAttention(size.d, size.heads, size.dropout, batch_first=True)
 
     def forward(
         self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory
@@ -268,9 +277,9 @@ class DenseCrossAttention(nn.Module):
 class ConditionalAttention(nn.Module):
     """Content and position have projections of their own (Conditional DETR, DAB-DETR)."""
 
-    def __init__(self, d: int, heads: int) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.heads = heads
+        d, self.heads = size.d, size.heads
         self.q_content, self.q_position = nn.Linear(d, d), nn.Linear(d, d)
         self.k_content, self.k_position = nn.Linear(d, d), nn.Linear(d, d)
         self.v, self.output = nn.Linear(d, d), nn.Linear(d, d)
@@ -301,9 +310,9 @@ class ConditionalSelfAttention(ConditionalAttention):
 class ConditionalCrossAttention(ConditionalAttention):
     """Content is compared with content, place with place, side by side in every head."""
 
-    def __init__(self, d: int, heads: int, *, first: bool) -> None:
-        super().__init__(d, heads)
-        self.q_sine = nn.Linear(d, d)
+    def __init__(self, size: Size, *, first: bool) -> None:
+        super().__init__(size)
+        self.q_sine = nn.Linear(size.d, size.d)
         # The first layer's content knows nothing yet: there, it asks with its position too.
         self.first = first
         if not first:
@@ -347,7 +356,7 @@ class DecoderLayer(nn.Module):
         self_attn: ``(x, position, blocked)``.
         cross_attn: ``(x, position, reference, memory)``.
         ffn: ``(x)``.
-        d: width.
+        size: of the model.
         gated: a gate joins what was seen with what was known (D-FINE).
         limit: of the last sum, for half precision (RT-DETR, D-FINE).
     """
@@ -357,17 +366,17 @@ class DecoderLayer(nn.Module):
         self_attn: nn.Module,
         cross_attn: nn.Module,
         ffn: FeedForward,
-        d: int,
+        size: Size,
         *,
-        dropout: float = 0.0,
         gated: bool = False,
         limit: float | None = None,
     ) -> None:
         super().__init__()
         self.self_attn, self.cross_attn, self.ffn = self_attn, cross_attn, ffn
-        self.join_self, self.join_cross = AddNorm(d), Gate(d) if gated else AddNorm(d)
-        self.join_ffn = AddNorm(d, limit)
-        self.dropout = nn.Dropout(dropout)
+        self.join_self = AddNorm(size.d)
+        self.join_cross = Gate(size.d) if gated else AddNorm(size.d)
+        self.join_ffn = AddNorm(size.d, limit)
+        self.dropout = nn.Dropout(size.dropout)
 
     def forward(
         self,
@@ -386,41 +395,38 @@ class DecoderLayer(nn.Module):
 # --- What heads say, and where queries look next ----------------------------------------------
 
 
-def class_head(d: int, classes: int) -> nn.Linear:
-    """Every class starts with a score of 0.01, that a thousand negatives do not drown the rest."""
-    head = nn.Linear(d, classes)
-    nn.init.constant_(head.bias, -math.log(99))
-    return head
-
-
-def box_head(d: int, outputs: int = 4, act: str = "relu") -> MLP:
-    """Starts as no correction at all."""
-    return MLP(d, d, outputs, 3, act).zeroed()
-
-
 class Heads(nn.Module):
     """Classes and boxes of every layer.
 
     Args:
-        classes: a linear head a layer; the same one again where they are shared.
-        boxes: an MLP a layer.
+        size: of the model.
+        classes: number of them.
         refine: "no": references stay, "layer": they become the layer's box, "twice": so too, and
             a box keeps the graph of the reference it corrects (look forward twice).
-        norm: of the queries that the heads see; the next box is made from queries without it.
+        shared: all layers have the same heads.
+        norm: the heads see normalised queries; the next box is made from queries that are not.
+        plain: heads start as PyTorch's layers do (DETR).
         eps: of the inverse sigmoid.
     """
 
     def __init__(
         self,
-        classes: nn.ModuleList,
-        boxes: nn.ModuleList,
+        size: Size,
+        classes: int,
         *,
         refine: Literal["no", "layer", "twice"],
-        norm: nn.Module | None = None,
+        shared: bool = False,
+        norm: bool = False,
+        plain: bool = False,
         eps: float = 1e-5,
     ) -> None:
         super().__init__()
-        self.classes, self.boxes, self.norm = classes, boxes, norm
+        d, layers = size.d, size.decoder_layers
+        of_class = nn.Linear if plain else class_head
+        self.classes = each(layers, lambda: of_class(d, classes), shared=shared)
+        of_box = partial(MLP, d, d, 4, 3) if plain else partial(box_head, d)
+        self.boxes = each(layers, of_box, shared=shared)
+        self.norm = nn.LayerNorm(d) if norm else None
         self.refine, self.eps = refine, eps
 
     def forward(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn.detr.boxes import from_corners, inverse_sigmoid, to_corners
-from deform_attn.detr.encoder import MLP
+from deform_attn.detr.encoder import MLP, Size, box_head, class_head, each
 
 
 class Gate(nn.Module):
@@ -150,27 +150,22 @@ class Quality(nn.Module):
 class FineHeads(nn.Module):
     """Heads of D-FINE's decoder: as :class:`~deform_attn.detr.decoder.Heads`, with distributions.
 
+    The first layer's plain head makes the box which all distances refer to.
+
     Args:
-        classes: a linear head a layer.
-        corners: an MLP to ``4 * (bins.count + 1)`` a layer.
-        first_box: the plain head that makes the box which all distances refer to.
+        size: of the model.
+        classes: number of them.
         bins: of the distances.
-        act: activation of the quality MLPs.
+        act: activation of the heads.
     """
 
-    def __init__(
-        self,
-        classes: nn.ModuleList,
-        corners: nn.ModuleList,
-        first_box: nn.Module,
-        bins: EdgeBins,
-        *,
-        act: str = "relu",
-    ) -> None:
+    def __init__(self, size: Size, classes: int, bins: EdgeBins, act: str = "relu") -> None:
         super().__init__()
-        self.classes, self.corners, self.first_box = classes, corners, first_box
-        self.bins = bins
-        self.quality = nn.ModuleList(Quality(bins, act=act) for _ in classes)
+        d, layers, outputs = size.d, size.decoder_layers, 4 * (bins.count + 1)
+        self.classes = each(layers, lambda: class_head(d, classes))
+        self.corners = each(layers, lambda: box_head(d, outputs, act))
+        self.first_box, self.bins = box_head(d, act=act), bins
+        self.quality = each(layers, lambda: Quality(bins, act=act))
 
     def forward(
         self, i: int, x: Tensor, state: dict[str, Tensor]

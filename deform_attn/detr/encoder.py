@@ -6,7 +6,8 @@ attention on the smallest map with convolutions between the maps (RT-DETR).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -24,6 +25,32 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "silu": nn.SiLU,
     "prelu": nn.PReLU,  # DAB-DETR; one learnt slope a layer
 }
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a system is; each recipe's default is its paper's.
+
+    Attributes:
+        d: width.
+        heads: of attention.
+        levels: feature maps that attention samples.
+        points: samples of a query, head and level; a list where levels differ.
+        encoder_layers, decoder_layers: number of layers.
+        hidden: width of feed-forward networks.
+        queries: number of them.
+        dropout: probability.
+    """
+
+    d: int = 256
+    heads: int = 8
+    levels: int = 4
+    points: int | tuple[int, ...] = 4
+    encoder_layers: int = 6
+    decoder_layers: int = 6
+    hidden: int = 1024
+    queries: int = 300
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,15 +113,32 @@ class MLP(nn.Module):
         return self.layers[-1](x)
 
 
+def class_head(d: int, classes: int) -> nn.Linear:
+    """Every class starts with a score of 0.01, that a thousand negatives do not drown the rest."""
+    head = nn.Linear(d, classes)
+    nn.init.constant_(head.bias, -math.log(99))
+    return head
+
+
+def box_head(d: int, outputs: int = 4, act: str = "relu") -> MLP:
+    """Starts as no correction at all."""
+    return MLP(d, d, outputs, 3, act).zeroed()
+
+
+def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) -> nn.ModuleList:
+    """A head for every layer, or one for all."""
+    return nn.ModuleList([make()] * layers if shared else [make() for _ in range(layers)])
+
+
 class FeedForward(nn.Sequential):
     """``linear2(act(linear1(x)))``."""
 
-    def __init__(self, d: int, hidden: int, act: str, dropout: float = 0.0) -> None:
+    def __init__(self, size: Size, act: str = "relu") -> None:
         super().__init__()
-        self.linear1 = nn.Linear(d, hidden)
+        self.linear1 = nn.Linear(size.d, size.hidden)
         self.act = ACTIVATIONS[act]()
-        self.dropout = nn.Dropout(dropout)
-        self.linear2 = nn.Linear(hidden, d)
+        self.dropout = nn.Dropout(size.dropout)
+        self.linear2 = nn.Linear(size.hidden, size.d)
 
 
 class AddNorm(nn.Module):
@@ -115,9 +159,9 @@ class AddNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Every query looks at every other: ``q = k = x + position, v = x``."""
 
-    def __init__(self, d: int, heads: int, dropout: float = 0.0) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(d, heads, dropout, batch_first=True)
+        self.attention = nn.MultiheadAttention(size.d, size.heads, size.dropout, batch_first=True)
 
     def forward(
         self,
@@ -132,11 +176,21 @@ class SelfAttention(nn.Module):
 
 
 class DeformableAttention(nn.Module):
-    """Every query looks at a few points near its reference."""
+    """Every query looks at a few points near its reference.
 
-    def __init__(self, attention: MSDeformAttn | MSDeformableAttention) -> None:
+    ``variant`` and ``method`` are those of :class:`~deform_attn.MSDeformableAttention`; without a
+    variant, the attention is Deformable DETR's, :class:`~deform_attn.MSDeformAttn`.
+    """
+
+    def __init__(self, size: Size, variant: str = "", method: str = "default") -> None:
         super().__init__()
-        self.attention = attention
+        d, heads, levels, points = size.d, size.heads, size.levels, size.points
+        if variant:
+            like: Any = {"method": method, "variant": variant}
+            self.attention: nn.Module = MSDeformableAttention(d, heads, levels, points, **like)
+        else:
+            assert isinstance(points, int), "points of each level are RT-DETRv2's and D-FINE's"
+            self.attention = MSDeformAttn(d, levels, heads, points)
 
     def forward(self, x: Tensor, position: Tensor, reference: Tensor, memory: Memory) -> Tensor:
         """Update of ``x [B, Q, d]``; references are ``[B, Q, L, 2 or 4]``."""
@@ -147,14 +201,12 @@ class DeformableAttention(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention, then a feed-forward network, each added and normalised."""
 
-    def __init__(
-        self, attention: nn.Module, d: int, hidden: int, act: str = "relu", dropout: float = 0.0
-    ) -> None:
+    def __init__(self, attention: nn.Module, size: Size, act: str = "relu") -> None:
         super().__init__()
         self.attention = attention
-        self.ffn = FeedForward(d, hidden, act, dropout)
-        self.join1, self.join2 = AddNorm(d), AddNorm(d)
-        self.dropout = nn.Dropout(dropout)
+        self.ffn = FeedForward(size, act)
+        self.join1, self.join2 = AddNorm(size.d), AddNorm(size.d)
+        self.dropout = nn.Dropout(size.dropout)
 
     def forward(self, x: Tensor, *where: Any) -> Tensor:
         """``x [B, S, d]``; ``where`` is whatever the attention takes beside it."""
@@ -167,7 +219,8 @@ class DenseEncoder(nn.Module):
 
     Args:
         channels: of the map.
-        layers: of the encoder, of width d.
+        size: of the model.
+        act: activation of its layers.
         scale: positions are scaled by an MLP of the pixel (DAB-DETR).
         temperature: of the sines that stand for positions.
     """
@@ -175,15 +228,16 @@ class DenseEncoder(nn.Module):
     def __init__(
         self,
         channels: int,
-        layers: Sequence[EncoderLayer],
-        d: int,
+        size: Size,
+        act: str = "relu",
         *,
         scale: bool = False,
         temperature: float = 10000,
     ) -> None:
         super().__init__()
-        self.project = nn.Conv2d(channels, d, 1)
-        self.layers = nn.ModuleList(layers)
+        d = size.d
+        layers = each(size.encoder_layers, lambda: EncoderLayer(SelfAttention(size), size, act))
+        self.project, self.layers = nn.Conv2d(channels, d, 1), layers
         self.scale = MLP(d, d, d, 2) if scale else None
         self.temperature = temperature
 
@@ -208,8 +262,7 @@ class DeformableEncoder(nn.Module):
 
     Args:
         channels: of the backbone's maps.
-        layers: of the encoder, of width d.
-        levels: maps to attend to; beyond the backbone's, each is half the one before.
+        size: of the model; maps beyond the backbone's are each half the one before.
         temperature: of the sines that stand for positions.
         shift: of their pixels' centres.
     """
@@ -217,20 +270,20 @@ class DeformableEncoder(nn.Module):
     def __init__(
         self,
         channels: Sequence[int],
-        layers: Sequence[EncoderLayer],
-        d: int,
+        size: Size,
         *,
-        levels: int,
         temperature: float = 10000,
         shift: float = -0.5,
     ) -> None:
         super().__init__()
+        d, levels = size.d, size.levels
+        layers = each(size.encoder_layers, lambda: EncoderLayer(DeformableAttention(size), size))
         more = [channels[-1], *[d] * levels][: levels - len(channels)]
         convolutions = [nn.Conv2d(c, d, 1) for c in channels]
         convolutions += [nn.Conv2d(c, d, 3, stride=2, padding=1) for c in more]
         self.project = nn.ModuleList(nn.Sequential(c, nn.GroupNorm(32, d)) for c in convolutions)
         self.level_embed = nn.Parameter(torch.empty(levels, d).normal_())
-        self.layers = nn.ModuleList(layers)
+        self.layers = layers
         self.temperature, self.shift = temperature, shift
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
@@ -337,27 +390,24 @@ class HybridEncoder(nn.Module):
 
     Args:
         channels: of the backbone's maps.
-        d: channels of the maps and of the memory.
+        size: of the model.
         project: once more for the memory (RT-DETR does, D-FINE does not).
-        heads, hidden: of the attention layer.
         expansion, depth: of the fusing blocks: their width, and a third of their RepVGG blocks.
     """
 
     def __init__(
         self,
         channels: Sequence[int],
-        d: int,
+        size: Size,
         *,
         project: bool = True,
-        heads: int = 8,
-        hidden: int = 1024,
         expansion: float = 1.0,
         depth: float = 1.0,
     ) -> None:
         super().__init__()
-        steps, blocks, act = len(channels) - 1, round(3 * depth), "silu"
+        d, steps, blocks, act = size.d, len(channels) - 1, round(3 * depth), "silu"
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
-        self.attention = EncoderLayer(SelfAttention(d, heads), d, hidden, "gelu")
+        self.attention = EncoderLayer(SelfAttention(size), size, "gelu")
         self.lateral = nn.ModuleList(ConvNorm(d, d, 1, act=act) for _ in range(steps))
         self.down = nn.ModuleList(ConvNorm(d, d, 3, 2, act) for _ in range(steps))
         self.fuse_up, self.fuse_down = (

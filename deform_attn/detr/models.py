@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -16,13 +15,13 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from deform_attn import MSDeformableAttention, MSDeformAttn
 from deform_attn.detr import decoder as dec
 from deform_attn.detr import encoder as enc
 from deform_attn.detr import losses
 from deform_attn.detr.boxes import to_corners
 from deform_attn.detr.denoising import Denoising, Noised
 from deform_attn.detr.dfine import EdgeBins, FineHeads
+from deform_attn.detr.encoder import Size
 from deform_attn.detr.losses import Criterion
 from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Target, check_targets
 
@@ -222,89 +221,19 @@ def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) ->
 # --- Parts -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Size:
-    """How large a system is; each recipe's default is its paper's.
-
-    Attributes:
-        d: width.
-        heads: of attention.
-        levels: feature maps that attention samples.
-        points: samples of a query, head and level; a list where levels differ.
-        encoder_layers, decoder_layers: number of layers.
-        hidden: width of feed-forward networks.
-        queries: number of them.
-        dropout: probability.
-    """
-
-    d: int = 256
-    heads: int = 8
-    levels: int = 4
-    points: int | tuple[int, ...] = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    hidden: int = 1024
-    queries: int = 300
-    dropout: float = 0.0
-
-
-def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) -> nn.ModuleList:
-    """A head for every layer, or one for all."""
-    return nn.ModuleList([make()] * layers if shared else [make() for _ in range(layers)])
-
-
-def heads(
-    size: Size, classes: int, *, shared: bool = False, norm: bool = False, **how: Any
-) -> dec.Heads:
-    """Heads of a decoder; ``how`` is their treatment of references."""
-    d, n = size.d, size.decoder_layers
-    return dec.Heads(
-        each(n, partial(dec.class_head, d, classes), shared=shared),
-        each(n, partial(dec.box_head, d), shared=shared),
-        norm=nn.LayerNorm(d) if norm else None,
-        **how,
-    )
-
-
-def layers_with(
-    cross_attention: Callable[[], nn.Module], size: Size, act: str = "relu", **how: Any
+def decoder_layers(
+    size: Size,
+    act: str = "relu",
+    look: Callable[[Size], nn.Module] = enc.DeformableAttention,
+    **how: Any,
 ) -> list[dec.DecoderLayer]:
-    """A decoder's layers with plain self-attention."""
+    """A decoder's layers: plain self-attention, and ``look`` at the image."""
 
     def layer() -> dec.DecoderLayer:
-        ffn = enc.FeedForward(size.d, size.hidden, act, size.dropout)
-        looks = enc.SelfAttention(size.d, size.heads, size.dropout)
-        return dec.DecoderLayer(looks, cross_attention(), ffn, size.d, dropout=size.dropout, **how)
+        ffn = enc.FeedForward(size, act)
+        return dec.DecoderLayer(enc.SelfAttention(size), look(size), ffn, size, **how)
 
     return [layer() for _ in range(size.decoder_layers)]
-
-
-def sampling(size: Size, variant: str = "", method: str = "default") -> enc.DeformableAttention:
-    """Deformable DETR's attention; RT-DETR's or a successor's, where ``variant`` is its name."""
-    if variant:
-        points = size.points if isinstance(size.points, int) else list(size.points)
-        how: Any = {"variant": variant, "method": method}
-        return enc.DeformableAttention(
-            MSDeformableAttention(size.d, size.heads, size.levels, points, **how)
-        )
-    assert isinstance(size.points, int), "points of each level are RT-DETRv2's and D-FINE's"
-    return enc.DeformableAttention(MSDeformAttn(size.d, size.levels, size.heads, size.points))
-
-
-def encoder_layers(
-    attention: Callable[[], nn.Module], size: Size, act: str = "relu"
-) -> list[enc.EncoderLayer]:
-    """An encoder's layers."""
-    return [
-        enc.EncoderLayer(attention(), size.d, size.hidden, act, size.dropout)
-        for _ in range(size.encoder_layers)
-    ]
-
-
-def deformable_encoder(backbone: Backbone, size: Size, **sines: float) -> enc.DeformableEncoder:
-    """Of Deformable DETR; DINO's line differs in the sines of positions."""
-    layers = encoder_layers(partial(sampling, size), size)
-    return enc.DeformableEncoder(backbone.channels, layers, size.d, levels=size.levels, **sines)
 
 
 def variant(module: Any, **replaced: nn.Module) -> Any:
@@ -346,43 +275,33 @@ def detr(
     backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=100, dropout=0.1)
 ) -> System:
     """DETR (arXiv 2005.12872): queries attend to every pixel of one map; sets are matched."""
-    d, n = size.d, size.decoder_layers
-    look = partial(enc.SelfAttention, d, size.heads, size.dropout)
-    encoder = enc.DenseEncoder(backbone.channels[-1], encoder_layers(look, size), d)
-    said = dec.Heads(
-        each(n, lambda: nn.Linear(d, classes + 1), shared=True),  # the last: no object
-        each(n, lambda: enc.MLP(d, d, 4, 3), shared=True),
-        norm=nn.LayerNorm(d),
-        refine="no",
-    )
-    attend = partial(dec.DenseCrossAttention, d, size.heads, size.dropout)
-    decoder = dec.Decoder(layers_with(attend, size), dec.fixed_position, said)
-    queries = dec.LearntQueries(size.queries, d, points=False)
-    criterion = Criterion(
-        ONE, match=Hungarian(classes=1, softmax=True), classification=losses.softmax
-    )
+    encoder = enc.DenseEncoder(backbone.channels[-1], size)
+    # The last class is no object.
+    said = dec.Heads(size, classes + 1, refine="no", shared=True, norm=True, plain=True)
+    layers = decoder_layers(size, look=dec.DenseCrossAttention)
+    decoder = dec.Decoder(layers, dec.fixed_position, said)
+    queries = dec.LearntQueries(size, points=False)
+    match = Hungarian(classes=1, softmax=True)
+    criterion = Criterion(ONE, match=match, classification=losses.softmax)
     return System(Detector(backbone, encoder, queries, decoder), criterion, best_classes)
 
 
 def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
-    d = size.d
-    pixels = encoder_layers(lambda: enc.SelfAttention(d, size.heads), size, "prelu")
     channels = backbone.channels[-1]
-    encoder = enc.DenseEncoder(channels, pixels, d, scale=True, temperature=20)
+    encoder = enc.DenseEncoder(channels, size, "prelu", scale=True, temperature=20)
     layers = [
         dec.DecoderLayer(
-            dec.ConditionalSelfAttention(d, size.heads),
-            dec.ConditionalCrossAttention(d, size.heads, first=i == 0),
-            enc.FeedForward(d, size.hidden, "prelu", size.dropout),
-            d,
-            dropout=size.dropout,
+            dec.ConditionalSelfAttention(size),
+            dec.ConditionalCrossAttention(size, first=i == 0),
+            enc.FeedForward(size, "prelu"),
+            size,
         )
         for i in range(size.decoder_layers)
     ]
-    said = heads(size, classes, shared=True, norm=True, refine="twice", eps=1e-3)
-    decoder = dec.Decoder(layers, dec.ConditionalPosition(d), said)
-    queries = dec.AnchorQueries(size.queries, d, content=None)
+    said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
+    decoder = dec.Decoder(layers, dec.ConditionalPosition(size.d), said)
+    queries = dec.AnchorQueries(size, content=None)
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
@@ -403,27 +322,26 @@ def deformable_detr(
         refine: each layer corrects the boxes of the layer before it.
         two_stage: queries are the encoder's best proposals; refined.
     """
-    d, moves = size.d, refine or two_stage
-    said = heads(size, classes, shared=not moves, refine="layer" if moves else "no")
-    queries: nn.Module = dec.LearntQueries(size.queries, d, points=True)
+    moves = refine or two_stage
+    said = dec.Heads(size, classes, refine="layer" if moves else "no", shared=not moves)
+    queries: nn.Module = dec.LearntQueries(size, points=True)
     if two_stage:
-        queries = dec.SelectedQueries(size.queries, d, classes, binary=True)
+        queries = dec.SelectedQueries(size, classes, binary=True)
     else:  # boxes start small
         with torch.no_grad():
             said.get_parameter("boxes.0.layers.2.bias")[2:] = -2
-    decoder = dec.Decoder(layers_with(partial(sampling, size), size), dec.fixed_position, said)
-    model = Detector(backbone, deformable_encoder(backbone, size), queries, decoder)
+    decoder = dec.Decoder(decoder_layers(size), dec.fixed_position, said)
+    encoder = enc.DeformableEncoder(backbone.channels, size)
+    model = Detector(backbone, encoder, queries, decoder)
     return System(model, Criterion(TWO, encoder="binary"), partial(best_scores, number=100))
 
 
 def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-Deformable-DETR (arXiv 2201.12329): learnt boxes that say where to sample."""
-    d = size.d
-    said = heads(size, classes, refine="layer", eps=1e-3)
-    layers = layers_with(partial(sampling, size), size)
-    decoder = dec.Decoder(layers, dec.SinePosition(d, scale=True), said)
-    queries = dec.AnchorQueries(size.queries, d, content=d)
-    encoder = deformable_encoder(backbone, size, **DAB_SINES)
+    said = dec.Heads(size, classes, refine="layer", eps=1e-3)
+    decoder = dec.Decoder(decoder_layers(size), dec.SinePosition(size.d, scale=True), said)
+    queries = dec.AnchorQueries(size, content=size.d)
+    encoder = enc.DeformableEncoder(backbone.channels, size, **DAB_SINES)
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
@@ -437,7 +355,7 @@ def dn_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) ->
     """DN-DETR (arXiv 2203.01305) on DAB-DETR: noised boxes are to be restored."""
     system = dab_detr(backbone, classes, size)
     noise = system.model.denoising = restoring(classes, size)
-    system.model.queries = dec.AnchorQueries(size.queries, size.d, content=noise.embed)
+    system.model.queries = dec.AnchorQueries(size, content=noise.embed)
     return system
 
 
@@ -445,19 +363,17 @@ def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidde
     """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR."""
     system = dab_deformable_detr(backbone, classes, size)
     system.model.denoising = restoring(classes, size)
-    system.model.queries = dec.AnchorQueries(size.queries, size.d, content=size.d - 1)
+    system.model.queries = dec.AnchorQueries(size, content=size.d - 1)
     return system
 
 
 def dino(backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=900)) -> System:
     """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
-    d = size.d
-    queries = dec.SelectedQueries(size.queries, d, classes, learnt=True)
-    said = heads(size, classes, shared=True, norm=True, refine="twice", eps=1e-3)
-    layers = layers_with(partial(sampling, size), size)
-    decoder = dec.Decoder(layers, dec.SinePosition(d, scale=False), said)
-    encoder, denoising = deformable_encoder(backbone, size, **DAB_SINES), Denoising(classes, d)
-    model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
+    queries = dec.SelectedQueries(size, classes, learnt=True)
+    said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
+    decoder = dec.Decoder(decoder_layers(size), dec.SinePosition(size.d, scale=False), said)
+    encoder = enc.DeformableEncoder(backbone.channels, size, **DAB_SINES)
+    model = Detector(backbone, encoder, queries, decoder, denoising=Denoising(classes, size.d))
     return System(model, Criterion(ONE), best_scores)
 
 
@@ -483,9 +399,10 @@ def rtdetr(
         eval_layers: decoder layers to run in evaluation.
         encoder: ``expansion`` and ``depth`` of its blocks.
     """
-    attend = partial(sampling, size, "rtdetr" if version == 1 else "rtdetrv2", method)
-    layers = layers_with(attend, size, limit=65504 if version == 1 else None)
-    said = heads(size, classes, refine="twice")
+    variant, limit = ("rtdetr", 65504) if version == 1 else ("rtdetrv2", None)
+    look = partial(enc.DeformableAttention, variant=variant, method=method)
+    layers = decoder_layers(size, look=look, limit=limit)
+    said = dec.Heads(size, classes, refine="twice")
     decoder = dec.Decoder(layers, dec.BoxPosition(size.d), said, eval_layers=eval_layers)
     model = hybrid(backbone, classes, size, decoder, **encoder)
     return System(model, Criterion(ONE, classification=losses.varifocal), best_scores)
@@ -500,10 +417,9 @@ def hybrid(
     **how: Any,
 ) -> Detector:
     """RT-DETR's frame: hybrid encoder, content from the memory, contrastive denoising."""
-    d = size.d
-    encoder = enc.HybridEncoder(backbone.channels, d, heads=size.heads, hidden=size.hidden, **how)
-    queries = dec.SelectedQueries(size.queries, d, classes, act=act)
-    denoising = Denoising(classes, d, padding=True, eps=1e-5)
+    encoder = enc.HybridEncoder(backbone.channels, size, **how)
+    queries = dec.SelectedQueries(size, classes, act=act)
+    denoising = Denoising(classes, size.d, padding=True, eps=1e-5)
     return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
 
@@ -528,17 +444,12 @@ def dfine(
         scale: of the edges' bins; larger for smaller corrections, 8 in the largest model.
         encoder: ``expansion`` and ``depth`` of its blocks, which are RT-DETR's.
     """
-    d, n, bins = size.d, size.decoder_layers, EdgeBins(scale=scale)
-    said = FineHeads(
-        each(n, partial(dec.class_head, d, classes)),
-        each(n, partial(dec.box_head, d, 4 * (bins.count + 1), act)),
-        dec.box_head(d, act=act),
-        bins,
-        act=act,
-    )
-    attend = partial(sampling, size, "dfine")
-    layers = layers_with(attend, size, act, gated=True, limit=65504)
-    decoder = dec.Decoder(layers, dec.BoxPosition(d, act, limit=10), said, eval_layers=eval_layers)
+    bins = EdgeBins(scale=scale)
+    said = FineHeads(size, classes, bins, act)
+    look = partial(enc.DeformableAttention, variant="dfine")
+    layers = decoder_layers(size, act, look, gated=True, limit=65504)
+    position = dec.BoxPosition(size.d, act, limit=10)
+    decoder = dec.Decoder(layers, position, said, eval_layers=eval_layers)
     model = hybrid(backbone, classes, size, decoder, act, project=False, **encoder)
     weights, kind = ONE | {"fgl": 0.15, "ddf": 1.5}, losses.varifocal
     criterion = Criterion(weights, classification=kind, share_matches=True, bins=bins)
@@ -572,20 +483,20 @@ def mr_detr(
     may answer; ``sep`` has a feed-forward network of its own instead. Only the first is used.
     """
     d = size.d
-    said = heads(size, classes, refine="twice", eps=1e-3)
-    queries = dec.SelectedQueries(size.queries, d, classes, learnt=True, binary=True)
-    layers = layers_with(partial(sampling, size), size)
+    said = dec.Heads(size, classes, refine="twice", eps=1e-3)
+    queries = dec.SelectedQueries(size, classes, learnt=True, binary=True)
+    layers = decoder_layers(size)
     decoder = dec.Decoder(layers, dec.fixed_position, said)
 
-    many = variant(queries, classes=dec.class_head(d, classes), box=dec.box_head(d))
+    many = variant(queries, classes=enc.class_head(d, classes), box=enc.box_head(d))
     o2m, sep = nn.ModuleList(), nn.ModuleList()
     for layer in layers:
         told = dec.InstructedSelfAttention(layer.self_attn.get_submodule("attention"), d, tokens)
         o2m.append(variant(layer, self_attn=told, join_self=enc.AddNorm(d)))
-        sep.append(variant(layer, ffn=enc.FeedForward(d, size.hidden, "relu", size.dropout)))
+        sep.append(variant(layer, ffn=enc.FeedForward(size)))
     model = Detector(
         backbone,
-        deformable_encoder(backbone, size),
+        enc.DeformableEncoder(backbone.channels, size),
         queries,
         decoder,
         o2m=(many, variant(decoder, layers=o2m)),

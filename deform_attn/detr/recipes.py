@@ -8,7 +8,8 @@ from functools import partial
 from typing import Any
 
 from deform_attn.detr import models
-from deform_attn.detr.models import Size, SmallBackbone, System
+from deform_attn.detr.encoder import Size
+from deform_attn.detr.models import SmallBackbone, System
 
 __all__ = ["RECIPES", "Recipe", "build"]
 

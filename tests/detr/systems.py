@@ -14,7 +14,7 @@ from deform_attn.detr.boxes import overlap
 from deform_attn.detr.checkpoints import load_official, renamed
 from deform_attn.detr.denoising import Noised
 from deform_attn.detr.dfine import EdgeBins
-from deform_attn.detr.encoder import HybridEncoder, Memory, pixel_centres
+from deform_attn.detr.encoder import DeformableEncoder, HybridEncoder, Memory, pixel_centres
 from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Pairs, assign, union
 
 from .recorded import Golden
@@ -491,7 +491,7 @@ def encoder(golden: Golden) -> Found:
     found: Found = {}
     config = golden.config
     size = models.Size(d=config["d_model"], heads=config["heads"], hidden=config["ffn"])
-    deform = models.deformable_encoder(Maps(8, 16, 32), replace(size, encoder_layers=2))
+    deform = DeformableEncoder((8, 16, 32), replace(size, encoder_layers=2))
     others = ("project.", "level_embed")
     parameters = load_part(
         deform, golden, "deformable", "deformable_detr", "transformer.encoder.", others
@@ -513,9 +513,7 @@ def encoder(golden: Golden) -> Found:
             continue
         hybrid = HybridEncoder(
             options["in_channels"],
-            options["hidden_dim"],
-            heads=config["heads"],
-            hidden=options["ffn"],
+            replace(size, d=options["hidden_dim"], hidden=options["ffn"]),
             expansion=options["expansion"],
             depth=options["depth_mult"],
         ).eval()
