@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
 from deform_attn.detr.data import Detection, Sample
 
-__all__ = ["AUGMENTATIONS", "Augmented", "Item", "Steps", "collate", "mixup", "mosaic", "warp"]
+__all__ = ["AUGMENTATIONS", "Augmented", "Item", "batches", "collate", "mixup", "mosaic", "warp"]
 
 GRAY = 0.447  # what is seen outside an image
 
@@ -130,46 +130,40 @@ class Item(NamedTuple):
     image: int
 
 
-class Steps(Sampler[list[Item]]):
-    """The batches from a step to the last: every image once an epoch, in an order of its own.
+def batches(
+    length: int, batch: int, steps: range, seed: int, part: tuple[int, int] = (0, 1)
+) -> Iterator[list[Item]]:
+    """The batches of these steps: every image once an epoch, in an order of its own.
 
     A batch may begin in one epoch and end in the next.
 
     Args:
         length: images in the dataset.
         batch: images in a batch of all processes together.
-        first: the step to begin with.
-        last: the step to end before.
+        steps: from the first to the last.
         seed: of the order.
         part: (i, n): the i-th of n equal parts of each batch.
+
+    Raises:
+        ValueError: the batch cannot be shared equally.
     """
+    if batch % part[1]:
+        raise ValueError(f"batch: expected a multiple of {part[1]} processes, got {batch}")
 
-    def __init__(
-        self, length: int, batch: int, first: int, last: int, seed: int, part: tuple[int, int]
-    ) -> None:
-        if batch % part[1]:
-            raise ValueError(f"batch: expected a multiple of {part[1]} processes, got {batch}")
-        self.batch, self.part, self.steps = batch, part, range(first, last)
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> list[int]:
+        numbers: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
+        return numbers
 
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> list[int]:
-            numbers: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
-            return numbers
-
-        self._image: Callable[[int], int] = lambda i: order(i // length)[i % length]
-
-    def __len__(self) -> int:
-        return len(self.steps)
-
-    def __iter__(self) -> Iterator[list[Item]]:
-        share = self.batch // self.part[1]
-        places = range(self.part[0] * share, (self.part[0] + 1) * share)
-        for step in self.steps:
-            yield [Item(step, place, self._image(step * self.batch + place)) for place in places]
+    share = batch // part[1]
+    for step in steps:
+        places = range(part[0] * share, (part[0] + 1) * share)
+        epochs = (divmod(step * batch + place, length) for place in places)
+        yield [Item(step, place, order(e)[i]) for place, (e, i) in zip(places, epochs)]
 
 
 class Augmented(Dataset[tuple[Item, Sample]]):
-    """A dataset as a step of training sees it; its items are asked for by `Steps`.
+    """A dataset as a step of training sees it; its items are those of `batches`.
 
     Args:
         dataset: where the images come from.

@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 Rules = list[tuple[str, str]]
 
-# Deformable DETR and what was built on it. Its norm1 follows cross-attention, norm2
-# self-attention; the dense systems' the other way round.
+# Deformable DETR and what was built on it.
 _LAYERS: Rules = [
     (r"^transformer\.", ""),
     (r"^level_embeds$", "level_embed"),
     (r"^level_embed$", "encoder.level_embed"),
     (r"^input_proj\.", "encoder.project."),
     (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention.attention."),
-    (r"^(encoder\.layers\.\d+)\.norm", r"\1.join"),
-    (r"^(encoder\.layers\.\d+\.join\d)\.", r"\1.norm."),
+    (r"^(encoder\.layers\.\d+)\.norm(\d)\.", r"\1.join\2.norm."),
     (r"^((?:en|de)coder\.layers\.\d+)\.linear", r"\1.ffn.linear"),
     (r"^((?:en|de)coder\.layers\.\d+)\.activation\.", r"\1.ffn.act."),
     (r"^(decoder\.layers\.\d+\.(?:self|cross)_attn)\.", r"\1.attention."),
@@ -45,15 +43,18 @@ _LAYERS: Rules = [
     (r"^pos_trans\.", "queries.sines.0."),
     (r"^pos_trans_norm\.", "queries.sines.1."),
 ]
-_CROSS_FIRST: Rules = [
-    (r"^(decoder\.layers\.\d+)\.norm1\.", r"\1.join_cross.norm."),
-    (r"^(decoder\.layers\.\d+)\.norm2\.", r"\1.join_self.norm."),
-]
-_SELF_FIRST: Rules = [
-    (r"^(decoder\.layers\.\d+)\.norm1\.", r"\1.join_self.norm."),
-    (r"^(decoder\.layers\.\d+)\.norm2\.", r"\1.join_cross.norm."),
-]
-_DEFORMABLE = _LAYERS + _CROSS_FIRST
+
+
+def _norms(first: str, second: str) -> Rules:
+    """What the norms of a decoder's layer follow, by their numbers."""
+    layer = r"^(decoder\.layers\.\d+)\.norm"
+    return [
+        (rf"{layer}1\.", rf"\1.join_{first}.norm."),
+        (rf"{layer}2\.", rf"\1.join_{second}.norm."),
+    ]
+
+
+_DEFORMABLE = _LAYERS + _norms("cross", "self")
 
 _DETR: Rules = [
     (r"^transformer\.", ""),
@@ -61,30 +62,22 @@ _DETR: Rules = [
     # one head for all layers: the first one's name
     (r"^(class|bbox)_embed\.", r"\1_embed.0."),
     *_LAYERS,
-    *_SELF_FIRST,
+    *_norms("self", "cross"),
 ]
 
-_PROJECTIONS = {
-    "qcontent_proj": "q_content",
-    "qpos_proj": "q_position",
-    "qpos_sine_proj": "q_sine",
-    "kcontent_proj": "k_content",
-    "kpos_proj": "k_position",
-    "v_proj": "v",
-}
 _DAB_DETR: Rules = [
     (r"^transformer\.", ""),
     (r"^encoder\.query_scale\.", "encoder.scale."),
     (r"^decoder\.ref_anchor_head\.", "decoder.position.size."),
     (r"^(?:decoder\.)?(class|bbox)_embed\.", r"\1_embed.0."),
-    *(
-        (rf"^(decoder\.layers\.\d+)\.{short}_{theirs}\.", rf"\1.{long}_attn.{ours}.")
-        for short, long in (("sa", "self"), ("ca", "cross"))
-        for theirs, ours in _PROJECTIONS.items()
-    ),
+    (r"\.sa_(\w+)_proj\.", r".self_attn.\1."),
+    (r"\.ca_(\w+)_proj\.", r".cross_attn.\1."),
+    (r"_attn\.([qk])(content|pos)", r"_attn.\1_\2"),
+    (r"_attn\.q_pos_sine\.", "_attn.q_sine."),
+    (r"_attn\.([qk])_pos\.", r"_attn.\1_position."),
     (r"^(decoder\..*_attn)\.out_proj\.", r"\1.output."),
     *(rule for rule in _LAYERS if "cross" not in rule[0]),
-    *_SELF_FIRST,
+    *_norms("self", "cross"),
 ]
 
 _RTDETR: Rules = [
@@ -103,7 +96,7 @@ _RTDETR: Rules = [
     (r"^encoder\.pan_blocks\.", "encoder.fuse_down."),
     *((pattern, ours) for pattern, ours in _LAYERS if pattern.startswith(r"^(decoder\.layers")),
     (r"^(decoder\.layers\.\d+)\.linear", r"\1.ffn.linear"),
-    *_SELF_FIRST,
+    *_norms("self", "cross"),
     (r"^(decoder\.layers\.\d+)\.gateway\.", r"\1.join_cross."),
     (r"^decoder\.dec_score_head\.", "decoder.heads.classes."),
     (r"^decoder\.dec_bbox_head\.", "decoder.heads.boxes."),
@@ -133,23 +126,18 @@ _MR_DETR: Rules = [
     (r"^(encoder\.layers\.\d+)\.attentions\.0\.", r"\1.attention.attention."),
     (r"^(encoder\.layers\.\d+)\.norms\.0\.", r"\1.join1.norm."),
     (r"^(encoder\.layers\.\d+)\.norms\.1\.", r"\1.join2.norm."),
-    (r"^(encoder\.layers\.\d+)\.ffns\.0\.layers\.0\.0\.", r"\1.ffn.linear1."),
-    (r"^(encoder\.layers\.\d+)\.ffns\.0\.layers\.1\.", r"\1.ffn.linear2."),
     (r"^(decoder\.layers\.\d+)\.attentions\.0\.attn\.", r"\1.self_attn.attention."),
     (r"^(decoder\.layers\.\d+)\.attentions\.0\.norm_o2o\.", r"\1.join_self.norm."),
     (r"^decoder\.(layers\.\d+)\.attentions\.0\.norm_o2m\.", r"o2m.1.\1.join_self.norm."),
-    (r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m\.", r"o2m.1.\1.self_attn.tokens."),
-    (
-        r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m_pos\.",
-        r"o2m.1.\1.self_attn.positions.",
-    ),
+    (r"^decoder\.(layers\.\d+)\.attentions\.0\.instruction_o2m", r"o2m.1.\1.self_attn.tokens"),
+    (r"\.tokens_pos\.", ".positions."),
     (r"^(decoder\.layers\.\d+)\.attentions\.1\.", r"\1.cross_attn.attention."),
     (r"^(decoder\.layers\.\d+)\.norms\.0\.", r"\1.join_cross.norm."),
     (r"^(decoder\.layers\.\d+)\.norms\.1\.", r"\1.join_ffn.norm."),
     (r"^decoder\.(layers\.\d+)\.ffns\.0\.layers\.0\.linear\.linear_sep\.", r"sep.\1.ffn.linear1."),
     (r"^decoder\.(layers\.\d+)\.ffns\.0\.layers\.1\.linear_sep\.", r"sep.\1.ffn.linear2."),
-    (r"^(decoder\.layers\.\d+)\.ffns\.0\.layers\.0\.linear\.linear\.", r"\1.ffn.linear1."),
-    (r"^(decoder\.layers\.\d+)\.ffns\.0\.layers\.1\.linear\.", r"\1.ffn.linear2."),
+    (r"\.ffns\.0\.layers\.0\.(?:0|linear\.linear)\.", ".ffn.linear1."),
+    (r"\.ffns\.0\.layers\.1\.(?:linear\.)?", ".ffn.linear2."),
     *(rule for rule in _LAYERS if "layers" not in rule[0]),
 ]
 
@@ -158,15 +146,11 @@ _DERIVED = ("decoder.anchors", "decoder.valid_mask")
 
 RULES: dict[str, Rules] = {
     "detr": _DETR,
-    "dab_detr": _DAB_DETR,
-    "dn_detr": _DAB_DETR,
-    "deformable_detr": _DEFORMABLE,
-    "dab_deformable_detr": _DEFORMABLE,
-    "dn_deformable_detr": _DEFORMABLE,
-    "dino": _DEFORMABLE,
+    **dict.fromkeys(("dab_detr", "dn_detr"), _DAB_DETR),
+    **dict.fromkeys(("deformable_detr", "dab_deformable_detr"), _DEFORMABLE),
+    **dict.fromkeys(("dn_deformable_detr", "dino"), _DEFORMABLE),
     "rtdetr": _RTDETR,
-    "dfine": _DFINE,
-    "deim": _DFINE,
+    **dict.fromkeys(("dfine", "deim"), _DFINE),
     "mr_detr": _MR_DETR,
 }
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -18,16 +19,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-__all__ = [
-    "CocoFolder",
-    "Detection",
-    "Digits",
-    "Sample",
-    "Shapes",
-    "as_tensor",
-    "open_dataset",
-    "upright",
-]
+__all__ = ["CocoFolder", "Detection", "Digits", "Sample", "Shapes", "open_dataset"]
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 
@@ -46,13 +38,13 @@ class Detection(Protocol):
         ...
 
 
-def open_dataset(name: str, split: str, size: int | None = None, seed: int = 0) -> Detection:
+def open_dataset(name: str, split: str, size: int = 0, seed: int = 0) -> Detection:
     """The dataset that a command line names.
 
     Args:
         name: ``shapes``, ``digits`` or ``coco:FOLDER``.
         split: ``train`` or ``val``.
-        size: sides of the images in pixels; by default 64, 128 and 640.
+        size: sides of the images in pixels; 0: 64, 128 and 640.
         seed: of what is drawn; a folder has none.
 
     Raises:
@@ -66,11 +58,9 @@ def open_dataset(name: str, split: str, size: int | None = None, seed: int = 0) 
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
-    if name == "shapes":
-        return Shapes(split, size or 64, seed)
-    if name == "digits":
-        return Digits(split, size or 128, seed)
     kind, _, folder = name.partition(":")
+    if kind in (drawn := {"shapes": Shapes, "digits": Digits}) and not folder:
+        return drawn[kind](split, size, seed)
     if kind == "coco" and folder:
         return CocoFolder(folder, split, size or 640)
     raise ValueError(f"data: expected 'shapes', 'digits' or 'coco:FOLDER', got {name!r}")
@@ -91,13 +81,21 @@ Drawing = tuple[Image.Image, list[list[float]], list[int]]
 
 
 class _Drawn:
-    """Images drawn when they are asked for: the same for the same seed, split and index."""
+    """Images drawn when they are asked for: the same for the same seed, split and index.
 
-    classes: tuple[str, ...] = ()
+    Args:
+        split: ``train`` or ``val``: 2000 images to train on, or 200 to test.
+        size: sides of the image, in pixels; 0: those of the class.
+        seed: another seed draws other images.
+    """
+
+    classes: tuple[str, ...]
+    flips: bool
+    side: int
     lengths: ClassVar = {"train": 2000, "val": 200}
 
-    def __init__(self, split: str, size: int, seed: int) -> None:
-        self.split, self.size, self.seed = split, size, seed
+    def __init__(self, split: str = "train", size: int = 0, seed: int = 0) -> None:
+        self.split, self.size, self.seed = split, size or self.side, seed
 
     def __len__(self) -> int:
         return self.lengths[self.split]
@@ -126,16 +124,9 @@ class _Drawn:
             target = self[image_id][1]
             for (cx, cy, w, h), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
                 box = [self.size * side for side in (cx - w / 2, cy - h / 2, w, h)]
-                annotations.append(
-                    {
-                        "id": len(annotations) + 1,
-                        "image_id": image_id,
-                        "category_id": label,
-                        "bbox": box,
-                        "area": box[2] * box[3],
-                        "iscrowd": 0,
-                    }
-                )
+                ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label}
+                shape = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
+                annotations.append(ids | shape)
         size = {"height": self.size, "width": self.size}
         return {
             "images": [{"id": i, **size} for i in range(len(self))],
@@ -145,19 +136,10 @@ class _Drawn:
 
 
 class Shapes(_Drawn):
-    """One to four discs, squares and triangles on a noisy ground; 2000 to train on, 200 to test.
+    """One to four discs, squares and triangles on a noisy ground, in 64 by 64 pixels."""
 
-    Args:
-        split: ``train`` or ``val``.
-        size: sides of the image, in pixels.
-        seed: another seed draws other images.
-    """
-
-    classes: tuple[str, ...] = ("disc", "square", "triangle")
-    flips = True
-
-    def __init__(self, split: str = "train", size: int = 64, seed: int = 0) -> None:
-        super().__init__(split, size, seed)
+    classes = ("disc", "square", "triangle")
+    flips, side = True, 64
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawing:
         """Shapes that do not touch, drawn finely and then averaged."""
@@ -195,21 +177,12 @@ def _touches(box: list[float], others: list[list[float]]) -> bool:
 
 
 class Digits(_Drawn):
-    """Real handwritten digits on real photographs: scikit-learn's and scikit-image's own.
-
-    Neither a digit nor a photograph of the test images is in one to train on.
-
-    Args:
-        split: ``train`` or ``val``.
-        size: sides of the image, in pixels.
-        seed: another seed composes other images.
+    """Real handwritten digits on real photographs: scikit-learn's and scikit-image's own, in 128
+    by 128 pixels. Neither a digit nor a photograph of the test images is in one to train on.
     """
 
-    classes: tuple[str, ...] = tuple("0123456789")
-    flips = False
-
-    def __init__(self, split: str = "train", size: int = 128, seed: int = 0) -> None:
-        super().__init__(split, size, seed)
+    classes = tuple("0123456789")
+    flips, side = False, 128
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawing:
         """Digits that do not touch, light where the photograph is dark and dark elsewhere."""
@@ -304,10 +277,9 @@ class CocoFolder:
             self._content = json.loads(found[0].read_text(encoding="utf-8"))
         except json.JSONDecodeError as error:
             raise ValueError(f"{found[0]}: expected JSON, got {error}") from None
-        if faults := _faults(self._content, self.images):
+        if faults := [*_gaps(self._content)] or [*_faults(self._content, self.images)]:
             shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if faults[20:] else [])
-            lines = "\n  ".join(shown)
-            raise ValueError(f"{found[0]}: {len(faults)} faults\n  {lines}")
+            raise ValueError("\n  ".join([f"{found[0]}: {len(faults)} faults", *shown]))
         categories = sorted(self._content["categories"], key=lambda category: category["id"])
         self.classes = tuple(category["name"] for category in categories)
         self._label = {category["id"]: i for i, category in enumerate(categories)}
@@ -341,41 +313,41 @@ class CocoFolder:
         return {**self._content, "annotations": annotations}
 
 
-def _faults(content: Any, folder: Path) -> list[str]:
-    """Everything that is wrong with an annotation file, one line each."""
-    parts = ("images", "annotations", "categories")
-    if not isinstance(content, dict) or any(not isinstance(content.get(p), list) for p in parts):
-        return [f"expected an object with the lists {', '.join(parts)}"]
-    faults = []
-    needed = (
-        ("images", ("id", "file_name", "height", "width")),
-        ("annotations", ("id", "image_id", "category_id", "bbox")),
-        ("categories", ("id", "name")),
-    )
-    for part, keys in needed:
+KEYS = {
+    "images": ("id", "file_name", "height", "width"),
+    "annotations": ("id", "image_id", "category_id", "bbox"),
+    "categories": ("id", "name"),
+}
+
+
+def _gaps(content: Any) -> Iterator[str]:
+    """What an annotation file lacks to be read at all."""
+    if not isinstance(content, dict) or any(not isinstance(content.get(p), list) for p in KEYS):
+        yield f"expected an object with the lists {', '.join(KEYS)}"
+        return
+    for part, keys in KEYS.items():
         seen = set()
         for i, one in enumerate(content[part]):
             if missing := [key for key in keys if key not in one]:
-                faults.append(f"{part}[{i}]: expected keys {list(keys)}, {missing} missing")
+                yield f"{part}[{i}]: expected keys {list(keys)}, {missing} missing"
             elif one["id"] in seen:
-                faults.append(f"{part}[{i}]: expected an id of its own, got {one['id']} again")
-            else:
-                seen.add(one["id"])
-    if faults:
-        return faults
-    faults += [fault for facts in content["images"] if (fault := _image_fault(facts, folder))]
+                yield f"{part}[{i}]: expected an id of its own, got {one['id']} again"
+            seen.add(one.get("id"))
+
+
+def _faults(content: Any, folder: Path) -> Iterator[str]:
+    """What is wrong with its images, boxes and references."""
     images = {facts["id"]: facts for facts in content["images"]}
-    categories = {category["id"] for category in content["categories"]}
+    yield from filter(None, (_image_fault(facts, folder) for facts in images.values()))
+    known = sorted(category["id"] for category in content["categories"])
     for one in content["annotations"]:
-        name = f"annotation {one['id']}"
-        if one["image_id"] not in images:
-            faults.append(f"{name}: expected image_id of a listed image, got {one['image_id']}")
-        elif fault := _box_fault(one["bbox"], images[one["image_id"]]):
-            faults.append(f"{name} (image {one['image_id']}): {fault}")
-        if one["category_id"] not in categories:
-            known = sorted(categories)
-            faults.append(f"{name}: expected category_id among {known}, got {one['category_id']}")
-    return faults
+        name, image = f"annotation {one['id']}", one["image_id"]
+        if image not in images:
+            yield f"{name}: expected image_id of a listed image, got {image}"
+        elif fault := _box_fault(one["bbox"], images[image]):
+            yield f"{name} (image {image}): {fault}"
+        if one["category_id"] not in known:
+            yield f"{name}: expected category_id among {known}, got {one['category_id']}"
 
 
 def _image_fault(facts: dict[str, Any], folder: Path) -> str | None:

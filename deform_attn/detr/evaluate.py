@@ -105,11 +105,10 @@ def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     loss = np.array(history["loss"])
-    sums = np.concatenate([[0], loss.cumsum()])
-    ends = np.arange(1, len(loss) + 1)
-    begins = np.maximum(0, ends - max(1, len(loss) // 40))
-    left.plot(ends, loss, color="#9ecae1", linewidth=0.7)
-    left.plot(ends, (sums[ends] - sums[begins]) / (ends - begins), color="#08519c")
+    left.plot(np.arange(1, len(loss) + 1), loss, color="#9ecae1", linewidth=0.7)
+    parts = np.array_split(loss, min(40, len(loss)))
+    ends = np.cumsum([len(part) for part in parts])
+    left.plot(ends, [part.mean() for part in parts], color="#08519c")
     left.set_title("loss", loc="left")
     steps = [row["step"] for row in history["ap"]]
     for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")) if steps else ():

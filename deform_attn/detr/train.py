@@ -7,26 +7,27 @@ and ``checkpoint.pt``. The same command goes on where a killed one stopped, to t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import copy
 import json
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.detr.augment import Augmented, Steps
+from deform_attn.detr.augment import Augmented, batches
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import draw_curves, evaluate
 from deform_attn.detr.recipes import RECIPES, build
@@ -145,19 +146,14 @@ class _Run:
         self.settings, self.out, self.rank, self.world = settings, out, rank, world
         self.device, self.console = device, Console(quiet=rank > 0, highlight=False)
         self.data, self.test = (
-            open_dataset(settings.data, split, settings.size or None, settings.seed)
+            open_dataset(settings.data, split, settings.size, settings.seed)
             for split in ("train", "val")
         )
         augment = settings.augment or RECIPES[settings.recipe].augment
         self.augmented = Augmented(self.data, augment, settings.steps, settings.seed)
         torch.manual_seed(settings.seed)
-        system = build(
-            settings.recipe,
-            len(self.data.classes),
-            settings.width,
-            settings.layers,
-            settings.queries,
-        )
+        sizes = (settings.width, settings.layers, settings.queries)
+        system = build(settings.recipe, len(self.data.classes), *sizes)
         self.criterion, self.postprocess = system.criterion, system.postprocess
         self.model = system.model.to(device)
         if world > 1 and device.type == "cuda":
@@ -165,6 +161,8 @@ class _Run:
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, settings))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
+        parts = ("model", "average", "optimizer", "scaler")
+        self.parts = {name: getattr(self, name) for name in parts}
         self.step = 0
         self.history: dict[str, Any] = {"loss": [], "parts": [], "ap": [], "cpu_seconds": 0.0}
         torch.manual_seed(settings.seed + 1000 * rank)  # each process draws noise of its own
@@ -173,10 +171,6 @@ class _Run:
             self._load(out / "checkpoint.pt")
 
     # Checkpoints. Learning rates, order and augmentation of the images follow from seed and step.
-
-    def _parts(self) -> dict[str, Any]:
-        names = ("model", "average", "optimizer", "scaler")
-        return {name: getattr(self, name) for name in names}
 
     def _save(self) -> None:
         random = [torch.get_rng_state()]
@@ -189,7 +183,7 @@ class _Run:
             return
         facts = {"settings": asdict(self.settings), "step": self.step}
         checkpoint = facts | {"history": self.history, "random": of_all}
-        checkpoint |= {name: part.state_dict() for name, part in self._parts().items()}
+        checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         trained = facts | {"classes": list(self.data.classes), "size": self.data.size}
         trained |= {"ap": self.history["ap"][-1:], "model": self.average.state_dict()}
         title = f"{self.settings.recipe} on {self.settings.data}, seed {self.settings.seed}"
@@ -208,7 +202,7 @@ class _Run:
                 raise ValueError(f"{name}: expected {then!r} as in {file}, got {now!r}")
         if (then := len(checkpoint["random"])) != self.world:
             raise ValueError(f"processes: expected {then} as in {file}, got {self.world}")
-        for name, part in self._parts().items():
+        for name, part in self.parts.items():
             part.load_state_dict(checkpoint[name])
         self.step, self.history = checkpoint["step"], checkpoint["history"]
         random = checkpoint["random"][self.rank]
@@ -221,30 +215,33 @@ class _Run:
 
     def go(self, workers: int) -> dict[str, Any]:
         """All steps that are left."""
-        settings, data = self.settings, self.augmented
-        part = (self.rank, self.world)
-        steps = Steps(
-            len(self.data), settings.batch, self.step, settings.steps, settings.seed, part
-        )
-        generator = torch.Generator()  # the loader draws from it, not from the global one
-        batches = DataLoader(
-            data,
-            batch_sampler=steps,
-            collate_fn=data.batch,
+        settings, part = self.settings, (self.rank, self.world)
+        left = range(self.step, settings.steps)
+        loader = DataLoader(
+            self.augmented,
+            batch_sampler=batches(len(self.data), settings.batch, left, settings.seed, part),
+            collate_fn=self.augmented.batch,
             num_workers=workers,
-            generator=generator,
+            generator=torch.Generator(),  # the loader draws from it, not from the global one
         )
         model: nn.Module = self.model
         if self.world > 1:
             model = DistributedDataParallel(model, find_unused_parameters=True)
         model.train()
-        if settings.freeze_norms:
-            for module in self.model.modules():
-                if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
-                    module.eval()
+        for module in self.model.modules() if settings.freeze_norms else ():
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
+                module.eval()
         began = time.process_time() - self.history["cpu_seconds"]
-        with self._progress() as show:
-            for images, targets in batches:
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.description}"),
+        )
+        hidden = not self.console.is_terminal  # a bar, where somebody can see it move
+        with Progress(*columns, console=self.console, disable=hidden) as bar:
+            task = bar.add_task("", total=settings.steps, completed=self.step)
+            for images, targets in loader:
                 losses = self._step(model, images, targets)
                 self.history["loss"].append(sum(losses.values()))
                 last = self.step == settings.steps
@@ -253,7 +250,7 @@ class _Run:
                 self.history["cpu_seconds"] = time.process_time() - began
                 if last or self.step % settings.save_every == 0:
                     self._save()
-                show()
+                bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
         return self.history
 
     def _step(
@@ -303,19 +300,6 @@ class _Run:
             numbers = f"loss {loss:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
             self.console.print(f"step {self.step:5}  {numbers}")
 
-    @contextlib.contextmanager
-    def _progress(self) -> Iterator[Callable[[], None]]:
-        """A bar, where somebody can see it move."""
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        hidden = not self.console.is_terminal
-        with Progress(
-            *columns, TextColumn("loss {task.description}"), console=self.console, disable=hidden
-        ) as bar:
-            task = bar.add_task("", total=self.settings.steps, completed=self.step)
-            yield lambda: bar.update(
-                task, completed=self.step, description=f"{self.history['loss'][-1]:.3f}"
-            )
-
 
 def _float32(outputs: Any) -> Any:
     """What autocast made half precision, in nested dicts: losses are computed in float32."""
@@ -337,27 +321,12 @@ def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def main() -> None:
     """Read the command line and train."""
-    parser = argparse.ArgumentParser(
-        prog="python -m deform_attn.detr.train",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    for field in fields(Settings):
-        name = "--" + field.name.replace("_", "-")
-        kind = {"str": str, "int": int, "float": float}[str(field.type)]
-        required = field.name in ("recipe", "data")
-        default = None if required else field.default
-        parser.add_argument(
-            name, type=kind, required=required, default=default, help=f"default: {default}"
-        )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the run")
-    parser.add_argument("--workers", type=int, default=0, help="processes that draw batches")
-    given = vars(parser.parse_args())
-    out, workers = given.pop("out"), given.pop("workers")
+    flat = (tyro.conf.OmitArgPrefixes,)
+    prog = "python -m deform_attn.detr.train"
     try:
-        train(Settings(**given), out, workers)
+        tyro.cli(train, prog=prog, description=__doc__, config=flat)
     except ValueError as error:
-        parser.error(str(error))
+        sys.exit(f"{prog}: error: {error}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deform_attn.detr.augment import Augmented, Item, Steps, mixup, mosaic, warp
+from deform_attn.detr.augment import Augmented, Item, batches, mixup, mosaic, warp
 from deform_attn.detr.data import CocoFolder, Digits, Shapes, open_dataset
 from deform_attn.detr.evaluate import average_precision
 
@@ -321,18 +321,18 @@ def test_mosaic_and_mixup_multiply_objects_and_stop_half_way() -> None:
 
 
 def test_batches_are_the_same_wherever_training_starts_and_however_it_is_shared() -> None:
-    whole = list(Steps(50, 8, 0, 25, seed=1, part=(0, 1)))
-    assert list(Steps(50, 8, 13, 25, seed=1, part=(0, 1))) == whole[13:]
-    parts = [list(Steps(50, 8, 0, 25, seed=1, part=(i, 2))) for i in range(2)]
+    whole = list(batches(50, 8, range(25), seed=1))
+    assert list(batches(50, 8, range(13, 25), seed=1)) == whole[13:]
+    parts = [list(batches(50, 8, range(25), seed=1, part=(i, 2))) for i in range(2)]
     assert [a + b for a, b in zip(*parts)] == whole
     images = [item.image for items in whole for item in items]
     epochs = [images[i : i + 50] for i in range(0, 200, 50)]
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)  # none is left out
     assert epochs[0] != epochs[1]
-    assert len(next(iter(Steps(5, 8, 0, 1, seed=1, part=(0, 1))))) == 8  # more than there are
+    assert len(next(batches(5, 8, range(1), seed=1))) == 8  # more than there are
     data = Augmented(Shapes("train"), "dense", steps=20, seed=1)
     one, two = (data.batch([data[item] for item in whole[5]]) for _ in range(2))
     assert torch.equal(one[0], two[0])
     assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(one[1], two[1]))
     with pytest.raises(ValueError, match="multiple of 3 processes, got 8"):
-        Steps(50, 8, 0, 20, seed=1, part=(0, 3))
+        next(batches(50, 8, range(20), seed=1, part=(0, 3)))
