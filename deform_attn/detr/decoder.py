@@ -33,19 +33,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deform_attn.detr import encoder as enc
 from deform_attn.detr.boxes import inverse_sigmoid, sine, sine_of_box
 from deform_attn.detr.dfine import Gate
-from deform_attn.detr.encoder import (
-    MLP,
-    AddNorm,
-    FeedForward,
-    Memory,
-    Size,
-    box_head,
-    class_head,
-    each,
-    pixel_centres,
-)
+from deform_attn.detr.encoder import MLP, AddNorm, Memory, Size, pixel_centres
 
 
 @dataclass(frozen=True)
@@ -140,7 +131,7 @@ class SelectedQueries(nn.Module):
         super().__init__()
         d = size.d
         self.number, self.d, self.binary = size.queries, d, binary
-        heads = class_head(d, classes), box_head(d, act=act)
+        heads = enc.class_head(d, classes), enc.box_head(d, act=act)
         self.project, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
         self.classes, self.box = heads
         self.content = nn.Embedding(size.queries, d) if learnt else None
@@ -365,7 +356,7 @@ class DecoderLayer(nn.Module):
         self,
         self_attn: nn.Module,
         cross_attn: nn.Module,
-        ffn: FeedForward,
+        ffn: nn.Module,
         size: Size,
         *,
         gated: bool = False,
@@ -422,10 +413,10 @@ class Heads(nn.Module):
     ) -> None:
         super().__init__()
         d, layers = size.d, size.decoder_layers
-        of_class = nn.Linear if plain else class_head
-        self.classes = each(layers, lambda: of_class(d, classes), shared=shared)
-        of_box = partial(MLP, d, d, 4, 3) if plain else partial(box_head, d)
-        self.boxes = each(layers, of_box, shared=shared)
+        of_class = nn.Linear if plain else enc.class_head
+        self.classes = enc.each(layers, lambda: of_class(d, classes), shared=shared)
+        of_box = partial(MLP, d, d, 4, 3) if plain else partial(enc.box_head, d)
+        self.boxes = enc.each(layers, of_box, shared=shared)
         self.norm = nn.LayerNorm(d) if norm else None
         self.refine, self.eps = refine, eps
 

@@ -49,12 +49,12 @@ class Denoising(nn.Module):
     Args:
         classes: number of classes.
         d: width of the content.
-        contrastive: with negatives (DINO), else boxes moved a little alone (DN-DETR).
+        contrastive: with negatives (DINO); else boxes moved a little alone, and the last channel of
+            the content tells noised queries, 1, from matched ones, 0 (DN-DETR).
         number: of queries, of positives for DINO; groups are as many as fit.
         groups: instead, a fixed number of them (DN-DETR).
-        label_noise: probability of another label; DINO halves it, for a "flip" is any class.
+        label_noise: probability that a label is drawn anew.
         box_noise: of half a box's size.
-        indicator: the last channel of the content tells noised queries (1) from matched (0).
         padding: padding slots have an embedding of their own, else zeros (RT-DETR).
         eps: of the inverse sigmoid of boxes.
     """
@@ -67,18 +67,17 @@ class Denoising(nn.Module):
         contrastive: bool = True,
         number: int = 100,
         groups: int | None = None,
-        label_noise: float = 0.5,
+        label_noise: float = 0.25,
         box_noise: float = 1.0,
-        indicator: bool = False,
         padding: bool = False,
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.classes, self.contrastive, self.indicator = classes, contrastive, indicator
+        self.classes, self.contrastive, self.padding = classes, contrastive, padding
         self.number, self.groups, self.eps = number, groups, eps
-        self.label_noise, self.box_noise, self.padding = label_noise, box_noise, padding
-        last = classes if padding else None
-        self.embed = nn.Embedding(classes + 1, d - 1 if indicator else d, padding_idx=last)
+        self.label_noise, self.box_noise = label_noise, box_noise
+        channels, last = d if contrastive else d - 1, classes if padding else None
+        self.embed = nn.Embedding(classes + 1, channels, padding_idx=last)
 
     def noise(self, targets: Sequence[Target]) -> Noised | None:
         """Noised objects; None where the batch has no object."""
@@ -93,18 +92,16 @@ class Denoising(nn.Module):
         boxes = torch.zeros(B, groups, signs, most, 4, device=device)
         pairs = []
         for i, (n, target) in enumerate(zip(counts, targets)):
-            labels[i, ..., :n] = self._other_labels(target["labels"].expand(groups, signs, n))
+            real = target["labels"].expand(groups, signs, n)
+            other = torch.randint_like(real, self.classes)
+            flip = torch.rand(real.shape, device=device) < self.label_noise
+            labels[i, ..., :n] = torch.where(flip, other, real)
             moved = self._moved(target["boxes"].expand(groups, signs, n, 4))
             boxes[i, ..., :n, :] = inverse_sigmoid(moved, self.eps)
             group = torch.arange(groups, device=device)[:, None] * (signs * most)
             slot = torch.arange(n, device=device)
             pairs.append(((group + slot).flatten(), slot.repeat(groups)))
         return Noised(labels.flatten(1), boxes.flatten(1, 3), pairs, groups)
-
-    def _other_labels(self, labels: Tensor) -> Tensor:
-        p = self.label_noise * (0.5 if self.contrastive else 1)
-        other = torch.randint_like(labels, self.classes)
-        return torch.where(torch.rand(labels.shape, device=labels.device) < p, other, labels)
 
     def _moved(self, boxes: Tensor) -> Tensor:
         """Boxes ``[groups, signs, n, 4]``, moved by up to, negatives by more than, a share."""
@@ -130,6 +127,6 @@ class Denoising(nn.Module):
         content: Tensor = self.embed(noised.labels.where(real, self.classes))
         if not self.padding:
             content = content * real[..., None]
-        if self.indicator:
+        if not self.contrastive:
             content = torch.cat([content, real[..., None].float()], -1)
         return content

@@ -135,14 +135,13 @@ class EdgeBins(nn.Module):
 class Quality(nn.Module):
     """LQE: a peaked distribution is a sure box, and a sure box a better score."""
 
-    def __init__(self, bins: EdgeBins, top: int = 4, hidden: int = 64, act: str = "relu") -> None:
+    def __init__(self, bins: EdgeBins, act: str = "relu") -> None:
         super().__init__()
-        self.bins, self.top = bins.count + 1, top
-        self.mlp = MLP(4 * (top + 1), hidden, 1, 2, act).zeroed()
+        self.bins, self.mlp = bins.count + 1, MLP(4 * (4 + 1), 64, 1, 2, act).zeroed()
 
     def forward(self, logits: Tensor, corners: Tensor) -> Tensor:
-        """``logits [B, Q, C]`` plus one number a query."""
-        top = corners.unflatten(-1, (4, self.bins)).softmax(-1).topk(self.top).values
+        """``logits [B, Q, C]`` plus one number a query, of each edge's four likeliest bins."""
+        top = corners.unflatten(-1, (4, self.bins)).softmax(-1).topk(4).values
         statistics = torch.cat([top, top.mean(-1, keepdim=True)], -1).flatten(-2)
         return logits + self.mlp(statistics)
 
@@ -165,7 +164,7 @@ class FineHeads(nn.Module):
         self.classes = each(layers, lambda: class_head(d, classes))
         self.corners = each(layers, lambda: box_head(d, outputs, act))
         self.first_box, self.bins = box_head(d, act=act), bins
-        self.quality = each(layers, lambda: Quality(bins, act=act))
+        self.quality = each(layers, lambda: Quality(bins, act))
 
     def forward(
         self, i: int, x: Tensor, state: dict[str, Tensor]

@@ -126,7 +126,7 @@ def box_head(d: int, outputs: int = 4, act: str = "relu") -> MLP:
 
 
 def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) -> nn.ModuleList:
-    """A head for every layer, or one for all."""
+    """A module for every layer, or one for all."""
     return nn.ModuleList([make()] * layers if shared else [make() for _ in range(layers)])
 
 
@@ -408,15 +408,12 @@ class HybridEncoder(nn.Module):
         d, steps, blocks, act = size.d, len(channels) - 1, round(3 * depth), "silu"
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
         self.attention = EncoderLayer(SelfAttention(size), size, "gelu")
-        self.lateral = nn.ModuleList(ConvNorm(d, d, 1, act=act) for _ in range(steps))
-        self.down = nn.ModuleList(ConvNorm(d, d, 3, 2, act) for _ in range(steps))
+        self.lateral = each(steps, lambda: ConvNorm(d, d, 1, act=act))
+        self.down = each(steps, lambda: ConvNorm(d, d, 3, 2, act))
         self.fuse_up, self.fuse_down = (
-            nn.ModuleList(CSPRep(2 * d, d, blocks, expansion, act) for _ in range(steps))
-            for _ in range(2)
+            each(steps, lambda: CSPRep(2 * d, d, blocks, expansion, act)) for _ in range(2)
         )
-        self.output = nn.ModuleList(
-            ConvNorm(d, d, 1) if project else nn.Identity() for _ in channels
-        )
+        self.output = each(steps + 1, lambda: ConvNorm(d, d, 1) if project else nn.Identity())
 
     def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""

@@ -87,15 +87,12 @@ def average_precision(
     if not rows:
         return dict.fromkeys(NAMES, 0.0)
     reference = COCO(truth)
-    judge = COCOeval_faster(reference, reference.loadRes(rows), "bbox", print_function=_silent)
+    results = reference.loadRes(rows)
+    judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
     judge.evaluate()
     judge.accumulate()
     judge.summarize()
     return dict(zip(NAMES, np.maximum(judge.stats[: len(NAMES)], 0).tolist()))
-
-
-def _silent(*_: Any) -> None:
-    """In the place of print."""
 
 
 def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -114,6 +114,16 @@ def layers_of(outputs: Mapping[str, Any], name: str) -> Iterator[tuple[str, Pred
         yield f"{name}_pre", {"logits": outputs["pre_logits"][0], "boxes": outputs["pre_boxes"][0]}
 
 
+class Told(NamedTuple):
+    """A set of predictions and what it is told: pairs of its queries and targets."""
+
+    name: str
+    prediction: Prediction
+    targets: Sequence[Target]
+    pairs: Pairs
+    number: Tensor  # of objects, which divides its losses
+
+
 @dataclass
 class Criterion:
     """Weighted losses of all sets of predictions of a detector.
@@ -154,31 +164,30 @@ class Criterion:
         classes = logits.shape[-1] - (self.classification in (softmax, cross_entropy))
         check_targets(targets, logits.shape[1], classes)
         count = object_count(targets, logits.device)
-        matched = list(self.matched(outputs, targets))
-        shared = union([pairs for *_, pairs in matched])
+        matched = list(self.matched(outputs, targets, count))
+        shared = union([told.pairs for told in matched])
         positives = sum(len(queries) for queries, _ in shared)
         of_shared = averaged(count.new_tensor(float(positives)))
         # Denoising queries' edges are balanced as the matched ones', as in the official code.
         balance = (positives, logits[0, ..., 0].numel() - positives)
         losses = {}
-        sets = [(*one, count) for one in matched] + [*self.assigned(outputs, targets, count)]
-        for i, (name, prediction, goals, pairs, number) in enumerate(sets):
-            found = {"class": self.classes(prediction, goals, pairs, number)}
+        for i, told in enumerate([*matched, *self.assigned(outputs, targets, count)]):
+            found = {"class": self.classes(told)}
             if self.share_matches and i < len(matched):
-                pairs, number = shared, of_shared
-            found |= self.boxes(prediction, goals, pairs, number, balance)
-            scale = self.encoder_weight if name.startswith("encoder") else 1.0
+                told = told._replace(pairs=shared, number=of_shared)
+            found |= self.boxes(told, balance)
+            scale = self.encoder_weight if told.name.startswith("encoder") else 1.0
             for loss, weight in self.weights.items():
                 if loss in found:
-                    losses[f"{loss}/{name}"] = scale * weight * found[loss]
+                    losses[f"{loss}/{told.name}"] = scale * weight * found[loss]
         return losses
 
     def matched(
-        self, outputs: Mapping[str, Any], targets: Sequence[Target]
-    ) -> Iterator[tuple[str, Prediction, Sequence[Target], Pairs]]:
-        """Sets whose pairs come from one-to-one matching, each with what it is told."""
+        self, outputs: Mapping[str, Any], targets: Sequence[Target], count: Tensor
+    ) -> Iterator[Told]:
+        """Sets whose pairs come from one-to-one matching."""
         for name, prediction in layers_of(outputs, "layer"):
-            yield name, prediction, targets, self.match(prediction, targets)
+            yield Told(name, prediction, targets, self.match(prediction, targets), count)
         for name in (name for name in outputs if name.startswith("encoder")):
             prediction = places = outputs[name]
             goals, match = targets, self.match
@@ -186,24 +195,24 @@ class Criterion:
                 goals = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
             if self.encoder == "anchors":
                 places, match = {**prediction, "boxes": prediction["anchors"]}, Hungarian(classes=0)
-            yield name, prediction, goals, match(places, goals)
+            yield Told(name, prediction, goals, match(places, goals), count)
 
     def assigned(
         self, outputs: Mapping[str, Any], targets: Sequence[Target], count: Tensor
-    ) -> Iterator[tuple[str, Prediction, Sequence[Target], Pairs, Tensor]]:
+    ) -> Iterator[Told]:
         """Sets that know their objects: denoising queries, and routes of several queries each."""
         noised = outputs.get("dn", {})
         for name, prediction in layers_of(noised, "dn"):
-            yield name, prediction, targets, noised["pairs"], count * noised["groups"]
+            yield Told(name, prediction, targets, noised["pairs"], count * noised["groups"])
         for route in ("o2m", "sep"):
             for name, prediction in layers_of(outputs.get(route, {}), route):
                 assert self.one_to_many is not None, "routes need one_to_many"
-                yield name, prediction, targets, self.one_to_many(prediction, targets), count
+                pairs = self.one_to_many(prediction, targets)
+                yield Told(name, prediction, targets, pairs, count)
 
-    def classes(
-        self, prediction: Prediction, targets: Sequence[Target], pairs: Pairs, n: Tensor
-    ) -> Tensor:
-        """The classification's loss over all queries, divided by n."""
+    def classes(self, told: Told) -> Tensor:
+        """The classification's loss over all queries, divided by the number of objects."""
+        _, prediction, targets, pairs, n = told
         logits, where = prediction["logits"], at(pairs)
         labels = chosen(targets, pairs, "labels").long()
         iou = overlap(prediction["boxes"][where].detach(), chosen(targets, pairs, "boxes"))[0]
@@ -216,15 +225,11 @@ class Criterion:
             loss = loss * prediction["counted"][..., None]
         return loss if loss.dim() == 0 else loss.sum() / n
 
-    def boxes(
-        self,
-        prediction: Prediction,
-        targets: Sequence[Target],
-        pairs: Pairs,
-        n: Tensor,
-        balance: tuple[int, int],
-    ) -> dict[str, Tensor]:
-        """Losses of matched queries' boxes, divided by n; D-FINE's teach the others too."""
+    def boxes(self, told: Told, balance: tuple[int, int]) -> dict[str, Tensor]:
+        """Losses of matched queries' boxes, divided by the number of objects; D-FINE's teach the
+        others too, in the ``balance`` of how many are matched and how many not.
+        """
+        _, prediction, targets, pairs, n = told
         where, truth = at(pairs), chosen(targets, pairs, "boxes")
         boxes = prediction["boxes"][where]
         iou, giou = overlap(boxes, truth)

@@ -93,20 +93,19 @@ class Hungarian:
 class OneToMany:
     """Several queries for each object (Mr. DETR, arXiv 2412.10028).
 
-    A query's quality for an object mixes IoU and score. Every query chooses its best object, if
-    good enough or if it is some object's best; an object chosen by c queries takes its best
-    ``min(c, most)``, whoever they chose.
+    A query's quality for an object mixes IoU and the class's probability. Every query chooses its
+    best object, if good enough or if it is some object's best; an object chosen by c queries takes
+    its best ``min(c, most)``, whoever they chose.
 
     Attributes:
-        iou: weight of the IoU.
-        score: weight of the class's probability.
+        iou: weight of the IoU, 0.8 in Mr. DETR's variants on DINO and Align-DETR; the rest is the
+            probability's.
         threshold: quality from which a choice counts.
         most: queries an object may take.
         sample: more choices than this, over all objects, are thinned at random.
     """
 
     iou: float = 0.7
-    score: float = 0.3
     threshold: float = 0.4
     most: int = 6
     sample: int = 225
@@ -123,8 +122,8 @@ class OneToMany:
             none = torch.zeros(0, dtype=torch.long, device=logits.device)
             return none, none
         iou = overlap(boxes[:, None], target["boxes"])[0]
-        score = logits.sigmoid()[:, target["labels"].long()]
-        quality = self.iou * iou + self.score * score  # [Q, objects]
+        p = logits.sigmoid()[:, target["labels"].long()]
+        quality = self.iou * iou + (1 - self.iou) * p  # [Q, objects]
         best, choice = quality.max(1)
         chosen = best >= self.threshold
         chosen[quality.argmax(0)] = True

@@ -1,8 +1,4 @@
-"""The systems: a function each, from a backbone to a model, its criterion and its postprocessing.
-
-A backbone is a module with ``channels``, those of the maps ``[B, c, H, W]`` that it makes of
-images ``[B, 3, h, w]``, large maps first.
-"""
+"""The systems: a function each, from a backbone to model, criterion and postprocessing."""
 
 from __future__ import annotations
 
@@ -45,10 +41,9 @@ class SmallBackbone(nn.Module):
         super().__init__()
         self.channels = list(channels)
         self.stem = enc.ConvNorm(3, channels[0], 3, 2, "relu")
-        widths = [channels[0], *channels]
         self.stages = nn.ModuleList(
             nn.Sequential(enc.ConvNorm(a, b, 3, 2, "relu"), enc.ConvNorm(b, b, 3, 1, "relu"))
-            for a, b in pairwise(widths)
+            for a, b in pairwise([channels[0], *channels])
         )
 
     def forward(self, images: Tensor) -> list[Tensor]:
@@ -264,9 +259,8 @@ def stewart(
         steps: boxes of a cell.
     """
     decoder = dec.SequentialDecoder(backbone.channels[-1], classes, steps, size.d)
-    criterion = Criterion(
-        {"class": 1, "l1": 0.03}, match=Lexicographic(steps), classification=losses.cross_entropy
-    )
+    weights, kind = {"class": 1, "l1": 0.03}, losses.cross_entropy
+    criterion = Criterion(weights, match=Lexicographic(steps), classification=kind)
     model = SequentialDetector(backbone, decoder)
     return System(model, criterion, partial(best_classes, until=0.5))
 
@@ -345,26 +339,27 @@ def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidd
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
 
-def restoring(classes: int, size: Size) -> Denoising:
-    """DN-DETR's noise. The last channel of a content says whether a query is noised."""
-    how: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4, "indicator": True}
-    return Denoising(classes, size.d, contrastive=False, **how)
-
-
-def dn_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
-    """DN-DETR (arXiv 2203.01305) on DAB-DETR: noised boxes are to be restored."""
-    system = dab_detr(backbone, classes, size)
-    noise = system.model.denoising = restoring(classes, size)
-    system.model.queries = dec.AnchorQueries(size, content=noise.embed)
+def dn_detr(
+    backbone: Backbone,
+    classes: int,
+    size: Size = Size(hidden=2048),
+    *,
+    base: Callable[..., System] = dab_detr,
+) -> System:
+    """DN-DETR (arXiv 2203.01305): noised boxes are to be restored, on DAB-DETR or, as ``base``,
+    DAB-Deformable-DETR.
+    """
+    system = base(backbone, classes, size)
+    how: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4}
+    noise = system.model.denoising = Denoising(classes, size.d, contrastive=False, **how)
+    content = noise.embed if base is dab_detr else size.d - 1
+    system.model.queries = dec.AnchorQueries(size, content=content)
     return system
 
 
 def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
-    """DN-DETR (arXiv 2203.01305) on DAB-Deformable-DETR."""
-    system = dab_deformable_detr(backbone, classes, size)
-    system.model.denoising = restoring(classes, size)
-    system.model.queries = dec.AnchorQueries(size, content=size.d - 1)
-    return system
+    """DN-DETR on DAB-Deformable-DETR."""
+    return dn_detr(backbone, classes, size, base=dab_deformable_detr)
 
 
 def dino(backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=900)) -> System:
@@ -475,12 +470,24 @@ def deim(
 
 
 def mr_detr(
-    backbone: Backbone, classes: int, size: Size = Size(queries=900), *, tokens: int = 10
+    backbone: Backbone,
+    classes: int,
+    size: Size = Size(queries=900),
+    *,
+    tokens: int = 10,
+    iou: float = 0.7,
 ) -> System:
     """Mr. DETR (arXiv 2412.10028): two more routes through one decoder, many queries an object.
 
     The three routes share cross-attention, norms and heads. ``o2m`` is told by tokens that many
     may answer; ``sep`` has a feed-forward network of its own instead. Only the first is used.
+
+    Args:
+        backbone: images to maps.
+        classes: number of classes.
+        size: of the model.
+        tokens: number of them, in each layer.
+        iou: its weight in the assignment; 0.8 in the official variants on DINO and Align-DETR.
     """
     d = size.d
     said = dec.Heads(size, classes, refine="twice", eps=1e-3)
@@ -502,6 +509,6 @@ def mr_detr(
         o2m=(many, variant(decoder, layers=o2m)),
         sep=variant(decoder, layers=sep),
     )
-    assign = OneToMany(sample=int(size.queries * 0.25))
+    assign = OneToMany(iou, sample=int(size.queries * 0.25))
     criterion = Criterion(TWO, encoder="anchors", encoder_weight=3, one_to_many=assign)
     return System(model, criterion, partial(best_scores, fuse=True))

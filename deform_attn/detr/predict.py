@@ -81,9 +81,8 @@ class Predictor:
         for one in self.postprocess(self.model(batch), sizes):
             sure = {name: values[one["scores"] >= threshold] for name, values in one.items()}
             boxes = sure["boxes"]
-            same = (
-                (boxes[:, None] == boxes).all(-1).tril(-1).any(-1)
-            )  # of a query, as another class
+            # A query is named once, whatever other classes it may also be.
+            same = (boxes[:, None] == boxes).all(-1).tril(-1).any(-1)
             kept = {name: values[~same] for name, values in sure.items()}
             found.append({**kept, "names": [self.classes[i] for i in kept["labels"].tolist()]})
         return found

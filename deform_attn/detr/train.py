@@ -7,14 +7,13 @@ and ``checkpoint.pt``. The same command goes on where a killed one stopped, to t
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -118,33 +117,27 @@ def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
         ValueError: a setting that is not possible, or not that of the checkpoint in ``out``.
         FloatingPointError: a loss that is not finite.
     """
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else "cpu"
-    with _processes("nccl" if cuda else "gloo") as (rank, world):
-        return _Run(settings, out, rank, world, torch.device(device)).go(workers)
-
-
-@contextlib.contextmanager
-def _processes(backend: str) -> Iterator[tuple[int, int]]:
-    """Which process this is and of how many; joins them where torchrun started it."""
-    if "RANK" not in os.environ:
-        yield 0, 1
-        return
-    distributed.init_process_group(backend)
+    shared = "RANK" in os.environ  # with other processes of torchrun
+    if shared:
+        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        yield distributed.get_rank(), distributed.get_world_size()
+        return _Run(settings, out).go(workers)
     finally:
-        distributed.destroy_process_group()
+        if shared:
+            distributed.destroy_process_group()
 
 
 class _Run:
     """A training: what a checkpoint holds, and the loop."""
 
-    def __init__(
-        self, settings: Settings, out: Path, rank: int, world: int, device: torch.device
-    ) -> None:
-        self.settings, self.out, self.rank, self.world = settings, out, rank, world
-        self.device, self.console = device, Console(quiet=rank > 0, highlight=False)
+    def __init__(self, settings: Settings, out: Path) -> None:
+        self.settings, self.out = settings, out
+        of_process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        rank, world, local = (int(os.environ.get(name, n)) for name, n in of_process.items())
+        cuda = torch.cuda.is_available()
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        self.rank, self.world, self.device = rank, world, device
+        self.console = Console(quiet=rank > 0, highlight=False)
         self.data, self.test = (
             open_dataset(settings.data, split, settings.size, settings.seed)
             for split in ("train", "val")
@@ -156,7 +149,7 @@ class _Run:
         system = build(settings.recipe, len(self.data.classes), *sizes)
         self.criterion, self.postprocess = system.criterion, system.postprocess
         self.model = system.model.to(device)
-        if world > 1 and device.type == "cuda":
+        if world > 1 and cuda:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, settings))
@@ -166,23 +159,27 @@ class _Run:
         self.step = 0
         self.history: dict[str, Any] = {"loss": [], "parts": [], "ap": [], "cpu_seconds": 0.0}
         torch.manual_seed(settings.seed + 1000 * rank)  # each process draws noise of its own
+        self.random = [torch.default_generator]
+        self.random += [torch.cuda.default_generators[local]] if cuda else []
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():
             self._load(out / "checkpoint.pt")
 
+    def _of_all(self, mine: Any) -> list[Any]:
+        """What each process has."""
+        everybody = [mine] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(everybody, mine)
+        return everybody
+
     # Checkpoints. Learning rates, order and augmentation of the images follow from seed and step.
 
     def _save(self) -> None:
-        random = [torch.get_rng_state()]
-        if self.device.type == "cuda":
-            random.append(torch.cuda.get_rng_state(self.device))
-        of_all: list[Any] = [random] * self.world
-        if self.world > 1:
-            distributed.all_gather_object(of_all, random)
+        random = self._of_all([generator.get_state() for generator in self.random])
         if self.rank > 0:
             return
         facts = {"settings": asdict(self.settings), "step": self.step}
-        checkpoint = facts | {"history": self.history, "random": of_all}
+        checkpoint = facts | {"history": self.history, "random": random}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         trained = facts | {"classes": list(self.data.classes), "size": self.data.size}
         trained |= {"ap": self.history["ap"][-1:], "model": self.average.state_dict()}
@@ -205,10 +202,8 @@ class _Run:
         for name, part in self.parts.items():
             part.load_state_dict(checkpoint[name])
         self.step, self.history = checkpoint["step"], checkpoint["history"]
-        random = checkpoint["random"][self.rank]
-        torch.set_rng_state(random[0])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(random[1], self.device)
+        for generator, state in zip(self.random, checkpoint["random"][self.rank]):
+            generator.set_state(state)
         self.console.print(f"going on after step {self.step} of {self.settings.steps}")
 
     # The loop
@@ -277,11 +272,12 @@ class _Run:
         self.scaler.update()
         self.step += 1
         self._follow()
-        numbers = torch.stack([value.detach() for value in losses.values()])
-        if self.world > 1:
-            distributed.all_reduce(numbers)
-            numbers /= self.world
-        return dict(zip(losses, numbers.tolist()))
+        numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
+        if self.world == 1:
+            return dict(zip(losses, numbers))
+        of_all = self._of_all(dict(zip(losses, numbers)))  # those without objects have no denoising
+        names = dict.fromkeys(name for one in of_all for name in one)
+        return {name: sum(one.get(name, 0.0) for one in of_all) / self.world for name in names}
 
     def _follow(self) -> None:
         """Move the average of the weights: over a twentieth of the training, less at its start."""

@@ -340,8 +340,8 @@ def deim(golden: Golden) -> Found:
     noised = outputs["dn"]
     last = {"logits": -outputs["logits"][-1], "boxes": outputs["boxes"][-1]}
     run.matches("pre", dict(losses.layers_of(outputs, "layer"))["layer_pre"])
-    sets = run.criterion.matched(outputs, golden.targets())
-    run.found |= of_pairs("match/union", union([pairs for *_, pairs in sets]))
+    sets = run.criterion.matched(outputs, golden.targets(), torch.ones(()))
+    run.found |= of_pairs("match/union", union([told.pairs for told in sets]))
     run.tell(
         weighting_function=run.criterion.bins(),
         corners=outputs["corners"],
@@ -563,8 +563,9 @@ def matcher_losses(golden: Golden) -> Found:
         }
         for name, kind in CLASSIFICATIONS.items():
             criterion = losses.Criterion({"class": 1, "l1": 1, "giou": 1}, classification=kind)
-            of[name] = (criterion.classes(given, targets, pairs, n), "logits")
-            for box_loss, value in criterion.boxes(given, targets, pairs, n, balance).items():
+            all_told = losses.Told(name, given, targets, pairs, n)
+            of[name] = (criterion.classes(all_told), "logits")
+            for box_loss, value in criterion.boxes(all_told, balance).items():
                 of[{"l1": "bbox"}.get(box_loss, box_loss)] = (value, "boxes")
         for name, (loss, key) in of.items():
             found[f"{i}/loss/{name}"] = loss

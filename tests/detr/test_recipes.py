@@ -168,9 +168,7 @@ def test_contrastive_noise() -> None:
 
 
 def test_noise_of_boxes_alone() -> None:
-    plain = Denoising(
-        3, 8, contrastive=False, groups=5000, label_noise=0.2, box_noise=0.4, indicator=True
-    )
+    plain = Denoising(3, 8, contrastive=False, groups=5000, label_noise=0.2, box_noise=0.4)
     labels, found, moved, noised = drawn(plain)
     assert moved.shape[:2] == (5000, 1)
     assert abs((found != labels).float().mean() - 0.2 * 2 / 3) < 0.01
