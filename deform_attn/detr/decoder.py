@@ -24,7 +24,7 @@ keeps that layer's graph; the reference that attention and the next layer see do
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -55,6 +55,7 @@ class Queries:
 
 
 Proposals = dict[str, dict[str, Tensor]]
+Position = Callable[..., Tensor | None]
 
 
 # --- Where queries come from -----------------------------------------------------------------
@@ -116,22 +117,15 @@ class SelectedQueries(nn.Module):
         binary: as in Deformable DETR the first class, "object", ranks proposals, all of them are
             told, and positions are projections of the selected boxes' sines; else the best class
             ranks them, and only those that are selected are told.
-        act: activation of the box head.
     """
 
     def __init__(
-        self,
-        size: Size,
-        classes: int,
-        *,
-        learnt: bool = False,
-        binary: bool = False,
-        act: str = "relu",
+        self, size: Size, classes: int, *, learnt: bool = False, binary: bool = False
     ) -> None:
         super().__init__()
         d = size.d
         self.number, self.d, self.binary = size.queries, d, binary
-        heads = enc.class_head(d, classes), enc.box_head(d, act=act)
+        heads = enc.class_head(d, classes), enc.box_head(d, act=size.act)
         self.project, self.norm = nn.Linear(d, d), nn.LayerNorm(d)
         self.classes, self.box = heads
         self.content = nn.Embedding(size.queries, d) if learnt else None
@@ -200,9 +194,9 @@ def fixed_position(i: int, x: Tensor, queries: Queries, reference: Tensor) -> Te
 class BoxPosition(nn.Module):
     """An MLP of the reference box (RT-DETR); ``limit`` clamps it (D-FINE)."""
 
-    def __init__(self, d: int, act: str = "relu", limit: float | None = None) -> None:
+    def __init__(self, size: Size, limit: float | None = None) -> None:
         super().__init__()
-        self.mlp, self.limit = MLP(4, 2 * d, d, 2, act), limit
+        self.mlp, self.limit = MLP(4, 2 * size.d, size.d, 2, size.act), limit
 
     def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, d]``."""
@@ -447,25 +441,20 @@ class Decoder(nn.Module):
     """The loop that all systems share.
 
     Args:
+        size: of the model.
         layers: of decoding.
         position: ``(i, x, queries, reference)`` to what a query is asked.
         heads: ``(i, x, state)`` to predictions and the next state; :class:`Heads` or
             :class:`~deform_attn.detr.dfine.FineHeads`.
-        eval_layers: layers to run in evaluation (RT-DETR: speed without a new training).
     """
 
     def __init__(
-        self,
-        layers: Sequence[nn.Module],
-        position: Callable[..., Tensor | None],
-        heads: nn.Module,
-        *,
-        eval_layers: int | None = None,
+        self, size: Size, layers: list[DecoderLayer], position: Position, heads: nn.Module
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.position, self.heads = position, heads
-        self.eval_layers = eval_layers or len(self.layers)
+        self.eval_layers = size.eval_layers or len(self.layers)
 
     def forward(
         self, queries: Queries, memory: Memory, blocked: Tensor | None = None

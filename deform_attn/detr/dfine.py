@@ -135,7 +135,7 @@ class EdgeBins(nn.Module):
 class Quality(nn.Module):
     """LQE: a peaked distribution is a sure box, and a sure box a better score."""
 
-    def __init__(self, bins: EdgeBins, act: str = "relu") -> None:
+    def __init__(self, bins: EdgeBins, act: str) -> None:
         super().__init__()
         self.bins, self.mlp = bins.count + 1, MLP(4 * (4 + 1), 64, 1, 2, act).zeroed()
 
@@ -155,12 +155,11 @@ class FineHeads(nn.Module):
         size: of the model.
         classes: number of them.
         bins: of the distances.
-        act: activation of the heads.
     """
 
-    def __init__(self, size: Size, classes: int, bins: EdgeBins, act: str = "relu") -> None:
+    def __init__(self, size: Size, classes: int, bins: EdgeBins) -> None:
         super().__init__()
-        d, layers, outputs = size.d, size.decoder_layers, 4 * (bins.count + 1)
+        d, layers, act, outputs = size.d, size.decoder_layers, size.act, 4 * (bins.count + 1)
         self.classes = each(layers, lambda: class_head(d, classes))
         self.corners = each(layers, lambda: box_head(d, outputs, act))
         self.first_box, self.bins = box_head(d, act=act), bins

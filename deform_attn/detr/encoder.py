@@ -37,9 +37,13 @@ class Size:
         levels: feature maps that attention samples.
         points: samples of a query, head and level; a list where levels differ.
         encoder_layers, decoder_layers: number of layers.
+        eval_layers: decoder layers to run in evaluation (RT-DETR: speed without a new training).
         hidden: width of feed-forward networks.
         queries: number of them.
         dropout: probability.
+        act: activation of feed-forward networks, and of D-FINE's heads.
+        expansion, depth: of the blocks that fuse RT-DETR's maps: their width, and a third of their
+            convolutions.
     """
 
     d: int = 256
@@ -48,9 +52,13 @@ class Size:
     points: int | tuple[int, ...] = 4
     encoder_layers: int = 6
     decoder_layers: int = 6
+    eval_layers: int | None = None
     hidden: int = 1024
     queries: int = 300
     dropout: float = 0.0
+    act: str = "relu"
+    expansion: float = 1.0
+    depth: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,10 +141,10 @@ def each(layers: int, make: Callable[[], nn.Module], *, shared: bool = False) ->
 class FeedForward(nn.Sequential):
     """``linear2(act(linear1(x)))``."""
 
-    def __init__(self, size: Size, act: str = "relu") -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
         self.linear1 = nn.Linear(size.d, size.hidden)
-        self.act = ACTIVATIONS[act]()
+        self.act = ACTIVATIONS[size.act]()
         self.dropout = nn.Dropout(size.dropout)
         self.linear2 = nn.Linear(size.hidden, size.d)
 
@@ -201,10 +209,9 @@ class DeformableAttention(nn.Module):
 class EncoderLayer(nn.Module):
     """Attention, then a feed-forward network, each added and normalised."""
 
-    def __init__(self, attention: nn.Module, size: Size, act: str = "relu") -> None:
+    def __init__(self, attention: nn.Module, size: Size) -> None:
         super().__init__()
-        self.attention = attention
-        self.ffn = FeedForward(size, act)
+        self.attention, self.ffn = attention, FeedForward(size)
         self.join1, self.join2 = AddNorm(size.d), AddNorm(size.d)
         self.dropout = nn.Dropout(size.dropout)
 
@@ -220,23 +227,16 @@ class DenseEncoder(nn.Module):
     Args:
         channels: of the map.
         size: of the model.
-        act: activation of its layers.
         scale: positions are scaled by an MLP of the pixel (DAB-DETR).
         temperature: of the sines that stand for positions.
     """
 
     def __init__(
-        self,
-        channels: int,
-        size: Size,
-        act: str = "relu",
-        *,
-        scale: bool = False,
-        temperature: float = 10000,
+        self, channels: int, size: Size, *, scale: bool = False, temperature: float = 10000
     ) -> None:
         super().__init__()
         d = size.d
-        layers = each(size.encoder_layers, lambda: EncoderLayer(SelfAttention(size), size, act))
+        layers = each(size.encoder_layers, lambda: EncoderLayer(SelfAttention(size), size))
         self.project, self.layers = nn.Conv2d(channels, d, 1), layers
         self.scale = MLP(d, d, d, 2) if scale else None
         self.temperature = temperature
@@ -392,26 +392,17 @@ class HybridEncoder(nn.Module):
         channels: of the backbone's maps.
         size: of the model.
         project: once more for the memory (RT-DETR does, D-FINE does not).
-        expansion, depth: of the fusing blocks: their width, and a third of their RepVGG blocks.
     """
 
-    def __init__(
-        self,
-        channels: Sequence[int],
-        size: Size,
-        *,
-        project: bool = True,
-        expansion: float = 1.0,
-        depth: float = 1.0,
-    ) -> None:
+    def __init__(self, channels: Sequence[int], size: Size, *, project: bool = True) -> None:
         super().__init__()
-        d, steps, blocks, act = size.d, len(channels) - 1, round(3 * depth), "silu"
+        d, steps, blocks, act = size.d, len(channels) - 1, round(3 * size.depth), "silu"
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
-        self.attention = EncoderLayer(SelfAttention(size), size, "gelu")
+        self.attention = EncoderLayer(SelfAttention(size), replace(size, act="gelu"))
         self.lateral = each(steps, lambda: ConvNorm(d, d, 1, act=act))
         self.down = each(steps, lambda: ConvNorm(d, d, 3, 2, act))
         self.fuse_up, self.fuse_down = (
-            each(steps, lambda: CSPRep(2 * d, d, blocks, expansion, act)) for _ in range(2)
+            each(steps, lambda: CSPRep(2 * d, d, blocks, size.expansion, act)) for _ in range(2)
         )
         self.output = each(steps + 1, lambda: ConvNorm(d, d, 1) if project else nn.Identity())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
@@ -217,15 +218,12 @@ def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) ->
 
 
 def decoder_layers(
-    size: Size,
-    act: str = "relu",
-    look: Callable[[Size], nn.Module] = enc.DeformableAttention,
-    **how: Any,
+    size: Size, look: Callable[[Size], nn.Module] = enc.DeformableAttention, **how: Any
 ) -> list[dec.DecoderLayer]:
     """A decoder's layers: plain self-attention, and ``look`` at the image."""
 
     def layer() -> dec.DecoderLayer:
-        ffn = enc.FeedForward(size, act)
+        ffn = enc.FeedForward(size)
         return dec.DecoderLayer(enc.SelfAttention(size), look(size), ffn, size, **how)
 
     return [layer() for _ in range(size.decoder_layers)]
@@ -273,7 +271,7 @@ def detr(
     # The last class is no object.
     said = dec.Heads(size, classes + 1, refine="no", shared=True, norm=True, plain=True)
     layers = decoder_layers(size, look=dec.DenseCrossAttention)
-    decoder = dec.Decoder(layers, dec.fixed_position, said)
+    decoder = dec.Decoder(size, layers, dec.fixed_position, said)
     queries = dec.LearntQueries(size, points=False)
     match = Hungarian(classes=1, softmax=True)
     criterion = Criterion(ONE, match=match, classification=losses.softmax)
@@ -282,19 +280,19 @@ def detr(
 
 def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
-    channels = backbone.channels[-1]
-    encoder = enc.DenseEncoder(channels, size, "prelu", scale=True, temperature=20)
+    size = replace(size, act="prelu")
+    encoder = enc.DenseEncoder(backbone.channels[-1], size, scale=True, temperature=20)
     layers = [
         dec.DecoderLayer(
             dec.ConditionalSelfAttention(size),
             dec.ConditionalCrossAttention(size, first=i == 0),
-            enc.FeedForward(size, "prelu"),
+            enc.FeedForward(size),
             size,
         )
         for i in range(size.decoder_layers)
     ]
     said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
-    decoder = dec.Decoder(layers, dec.ConditionalPosition(size.d), said)
+    decoder = dec.Decoder(size, layers, dec.ConditionalPosition(size.d), said)
     queries = dec.AnchorQueries(size, content=None)
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
 
@@ -324,7 +322,7 @@ def deformable_detr(
     else:  # boxes start small
         with torch.no_grad():
             said.get_parameter("boxes.0.layers.2.bias")[2:] = -2
-    decoder = dec.Decoder(decoder_layers(size), dec.fixed_position, said)
+    decoder = dec.Decoder(size, decoder_layers(size), dec.fixed_position, said)
     encoder = enc.DeformableEncoder(backbone.channels, size)
     model = Detector(backbone, encoder, queries, decoder)
     return System(model, Criterion(TWO, encoder="binary"), partial(best_scores, number=100))
@@ -333,7 +331,7 @@ def deformable_detr(
 def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-Deformable-DETR (arXiv 2201.12329): learnt boxes that say where to sample."""
     said = dec.Heads(size, classes, refine="layer", eps=1e-3)
-    decoder = dec.Decoder(decoder_layers(size), dec.SinePosition(size.d, scale=True), said)
+    decoder = dec.Decoder(size, decoder_layers(size), dec.SinePosition(size.d, scale=True), said)
     queries = dec.AnchorQueries(size, content=size.d)
     encoder = enc.DeformableEncoder(backbone.channels, size, **DAB_SINES)
     return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
@@ -366,7 +364,7 @@ def dino(backbone: Backbone, classes: int, size: Size = Size(hidden=2048, querie
     """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
     queries = dec.SelectedQueries(size, classes, learnt=True)
     said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
-    decoder = dec.Decoder(decoder_layers(size), dec.SinePosition(size.d, scale=False), said)
+    decoder = dec.Decoder(size, decoder_layers(size), dec.SinePosition(size.d, scale=False), said)
     encoder = enc.DeformableEncoder(backbone.channels, size, **DAB_SINES)
     model = Detector(backbone, encoder, queries, decoder, denoising=Denoising(classes, size.d))
     return System(model, Criterion(ONE), best_scores)
@@ -379,8 +377,6 @@ def rtdetr(
     *,
     version: int = 1,
     method: str = "default",
-    eval_layers: int | None = None,
-    **encoder: Any,
 ) -> System:
     """RT-DETR (arXiv 2304.08069) and RT-DETRv2 (2407.17140): a light encoder, and scores that
     know how good their boxes are.
@@ -391,29 +387,22 @@ def rtdetr(
         size: of the model; v2 takes points of each level.
         version: 1 or 2.
         method: "discrete" samples pixels instead of interpolating them (v2).
-        eval_layers: decoder layers to run in evaluation.
-        encoder: ``expansion`` and ``depth`` of its blocks.
     """
     variant, limit = ("rtdetr", 65504) if version == 1 else ("rtdetrv2", None)
     look = partial(enc.DeformableAttention, variant=variant, method=method)
     layers = decoder_layers(size, look=look, limit=limit)
     said = dec.Heads(size, classes, refine="twice")
-    decoder = dec.Decoder(layers, dec.BoxPosition(size.d), said, eval_layers=eval_layers)
-    model = hybrid(backbone, classes, size, decoder, **encoder)
+    decoder = dec.Decoder(size, layers, dec.BoxPosition(size), said)
+    model = hybrid(backbone, classes, size, decoder)
     return System(model, Criterion(ONE, classification=losses.varifocal), best_scores)
 
 
 def hybrid(
-    backbone: Backbone,
-    classes: int,
-    size: Size,
-    decoder: dec.Decoder,
-    act: str = "relu",
-    **how: Any,
+    backbone: Backbone, classes: int, size: Size, decoder: dec.Decoder, *, project: bool = True
 ) -> Detector:
     """RT-DETR's frame: hybrid encoder, content from the memory, contrastive denoising."""
-    encoder = enc.HybridEncoder(backbone.channels, size, **how)
-    queries = dec.SelectedQueries(size, classes, act=act)
+    encoder = enc.HybridEncoder(backbone.channels, size, project=project)
+    queries = dec.SelectedQueries(size, classes)
     denoising = Denoising(classes, size.d, padding=True, eps=1e-5)
     return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
@@ -423,10 +412,7 @@ def dfine(
     classes: int,
     size: Size = Size(levels=3, points=(3, 6, 3)),
     *,
-    eval_layers: int | None = None,
-    act: str = "relu",
     scale: float = 4.0,
-    **encoder: Any,
 ) -> System:
     """D-FINE (arXiv 2410.13842): boxes as distributions of their edges, taught by the last layer.
 
@@ -434,18 +420,15 @@ def dfine(
         backbone: images to maps.
         classes: number of classes.
         size: of the model.
-        eval_layers: decoder layers to run in evaluation.
-        act: activation of layers and heads.
         scale: of the edges' bins; larger for smaller corrections, 8 in the largest model.
-        encoder: ``expansion`` and ``depth`` of its blocks, which are RT-DETR's.
     """
     bins = EdgeBins(scale=scale)
-    said = FineHeads(size, classes, bins, act)
+    said = FineHeads(size, classes, bins)
     look = partial(enc.DeformableAttention, variant="dfine")
-    layers = decoder_layers(size, act, look, gated=True, limit=65504)
-    position = dec.BoxPosition(size.d, act, limit=10)
-    decoder = dec.Decoder(layers, position, said, eval_layers=eval_layers)
-    model = hybrid(backbone, classes, size, decoder, act, project=False, **encoder)
+    layers = decoder_layers(size, look, gated=True, limit=65504)
+    position = dec.BoxPosition(size, limit=10)
+    decoder = dec.Decoder(size, layers, position, said)
+    model = hybrid(backbone, classes, size, decoder, project=False)
     weights, kind = ONE | {"fgl": 0.15, "ddf": 1.5}, losses.varifocal
     criterion = Criterion(weights, classification=kind, share_matches=True, bins=bins)
     return System(model, criterion, best_scores)
@@ -463,7 +446,7 @@ def deim(
     ``base``, RT-DETRv2; that images hold more objects is the data's part.
     """
     if base is dfine:
-        options = {"act": "silu", **options}
+        size = replace(size, act="silu")
     system = base(backbone, classes, size, **options)
     system.criterion.classification = losses.matchability_aware
     return system
@@ -493,7 +476,7 @@ def mr_detr(
     said = dec.Heads(size, classes, refine="twice", eps=1e-3)
     queries = dec.SelectedQueries(size, classes, learnt=True, binary=True)
     layers = decoder_layers(size)
-    decoder = dec.Decoder(layers, dec.fixed_position, said)
+    decoder = dec.Decoder(size, layers, dec.fixed_position, said)
 
     many = variant(queries, classes=enc.class_head(d, classes), box=enc.box_head(d))
     o2m, sep = nn.ModuleList(), nn.ModuleList()

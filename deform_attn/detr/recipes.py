@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from deform_attn.detr import models
 from deform_attn.detr.encoder import Size
@@ -30,8 +29,6 @@ class Recipe:
 
 
 SAMPLING = ("sampling_offsets", "queries.points")  # offsets, reference points
-# RT-DETR's encoder as its smallest models have it.
-LIGHT: dict[str, Any] = {"depth": 1 / 3, "expansion": 0.5}
 RECIPES = {
     "stewart": Recipe(models.stewart),
     "detr": Recipe(models.detr),
@@ -43,10 +40,10 @@ RECIPES = {
     "dab_deformable_detr": Recipe(models.dab_deformable_detr, slow=SAMPLING),
     "dn_deformable_detr": Recipe(models.dn_deformable_detr, slow=SAMPLING),
     "dino": Recipe(models.dino),
-    "rtdetr": Recipe(partial(models.rtdetr, **LIGHT)),
-    "rtdetrv2": Recipe(partial(models.rtdetr, version=2, **LIGHT)),
-    "dfine": Recipe(partial(models.dfine, **LIGHT)),
-    "deim": Recipe(partial(models.deim, **LIGHT), augment="dense"),
+    "rtdetr": Recipe(models.rtdetr),
+    "rtdetrv2": Recipe(partial(models.rtdetr, version=2)),
+    "dfine": Recipe(models.dfine),
+    "deim": Recipe(models.deim, augment="dense"),
     "mr_detr": Recipe(models.mr_detr, slow=SAMPLING),
 }
 
@@ -69,5 +66,7 @@ def build(recipe: str, num_classes: int, width: int, layers: int, queries: int) 
         decoder_layers=layers,
         hidden=4 * width,
         queries=queries,
+        depth=1 / 3,  # as in the smallest models of RT-DETR
+        expansion=0.5,
     )
     return RECIPES[recipe].system(SmallBackbone((width // 2, width, width)), num_classes, size)

@@ -334,7 +334,6 @@ def deim(golden: Golden) -> Found:
         *(8, 8, 8),
         prefix="decoder.",
         others=hybrid_weights(models.deim, golden),
-        act=golden.config["mlp_activation"],
     )
     _, outputs = transformer(run)
     noised = outputs["dn"]
@@ -511,12 +510,9 @@ def encoder(golden: Golden) -> Found:
     for case, options in config["cases"].items():
         if case == "deformable":
             continue
-        hybrid = HybridEncoder(
-            options["in_channels"],
-            replace(size, d=options["hidden_dim"], hidden=options["ffn"]),
-            expansion=options["expansion"],
-            depth=options["depth_mult"],
-        ).eval()
+        same = {"d": "hidden_dim", "hidden": "ffn", "expansion": "expansion", "depth": "depth_mult"}
+        its = replace(size, **{ours: options[theirs] for ours, theirs in same.items()})
+        hybrid = HybridEncoder(options["in_channels"], its).eval()
         parameters = load_part(hybrid, golden, case, "rtdetr", "encoder.", ("output.",))
         maps = {f"feat{i}": golden[f"in/{case}/feat{i}"].requires_grad_() for i in range(3)}
         fused = hybrid.fuse(list(maps.values()))

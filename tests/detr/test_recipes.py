@@ -35,7 +35,7 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "dn_deformable_detr": models.dn_deformable_detr,
     "dino": models.dino,
     "rtdetr": models.rtdetr,
-    "rtdetr_v2": partial(models.rtdetr, version=2, expansion=0.5),
+    "rtdetr_v2": partial(models.rtdetr, version=2),
     "rtdetr_v2_discrete": partial(models.rtdetr, version=2, method="discrete"),
     "dfine": models.dfine,
     "deim": models.deim,
@@ -129,8 +129,8 @@ def test_noised_queries_are_not_seen(name: str) -> None:
 
 
 def test_fewer_layers_in_evaluation() -> None:
-    size = models.Size(d=32, heads=4, levels=3, decoder_layers=3, hidden=32, queries=12)
-    model = models.rtdetr(models.SmallBackbone(), 3, size, eval_layers=2).model
+    size = replace(TINY, decoder_layers=3, eval_layers=2, expansion=0.5)
+    model = models.rtdetr(models.SmallBackbone(), 3, size).model
     images = torch.rand(1, 3, 64, 64)
     assert len(model.train()(images)["logits"]) == 3
     assert len(model.eval()(images)["logits"]) == 2
