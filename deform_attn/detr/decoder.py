@@ -200,7 +200,7 @@ class BoxPosition(nn.Module):
 
     def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, d]``."""
-        position = self.mlp(reference)
+        position = self.mlp(reference[:, :, 0])
         return position if self.limit is None else position.clamp(-self.limit, self.limit)
 
 
@@ -214,7 +214,7 @@ class SinePosition(nn.Module):
 
     def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, d]``."""
-        position: Tensor = self.mlp(sine_of_box(reference, self.d))
+        position: Tensor = self.mlp(sine_of_box(reference[:, :, 0], self.d))
         # The first layer's content knows nothing of the image.
         return position if self.scale is None or i == 0 else position * self.scale(x)
 
@@ -231,6 +231,7 @@ class ConditionalPosition(nn.Module):
 
     def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, 2 d]``."""
+        reference = reference[:, :, 0]
         sines = sine_of_box(reference, self.d)
         y_and_x = sines[..., : self.d].unflatten(-1, (2, -1))  # [B, Q, (y, x), d / 2]
         if i > 0:
@@ -418,7 +419,7 @@ class Heads(nn.Module):
         self, i: int, x: Tensor, state: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Predictions of layer i from its queries ``x``; the state of the next layer."""
-        reference = state.get("reference")
+        reference = state["reference"]
         hidden = x if self.norm is None else self.norm(x)
         told = self.moved(self.boxes[i](hidden), state.get("with_graph", reference))
         prediction = {"logits": self.classes[i](hidden), "boxes": told}
@@ -466,16 +467,11 @@ class Decoder(nn.Module):
             memory: of the encoder.
             blocked: ``[Q, Q]``, True where a query (row) must not see another.
         """
-        x, state = queries.content, {}
-        if queries.reference is not None:
-            state["reference"] = queries.reference
+        x, state = queries.content, {"reference": queries.reference}
         said: dict[str, list[Tensor]] = {}
         for i, layer in enumerate(self.layers[: None if self.training else self.eval_layers]):
-            reference = first = None
-            if "reference" in state:
-                reference = memory.on_every_level(state["reference"])  # [B, Q, L, 2 or 4]
-                first = reference[:, :, 0]
-            position = self.position(i, x, queries, first)
+            reference = memory.on_every_level(state["reference"])  # [B, Q, L, 2 or 4]
+            position = self.position(i, x, queries, reference)
             x = layer(x, position, reference, memory, blocked)
             prediction, state = self.heads(i, x, state)
             for name, value in prediction.items():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn.detr.boxes import from_corners, inverse_sigmoid, to_corners
-from deform_attn.detr.encoder import MLP, Size, box_head, class_head, each
+from deform_attn.detr.encoder import MLP, Activation, Size, box_head, class_head, each
 
 
 class Gate(nn.Module):
@@ -135,7 +135,7 @@ class EdgeBins(nn.Module):
 class Quality(nn.Module):
     """LQE: a peaked distribution is a sure box, and a sure box a better score."""
 
-    def __init__(self, bins: EdgeBins, act: str) -> None:
+    def __init__(self, bins: EdgeBins, act: Activation) -> None:
         super().__init__()
         self.bins, self.mlp = bins.count + 1, MLP(4 * (4 + 1), 64, 1, 2, act).zeroed()
 
@@ -150,11 +150,6 @@ class FineHeads(nn.Module):
     """Heads of D-FINE's decoder: as :class:`~deform_attn.detr.decoder.Heads`, with distributions.
 
     The first layer's plain head makes the box which all distances refer to.
-
-    Args:
-        size: of the model.
-        classes: number of them.
-        bins: of the distances.
     """
 
     def __init__(self, size: Size, classes: int, bins: EdgeBins) -> None:

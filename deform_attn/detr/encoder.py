@@ -19,12 +19,7 @@ from torch.nn import functional as F
 from deform_attn import MSDeformableAttention, MSDeformAttn
 from deform_attn.detr.boxes import sine_of_pixels
 
-ACTIVATIONS: dict[str, type[nn.Module]] = {
-    "relu": nn.ReLU,
-    "gelu": nn.GELU,
-    "silu": nn.SiLU,
-    "prelu": nn.PReLU,  # DAB-DETR; one learnt slope a layer
-}
+Activation = type[nn.Module]
 
 
 @dataclass(frozen=True)
@@ -56,7 +51,7 @@ class Size:
     hidden: int = 1024
     queries: int = 300
     dropout: float = 0.0
-    act: str = "relu"
+    act: Activation = nn.ReLU
     expansion: float = 1.0
     depth: float = 1.0
 
@@ -84,10 +79,10 @@ class Memory:
         """Maps ``[B, d, H, W]`` without padding."""
         return Memory(flat(maps), [(x.shape[-2], x.shape[-1]) for x in maps])
 
-    def on_every_level(self, reference: Tensor) -> Tensor:
+    def on_every_level(self, reference: Tensor | None) -> Tensor | None:
         """References ``[B, Q, 2 or 4]`` as fractions of each padded map: ``[B, Q, L, 2 or 4]``."""
-        if self.ratios is None:
-            return reference[:, :, None]
+        if reference is None or self.ratios is None:
+            return reference if reference is None else reference[:, :, None]
         ratios = self.ratios.repeat(1, 1, reference.shape[-1] // 2)
         return reference[:, :, None] * ratios[:, None]
 
@@ -101,12 +96,12 @@ class MLP(nn.Module):
     """Linear layers with an activation between them."""
 
     def __init__(
-        self, inputs: int, hidden: int, outputs: int, layers: int, act: str = "relu"
+        self, inputs: int, hidden: int, outputs: int, layers: int, act: Activation = nn.ReLU
     ) -> None:
         super().__init__()
         sizes = [inputs, *[hidden] * (layers - 1), outputs]
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(sizes))
-        self.act = ACTIVATIONS[act]()
+        self.act = act()
 
     def zeroed(self) -> MLP:
         """Starts with zero, whatever the input."""
@@ -128,7 +123,7 @@ def class_head(d: int, classes: int) -> nn.Linear:
     return head
 
 
-def box_head(d: int, outputs: int = 4, act: str = "relu") -> MLP:
+def box_head(d: int, outputs: int = 4, act: Activation = nn.ReLU) -> MLP:
     """Starts as no correction at all."""
     return MLP(d, d, outputs, 3, act).zeroed()
 
@@ -144,7 +139,7 @@ class FeedForward(nn.Sequential):
     def __init__(self, size: Size) -> None:
         super().__init__()
         self.linear1 = nn.Linear(size.d, size.hidden)
-        self.act = ACTIVATIONS[size.act]()
+        self.act = size.act()
         self.dropout = nn.Dropout(size.dropout)
         self.linear2 = nn.Linear(size.hidden, size.d)
 
@@ -224,11 +219,8 @@ class EncoderLayer(nn.Module):
 class DenseEncoder(nn.Module):
     """DETR's: every pixel of one map looks at every other.
 
-    Args:
-        channels: of the map.
-        size: of the model.
-        scale: positions are scaled by an MLP of the pixel (DAB-DETR).
-        temperature: of the sines that stand for positions.
+    With ``scale`` positions are scaled by an MLP of the pixel, and ``temperature`` is that of their
+    sines: True and 20 in DAB-DETR.
     """
 
     def __init__(
@@ -260,11 +252,8 @@ class DenseEncoder(nn.Module):
 class DeformableEncoder(nn.Module):
     """Deformable DETR's: every pixel of every map looks at a few points of all maps.
 
-    Args:
-        channels: of the backbone's maps.
-        size: of the model; maps beyond the backbone's are each half the one before.
-        temperature: of the sines that stand for positions.
-        shift: of their pixels' centres.
+    Maps beyond the backbone's are each half the one before. ``temperature`` and ``shift`` are those
+    of :func:`~deform_attn.detr.boxes.sine_of_pixels`.
     """
 
     def __init__(
@@ -349,21 +338,21 @@ class ConvNorm(nn.Sequential):
     """Convolution without bias, batch norm, activation."""
 
     def __init__(
-        self, inputs: int, outputs: int, size: int, stride: int = 1, act: str | None = None
+        self, inputs: int, outputs: int, size: int, stride: int = 1, act: Activation = nn.Identity
     ) -> None:
         super().__init__()
         self.conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
         self.norm = nn.BatchNorm2d(outputs)
-        self.act = nn.Identity() if act is None else ACTIVATIONS[act]()
+        self.act = act()
 
 
 class RepVGG(nn.Module):
     """``act(3x3 + 1x1)``: can be folded into one convolution after training."""
 
-    def __init__(self, d: int, act: str) -> None:
+    def __init__(self, d: int, act: Activation) -> None:
         super().__init__()
         self.conv1, self.conv2 = ConvNorm(d, d, 3), ConvNorm(d, d, 1)
-        self.act = ACTIVATIONS[act]()
+        self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, d, H, W]`` to the same."""
@@ -373,7 +362,9 @@ class RepVGG(nn.Module):
 class CSPRep(nn.Module):
     """Two 1x1 branches, one through RepVGG blocks, added: fuses two maps into one."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, expansion: float, act: str) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, expansion: float, act: Activation
+    ) -> None:
         super().__init__()
         hidden = int(outputs * expansion)
         self.conv1, self.conv2 = (ConvNorm(inputs, hidden, 1, act=act) for _ in range(2))
@@ -388,17 +379,14 @@ class CSPRep(nn.Module):
 class HybridEncoder(nn.Module):
     """RT-DETR's (arXiv 2304.08069, 4.2): attention in the smallest map, convolutions across.
 
-    Args:
-        channels: of the backbone's maps.
-        size: of the model.
-        project: once more for the memory (RT-DETR does, D-FINE does not).
+    With ``project`` the fused maps are projected once more for the memory; not so in D-FINE.
     """
 
     def __init__(self, channels: Sequence[int], size: Size, *, project: bool = True) -> None:
         super().__init__()
-        d, steps, blocks, act = size.d, len(channels) - 1, round(3 * size.depth), "silu"
+        d, steps, blocks, act = size.d, len(channels) - 1, round(3 * size.depth), nn.SiLU
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
-        self.attention = EncoderLayer(SelfAttention(size), replace(size, act="gelu"))
+        self.attention = EncoderLayer(SelfAttention(size), replace(size, act=nn.GELU))
         self.lateral = each(steps, lambda: ConvNorm(d, d, 1, act=act))
         self.down = each(steps, lambda: ConvNorm(d, d, 3, 2, act))
         self.fuse_up, self.fuse_down = (

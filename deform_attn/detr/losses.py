@@ -137,8 +137,8 @@ class Criterion:
             alone (Mr. DETR).
         encoder_weight: of all losses of proposals, on top of theirs.
         one_to_many: assignment of the routes beside the decoder's own.
-        share_matches: boxes of all layers learn from the union of all layers' pairs (D-FINE).
-        bins: of D-FINE's distributions of edges, which then learn too.
+        bins: of D-FINE's distributions of edges, which then learn too; and boxes of all layers
+            learn from the union of all layers' pairs.
     """
 
     weights: Mapping[str, float]
@@ -147,7 +147,6 @@ class Criterion:
     encoder: Literal["classes", "binary", "anchors"] = "classes"
     encoder_weight: float = 1.0
     one_to_many: OneToMany | None = None
-    share_matches: bool = False
     bins: EdgeBins | None = None
 
     def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Tensor]:
@@ -173,7 +172,7 @@ class Criterion:
         losses = {}
         for i, told in enumerate([*matched, *self.assigned(outputs, targets, count)]):
             found = {"class": self.classes(told)}
-            if self.share_matches and i < len(matched):
+            if self.bins is not None and i < len(matched):
                 told = told._replace(pairs=shared, number=of_shared)
             found |= self.boxes(told, balance)
             scale = self.encoder_weight if told.name.startswith("encoder") else 1.0

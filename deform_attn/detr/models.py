@@ -1,4 +1,7 @@
-"""The systems: a function each, from a backbone to model, criterion and postprocessing."""
+"""The systems: a function each, from a backbone, a number of classes and a size to a detector.
+
+The defaults are those of the papers.
+"""
 
 from __future__ import annotations
 
@@ -41,9 +44,9 @@ class SmallBackbone(nn.Module):
     def __init__(self, channels: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__()
         self.channels = list(channels)
-        self.stem = enc.ConvNorm(3, channels[0], 3, 2, "relu")
+        self.stem = enc.ConvNorm(3, channels[0], 3, 2, nn.ReLU)
         self.stages = nn.ModuleList(
-            nn.Sequential(enc.ConvNorm(a, b, 3, 2, "relu"), enc.ConvNorm(b, b, 3, 1, "relu"))
+            nn.Sequential(enc.ConvNorm(a, b, 3, 2, nn.ReLU), enc.ConvNorm(b, b, 3, 1, nn.ReLU))
             for a, b in pairwise([channels[0], *channels])
         )
 
@@ -250,11 +253,8 @@ def stewart(
 ) -> System:
     """Stewart et al. (arXiv 1506.04878), where sets of boxes began: an LSTM says them in order.
 
-    Args:
-        backbone: images to maps; the last one's pixels are the cells.
-        classes: number of classes; one, people, in the paper.
-        size: ``d`` units of the LSTM.
-        steps: boxes of a cell.
+    Each pixel of the backbone's last map is a cell, with as many boxes as ``steps``; ``size.d`` is
+    the number of the LSTM's units.
     """
     decoder = dec.SequentialDecoder(backbone.channels[-1], classes, steps, size.d)
     weights, kind = {"class": 1, "l1": 0.03}, losses.cross_entropy
@@ -280,7 +280,7 @@ def detr(
 
 def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
-    size = replace(size, act="prelu")
+    size = replace(size, act=nn.PReLU)
     encoder = enc.DenseEncoder(backbone.channels[-1], size, scale=True, temperature=20)
     layers = [
         dec.DecoderLayer(
@@ -307,12 +307,8 @@ def deformable_detr(
 ) -> System:
     """Deformable DETR (arXiv 2010.04159): queries sample a few points of every map.
 
-    Args:
-        backbone: images to maps.
-        classes: number of classes.
-        size: of the model.
-        refine: each layer corrects the boxes of the layer before it.
-        two_stage: queries are the encoder's best proposals; refined.
+    With ``refine`` each layer corrects the boxes of the layer before it; with ``two_stage`` queries
+    are the encoder's best proposals, and refined.
     """
     moves = refine or two_stage
     said = dec.Heads(size, classes, refine="layer" if moves else "no", shared=not moves)
@@ -381,12 +377,8 @@ def rtdetr(
     """RT-DETR (arXiv 2304.08069) and RT-DETRv2 (2407.17140): a light encoder, and scores that
     know how good their boxes are.
 
-    Args:
-        backbone: images to maps.
-        classes: number of classes.
-        size: of the model; v2 takes points of each level.
-        version: 1 or 2.
-        method: "discrete" samples pixels instead of interpolating them (v2).
+    The ``version`` is 1 or 2; v2 takes points of each level, and with the method "discrete" it
+    samples pixels instead of interpolating them.
     """
     variant, limit = ("rtdetr", 65504) if version == 1 else ("rtdetrv2", None)
     look = partial(enc.DeformableAttention, variant=variant, method=method)
@@ -416,11 +408,7 @@ def dfine(
 ) -> System:
     """D-FINE (arXiv 2410.13842): boxes as distributions of their edges, taught by the last layer.
 
-    Args:
-        backbone: images to maps.
-        classes: number of classes.
-        size: of the model.
-        scale: of the edges' bins; larger for smaller corrections, 8 in the largest model.
+    ``scale`` is that of the edges' bins: larger for smaller corrections, 8 in the largest model.
     """
     bins = EdgeBins(scale=scale)
     said = FineHeads(size, classes, bins)
@@ -430,7 +418,7 @@ def dfine(
     decoder = dec.Decoder(size, layers, position, said)
     model = hybrid(backbone, classes, size, decoder, project=False)
     weights, kind = ONE | {"fgl": 0.15, "ddf": 1.5}, losses.varifocal
-    criterion = Criterion(weights, classification=kind, share_matches=True, bins=bins)
+    criterion = Criterion(weights, classification=kind, bins=bins)
     return System(model, criterion, best_scores)
 
 
@@ -446,7 +434,7 @@ def deim(
     ``base``, RT-DETRv2; that images hold more objects is the data's part.
     """
     if base is dfine:
-        size = replace(size, act="silu")
+        size = replace(size, act=nn.SiLU)
     system = base(backbone, classes, size, **options)
     system.criterion.classification = losses.matchability_aware
     return system
@@ -464,13 +452,7 @@ def mr_detr(
 
     The three routes share cross-attention, norms and heads. ``o2m`` is told by tokens that many
     may answer; ``sep`` has a feed-forward network of its own instead. Only the first is used.
-
-    Args:
-        backbone: images to maps.
-        classes: number of classes.
-        size: of the model.
-        tokens: number of them, in each layer.
-        iou: its weight in the assignment; 0.8 in the official variants on DINO and Align-DETR.
+    The IoU's weight in the assignment is 0.8 in the official variants on DINO and Align-DETR.
     """
     d = size.d
     said = dec.Heads(size, classes, refine="twice", eps=1e-3)
