@@ -69,16 +69,11 @@ def sine_of_box(box: Tensor, channels: int) -> Tensor:
 def sine_of_pixels(
     padding: Tensor, channels: int, temperature: float = 10000, shift: float = 0.0
 ) -> Tensor:
-    """Position of each pixel in the part of its image that is no padding.
+    """Position of each pixel in the part of its image that is no padding, ``[B, channels, H, W]``.
 
-    Args:
-        padding: ``[B, H, W]``, True where padded.
-        channels: half of them for y, half for x.
-        temperature: 10000 (DETR, Deformable DETR) or 20 (DAB-DETR and its line).
-        shift: -0.5 for pixel centres (Deformable DETR), 0 elsewhere.
-
-    Returns:
-        ``[B, channels, H, W]``.
+    ``padding [B, H, W]`` is True where padded; half of the channels are for y, half for x. The
+    temperature is 10000 (DETR, Deformable DETR) or 20 (DAB-DETR and its line), the shift -0.5 for
+    pixel centres (Deformable DETR), 0 elsewhere.
     """
     y, x = (~padding).cumsum(1).float(), (~padding).cumsum(2).float()
     y = (y + shift) / (y[:, -1:] + 1e-6)

@@ -19,6 +19,8 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+from deform_attn.detr.boxes import from_corners
+
 __all__ = ["CocoFolder", "Detection", "Digits", "Sample", "Shapes", "open_dataset"]
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -106,11 +108,8 @@ class _Drawn:
         split = list(self.lengths).index(self.split)
         rng = np.random.default_rng((self.seed, split, index))
         image, boxes, labels = self.draw(rng, self.size)
-        corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 2, 2) / self.size
-        target = {
-            "labels": torch.tensor(labels, dtype=torch.int64),
-            "boxes": torch.cat([corners.mean(1), corners[:, 1] - corners[:, 0]], -1),
-        }
+        corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / self.size
+        target = {"labels": torch.tensor(labels).long(), "boxes": from_corners(corners)}
         return as_tensor(image, self.size), target
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawing:
@@ -170,10 +169,8 @@ class Shapes(_Drawn):
 
 
 def _touches(box: list[float], others: list[list[float]]) -> bool:
-    return any(
-        box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
-        for other in others
-    )
+    corners = np.reshape(others, (-1, 4))
+    return bool(((corners[:, :2] < box[2:]) & (corners[:, 2:] > box[:2])).all(1).any())
 
 
 class Digits(_Drawn):
@@ -297,12 +294,10 @@ class CocoFolder:
         sides = torch.tensor([facts["width"], facts["height"]])
         low = boxes[:, :2].clamp(min=0)
         high = torch.minimum(boxes[:, :2] + boxes[:, 2:], sides)
-        target = {
-            "labels": torch.tensor([self._label[one["category_id"]] for one in objects]).long(),
-            "boxes": torch.cat([(low + high) / 2 / sides, (high - low) / sides], -1),
-        }
+        labels = torch.tensor([self._label[one["category_id"]] for one in objects]).long()
+        boxes = from_corners(torch.cat([low, high], -1)) / sides.repeat(2)
         with Image.open(self.images / facts["file_name"]) as image:
-            return as_tensor(image, self.size), target
+            return as_tensor(image, self.size), {"labels": labels, "boxes": boxes}
 
     def ground_truth(self) -> dict[str, Any]:
         """The file, with the areas and crowd flags that it may leave out."""

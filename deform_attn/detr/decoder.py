@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from deform_attn.detr import encoder as enc
 from deform_attn.detr.boxes import inverse_sigmoid, sine, sine_of_box
 from deform_attn.detr.dfine import Gate
-from deform_attn.detr.encoder import MLP, AddNorm, Memory, Size, pixel_centres
+from deform_attn.detr.encoder import MLP, AddNorm, Mask, Memory, Named, Size, pixel_centres
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Queries:
     position: Tensor | None = None
 
 
-Proposals = dict[str, dict[str, Tensor]]
+Proposals = dict[str, Named]
 Position = Callable[..., Tensor | None]
 
 
@@ -62,9 +62,7 @@ Position = Callable[..., Tensor | None]
 
 
 class LearntQueries(nn.Module):
-    """Learnt positions (DETR), with learnt content and points projected from the position
-    (Deformable DETR).
-    """
+    """Learnt positions (DETR), with contents and with points of the positions (Deformable DETR)."""
 
     def __init__(self, size: Size, *, points: bool) -> None:
         super().__init__()
@@ -109,14 +107,10 @@ class AnchorQueries(nn.Module):
 class SelectedQueries(nn.Module):
     """Two stages: every pixel proposes a box, the best become queries (Deformable DETR, 4.2).
 
-    Args:
-        size: of the model.
-        classes: number of them.
-        learnt: contents are (DINO's mixed selection); else they are the selected features
-            (RT-DETR), or projections of the selected boxes' sines where these are projected.
-        binary: as in Deformable DETR the first class, "object", ranks proposals, all of them are
-            told, and positions are projections of the selected boxes' sines; else the best class
-            ranks them, and only those that are selected are told.
+    Contents are ``learnt`` (DINO's mixed selection), else the selected features (RT-DETR). As in
+    Deformable DETR, where ``binary``, the first class, "object", ranks proposals, all of them are
+    told, and positions, with contents that are not learnt, are projections of the selected boxes'
+    sines; else the best class ranks proposals, and only those that are selected are told.
     """
 
     def __init__(
@@ -270,7 +264,7 @@ class ConditionalAttention(nn.Module):
         self.k_content, self.k_position = nn.Linear(d, d), nn.Linear(d, d)
         self.v, self.output = nn.Linear(d, d), nn.Linear(d, d)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, hidden: Mask) -> Tensor:
         """``[B, heads, Q, D]`` of queries, keys and values; ``hidden`` ones are True."""
         mask = None if hidden is None else ~hidden
         attended = F.scaled_dot_product_attention(q, k, v, mask)
@@ -284,7 +278,7 @@ class ConditionalAttention(nn.Module):
 class ConditionalSelfAttention(ConditionalAttention):
     """Content and position are added."""
 
-    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, blocked: Mask = None) -> Tensor:
         """Update of ``x [B, Q, d]``; ``position [B, Q, 2 d]``, its first half counts."""
         position, _ = position.chunk(2, -1)
         q = self.q_content(x) + self.q_position(position)
@@ -327,7 +321,7 @@ class InstructedSelfAttention(nn.Module):
         self.attention = attention
         self.tokens, self.positions = nn.Embedding(tokens, d), nn.Embedding(tokens, d)
 
-    def forward(self, x: Tensor, position: Tensor, blocked: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, position: Tensor, blocked: Mask = None) -> Tensor:
         """Update of ``x [B, Q, d]``; there are no queries to be ``blocked`` in this route."""
         tokens = self.tokens.weight.expand(len(x), -1, -1)
         q = torch.cat([tokens + self.positions.weight, x + position], 1)
@@ -365,12 +359,7 @@ class DecoderLayer(nn.Module):
         self.dropout = nn.Dropout(size.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        position: Tensor,
-        reference: Tensor | None,
-        memory: Memory,
-        blocked: Tensor | None = None,
+        self, x: Tensor, position: Tensor, reference: Tensor | None, memory: Memory, blocked: Mask
     ) -> Tensor:
         """Queries ``x [B, Q, d]``; ``blocked [Q, Q]`` hides queries where True."""
         x = self.join_self(x, self.dropout(self.self_attn(x, position, blocked)))
@@ -415,9 +404,7 @@ class Heads(nn.Module):
         self.norm = nn.LayerNorm(d) if norm else None
         self.refine, self.eps = refine, eps
 
-    def forward(
-        self, i: int, x: Tensor, state: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, i: int, x: Tensor, state: Named) -> tuple[Named, Named]:
         """Predictions of layer i from its queries ``x``; the state of the next layer."""
         reference = state["reference"]
         hidden = x if self.norm is None else self.norm(x)
@@ -441,12 +428,9 @@ class Heads(nn.Module):
 class Decoder(nn.Module):
     """The loop that all systems share.
 
-    Args:
-        size: of the model.
-        layers: of decoding.
-        position: ``(i, x, queries, reference)`` to what a query is asked.
-        heads: ``(i, x, state)`` to predictions and the next state; :class:`Heads` or
-            :class:`~deform_attn.detr.dfine.FineHeads`.
+    ``position(i, x, queries, reference)`` is what a query is asked, and ``heads(i, x, state)`` give
+    predictions and the next state: :class:`Heads`, or those of
+    :class:`~deform_attn.detr.dfine.FineHeads`.
     """
 
     def __init__(
@@ -457,15 +441,10 @@ class Decoder(nn.Module):
         self.position, self.heads = position, heads
         self.eval_layers = size.eval_layers or len(self.layers)
 
-    def forward(
-        self, queries: Queries, memory: Memory, blocked: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def forward(self, queries: Queries, memory: Memory, blocked: Mask = None) -> Named:
         """Predictions of all layers, stacked: ``logits [layers, B, Q, C]``, ``boxes [..., 4]``.
 
-        Args:
-            queries: to start from.
-            memory: of the encoder.
-            blocked: ``[Q, Q]``, True where a query (row) must not see another.
+        ``blocked [Q, Q]`` is True where a query (row) must not see another.
         """
         x, state = queries.content, {"reference": queries.reference}
         said: dict[str, list[Tensor]] = {}
@@ -502,7 +481,7 @@ class SequentialDecoder(nn.Module):
         self.classes, self.boxes = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4)
         self.steps, self.scale = steps, scale
 
-    def forward(self, cells: Tensor, centres: Tensor, pixels: Tensor) -> dict[str, Tensor]:
+    def forward(self, cells: Tensor, centres: Tensor, pixels: Tensor) -> Named:
         """Predictions ``[1, B, cells * steps, ...]``, a cell's in order.
 
         Args:

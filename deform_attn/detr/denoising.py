@@ -7,7 +7,6 @@ that are matched never see them: training alone has them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from deform_attn.detr.boxes import from_corners, inverse_sigmoid, to_corners
 from deform_attn.detr.decoder import Queries
-from deform_attn.detr.matching import Pairs, Target
+from deform_attn.detr.matching import Pairs, Targets
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class Denoising(nn.Module):
         channels, last = d if contrastive else d - 1, classes if padding else None
         self.embed = nn.Embedding(classes + 1, channels, padding_idx=last)
 
-    def noise(self, targets: Sequence[Target]) -> Noised | None:
+    def noise(self, targets: Targets) -> Noised | None:
         """Noised objects; None where the batch has no object."""
         counts = [len(target["labels"]) for target in targets]
         most = max(counts)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn.detr.boxes import from_corners, inverse_sigmoid, to_corners
-from deform_attn.detr.encoder import MLP, Activation, Size, box_head, class_head, each
+from deform_attn.detr.encoder import MLP, Activation, Named, Size, box_head, class_head, each
 
 
 class Gate(nn.Module):
@@ -86,11 +86,8 @@ class EdgeBins(nn.Module):
     def localisation(self, corners: Tensor, initial: Tensor, truth: Tensor, iou: Tensor) -> Tensor:
         """FGL: cross entropy on the two bins beside the truth, weighted by IoU: ``[n, 4]``.
 
-        Args:
-            corners: logits of the matched queries, ``[n, 4 * (count + 1)]``.
-            initial: the boxes that they refer to, ``[n, 4]``.
-            truth: the objects' boxes, ``[n, 4]``.
-            iou: of the predicted boxes with them, ``[n]``.
+        ``corners [n, 4 * (count + 1)]`` are logits of matched queries, which refer to the boxes
+        ``initial [n, 4]``; ``truth [n, 4]`` are their objects, ``iou [n]`` how well they are met.
         """
         left, right_weight = self.targets(initial, truth)
         log_p = corners.unflatten(-1, (4, self.count + 1)).log_softmax(-1)
@@ -99,29 +96,20 @@ class EdgeBins(nn.Module):
         return -iou[:, None] * ((1 - right_weight) * at_left + right_weight * at_right)
 
     def distillation(
-        self,
-        prediction: dict[str, Tensor],
-        matched: tuple[Tensor, Tensor],
-        iou: Tensor,
-        balance: tuple[int, int],
-        temperature: float = 5,
+        self, prediction: Named, matched: tuple[Tensor, ...], iou: Tensor, balance: tuple[int, int]
     ) -> Tensor:
         """DDF: the last layer's distributions teach, whether a query is matched or not.
 
-        Args:
-            prediction: with ``teacher_corners`` and ``teacher_logits``.
-            matched: (image, query) of the matched queries.
-            iou: of their boxes with their objects, their weight; others weigh what the teacher
-                scores them.
-            balance: how many are matched and how many not; each kind counts as the root of it.
-            temperature: of both distributions.
+        A query that is ``matched``, (image, query), weighs its box's ``iou``, another what the
+        teacher scores it. The ``balance`` is of how many are matched and how many not; each kind
+        counts as the root of that.
         """
+        temperature = 5
         student = prediction["corners"].unflatten(-1, (4, self.count + 1)) / temperature
         teacher = prediction["teacher_corners"].unflatten(-1, (4, self.count + 1)) / temperature
         weight = prediction["teacher_logits"].sigmoid().amax(-1).index_put(matched, iou).detach()
-        divergence = F.kl_div(
-            student.log_softmax(-1), teacher.detach().softmax(-1), reduction="none"
-        ).sum(-1)
+        q, p = student.log_softmax(-1), teacher.detach().softmax(-1)
+        divergence = F.kl_div(q, p, reduction="none").sum(-1)
         loss = temperature**2 * (weight[..., None] * divergence).mean(-1)  # [B, Q]
         hit = torch.zeros_like(weight, dtype=torch.bool)
         hit[matched] = True
@@ -160,9 +148,7 @@ class FineHeads(nn.Module):
         self.first_box, self.bins = box_head(d, act=act), bins
         self.quality = each(layers, lambda: Quality(bins, act))
 
-    def forward(
-        self, i: int, x: Tensor, state: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(self, i: int, x: Tensor, state: Named) -> tuple[Named, Named]:
         """Predictions of layer i from its queries ``x``; the state of the next layer."""
         prediction = {}
         if i == 0:

@@ -20,6 +20,8 @@ from deform_attn import MSDeformableAttention, MSDeformAttn
 from deform_attn.detr.boxes import sine_of_pixels
 
 Activation = type[nn.Module]
+Named = dict[str, Tensor]
+Mask = Tensor | None  # True hides
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Memory:
 
     features: Tensor
     shapes: list[tuple[int, int]]
-    padding: Tensor | None = None
+    padding: Mask = None
     position: Tensor | None = None
     ratios: Tensor | None = None
 
@@ -167,11 +169,7 @@ class SelfAttention(nn.Module):
         self.attention = nn.MultiheadAttention(size.d, size.heads, size.dropout, batch_first=True)
 
     def forward(
-        self,
-        x: Tensor,
-        position: Tensor,
-        blocked: Tensor | None = None,
-        padding: Tensor | None = None,
+        self, x: Tensor, position: Tensor, blocked: Mask = None, padding: Mask = None
     ) -> Tensor:
         """Update of ``x [B, Q, d]``; ``blocked [Q, Q]``, ``padding [B, Q]`` hide what is True."""
         q = x + position
@@ -233,7 +231,7 @@ class DenseEncoder(nn.Module):
         self.scale = MLP(d, d, d, 2) if scale else None
         self.temperature = temperature
 
-    def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
+    def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
         """The last of a backbone's maps, ``[B, c, H, W]``; padding of the images, ``[B, h, w]``."""
         x = self.project(maps[-1])
         small = resized(padding, x)
@@ -275,7 +273,7 @@ class DeformableEncoder(nn.Module):
         self.layers = layers
         self.temperature, self.shift = temperature, shift
 
-    def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
+    def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding of the images, ``[B, h, w]``."""
         projected = [project(x) for project, x in zip(self.project, maps)]
         x = maps[-1]
@@ -308,7 +306,7 @@ class DeformableEncoder(nn.Module):
         return memory
 
 
-def resized(padding: Tensor | None, x: Tensor) -> Tensor:
+def resized(padding: Mask, x: Tensor) -> Tensor:
     """Padding of images as padding of a map ``x [B, d, H, W]``."""
     if padding is None:
         return torch.zeros(x.shape[0], *x.shape[-2:], dtype=torch.bool, device=x.device)
@@ -394,7 +392,7 @@ class HybridEncoder(nn.Module):
         )
         self.output = each(steps + 1, lambda: ConvNorm(d, d, 1) if project else nn.Identity())
 
-    def forward(self, maps: Sequence[Tensor], padding: Tensor | None = None) -> Memory:
+    def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""
         return self.memory(self.fuse(maps))
 

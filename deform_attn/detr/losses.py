@@ -8,7 +8,7 @@ divided by the number of objects. A system is: how a set is matched, how it is c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -23,11 +23,12 @@ from deform_attn.detr.matching import (
     OneToMany,
     Pairs,
     Prediction,
-    Target,
+    Targets,
     check_targets,
     union,
 )
 
+Outputs = Mapping[str, Any]
 # (logits, one-hot targets, one-hot times IoU) -> the loss of each logit
 Classification = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -72,10 +73,10 @@ def _with_nothing(hot: Tensor) -> Tensor:
     return torch.where(hot.any(-1), hot.argmax(-1), hot.shape[-1] - 1)
 
 
-def object_count(targets: Sequence[Target], device: torch.device) -> Tensor:
+def object_count(targets: Targets, device: torch.device) -> Tensor:
     """Objects in the batch, averaged over processes; 1 where there are none."""
-    count = torch.tensor(float(sum(len(t["labels"]) for t in targets)), device=device)
-    return averaged(count)
+    number = sum(len(target["labels"]) for target in targets)
+    return averaged(torch.tensor(float(number), device=device))
 
 
 def averaged(count: Tensor) -> Tensor:
@@ -92,15 +93,13 @@ def at(pairs: Pairs) -> tuple[Tensor, Tensor]:
     return image, torch.cat([queries for queries, _ in pairs])
 
 
-def chosen(targets: Sequence[Target], pairs: Pairs, key: str) -> Tensor:
+def chosen(targets: Targets, pairs: Pairs, key: str) -> Tensor:
     """The targets' ``key`` of every pair of a batch."""
     return torch.cat([target[key][which] for target, (_, which) in zip(targets, pairs)])
 
 
-def layers_of(outputs: Mapping[str, Any], name: str) -> Iterator[tuple[str, Prediction]]:
-    """One prediction a layer of stacked outputs, and D-FINE's first guess; the last layer teaches
-    the others' corners.
-    """
+def layers_of(outputs: Outputs, name: str) -> Iterator[tuple[str, Prediction]]:
+    """Each layer's prediction, with the last one's corners to learn from; D-FINE's first guess."""
     layers = len(outputs.get("logits", ()))
     for i in range(layers):
         keys = ("logits", "boxes", "corners", "initial")
@@ -119,7 +118,7 @@ class Told(NamedTuple):
 
     name: str
     prediction: Prediction
-    targets: Sequence[Target]
+    targets: Targets
     pairs: Pairs
     number: Tensor  # of objects, which divides its losses
 
@@ -142,19 +141,17 @@ class Criterion:
     """
 
     weights: Mapping[str, float]
-    match: Callable[[Prediction, Sequence[Target]], Pairs] = field(default_factory=Hungarian)
+    match: Callable[[Prediction, Targets], Pairs] = field(default_factory=Hungarian)
     classification: Classification = focal
     encoder: Literal["classes", "binary", "anchors"] = "classes"
     encoder_weight: float = 1.0
     one_to_many: OneToMany | None = None
     bins: EdgeBins | None = None
 
-    def __call__(self, outputs: Mapping[str, Any], targets: Sequence[Target]) -> dict[str, Tensor]:
+    def __call__(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
         """Losses by name: ``<loss>/<set>``, such as ``giou/layer2``; their sum is to be minimised.
 
-        Args:
-            outputs: a detector's.
-            targets: ``{"labels": [n], "boxes": [n, 4]}`` of each image.
+        Of a detector's outputs, and of ``{"labels": [n], "boxes": [n, 4]}`` of each image.
 
         Raises:
             ValueError: a target does not fit; the message names it.
@@ -181,9 +178,7 @@ class Criterion:
                     losses[f"{loss}/{told.name}"] = scale * weight * found[loss]
         return losses
 
-    def matched(
-        self, outputs: Mapping[str, Any], targets: Sequence[Target], count: Tensor
-    ) -> Iterator[Told]:
+    def matched(self, outputs: Outputs, targets: Targets, count: Tensor) -> Iterator[Told]:
         """Sets whose pairs come from one-to-one matching."""
         for name, prediction in layers_of(outputs, "layer"):
             yield Told(name, prediction, targets, self.match(prediction, targets), count)
@@ -196,9 +191,7 @@ class Criterion:
                 places, match = {**prediction, "boxes": prediction["anchors"]}, Hungarian(classes=0)
             yield Told(name, prediction, goals, match(places, goals), count)
 
-    def assigned(
-        self, outputs: Mapping[str, Any], targets: Sequence[Target], count: Tensor
-    ) -> Iterator[Told]:
+    def assigned(self, outputs: Outputs, targets: Targets, count: Tensor) -> Iterator[Told]:
         """Sets that know their objects: denoising queries, and routes of several queries each."""
         noised = outputs.get("dn", {})
         for name, prediction in layers_of(noised, "dn"):
@@ -225,9 +218,7 @@ class Criterion:
         return loss if loss.dim() == 0 else loss.sum() / n
 
     def boxes(self, told: Told, balance: tuple[int, int]) -> dict[str, Tensor]:
-        """Losses of matched queries' boxes, divided by the number of objects; D-FINE's teach the
-        others too, in the ``balance`` of how many are matched and how many not.
-        """
+        """Losses of boxes, divided so too; the ``balance``: how many are matched, how many not."""
         _, prediction, targets, pairs, n = told
         where, truth = at(pairs), chosen(targets, pairs, "boxes")
         boxes = prediction["boxes"][where]

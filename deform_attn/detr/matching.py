@@ -19,10 +19,11 @@ from deform_attn.detr.boxes import overlap
 
 Prediction = dict[str, Tensor]
 Target = Mapping[str, Tensor]
+Targets = Sequence[Target]
 Pairs = list[tuple[Tensor, Tensor]]
 
 
-def check_targets(targets: Sequence[Target], images: int, classes: int) -> None:
+def check_targets(targets: Targets, images: int, classes: int) -> None:
     """Raise a ValueError that names what is wrong with the targets of a batch, if anything is."""
     if len(targets) != images:
         raise ValueError(f"targets: expected {images}, one an image, got {len(targets)}")
@@ -53,9 +54,7 @@ class Hungarian:
     """One query for each object, so that classes, L1 distance and GIoU cost least (DETR, 3.1).
 
     Attributes:
-        classes: weight of the class cost.
-        l1: weight of the L1 distance of boxes.
-        giou: weight of the negative GIoU.
+        classes, l1, giou: weights of the class cost, of the boxes' L1 distance and negative GIoU.
         softmax: the class cost is ``-p`` of a softmax (DETR), else the focal loss of a sigmoid.
         alpha: the focal loss's.
     """
@@ -83,7 +82,7 @@ class Hungarian:
         return total.nan_to_num(1.0)
 
     @torch.no_grad()
-    def __call__(self, prediction: Prediction, targets: Sequence[Target]) -> Pairs:
+    def __call__(self, prediction: Prediction, targets: Targets) -> Pairs:
         """Pairs of all images."""
         images = zip(prediction["logits"].float(), prediction["boxes"].float(), targets)
         return [assign(self.cost(logits, boxes, target)) for logits, boxes, target in images]
@@ -111,7 +110,7 @@ class OneToMany:
     sample: int = 225
 
     @torch.no_grad()
-    def __call__(self, prediction: Prediction, targets: Sequence[Target]) -> Pairs:
+    def __call__(self, prediction: Prediction, targets: Targets) -> Pairs:
         """Pairs of all images, in the order of the objects."""
         images = zip(prediction["logits"].float(), prediction["boxes"].float(), targets)
         return [self._one(logits, boxes, target) for logits, boxes, target in images]
@@ -161,7 +160,7 @@ class Lexicographic:
         return 100 * missed + rank + distance / 2000
 
     @torch.no_grad()
-    def __call__(self, prediction: Prediction, targets: Sequence[Target]) -> Pairs:
+    def __call__(self, prediction: Prediction, targets: Targets) -> Pairs:
         """Pairs of all images; of a cell with more objects than steps, some stay unmatched."""
         pairs = []
         rows, columns = (int(n) for n in prediction["grid"])

@@ -23,7 +23,7 @@ from deform_attn.detr.denoising import Denoising, Noised
 from deform_attn.detr.dfine import EdgeBins, FineHeads
 from deform_attn.detr.encoder import Size
 from deform_attn.detr.losses import Criterion
-from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Target, check_targets
+from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Targets, check_targets
 
 Outputs = dict[str, Any]
 Results = list[dict[str, Tensor]]
@@ -75,8 +75,7 @@ class Detector(nn.Module):
         queries: memory to queries and proposals.
         decoder: queries and memory to predictions.
         denoising: queries of noised objects.
-        o2m: another decoder, with queries of its own (Mr. DETR).
-        sep: another decoder, with the first one's queries (Mr. DETR).
+        o2m, sep: other decoders, with queries of its own and with the first one's (Mr. DETR).
     """
 
     def __init__(
@@ -97,7 +96,7 @@ class Detector(nn.Module):
         self.sep = sep
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, targets: Sequence[Target] | None = None
+        self, images: Tensor, mask: Tensor | None = None, targets: Targets | None = None
     ) -> Outputs:
         """Detect.
 
@@ -156,7 +155,7 @@ class SequentialDetector(nn.Module):
         self.backbone, self.decoder = backbone, decoder
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, targets: Sequence[Target] | None = None
+        self, images: Tensor, mask: Tensor | None = None, targets: Targets | None = None
     ) -> Outputs:
         """As :class:`Detector`; padding is seen as image."""
         memory = enc.Memory.of(self.backbone(images)[-1:])
@@ -178,18 +177,13 @@ def in_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
 def best_scores(outputs: Outputs, sizes: Tensor, number: int = 300, fuse: bool = False) -> Results:
     """The best pairs of a query and a class: ``boxes`` (corners, pixels), ``scores``, ``labels``.
 
-    Args:
-        outputs: a detector's.
-        sizes: ``(height, width)`` of each image.
-        number: of results for each image, at most.
-        fuse: a layer's score is the mean of its own and that of the layer before (Mr. DETR).
+    At most ``number`` of them for each image of ``sizes [B, (height, width)]``. With ``fuse`` a
+    layer's score is the mean of its own and that of the layer before (Mr. DETR).
     """
     p = outputs["logits"].sigmoid()
-    score = p[-1]
-    if fuse:
-        score = p[0]
-        for layer in p[1:]:
-            score = ((layer**2.001 + score**1.853) / 2).sqrt()
+    score = p[0] if fuse else p[-1]
+    for layer in p[1:] if fuse else ():
+        score = ((layer**2.001 + score**1.853) / 2).sqrt()
     classes = score.shape[-1]
     scores, where = score.flatten(1).topk(min(number, score[0].numel()))
     query = (where // classes)[..., None].expand(-1, -1, 4)
@@ -201,10 +195,8 @@ def best_scores(outputs: Outputs, sizes: Tensor, number: int = 300, fuse: bool =
 def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) -> Results:
     """Every query's best class of a softmax whose last class is "no object" (DETR).
 
-    Args:
-        outputs: a detector's.
-        sizes: ``(height, width)`` of each image.
-        until: queries of a cell are read in order until one scores less than this (Stewart).
+    The results are those of :func:`best_scores`. Queries of a cell are read in order, and only
+    ``until`` one scores less than that (Stewart).
     """
     scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)
     keep = torch.ones_like(scores, dtype=torch.bool)
@@ -217,7 +209,7 @@ def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) ->
     return [{"boxes": b[k], "scores": s[k], "labels": c[k]} for b, s, c, k in images]
 
 
-# --- Parts -------------------------------------------------------------------------------------
+# --- Systems -----------------------------------------------------------------------------------
 
 
 def decoder_layers(
@@ -244,8 +236,6 @@ def variant(module: Any, **replaced: nn.Module) -> Any:
 ONE = {"class": 1.0, "l1": 5.0, "giou": 2.0}
 TWO = ONE | {"class": 2.0}
 DAB_SINES = {"temperature": 20.0, "shift": 0.0}
-
-# --- Systems -----------------------------------------------------------------------------------
 
 
 def stewart(
@@ -441,12 +431,7 @@ def deim(
 
 
 def mr_detr(
-    backbone: Backbone,
-    classes: int,
-    size: Size = Size(queries=900),
-    *,
-    tokens: int = 10,
-    iou: float = 0.7,
+    backbone: Backbone, classes: int, size: Size = Size(queries=900), *, iou: float = 0.7
 ) -> System:
     """Mr. DETR (arXiv 2412.10028): two more routes through one decoder, many queries an object.
 
@@ -463,17 +448,12 @@ def mr_detr(
     many = variant(queries, classes=enc.class_head(d, classes), box=enc.box_head(d))
     o2m, sep = nn.ModuleList(), nn.ModuleList()
     for layer in layers:
-        told = dec.InstructedSelfAttention(layer.self_attn.get_submodule("attention"), d, tokens)
+        told = dec.InstructedSelfAttention(layer.self_attn.get_submodule("attention"), d, tokens=10)
         o2m.append(variant(layer, self_attn=told, join_self=enc.AddNorm(d)))
         sep.append(variant(layer, ffn=enc.FeedForward(size)))
-    model = Detector(
-        backbone,
-        enc.DeformableEncoder(backbone.channels, size),
-        queries,
-        decoder,
-        o2m=(many, variant(decoder, layers=o2m)),
-        sep=variant(decoder, layers=sep),
-    )
+    encoder = enc.DeformableEncoder(backbone.channels, size)
+    o2m_route, sep_route = (many, variant(decoder, layers=o2m)), variant(decoder, layers=sep)
+    model = Detector(backbone, encoder, queries, decoder, o2m=o2m_route, sep=sep_route)
     assign = OneToMany(iou, sample=int(size.queries * 0.25))
     criterion = Criterion(TWO, encoder="anchors", encoder_weight=3, one_to_many=assign)
     return System(model, criterion, partial(best_scores, fuse=True))
