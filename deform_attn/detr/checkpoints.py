@@ -16,9 +16,7 @@ Rules = list[tuple[str, str]]
 
 # Deformable DETR and what was built on it.
 _LAYERS: Rules = [
-    (r"^transformer\.", ""),
-    (r"^level_embeds$", "level_embed"),
-    (r"^level_embed$", "encoder.level_embed"),
+    (r"^level_embeds?$", "encoder.level_embed"),
     (r"^input_proj\.", "encoder.project."),
     (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention.attention."),
     (r"^(encoder\.layers\.\d+)\.norm(\d)\.", r"\1.join\2.norm."),
@@ -57,7 +55,6 @@ def _norms(first: str, second: str) -> Rules:
 _DEFORMABLE = _LAYERS + _norms("cross", "self")
 
 _DETR: Rules = [
-    (r"^transformer\.", ""),
     (r"\.multihead_attn\.", ".cross_attn."),
     # one head for all layers: the first one's name
     (r"^(class|bbox)_embed\.", r"\1_embed.0."),
@@ -66,7 +63,6 @@ _DETR: Rules = [
 ]
 
 _DAB_DETR: Rules = [
-    (r"^transformer\.", ""),
     (r"^encoder\.query_scale\.", "encoder.scale."),
     (r"^decoder\.ref_anchor_head\.", "decoder.position.size."),
     (r"^(?:decoder\.)?(class|bbox)_embed\.", r"\1_embed.0."),
@@ -117,7 +113,6 @@ _DFINE: Rules = [
 ]
 
 _MR_DETR: Rules = [
-    (r"^transformer\.", ""),
     (r"^query_embedding\.", "queries.content."),
     (r"^neck\.convs\.(\d+)\.conv\.", r"encoder.project.\1.0."),
     (r"^neck\.convs\.(\d+)\.norm\.", r"encoder.project.\1.1."),
@@ -163,7 +158,7 @@ def renamed(system: str, name: str, layers: int) -> str:
         name: the tensor's in the official checkpoint.
         layers: of the decoder; in two stages the encoder's heads are one more in its lists.
     """
-    for pattern, ours in RULES[system]:
+    for pattern, ours in [(r"^transformer\.", ""), *RULES[system]]:
         name = re.sub(pattern, ours, name)
     name = re.sub(rf"^decoder\.heads\.classes\.{layers}\.", "queries.classes.", name)
     return re.sub(rf"^decoder\.heads\.boxes\.{layers}\.", "queries.box.", name)

@@ -29,14 +29,13 @@ class Recipe:
 
 
 SAMPLING = ("sampling_offsets", "queries.points")  # offsets, reference points
+TWO_STAGE = partial(models.deformable_detr, two_stage=True)
 RECIPES = {
     "stewart": Recipe(models.stewart),
     "detr": Recipe(models.detr),
     "dab_detr": Recipe(models.dab_detr),
     "deformable_detr": Recipe(partial(models.deformable_detr, refine=True), slow=SAMPLING),
-    "deformable_detr_two_stage": Recipe(
-        partial(models.deformable_detr, two_stage=True), slow=SAMPLING
-    ),
+    "deformable_detr_two_stage": Recipe(TWO_STAGE, slow=SAMPLING),
     "dab_deformable_detr": Recipe(models.dab_deformable_detr, slow=SAMPLING),
     "dn_deformable_detr": Recipe(models.dn_deformable_detr, slow=SAMPLING),
     "dino": Recipe(models.dino),

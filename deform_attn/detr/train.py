@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 import torch
 import tyro
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -227,12 +227,7 @@ class _Run:
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
         began = time.process_time() - self.history["cpu_seconds"]
-        columns = (
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.description}"),
-        )
+        columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         hidden = not self.console.is_terminal  # a bar, where somebody can see it move
         with Progress(*columns, console=self.console, disable=hidden) as bar:
             task = bar.add_task("", total=settings.steps, completed=self.step)

@@ -131,6 +131,24 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         train(Settings(**settings | {"steps": 5}), tmp_path / "two5")
 
 
+def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_path: Path) -> None:
+    """It has no denoising queries: other losses than the process beside it, and fewer gradients."""
+    folder = Path(short["data"].removeprefix("coco:"))
+    (tmp_path / "annotations").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / split).symlink_to(folder / split)
+        truth = json.loads((folder / f"annotations/instances_{split}.json").read_text())
+        truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] % 2]
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(truth))
+    settings = short | {"data": f"coco:{tmp_path}", "recipe": "rtdetr", "batch": 2, "steps": 6}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node=2", *command(tmp_path / "out", **settings | {"save_every": 1})]
+    subprocess.run(torchrun, check=True, env=environment(), capture_output=True, timeout=120)
+    history = checkpoint(tmp_path / "out")["history"]
+    assert len(history["loss"]) == 6
+    assert all(0 < loss < 1000 for loss in history["loss"])
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_takes_steps_and_is_loaded(
     recipe: str, short: dict[str, Any], tmp_path: Path
