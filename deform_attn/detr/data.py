@@ -229,12 +229,10 @@ def _photographs(split: str) -> list[Image.Image]:
     from skimage import data
     from sklearn.datasets import load_sample_image
 
-    if split == "val":
-        arrays = [load_sample_image("china.jpg"), data.rocket(), data.camera()]
-    else:
-        names = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field moon retina"
-        arrays = [getattr(data, name)() for name in (*names.split(), "immunohistochemistry")]
-        arrays.append(load_sample_image("flower.jpg"))
+    names = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field moon retina "
+    names += "immunohistochemistry flower.jpg"
+    files = ("china.jpg rocket camera" if split == "val" else names).split()
+    arrays = [load_sample_image(f) if f.endswith(".jpg") else getattr(data, f)() for f in files]
     photographs = [Image.fromarray(array).convert("RGB") for array in arrays]
     for photograph in photographs:
         photograph.thumbnail((640, 640))

@@ -332,13 +332,9 @@ class InstructedSelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Look at each other, look at the image, think; each is added and normalised.
 
-    Args:
-        self_attn: ``(x, position, blocked)``.
-        cross_attn: ``(x, position, reference, memory)``.
-        ffn: ``(x)``.
-        size: of the model.
-        gated: a gate joins what was seen with what was known (D-FINE).
-        limit: of the last sum, for half precision (RT-DETR, D-FINE).
+    ``self_attn(x, position, blocked)``, ``cross_attn(x, position, reference, memory)``, ``ffn(x)``.
+    Where ``gated``, a gate joins what was seen with what was known (D-FINE); ``limit`` is that of
+    the last sum, for half precision (RT-DETR, D-FINE).
     """
 
     def __init__(
@@ -374,13 +370,11 @@ class Heads(nn.Module):
     """Classes and boxes of every layer.
 
     Args:
-        size: of the model.
-        classes: number of them.
+        size, classes: of the model, number of them.
         refine: "no": references stay, "layer": they become the layer's box, "twice": so too, and
             a box keeps the graph of the reference it corrects (look forward twice).
-        shared: all layers have the same heads.
+        shared, plain: all layers have the same heads; these start as PyTorch's layers do (DETR).
         norm: the heads see normalised queries; the next box is made from queries that are not.
-        plain: heads start as PyTorch's layers do (DETR).
         eps: of the inverse sigmoid.
     """
 

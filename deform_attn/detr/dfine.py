@@ -57,8 +57,7 @@ class EdgeBins(nn.Module):
         bound = self.up * self.scale
         step = (bound + 1) ** (2 / (self.count - 2))
         powers = step ** torch.arange(1, self.count // 2, device=bound.device) - 1
-        zero = torch.zeros_like(bound)
-        return torch.cat([-2 * bound, -powers.flip(0), zero, powers, 2 * bound])
+        return torch.cat([-2 * bound, -powers.flip(0), 0 * bound, powers, 2 * bound])
 
     def boxes(self, initial: Tensor, corners: Tensor) -> Tensor:
         """Box ``[..., 4]`` from the initial box and the logits ``[..., 4 * (count + 1)]``."""

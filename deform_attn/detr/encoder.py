@@ -387,9 +387,8 @@ class HybridEncoder(nn.Module):
         self.attention = EncoderLayer(SelfAttention(size), replace(size, act=nn.GELU))
         self.lateral = each(steps, lambda: ConvNorm(d, d, 1, act=act))
         self.down = each(steps, lambda: ConvNorm(d, d, 3, 2, act))
-        self.fuse_up, self.fuse_down = (
-            each(steps, lambda: CSPRep(2 * d, d, blocks, size.expansion, act)) for _ in range(2)
-        )
+        self.fuse_up = each(steps, lambda: CSPRep(2 * d, d, blocks, size.expansion, act))
+        self.fuse_down = each(steps, lambda: CSPRep(2 * d, d, blocks, size.expansion, act))
         self.output = each(steps + 1, lambda: ConvNorm(d, d, 1) if project else nn.Identity())
 
     def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
