@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -180,7 +180,7 @@ def proposals(memory: Memory) -> tuple[Tensor, Tensor]:
 # --- What position is ------------------------------------------------------------------------
 
 
-def fixed_position(i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor | None:
+def fixed_position(i: int, x: Tensor, queries: Queries, reference: Any) -> Tensor | None:
     """The queries' own, ``[B, Q, d]``, in every layer."""
     return queries.position
 
@@ -370,11 +370,13 @@ class Heads(nn.Module):
     """Classes and boxes of every layer.
 
     Args:
-        size, classes: of the model, number of them.
+        size: of the model.
+        classes: number of them.
         refine: "no": references stay, "layer": they become the layer's box, "twice": so too, and
             a box keeps the graph of the reference it corrects (look forward twice).
-        shared, plain: all layers have the same heads; these start as PyTorch's layers do (DETR).
+        shared: all layers have the same heads.
         norm: the heads see normalised queries; the next box is made from queries that are not.
+        plain: heads start as PyTorch's layers do (DETR).
         eps: of the inverse sigmoid.
     """
 

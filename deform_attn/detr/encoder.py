@@ -83,8 +83,10 @@ class Memory:
 
     def on_every_level(self, reference: Tensor | None) -> Tensor | None:
         """References ``[B, Q, 2 or 4]`` as fractions of each padded map: ``[B, Q, L, 2 or 4]``."""
-        if reference is None or self.ratios is None:
-            return reference if reference is None else reference[:, :, None]
+        if reference is None:
+            return None
+        if self.ratios is None:
+            return reference[:, :, None]
         ratios = self.ratios.repeat(1, 1, reference.shape[-1] // 2)
         return reference[:, :, None] * ratios[:, None]
 

@@ -370,8 +370,8 @@ def rtdetr(
     The ``version`` is 1 or 2; v2 takes points of each level, and with the method "discrete" it
     samples pixels instead of interpolating them.
     """
-    variant, limit = ("rtdetr", 65504) if version == 1 else ("rtdetrv2", None)
-    look = partial(enc.DeformableAttention, variant=variant, method=method)
+    like, limit = ("rtdetr", 65504) if version == 1 else ("rtdetrv2", None)
+    look = partial(enc.DeformableAttention, variant=like, method=method)
     layers = decoder_layers(size, look=look, limit=limit)
     said = dec.Heads(size, classes, refine="twice")
     decoder = dec.Decoder(size, layers, dec.BoxPosition(size), said)
