@@ -77,7 +77,7 @@ class Golden:
                 recorded = torch.stack([torch.arange(len(recorded)), recorded])
             same = set(zip(*found.tolist())) == set(zip(*recorded.tolist()))
             return 0.0 if same else float("inf")
-        if "grad" in parts and recorded.abs().max() < ROUNDED_ZERO:
+        if {"grad", "lossgrad"} & set(parts) and recorded.abs().max() < ROUNDED_ZERO:
             return 0.0 if found.abs().max() < ROUNDED_ZERO else float("inf")
         if f"out/{name}" in self.arrays:
             return relative_error(found, recorded)
