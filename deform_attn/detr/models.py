@@ -338,22 +338,24 @@ DAB_SINES = {"temperature": 20.0, "shift": 0.0}
 
 
 def stewart(
-    backbone: Backbone, classes: int, size: Size = Size(d=250), *, steps: int = 5
+    backbone: Backbone, classes: int, size: Size = Size(d=250, dropout=0.15), *, steps: int = 5
 ) -> System:
     """Stewart et al. (arXiv 1506.04878), where sets of boxes began: an LSTM says them in order.
 
     Args:
         backbone: images to maps; the last one's pixels are the cells.
         classes: number of classes; one, people, in the paper.
-        size: ``d`` units of the LSTM.
+        size: ``d`` units of the LSTM, and its dropout.
         steps: boxes of a cell.
     """
-    decoder = dec.SequentialDecoder(backbone.channels[-1], classes, steps, size.d)
+    decoder = dec.SequentialDecoder(backbone.channels[-1], classes, steps, size.d, size.dropout)
     criterion = Criterion(
-        {"class": 1, "l1": 0.03}, match=Lexicographic(steps), classification=losses.cross_entropy
+        {"class": 1 / steps, "l1": 0.03},
+        match=Lexicographic(steps),
+        classification=losses.cross_entropy,
     )
     model = SequentialDetector(backbone, decoder)
-    return System(model, criterion, partial(best_classes, until=0.5))
+    return System(model, criterion, partial(best_classes, until=0.05))
 
 
 def detr(

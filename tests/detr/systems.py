@@ -452,8 +452,8 @@ def detr(golden: Golden) -> Found:
     return run.found
 
 
-# The official GIoU's epsilon moves gradients by 5e-5, and the fused attention kernel those of nearly
-# equal keys by as much again: together beyond the limit. Denoising is run with the fused one.
+# The official GIoU's epsilon moves gradients by 5e-5, and the fused attention kernel those of
+# nearly equal keys by as much again: together beyond the limit. Denoising runs with the fused one.
 @sdpa_kernel(SDPBackend.MATH)
 def dab_detr_dense(golden: Golden) -> Found:
     others = projection(golden) | {"refpoint_embed.weight": golden["in/refpoint_unact"]}
@@ -595,15 +595,106 @@ def matcher_losses(golden: Golden) -> Found:
         told = {key: golden[f"{start}/{key}"] for key in ("logits", "boxes")}
         found |= of_pairs(f"o2m/{i}/match", many(told, golden.targets(start)))
 
-        said, objects = golden[f"in/stewart/{i}/pred"], golden[f"in/stewart/{i}/gt"]
-        said_by, which = assign(Lexicographic.cost(said, objects))
-        offset = (said[said_by, :2] - objects[which, :2]).abs() / objects[which, 2:]
-        missed, distance = (offset > 0.5).any(-1).sum(), (said[said_by] - objects[which]).abs()
-        triple = torch.stack([missed.float(), said_by.sum().float(), distance.sum()])
-        found[f"stewart/{i}/cost"] = triple
-        answer = torch.full((len(said),), -1).index_put((said_by,), which)
-        found[f"stewart/{i}/match"] = torch.stack([torch.arange(len(said)), answer])
+        given_cell = golden[f"in/stewart/{i}/pred"], golden[f"in/stewart/{i}/gt"]
+        found[f"stewart/{i}/cost"], found[f"stewart/{i}/match"] = lexicographic(*given_cell)
     return found
+
+
+def stewart(golden: Golden) -> Found:
+    """Recorded are boxes in pixels about a cell's centre, "no object" as the first class, and
+    losses divided by the number of cells.
+    """
+    found: Found = {}
+    config = golden.config
+    size = models.Size(d=config["hidden"], dropout=0)
+    model, criterion, _ = models.stewart(
+        Maps(config["channels"]), config["classes"], size, steps=config["steps"]
+    )
+    decoder: Any = model.decoder
+    (rows, columns), (height, width) = config["grid_HW"], config["image_HW"]
+    pixels = torch.tensor([width, height, width, height])
+    targets, cells = golden.targets(), config["batch"] * rows * columns
+    objects = sum(len(target["labels"]) for target in targets)
+    for variant in ("tied", "free"):
+        state = golden.state(variant)
+        with torch.no_grad():
+            decoder.gates.weight.copy_(gates(state, tied=variant == "tied"))
+            for k in range(config["steps"]):
+                weight, bias = (state[f"ip_conf{k}.p{i}"].flip(0) for i in (0, 1))
+                decoder.classes[k].load_state_dict({"weight": weight, "bias": bias})
+                weight, bias = (state[f"ip_bbox_unscaled{k}.p{i}"] for i in (0, 1))
+                decoder.boxes[k].load_state_dict({"weight": weight, "bias": bias})
+        said: list[Tensor] = []
+        hook = decoder.dropout.register_forward_hook(lambda _m, _x, y, said=said: said.append(y))
+        image_map = golden["in/map"].requires_grad_()
+        memory = Memory.of([image_map])
+        centres = pixel_centres(memory)
+        outputs = decoder(memory.features, centres, pixels)
+        hook.remove()
+        logits = outputs["logits"][0].unflatten(1, (-1, config["steps"])).flatten(0, 1).flip(-1)
+        offsets = outputs["boxes"][0].unflatten(1, (-1, config["steps"]))
+        offsets = offsets - torch.cat([centres, torch.zeros_like(centres)], -1)[:, :, None]
+        found |= {
+            f"{variant}/hidden": torch.stack(said, 1),
+            f"{variant}/logits": logits,
+            f"{variant}/scores": logits.softmax(-1),
+            f"{variant}/boxes": (offsets * pixels).flatten(0, 1),
+        }
+        outputs |= {"pixels": pixels, "grid": torch.tensor([rows, columns])}
+        told = next(losses.layers_of(outputs, "layer"))[1]
+        found |= of_pairs(f"{variant}/match", criterion.match(told, targets))
+        weighted = criterion(outputs, targets)
+        loss = {name.split("/")[0]: x * objects / cells for name, x in weighted.items()}
+        found[f"{variant}/loss/hungarian"] = loss["l1"] / criterion.weights["l1"]
+        found[f"{variant}/loss/box_loss"] = loss["class"]
+        wanted = {"in/map": image_map, "gates": decoder.gates.weight}
+        for k in range(config["steps"]):
+            for i, kind in enumerate(("weight", "bias")):
+                wanted[f"param/ip_conf{k}.p{i}"] = getattr(decoder.classes[k], kind)
+                wanted[f"param/ip_bbox_unscaled{k}.p{i}"] = getattr(decoder.boxes[k], kind)
+        gradients = torch.autograd.grad(loss["l1"] + loss["class"], list(wanted.values()))
+        of = dict(zip(wanted, gradients))
+        value, write, keep, tell = of.pop("gates")[:, None].unflatten(0, (4, 1, -1))
+        of |= {"param/input_value": value, "param/input_gate": write}
+        of |= {"param/output_gate": tell - keep if variant == "tied" else tell}
+        if variant == "free":
+            of["param/forget_gate"] = keep
+        for name, gradient in of.items():
+            flipped = gradient.flip(0) if "ip_conf" in name else gradient
+            found[f"{variant}/lossgrad/{name}"] = flipped
+    distances = []
+    for k in range(config["cells"]):
+        said_by_cell, in_cell = golden[f"in/cell/{k}/pred"], golden[f"in/cell/{k}/gt"]
+        triple, answer = lexicographic(said_by_cell, in_cell)
+        found[f"cell/{k}/cost"] = triple
+        distances.append(triple[2])
+        if k not in config["ties"]:
+            found[f"cell/{k}/match"] = answer
+    found["cell/loss"] = torch.stack(distances).mean()
+    return found
+
+
+def gates(state: Mapping[str, Tensor], *, tied: bool) -> Tensor:
+    """An LSTM's value and gates; one of ReInspect's tied forgets what it does not tell."""
+    keep = -state["output_gate"] if tied else state["forget_gate"]
+    return torch.cat(
+        [
+            x[0, :, 0]
+            for x in (state["input_value"], state["input_gate"], keep, state["output_gate"])
+        ]
+    )
+
+
+def lexicographic(said: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+    """Misses, ranks and distances of Stewart's matching in one cell; the object of each
+    prediction, or -1.
+    """
+    said_by, which = assign(Lexicographic.cost(said, objects))
+    offset = (said[said_by, :2] - objects[which, :2]).abs() / objects[which, 2:]
+    missed, distance = (offset > 0.5).any(-1).sum(), (said[said_by] - objects[which]).abs()
+    triple = torch.stack([missed.float(), said_by.sum().float(), distance.sum()])
+    answer = torch.full((len(said),), -1).index_put((said_by,), which)
+    return triple, torch.stack([torch.arange(len(said)), answer])
 
 
 CLASSIFICATIONS = {
@@ -614,6 +705,7 @@ CLASSIFICATIONS = {
 SYSTEMS: dict[str, Callable[[Golden], Found]] = {
     "matcher_losses": matcher_losses,
     "encoder": encoder,
+    "stewart": stewart,
     "detr": detr,
     "dab_detr_dense": dab_detr_dense,
     "deformable": deformable,
