@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deform_attn.detr import losses, models
@@ -24,11 +25,15 @@ Found = dict[str, Tensor]
 
 
 class Maps(nn.Module):
-    """In place of a backbone: the channels of its maps."""
+    """In place of a backbone: the channels of its maps, and maps that are given to it."""
 
     def __init__(self, *channels: int) -> None:
         super().__init__()
         self.channels = channels
+        self.given: list[Tensor] = []
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return self.given
 
 
 def size_of(golden: Golden) -> models.Size:
@@ -605,84 +610,75 @@ def stewart(golden: Golden) -> Found:
     losses divided by the number of cells.
     """
     found: Found = {}
-    config = golden.config
-    size = models.Size(d=config["hidden"], dropout=0)
-    model, criterion, _ = models.stewart(
-        Maps(config["channels"]), config["classes"], size, steps=config["steps"]
-    )
-    decoder: Any = model.decoder
-    (rows, columns), (height, width) = config["grid_HW"], config["image_HW"]
-    pixels = torch.tensor([width, height, width, height])
-    targets, cells = golden.targets(), config["batch"] * rows * columns
-    objects = sum(len(target["labels"]) for target in targets)
     for variant in ("tied", "free"):
-        state = golden.state(variant)
-        with torch.no_grad():
-            decoder.gates.weight.copy_(gates(state, tied=variant == "tied"))
-            for k in range(config["steps"]):
-                weight, bias = (state[f"ip_conf{k}.p{i}"].flip(0) for i in (0, 1))
-                decoder.classes[k].load_state_dict({"weight": weight, "bias": bias})
-                weight, bias = (state[f"ip_bbox_unscaled{k}.p{i}"] for i in (0, 1))
-                decoder.boxes[k].load_state_dict({"weight": weight, "bias": bias})
-        said: list[Tensor] = []
-        hook = decoder.dropout.register_forward_hook(lambda _m, _x, y, said=said: said.append(y))
-        image_map = golden["in/map"].requires_grad_()
-        memory = Memory.of([image_map])
-        centres = pixel_centres(memory)
-        outputs = decoder(memory.features, centres, pixels)
-        hook.remove()
-        logits = outputs["logits"][0].unflatten(1, (-1, config["steps"])).flatten(0, 1).flip(-1)
-        offsets = outputs["boxes"][0].unflatten(1, (-1, config["steps"]))
-        offsets = offsets - torch.cat([centres, torch.zeros_like(centres)], -1)[:, :, None]
-        found |= {
-            f"{variant}/hidden": torch.stack(said, 1),
-            f"{variant}/logits": logits,
-            f"{variant}/scores": logits.softmax(-1),
-            f"{variant}/boxes": (offsets * pixels).flatten(0, 1),
-        }
-        outputs |= {"pixels": pixels, "grid": torch.tensor([rows, columns])}
-        told = next(losses.layers_of(outputs, "layer"))[1]
-        found |= of_pairs(f"{variant}/match", criterion.match(told, targets))
-        weighted = criterion(outputs, targets)
-        loss = {name.split("/")[0]: x * objects / cells for name, x in weighted.items()}
-        found[f"{variant}/loss/hungarian"] = loss["l1"] / criterion.weights["l1"]
-        found[f"{variant}/loss/box_loss"] = loss["class"]
-        wanted = {"in/map": image_map, "gates": decoder.gates.weight}
-        for k in range(config["steps"]):
-            for i, kind in enumerate(("weight", "bias")):
-                wanted[f"param/ip_conf{k}.p{i}"] = getattr(decoder.classes[k], kind)
-                wanted[f"param/ip_bbox_unscaled{k}.p{i}"] = getattr(decoder.boxes[k], kind)
-        gradients = torch.autograd.grad(loss["l1"] + loss["class"], list(wanted.values()))
-        of = dict(zip(wanted, gradients))
-        value, write, keep, tell = of.pop("gates")[:, None].unflatten(0, (4, 1, -1))
-        of |= {"param/input_value": value, "param/input_gate": write}
-        of |= {"param/output_gate": tell - keep if variant == "tied" else tell}
-        if variant == "free":
-            of["param/forget_gate"] = keep
-        for name, gradient in of.items():
-            flipped = gradient.flip(0) if "ip_conf" in name else gradient
-            found[f"{variant}/lossgrad/{name}"] = flipped
+        found |= {f"{variant}/{name}": x for name, x in in_sequence(golden, variant).items()}
     distances = []
-    for k in range(config["cells"]):
-        said_by_cell, in_cell = golden[f"in/cell/{k}/pred"], golden[f"in/cell/{k}/gt"]
-        triple, answer = lexicographic(said_by_cell, in_cell)
+    for k in range(golden.config["cells"]):
+        triple, answer = lexicographic(golden[f"in/cell/{k}/pred"], golden[f"in/cell/{k}/gt"])
         found[f"cell/{k}/cost"] = triple
         distances.append(triple[2])
-        if k not in config["ties"]:
+        if k not in golden.config["ties"]:
             found[f"cell/{k}/match"] = answer
     found["cell/loss"] = torch.stack(distances).mean()
     return found
 
 
-def gates(state: Mapping[str, Tensor], *, tied: bool) -> Tensor:
-    """An LSTM's value and gates; one of ReInspect's tied forgets what it does not tell."""
-    keep = -state["output_gate"] if tied else state["forget_gate"]
-    return torch.cat(
-        [
-            x[0, :, 0]
-            for x in (state["input_value"], state["input_gate"], keep, state["output_gate"])
-        ]
+def in_sequence(golden: Golden, variant: str) -> Found:
+    """All of Stewart's system from a map on."""
+    config, state, targets = golden.config, golden.state(variant), golden.targets()
+    steps, tied = config["steps"], variant == "tied"
+    backbone, size = Maps(config["channels"]), models.Size(d=config["hidden"], dropout=0)
+    model, criterion, _ = models.stewart(backbone, config["classes"], size, steps=steps)
+    decoder: Any = model.decoder
+    heads: dict[str, nn.Parameter] = {}  # official names
+    for k in range(steps):
+        for i, kind in enumerate(("weight", "bias")):
+            heads[f"ip_conf{k}.p{i}"] = getattr(decoder.classes[k], kind)
+            heads[f"ip_bbox_unscaled{k}.p{i}"] = getattr(decoder.boxes[k], kind)
+
+    def reordered(name: str, x: Tensor) -> Tensor:
+        return x.flip(0) if "conf" in name else x
+
+    with torch.no_grad():
+        # A tied gate forgets what it does not tell.
+        keep = -state["output_gate"] if tied else state["forget_gate"]
+        rows = [state["input_value"], state["input_gate"], keep, state["output_gate"]]
+        decoder.gates.weight.copy_(torch.cat(rows, 1)[0, :, 0])
+        for name, parameter in heads.items():
+            parameter.copy_(reordered(name, state[name]))
+
+    said: list[Tensor] = []
+    hook = decoder.dropout.register_forward_hook(lambda _m, _x, y: said.append(y))
+    backbone.given = golden.maps("map")
+    image_map = backbone.given[0].requires_grad_()
+    outputs = model(torch.zeros(len(targets), 3, *config["image_HW"]))
+    hook.remove()
+    centres = F.pad(pixel_centres(Memory.of(backbone.given)), (0, 2))
+    offsets = outputs["boxes"][0].unflatten(1, (-1, steps)) - centres[:, :, None]
+    logits = outputs["logits"][0].unflatten(1, (-1, steps)).flatten(0, 1).flip(-1)
+    found = {
+        "hidden": torch.stack(said, 1),
+        "logits": logits,
+        "scores": logits.softmax(-1),
+        "boxes": (offsets * outputs["pixels"]).flatten(0, 1),
+    }
+    _, told = next(losses.layers_of(outputs, "layer"))
+    found |= of_pairs("match", criterion.match(told, targets))
+
+    of_objects = criterion(outputs, targets)
+    share = sum(len(target["labels"]) for target in targets) / len(logits)
+    box, confidence = of_objects["l1/layer0"] * share, of_objects["class/layer0"] * share
+    found |= {"loss/hungarian": box / criterion.weights["l1"], "loss/box_loss": confidence}
+    by = [image_map, decoder.gates.weight, *heads.values()]
+    of_map, of_gates, *of_heads = torch.autograd.grad(box + confidence, by)
+    value, write, keep, tell = of_gates[None, :, None].chunk(4, 1)
+    gradients = {"input_value": value, "input_gate": write}
+    gradients |= (
+        {"output_gate": tell - keep} if tied else {"output_gate": tell, "forget_gate": keep}
     )
+    gradients |= {name: reordered(name, x) for name, x in zip(heads, of_heads)}
+    found |= {f"lossgrad/param/{name}": x for name, x in gradients.items()}
+    return found | {"lossgrad/in/map0": of_map}
 
 
 def lexicographic(said: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
