@@ -507,8 +507,8 @@ class SequentialDecoder(nn.Module):
     """The ancestor (Stewart et al., arXiv 1506.04878): an LSTM says one box after another.
 
     It sees one cell of the image, the same at each step, and remembers what it has said. As in
-    the paper (section 4), the LSTM has no biases, and its output no nonlinearity; each step has
-    its heads.
+    the authors' code, the LSTM has no biases, and its output no nonlinearity; each step has its
+    own heads.
 
     Args:
         channels: of the map whose pixels are the cells.
@@ -533,9 +533,6 @@ class SequentialDecoder(nn.Module):
         self.classes = nn.ModuleList(nn.Linear(hidden, classes + 1) for _ in range(steps))
         self.boxes = nn.ModuleList(nn.Linear(hidden, 4) for _ in range(steps))
         self.dropout, self.scale = nn.Dropout(dropout), scale
-        for name, parameter in self.named_parameters():
-            limit = 0 if name.endswith("bias") else 0.1
-            nn.init.uniform_(parameter, -limit, limit)
 
     def forward(self, cells: Tensor, centres: Tensor, pixels: Tensor) -> dict[str, Tensor]:
         """Predictions ``[1, B, cells * steps, ...]``, a cell's in order.

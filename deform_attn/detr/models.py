@@ -350,9 +350,7 @@ def stewart(
     """
     decoder = dec.SequentialDecoder(backbone.channels[-1], classes, steps, size.d, size.dropout)
     criterion = Criterion(
-        {"class": 1 / steps, "l1": 0.03},
-        match=Lexicographic(steps),
-        classification=losses.cross_entropy,
+        {"class": 1, "l1": 0.03}, match=Lexicographic(steps), classification=losses.cross_entropy
     )
     model = SequentialDetector(backbone, decoder)
     return System(model, criterion, partial(best_classes, until=0.05))

@@ -607,7 +607,8 @@ def matcher_losses(golden: Golden) -> Found:
 
 def stewart(golden: Golden) -> Found:
     """Recorded are boxes in pixels about a cell's centre, "no object" as the first class, and
-    losses divided by the number of cells.
+    losses divided by the number of cells; the confidences', by that of steps as well, which the
+    paper's equation does not have.
     """
     found: Found = {}
     for variant in ("tied", "free"):
@@ -667,7 +668,7 @@ def in_sequence(golden: Golden, variant: str) -> Found:
 
     of_objects = criterion(outputs, targets)
     share = sum(len(target["labels"]) for target in targets) / len(logits)
-    box, confidence = of_objects["l1/layer0"] * share, of_objects["class/layer0"] * share
+    box, confidence = of_objects["l1/layer0"] * share, of_objects["class/layer0"] * share / steps
     found |= {"loss/hungarian": box / criterion.weights["l1"], "loss/box_loss": confidence}
     by = [image_map, decoder.gates.weight, *heads.values()]
     of_map, of_gates, *of_heads = torch.autograd.grad(box + confidence, by)
