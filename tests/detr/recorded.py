@@ -22,6 +22,10 @@ class Golden:
 
     def __init__(self, name: str, folder: Path = FOLDER) -> None:
         self.name = name
+        if not any(folder.glob("*.npz")):
+            raise FileNotFoundError(f"{folder}: no recorded outputs")
+        if not (folder / f"{name}.npz").exists():  # recorded later than the others there
+            folder = FOLDER
         self.arrays = dict(np.load(folder / f"{name}.npz"))
         self.meta: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
         self.config: dict[str, Any] = self.meta["config"]

@@ -457,31 +457,45 @@ def detr(golden: Golden) -> Found:
     return run.found
 
 
-# The official GIoU's epsilon moves gradients by 5e-5, and the fused attention kernel those of
-# nearly equal keys by as much again: together beyond the limit. Denoising runs with the fused one.
-@sdpa_kernel(SDPBackend.MATH)
-def dab_detr_dense(golden: Golden) -> Found:
+def dense(golden: Golden, recipe: Callable[..., models.System]) -> tuple[Run, Memory]:
+    """A dense model of DAB-DETR's line, and its memory."""
     others = projection(golden) | {"refpoint_embed.weight": golden["in/refpoint_unact"]}
-    run = Run(golden, models.dab_detr, 8, others=others)
+    run = Run(golden, recipe, 8, others=others)
     memory = dense_memory(run)
-    outputs = run.model.detect(memory)
-    hidden, references = hidden_of(run, memory)
-    run.layers(outputs)
-    run.tell(memory=memory.features, hidden=hidden, references=torch.stack(references))
     queries: Any = run.model.queries
     run.inputs["refpoint_unact"] = queries.boxes.weight
+    return run, memory
+
+
+def dab_detr_dense(golden: Golden) -> Found:
+    run, memory = dense(golden, models.dab_detr)
+    outputs = run.model.detect(memory)
+    hidden, references = hidden_of(run, memory)
+    run.tell(
+        logits=outputs["logits"],
+        boxes=outputs["boxes"],
+        memory=memory.features,
+        hidden=hidden,
+        references=torch.stack(references),
+    )
     run.gradients("grad", waves(outputs))
+    return run.found
+
+
+# The official GIoU's epsilon moves gradients by 5e-5, and the fused attention kernel those of
+# nearly equal keys by as much again: together beyond the limit. The others run with the fused one.
+@sdpa_kernel(SDPBackend.MATH)
+def dab_detr_losses(golden: Golden) -> Found:
+    run, memory = dense(golden, models.dab_detr)
+    outputs = run.model.detect(memory)
+    run.layers(outputs)
     run.losses(outputs, suffixed)
     return run.found
 
 
 def dn_detr_dense(golden: Golden) -> Found:
-    others = projection(golden) | {"refpoint_embed.weight": golden["in/refpoint_unact"]}
-    run = Run(golden, models.dn_detr, 8, others=others)
-    outputs = run.model.detect(dense_memory(run), run.noised())
-    queries: Any = run.model.queries
-    run.inputs["refpoint_unact"] = queries.boxes.weight
-    restored(run, outputs)
+    run, memory = dense(golden, models.dn_detr)
+    restored(run, run.model.detect(memory, run.noised()))
     return run.found
 
 
@@ -705,6 +719,7 @@ SYSTEMS: dict[str, Callable[[Golden], Found]] = {
     "stewart": stewart,
     "detr": detr,
     "dab_detr_dense": dab_detr_dense,
+    "dab_detr_losses": dab_detr_losses,
     "deformable": deformable,
     "dab_deformable": dab_deformable,
     "dn_dab_deformable": dn_dab_deformable,
