@@ -459,23 +459,24 @@ class Decoder(nn.Module):
 class SequentialDecoder(nn.Module):
     """The ancestor (Stewart et al., arXiv 1506.04878): an LSTM says one box after another.
 
-    It sees one cell of the image, the same at each step, and remembers what it has said.
+    It sees one cell of the image, the same at each step, and remembers what it has said. As in
+    the authors' code, the LSTM has no biases, and its output no nonlinearity; each step has its
+    own heads.
 
     Args:
         channels: of the map whose pixels are the cells.
+        size: of the model: ``d`` units, and the dropout of what the heads see.
         classes: number of classes; "no object" is one more.
         steps: boxes of a cell.
-        hidden: units.
-        scale: pixels that the linear layer's unit is.
     """
 
-    def __init__(
-        self, channels: int, classes: int, steps: int = 5, hidden: int = 250, scale: float = 100
-    ) -> None:
+    def __init__(self, channels: int, size: Size, classes: int, steps: int) -> None:
         super().__init__()
-        self.lstm = nn.LSTM(channels, hidden)
-        self.classes, self.boxes = nn.Linear(hidden, classes + 1), nn.Linear(hidden, 4)
-        self.steps, self.scale = steps, scale
+        d = size.d
+        self.gates = nn.Linear(channels + d, 4 * d, bias=False)
+        self.classes = enc.each(steps, lambda: nn.Linear(d, classes + 1))
+        self.boxes = enc.each(steps, lambda: nn.Linear(d, 4))
+        self.dropout = nn.Dropout(size.dropout)
 
     def forward(self, cells: Tensor, centres: Tensor, pixels: Tensor) -> Named:
         """Predictions ``[1, B, cells * steps, ...]``, a cell's in order.
@@ -485,8 +486,19 @@ class SequentialDecoder(nn.Module):
             centres: of the cells, ``[B, cells, (x, y)]`` in [0, 1].
             pixels: the images' ``(width, height, width, height)``.
         """
-        x, _ = self.lstm(cells.flatten(0, 1).expand(self.steps, -1, -1))
-        x = x.transpose(0, 1).reshape(len(cells), -1, x.shape[-1])  # [B, cells * steps, hidden]
-        offset = self.boxes(x) * self.scale / pixels
-        centres = F.pad(centres, (0, 2)).repeat_interleave(self.steps, 1)
-        return {"logits": self.classes(x)[None], "boxes": (centres + offset)[None]}
+        x = cells.flatten(0, 1)
+        memory = said = x.new_zeros(len(x), self.gates.out_features // 4)
+        logits, boxes = [], []
+        for classes, box in zip(self.classes, self.boxes):
+            value, write, keep, tell = self.gates(torch.cat([x, said], -1)).chunk(4, -1)
+            memory = keep.sigmoid() * memory + write.sigmoid() * value.tanh()
+            said = tell.sigmoid() * memory
+            hidden = self.dropout(said)
+            logits.append(classes(hidden))
+            boxes.append(box(hidden) * 100 / pixels)  # the paper's scale
+        centres = F.pad(centres, (0, 2)).repeat_interleave(len(boxes), 1)
+
+        def in_order(steps: list[Tensor]) -> Tensor:  # [B * cells, ...] each
+            return torch.stack(steps, 1).reshape(*centres.shape[:2], -1)[None]
+
+        return {"logits": in_order(logits), "boxes": centres + in_order(boxes)}

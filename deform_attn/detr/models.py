@@ -239,18 +239,19 @@ DAB_SINES = {"temperature": 20.0, "shift": 0.0}
 
 
 def stewart(
-    backbone: Backbone, classes: int, size: Size = Size(d=250), *, steps: int = 5
+    backbone: Backbone, classes: int, size: Size = Size(d=250, dropout=0.15), *, steps: int = 5
 ) -> System:
     """Stewart et al. (arXiv 1506.04878), where sets of boxes began: an LSTM says them in order.
 
-    Each pixel of the backbone's last map is a cell, with as many boxes as ``steps``; ``size.d`` is
-    the number of the LSTM's units.
+    Each pixel of the backbone's last map is a cell, with as many boxes as ``steps``; ``size`` gives
+    the number of the LSTM's units, ``d``, and its dropout.
     """
-    decoder = dec.SequentialDecoder(backbone.channels[-1], classes, steps, size.d)
+    decoder = dec.SequentialDecoder(backbone.channels[-1], size, classes, steps)
     weights, kind = {"class": 1, "l1": 0.03}, losses.cross_entropy
     criterion = Criterion(weights, match=Lexicographic(steps), classification=kind)
     model = SequentialDetector(backbone, decoder)
-    return System(model, criterion, partial(best_classes, until=0.5))
+    # An average precision counts unsure boxes too: it asks for a low threshold.
+    return System(model, criterion, partial(best_classes, until=0.01))
 
 
 def detr(

@@ -53,7 +53,7 @@ def main() -> None:
     for name in arguments.systems:
         rows: dict[str, dict[str, list[float]]] = {}
         for key, error in errors(name, arguments.goldens).items():
-            row = "stewart" if key.startswith("stewart/") else name
+            row = f"{name}: stewart" if key.startswith("stewart/") else name
             rows.setdefault(row, {}).setdefault(quantity(key)[0], []).append(error)
         for row, found in rows.items():
             cells = [f"{max(found[kind]):.1e}" if kind in found else "" for kind in kinds]

@@ -41,6 +41,13 @@ FAULTS: Faults = [
         "forward",
         graph_kept(decoder.Heads.forward),
     ),
+    (
+        "stewart",
+        "distance before order",
+        matching.Lexicographic,
+        "cost",
+        staticmethod(lambda said, objects: torch.cdist(said, objects, p=1)),
+    ),
     ("rtdetr_v1", "corners for centres", boxes, "to_corners", boxes.from_corners),
     ("deim", "no union of pairs", losses, "union", lambda sets: sets[0]),
     ("deim", "bins", dfine.EdgeBins, "forward", lambda self: torch.linspace(-4, 4, 33)),

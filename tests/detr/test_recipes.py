@@ -220,6 +220,15 @@ def test_early_predictions_win() -> None:
     assert cost[2, 0] > 100  # no overlap
 
 
+def test_a_cell_of_more_objects_than_steps_says_what_it_can() -> None:
+    cell = {"grid": torch.tensor([1, 1]), "pixels": torch.full((4,), 64)}
+    objects = torch.rand(7, 4)
+    said = objects[[6, 1, 4, 0, 3]][None]
+    [(queries, which)] = Lexicographic()(cell | {"boxes": said}, [{"boxes": objects}])
+    assert queries.tolist() == [0, 1, 2, 3, 4]
+    assert which.tolist() == [6, 1, 4, 0, 3]  # not the first five
+
+
 def test_a_cell_is_silent_after_it_was_unsure() -> None:
     model, _, postprocess = made("stewart")
     outputs = model.eval()(torch.rand(1, 3, 64, 64))

@@ -20,7 +20,7 @@ from .systems import SYSTEMS
 PROBLEMS = 8
 KEPT = (
     *("name", "description", "source", "source_licence", "config", "gradient_scalars", "notes"),
-    *("weight_scale", "no_gradient"),
+    *("weight_scale", "no_gradient", "source_commit"),
 )
 
 
