@@ -54,7 +54,7 @@ def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull.clamp(min=tiny)
 
 
-def sine(x: Tensor, dims: int, temperature: float = 10000) -> Tensor:
+def sine(x: Tensor, dims: int, temperature: float = 1e4) -> Tensor:
     """Each of n coordinates as ``dims`` sines and cosines: ``[..., n]`` to ``[..., n * dims]``."""
     power = torch.arange(0, dims, 2, dtype=torch.float32, device=x.device) / dims
     angle = x[..., None] * (2 * math.pi) / temperature**power
@@ -67,7 +67,7 @@ def sine_of_box(box: Tensor, channels: int) -> Tensor:
 
 
 def sine_of_pixels(
-    padding: Tensor, channels: int, temperature: float = 10000, shift: float = 0.0
+    padding: Tensor, channels: int, temperature: float = 1e4, shift: float = 0.0
 ) -> Tensor:
     """Position of each pixel in the part of its image that is no padding, ``[B, channels, H, W]``.
 

@@ -224,7 +224,7 @@ class DenseEncoder(nn.Module):
     """
 
     def __init__(
-        self, channels: int, size: Size, *, scale: bool = False, temperature: float = 10000
+        self, channels: int, size: Size, *, scale: bool = False, temperature: float = 1e4
     ) -> None:
         super().__init__()
         d = size.d
@@ -257,12 +257,7 @@ class DeformableEncoder(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: Sequence[int],
-        size: Size,
-        *,
-        temperature: float = 10000,
-        shift: float = -0.5,
+        self, channels: Sequence[int], size: Size, *, temperature: float = 1e4, shift: float = -0.5
     ) -> None:
         super().__init__()
         d, levels = size.d, size.levels

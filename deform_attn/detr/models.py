@@ -201,8 +201,7 @@ def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) ->
     scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)
     keep = torch.ones_like(scores, dtype=torch.bool)
     if until is not None:
-        cells = int(outputs["grid"].prod())
-        sure = (scores >= until).unflatten(1, (cells, -1))
+        sure = (scores >= until).unflatten(1, (int(outputs["grid"].prod()), -1))  # a row a cell
         keep = sure.long().cumprod(-1).bool().flatten(1)
     boxes = in_pixels(outputs["boxes"][-1], sizes)
     images = zip(boxes, scores, labels, keep)
