@@ -60,9 +60,9 @@ def open_dataset(name: str, split: str, size: int = 0, seed: int = 0) -> Detecti
     """
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
+    if name in (drawn := {"shapes": Shapes, "digits": Digits}):
+        return drawn[name](split, size, seed)
     kind, _, folder = name.partition(":")
-    if kind in (drawn := {"shapes": Shapes, "digits": Digits}) and not folder:
-        return drawn[kind](split, size, seed)
     if kind == "coco" and folder:
         return CocoFolder(folder, split, size or 640)
     raise ValueError(f"data: expected 'shapes', 'digits' or 'coco:FOLDER', got {name!r}")
