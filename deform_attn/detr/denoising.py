@@ -24,7 +24,7 @@ class Noised:
 
     Attributes:
         labels: ``[B, D]``, noised; -1 for padding.
-        boxes: ``[B, D, 4]``, noised, as logits; 0 for padding.
+        boxes: ``[B, D, 4]``, noised, as logits; for padding 0, or with RT-DETR an empty box.
         pairs: queries and the objects they must become.
         groups: number of groups, all of D / groups slots.
     """
@@ -54,7 +54,7 @@ class Denoising(nn.Module):
         groups: instead, a fixed number of them (DN-DETR).
         label_noise: probability that a label is drawn anew.
         box_noise: of half a box's size.
-        padding: padding slots have an embedding of their own, else zeros (RT-DETR).
+        padding: padding has an embedding of its own and an empty box (RT-DETR), else zeros.
         eps: of the inverse sigmoid of boxes.
     """
 
@@ -88,7 +88,8 @@ class Denoising(nn.Module):
         signs = 2 if self.contrastive else 1  # positives, then negatives
         B, device = len(targets), targets[0]["boxes"].device
         labels = torch.full((B, groups, signs, most), -1, device=device)
-        boxes = torch.zeros(B, groups, signs, most, 4, device=device)
+        nothing = float(inverse_sigmoid(torch.zeros(()), self.eps)) if self.padding else 0.0
+        boxes = torch.full((B, groups, signs, most, 4), nothing, device=device)
         pairs = []
         for i, (n, target) in enumerate(zip(counts, targets)):
             real = target["labels"].expand(groups, signs, n)

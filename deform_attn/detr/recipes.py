@@ -21,19 +21,21 @@ class Recipe:
         system: makes it, from a backbone, a number of classes and a size.
         augment: one of AUGMENTATIONS.
         slow: parameters with one of these in their name learn at a tenth of the rate.
+        maps: of the backbone, at 1/4, 1/8 and 1/16; dense attention reads the last one.
     """
 
     system: Callable[..., System]
     augment: str = "flip"
     slow: tuple[str, ...] = ()
+    maps: int = 3
 
 
 SAMPLING = ("sampling_offsets", "queries.points")  # offsets, reference points
 TWO_STAGE = partial(models.deformable_detr, two_stage=True)
 RECIPES = {
     "stewart": Recipe(models.stewart),
-    "detr": Recipe(models.detr),
-    "dab_detr": Recipe(models.dab_detr),
+    "detr": Recipe(models.detr, maps=2),
+    "dab_detr": Recipe(models.dab_detr, maps=2),
     "deformable_detr": Recipe(partial(models.deformable_detr, refine=True), slow=SAMPLING),
     "deformable_detr_two_stage": Recipe(TWO_STAGE, slow=SAMPLING),
     "dab_deformable_detr": Recipe(models.dab_deformable_detr, slow=SAMPLING),
@@ -68,4 +70,5 @@ def build(recipe: str, num_classes: int, width: int, layers: int, queries: int) 
         depth=1 / 3,  # as in the smallest models of RT-DETR
         expansion=0.5,
     )
-    return RECIPES[recipe].system(SmallBackbone((width // 2, width, width)), num_classes, size)
+    backbone = SmallBackbone((width // 2, width, width)[: RECIPES[recipe].maps])
+    return RECIPES[recipe].system(backbone, num_classes, size)
