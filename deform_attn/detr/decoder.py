@@ -88,8 +88,7 @@ class AnchorQueries(nn.Module):
     def __init__(self, size: Size, *, content: int | nn.Embedding | None) -> None:
         super().__init__()
         self.boxes = nn.Embedding(size.queries, 4)
-        everywhere = inverse_sigmoid(torch.rand(size.queries, 2), 1e-3)
-        self.boxes.weight.data[:, :2] = everywhere
+        self.boxes.weight.data[:, :2] = inverse_sigmoid(torch.rand(size.queries, 2), 1e-3)
         self.label = content if isinstance(content, nn.Embedding) else None
         self.content = nn.Embedding(size.queries, content) if isinstance(content, int) else None
         self.d = size.d

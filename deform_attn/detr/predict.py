@@ -69,9 +69,7 @@ class Predictor:
         """
         if isinstance(images, str | Path | Image.Image):
             raise TypeError(f"images: expected a list of images or files, got {type(images)}")
-        opened = [
-            image if isinstance(image, Image.Image) else Image.open(image) for image in images
-        ]
+        opened = [i if isinstance(i, Image.Image) else Image.open(i) for i in images]
         if not opened:
             return []
         device = next(self.model.parameters()).device
