@@ -97,7 +97,7 @@ for levels, queries, heads in (
     levels = [side for level in levels for side in level]
     inputs = value, None, None, locations, locations[..., 0], levels, None
     output = triton.forward(*inputs)
-    triton.backward(output, *inputs, False)
+    triton.backward(output, *inputs, False, [True] * 3)
 for name in "forward", "backward":
     print(name, len(getattr(_triton_kernels, name).device_caches[0][0]))
 """

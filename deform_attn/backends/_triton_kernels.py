@@ -387,9 +387,9 @@ def backward(
     offset_scale,
     locations,
     weights,
-    grad_value,  # [B, rows, heads, HEAD_DIM] float32, zeros; None: fill targets and shares
-    targets,  # [queries, heads, POINTS, 4] head * rows + row of value; heads * rows: none
-    shares,  # [queries, heads, POINTS, 4] what to multiply with the gradient of the output
+    grad_value,  # [B, rows, heads, HEAD_DIM] float32, zeros; or None
+    targets,  # [queries, heads, POINTS, 4] head * rows + row of value; heads * rows: none; or None
+    shares,  # [queries, heads, POINTS, 4] what to multiply with the gradient of the output; or None
     grad_reference,  # [B, queries, heads, ANCHORS, REFERENCE] float32, or None
     grad_locations,  # of the offsets where there is a reference
     grad_weights,  # of the logits where there is a reference
@@ -468,7 +468,7 @@ def backward(
                                 mask=on[i][:, None] & exists[None, :],
                                 sem="relaxed",
                             )
-                if grad_value is None:
+                if targets is not None:
                     entry = 4 * ((query * heads + head) * POINTS + first + step)
                     nowhere = heads.to(INDEX) * rows
                     for i in tl.static_range(4):

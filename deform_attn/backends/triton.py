@@ -26,6 +26,7 @@ from deform_attn.inputs import (
     check_gradient,
     check_layer_operands,
     check_operands,
+    if_wanted,
     points_per_level,
 )
 
@@ -207,8 +208,9 @@ def backward(
     level_sizes: Sequence[int] | None,
     num_points: Sequence[int] | None,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights.
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of value, locations and weights, as far as they are ``wanted``.
 
     The gradient of value is summed in float32 by atomic additions, in an order that differs from
     run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
@@ -216,8 +218,7 @@ def backward(
     """
     levels = spatial_shapes, level_start_index, level_sizes, num_points
     problem = _Problem(value, *levels, sampling_locations, attention_weights)
-    of_value, _, of_locations, of_weights = problem.backward(grad_output, deterministic)
-    return of_value, of_locations, of_weights
+    return problem.backward(grad_output, deterministic, wanted)
 
 
 def layer_forward(
@@ -249,14 +250,13 @@ def layer_backward(
     num_points: Sequence[int] | None,
     offset_scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
     """Gradients of value, reference points, offsets and logits; see :func:`backward`."""
     levels = spatial_shapes, level_start_index, level_sizes, num_points
     reference = reference_points, offset_scale
     problem = _Problem(value, *levels, sampling_offsets, attention_logits, *reference)
-    of_value, of_reference, of_offsets, of_logits = problem.backward(grad_output, deterministic)
-    assert of_reference is not None
-    return of_value, of_reference, of_offsets, of_logits
+    return problem.backward(grad_output, deterministic, wanted)
 
 
 class _Problem:
@@ -329,17 +329,20 @@ class _Problem:
         return output.to(self.value.dtype)
 
     def backward(
-        self, grad_output: Tensor, deterministic: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Gradients of value, reference points, locations or offsets, weights or logits."""
-        check_gradient(grad_output, self.value, self.locations)
+        self, grad_output: Tensor, deterministic: bool, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of value, of reference points if any, of locations or offsets, of weights or
+        logits, as far as they are wanted.
+        """
+        layer = self.reference is not None
+        check_gradient(grad_output, self.value, self.locations, wanted, 4 if layer else 3)
         B, S, M, D = self.value.shape
         Q = self.queries
         grad_output = grad_output.contiguous()
         of_locations = torch.empty_like(self.locations, dtype=_stored(self.locations.dtype))
         of_weights = torch.empty_like(self.weights, dtype=_stored(self.weights.dtype))
-        of_reference = None
-        if self.reference is not None:  # one of each head, added up below
+        of_value = of_reference = None
+        if self.reference is not None and wanted[1]:  # one of each head, added up below
             of_reference = self.reference.new_zeros((B, Q, M, *self.reference_shape))
         blocks = self.blocks(backward=True, deterministic=deterministic)
         programs = M * _ceil(Q, blocks.queries)
@@ -348,7 +351,10 @@ class _Problem:
             gradients = (*of_value, of_reference, of_locations, of_weights)
             self.launch("backward", programs, blocks, grad_output, *self.inputs, *gradients, batch)
 
-        if not deterministic or of_weights.numel() == 0:
+        if not wanted[0]:
+            if of_weights.numel():
+                launch(0, B * programs, None, None, None)
+        elif not deterministic or of_weights.numel() == 0:
             # 16-bit sums would lose small gradients
             of_value = torch.zeros_like(self.value, dtype=torch.float32)
             if of_weights.numel():
@@ -368,9 +374,10 @@ class _Problem:
                 by_row, order = targets.flatten().sort(stable=True)
                 begins = torch.searchsorted(by_row, rows)
                 self.add_up_rows(grad_output[batch], order, begins, shares, of_value[batch])
-        return (
-            of_value.to(self.value.dtype),
-            None if of_reference is None else of_reference.sum(2),
+        return if_wanted(
+            wanted,
+            None if of_value is None else of_value.to(self.value.dtype),
+            *([None if of_reference is None else of_reference.sum(2)] if layer else []),
             of_locations.to(self.locations.dtype),
             of_weights.to(self.weights.dtype),
         )
