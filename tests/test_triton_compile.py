@@ -46,7 +46,7 @@ SHAPES: list[Kernel] = [
     ("backward", 100, "f32", {"deterministic": True, "reference": (4, 2)}),
     ("add_up_rows", 90, "bf16", {}),
 ]
-TOO_LARGE: Kernel = ("forward", 90, "f32", {"head_dim": 128, "blocks": (32, 128, 2, 1)})
+TOO_LARGE: Kernel = ("forward", 90, "f32", {"head_dim": 128, "blocks": (32, 128, 1)})
 
 COMPILE = """
 import dataclasses, json, sys
