@@ -152,14 +152,10 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
     """Threads against one thread, for the backends of deform_attn."""
     lines = []
     for row in rows:
-        if row["contestant"] not in OURS[:2] or row["threads"] == 1 or "times" not in row:
-            continue
-        one = find(rows, **{**{key: row[key] for key in KEY}, "threads": 1})
-        if one is not None:
-            pairs = {phase: ratio(one["times"][phase], row["times"][phase]) for phase in PHASES}
+        if "scaling" in row:
             gains = (
-                f"{phase.replace('_', ' + ')} {gain['median']:.2f}x"
-                for phase, gain in pairs.items()
+                f"{phase.replace('_', ' + ')} {statistics.median(ratios):.2f}x"
+                for phase, ratios in row["scaling"].items()
             )
             lines.append(
                 f"{row['contestant']} {row['dtype']}, {row['threads']} threads against 1: "

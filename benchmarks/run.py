@@ -169,7 +169,24 @@ def measure_workload(
     for row, entrant in right:
         row["times"] = entrant.times
         row["busy"] = statistics.median(entrant.busy)
+        if entrant.threads > 1 and row["contestant"] in OURS[:2]:
+            tick(f"timing {entrant.threads} threads against one")
+            row["scaling"] = _scaling(entrant, seconds, rounds)
     return rows
+
+
+def _scaling(
+    entrant: measure.Entrant, seconds: float, rounds: tuple[int, int]
+) -> dict[str, list[float]]:
+    """How many times as fast as with one thread, in a race of its own: slow contestants leave no
+    time for the many rounds that a ratio near 2 takes.
+    """
+    one, many = (measure.Entrant(entrant.op, entrant.inputs, n) for n in (1, entrant.threads))
+    measure.race([one, many], seconds, rounds)
+    return {
+        phase: [a / b for a, b in zip(one.times[phase], many.times[phase])]
+        for phase in measure.PHASES
+    }
 
 
 def _inputs(workload: Workload, batch: int, dtype: str, device: str, seed: int) -> list[Inputs]:

@@ -100,15 +100,25 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   return in;
 }
 
-// Fresh memory comes page by page, as it is touched. Of large tensors by 2 MB rather than 4 kB,
-// where the system can: fewer interruptions, and fewer translations to look up.
-void ask_for_huge_pages(void* data, size_t bytes) {
+// Fresh memory comes page by page, as it is touched. Of large tensors by 2 MB rather than 4 kB, where
+// the system can: fewer interruptions, and fewer translations to look up. And by all threads, each
+// its part: where two threads ask for the same page at once, both clear one, and one is thrown away.
+void ask_for_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (first >= last) return;
   // advice: a system that does not take it works as before
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#if defined(MADV_POPULATE_WRITE)
+  if (torch::stable::get_num_threads() == 1) return;
+  const auto pages = static_cast<int64_t>((last - first) / kHuge);
+  torch::stable::parallel_for(0, pages, 1, [&](int64_t from, int64_t to) {
+    madvise(reinterpret_cast<void*>(first + static_cast<uintptr_t>(from) * kHuge),
+            static_cast<size_t>(to - from) * kHuge, MADV_POPULATE_WRITE);
+  });
+#endif
 #else
   (void)data, (void)bytes;
 #endif
@@ -127,8 +137,8 @@ Tensor empty(const Shape& shape, ScalarType type) {
                                                          sizes.data(), strides.data(), dtype,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor tensor(handle);
-  ask_for_huge_pages(tensor.mutable_data_ptr(),
-                     static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  ask_for_pages(tensor.mutable_data_ptr(),
+                static_cast<size_t>(tensor.numel()) * tensor.element_size());
   return tensor;
 }
 

@@ -139,6 +139,23 @@ def test_a_wrong_contestant_gets_no_time(fault: str) -> None:
         assert "planted" in rows[0]["reason"]
 
 
+def test_threads_are_raced_against_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    raced: list[list[int]] = []
+    race = run.measure.race
+
+    def spy(entrants: list[run.measure.Entrant], *rest: Any) -> None:
+        raced.append([entrant.threads for entrant in entrants])
+        race(entrants, *rest)
+
+    monkeypatch.setattr(run.measure, "race", spy)
+    entries = [run.Entry("grid_sample", "f32", 1), run.Entry("compiled", "f32", 2)]
+    rows = run.measure_workload(SMALL, 1, entries, seconds=0.0, rounds=(2, 2))
+    assert raced == [[1, 2], [1, 2]]  # both contestants, then ours with one thread and with two
+    assert "scaling" not in rows[0]
+    assert all(len(ratios) >= 2 for ratios in rows[1]["scaling"].values())
+    assert report._scaling(rows)[0].startswith("compiled f32, 2 threads against 1: forward ")
+
+
 def test_a_gradient_that_is_lost_outside_the_subset_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

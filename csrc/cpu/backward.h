@@ -79,12 +79,21 @@ struct PointGradients {
   }
 };
 
+// Asks for numbers first .. first + count - 1 of `size` bytes each, to be read or to be written.
+template <bool kWrite>
+DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t first, int64_t count) {
+  const char* at = static_cast<const char*>(numbers) + first * static_cast<int64_t>(size);
+  const char* end = at + count * static_cast<int64_t>(size);
+  for (; at < end; at += kCacheLine) __builtin_prefetch(at, kWrite, 3);
+}
+
 template <typename T, typename Weight>
 void backward_share(const Inputs& in, const Gradients& grads, const Share& own, void* scratch) {
   using Real = typename RealOf<T>::type;
   const Problem& p = in.problem;
   const int heads = own.last_head - own.first_head;
   const int count = heads * p.points;
+  const bool is_layer = in.layer.reference != nullptr;
   Arena arena(scratch);
   const PointLevels levels(arena, in, heads);
   PointSource<Real> source(arena, in, heads);
@@ -98,9 +107,26 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   Visits visits(in);
   const int64_t blocks = blocks_of(in);
   int64_t block = 0;
-  const auto place = [&](auto& placed) {
+  // Goes on to the next query. A share of the heads has a piece of each row of the tensors that are
+  // read and written query by query, and the processor by itself would fetch on along the row: so
+  // the next query's pieces are asked for.
+  const auto advance = [&] {
     if (!visits.next([&] { return block < blocks ? block++ : -1; })) return false;
+    if (heads == p.heads) return true;
+    const int64_t at = p.point_at(own.batch, visits.query, own.first_head);
+    const int64_t channel = p.output_at(own.batch, visits.query, own.first_head);
+    fetch_all<false>(in.locations, is_layer ? sizeof(Weight) : sizeof(Real), 2 * at, 2 * count);
+    fetch_all<false>(in.weights, sizeof(Weight), at, count);
+    fetch_all<false>(grads.output, sizeof(T), channel, heads * p.head_dim);
+    fetch_all<true>(grads.locations, sizeof(Real), 2 * at, 2 * count);
+    fetch_all<true>(grads.weights, is_layer ? sizeof(Real) : sizeof(Weight), at, count);
+    return true;
+  };
+  bool more = advance();
+  const auto place = [&](auto& placed) {
+    if (!more) return false;
     placed.query = visits.query;
+    more = advance();
     source.template points<Weight>(in, own.batch, placed.query, own.first_head, heads,
                                    [&](const Real* locations, const auto* weights) {
                                      placed.points.template place<true>(levels, locations, weights,
@@ -128,10 +154,10 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     const int64_t at = p.point_at(own.batch, now.query, own.first_head);
     Real* to_locations = static_cast<Real*>(grads.locations) + 2 * at;
     // a layer's are taken further by finish_queries, which rounds them
-    if (in.layer.reference == nullptr) {
-      point_grads.write(to_locations, static_cast<Weight*>(grads.weights) + at, reach, count);
-    } else {
+    if (is_layer) {
       point_grads.write(to_locations, static_cast<Real*>(grads.weights) + at, reach, count);
+    } else {
+      point_grads.write(to_locations, static_cast<Weight*>(grads.weights) + at, reach, count);
     }
   });
 }
