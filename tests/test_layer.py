@@ -148,19 +148,24 @@ def subsets(gradients: int) -> list[list[bool]]:
 def test_gradients_come_where_they_are_wanted(
     runner: Runner, dtypes: Dtypes, deterministic: bool, poisoned: None
 ) -> None:
-    """The same as with all others, and None for those."""
+    """The same as all from the CPU's kernels, and None for the others."""
     drawn = draw(dtypes.value, size=4, num_points=[1, 0, 2], head_dim=4, queries=3)
-    value, *rest = (tensor.to(runner.device) for tensor in drawn)
+    grad = torch.randn(BATCH, 3, HEADS * 4).to(dtypes.value)
     suffix = "" if runner.backend == "compiled" else "_triton"
-    backward = getattr(torch.ops.deform_attn, f"ms_deform_attn_fused{suffix}_backward")
-    grad = torch.randn(BATCH, 3, HEADS * 4, dtype=torch.float64).to(value)
-    arguments = (grad, value, None, None, *rest, SIZES, [1, 0, 2], 0.7, deterministic)
-    full = backward(*arguments, [True] * 4)
-    for wanted in subsets(4):
-        for flag, gradient, same in zip(wanted, backward(*arguments, wanted), full):
+    ops = torch.ops.deform_attn
+    backward = getattr(ops, f"ms_deform_attn_fused{suffix}_backward")
+
+    def arguments(device: str) -> tuple[object, ...]:
+        tensors = [tensor.to(device) for tensor in (grad, *drawn)]
+        numbers = (SIZES, [1, 0, 2], 0.7, deterministic)
+        return (*tensors[:2], None, None, *tensors[2:], *numbers)
+
+    full = ops.ms_deform_attn_fused_backward(*arguments("cpu"), [True] * 4)
+    for wanted in [[True] * 4, *subsets(4)]:
+        for flag, gradient, same in zip(wanted, backward(*arguments(runner.device), wanted), full):
             assert (gradient is not None) == flag, wanted
             if flag:
-                torch.testing.assert_close(gradient, same)
+                torch.testing.assert_close(gradient.cpu(), same)
 
 
 @pytest.mark.only(runners=package, dtypes=["f32"], slow=None)
