@@ -16,8 +16,10 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -40,15 +42,15 @@ void all(const deform_attn::Inputs& in, const deform_attn::Outputs& out) {
 }
 """
 
-# Reads lines "architecture registers shared"; prints the share of a multiprocessor's threads that
-# run at a time in full blocks of 256 threads, as every kernel has for a large problem.
+# Reads lines "architecture registers shared threads"; prints the share of a multiprocessor's
+# threads that run at a time in blocks of so many.
 OCCUPANCY_SOURCE = """
 #include <climits>
 #include <cstdio>
 #include <cuda_occupancy.h>
 int main() {
-  int arch, registers, shared;
-  while (std::scanf("%d %d %d", &arch, &registers, &shared) == 3) {
+  int arch, registers, shared, threads;
+  while (std::scanf("%d %d %d %d", &arch, &registers, &shared, &threads) == 4) {
     const bool server = arch == 90 || arch == 100;
     const int kilobytes = arch == 75 ? 64 : arch == 80 ? 164 : server ? 228 : 100;
     cudaOccDeviceProp device;
@@ -70,11 +72,11 @@ int main() {
     function.sharedSizeBytes = shared;
     cudaOccDeviceState state;
     cudaOccResult result;
-    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &function, &state, 256, 0) !=
+    if (cudaOccMaxActiveBlocksPerMultiprocessor(&result, &device, &function, &state, threads, 0) !=
         CUDA_OCC_SUCCESS) {
       return 1;
     }
-    std::printf("%d\\n", 100 * result.activeBlocksPerMultiprocessor * 256 /
+    std::printf("%d\\n", 100 * result.activeBlocksPerMultiprocessor * threads /
                              device.maxThreadsPerMultiprocessor);
   }
 }
@@ -92,6 +94,7 @@ class Kernel:
     registers: int = 0
     spills: int = 0  # bytes stored and loaded
     shared: int = 0  # static, bytes
+    threads: int = 256  # of a block, as every kernel has for a large problem
     occupancy: int = 0  # percent
 
     @property
@@ -158,14 +161,16 @@ def compile_for(architecture: int, toolkit: Path, folder: Path) -> list[Kernel]:
     return kernels
 
 
-def fill_occupancy(kernels: list[Kernel], folder: Path) -> None:
+def fill_occupancy(kernels: Sequence[Any]) -> None:
     """Asks CUDA's own occupancy calculator, on the host."""
-    source, program = folder / "occupancy.cpp", folder / "occupancy"
-    source.write_text(OCCUPANCY_SOURCE)
     includes = [f"-I{path}" for path in find_cuda().include_folders]
-    run(["c++", "-std=c++17", *includes, "-o", str(program), str(source)])
-    lines = [f"{k.architecture} {k.registers} {k.shared}" for k in kernels]
-    for kernel, percent in zip(kernels, run([str(program)], "\n".join(lines)).split(), strict=True):
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "occupancy"
+        command = ["c++", "-std=c++17", *includes, "-o", str(program), "-xc++", "-"]
+        run(command, OCCUPANCY_SOURCE)
+        lines = [f"{k.architecture} {k.registers} {k.shared} {k.threads}" for k in kernels]
+        found = run([str(program)], "\n".join(lines)).split()
+    for kernel, percent in zip(kernels, found, strict=True):
         kernel.occupancy = int(percent)
 
 
@@ -220,8 +225,7 @@ def main() -> int:
             for job in as_completed(jobs):
                 kernels += job.result()
                 progress.advance(task)
-        fill_occupancy(kernels, folder)
-
+    fill_occupancy(kernels)
     kernels.sort(key=lambda k: (k.architecture, k.name, k.dtype, k.variant))
     console.print(table_of(kernels))
     failed = [kernel for kernel in kernels if kernel.fails]

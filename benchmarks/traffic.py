@@ -36,6 +36,7 @@ BEFORE_SM_90 = Emulated(atomic_floats=1)  # counts nothing
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SECTOR = 32
 FUSED = "deformable_detr_encoder_800x1333"  # where the bytes of a whole layer are held to a bar
+FIXED = "fixed reference"  # reference points whose gradient nobody wants
 Counts = dict[str, float]
 
 
@@ -114,12 +115,12 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     forward("teams", sources, lambda to: KERNELS.forward(*given, output=to))
     forward("fused", layer_sources, lambda to: KERNELS.layer_forward(*layer, output=to))
 
-    def backward(way: str, fused: bool = False) -> Counts:
+    def backward(way: str, fused: bool = False, reference: bool = True) -> Counts:
         arguments: tuple[Any, ...] = given
         if fused:
-            value, shapes, starts, reference, *rest = layer
-            arguments = (value, shapes, starts, *rest[:3], reference, rest[3])
-        targets = KERNELS.targets(*arguments, way=way)
+            value, shapes, starts, anchors, *rest = layer
+            arguments = (value, shapes, starts, *rest[:3], anchors, rest[3])
+        targets = KERNELS.targets(*arguments, way=way, wanted=(True, reference))
         filled = [targets[4]]  # with zeros, by PyTorch
         if way == "gather":
             fill_bounds(inputs, targets[5])
@@ -147,6 +148,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         found[f"backward {way}"] = backward(way)
     way = KERNELS.way_of(*given)
     found[f"backward {way} fused"] = backward(way, fused=True)
+    found[f"backward {way} fused, {FIXED}"] = backward(way, fused=True, reference=False)
     found = {
         kernel: {name: round(figure, 4) for name, figure in figures.items()}
         for kernel, figures in found.items()
@@ -248,10 +250,10 @@ def layer_table(counts: dict[str, Counts]) -> dict[str, tuple[float, float]]:
         fused, plain = counts["forward fused"][measure], counts["forward teams"][measure]
         plain += torch_moves["forward"]
         rows[f"forward, {measure}"] = (fused, plain)
-        fused += counts[f"backward {way} fused"][measure]
         plain += counts[f"backward {way}"][measure] + torch_moves["backward"]
-        rows[f"forward + backward, {measure}"] = (fused, plain + torch_moves["reference"])
-        rows[f"the same, reference points without a gradient, {measure}"] = (fused, plain)
+        for which, summed in (("", torch_moves["reference"]), (f", {FIXED}", 0.0)):
+            moved = fused + counts[f"backward {way} fused{which}"][measure]
+            rows[f"forward + backward{which}, {measure}"] = (moved, plain + summed)
     return rows
 
 

@@ -23,6 +23,7 @@ using torch::stable::Tensor;
 // Arguments of the schema that may be None.
 using MaybeTensor = std::optional<Tensor>;
 using MaybeSizes = std::optional<std::vector<int64_t>>;
+using Flags = std::vector<bool>;
 
 // An error that starts with the name of the argument.
 #define DEFORM_ATTN_REQUIRE(condition, ...)                       \
@@ -43,6 +44,14 @@ inline std::string shape_of(const Tensor& tensor) {
   for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
   text << ']';
   return text.str();
+}
+
+// An undefined tensor, None in Python, where it is not wanted.
+inline Tensor if_wanted(bool wanted, const Tensor& tensor) { return wanted ? tensor : Tensor(); }
+
+// Null where the tensor is undefined.
+inline void* data_of(const Tensor& tensor) {
+  return tensor.defined() ? tensor.mutable_data_ptr() : nullptr;
 }
 
 inline Type type_of(ScalarType type) {
@@ -104,8 +113,11 @@ struct Call {
     return {problem.batch, problem.queries, problem.row_stride()};
   }
 
-  // The output's gradient, contiguous.
-  Tensor checked_gradient(const Tensor& grad_output) const {
+  // The output's gradient, contiguous. `wanted`: which gradients are asked for.
+  Tensor checked_gradient(const Tensor& grad_output, const Flags& wanted) const {
+    const size_t gradients = reference ? 4 : 3;
+    DEFORM_ATTN_REQUIRE(wanted.size() == gradients, "wanted: expected ", gradients, " flags, got ",
+                        wanted.size());
     const std::vector<int64_t> expected = output_shape();
     DEFORM_ATTN_REQUIRE(grad_output.dim() == 3 && grad_output.size(0) == expected[0] &&
                             grad_output.size(1) == expected[1] &&

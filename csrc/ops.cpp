@@ -195,15 +195,20 @@ std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Leve
   return shares;
 }
 
-// Returns the gradient of value; those of the points go to `locations` and `weights`.
+// Returns the gradient of value, undefined where it is not wanted; those of the points go to
+// `locations` and `weights`.
 Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<Level>& levels,
-                    const Tensor& grad_output, const Tensor& locations, const Tensor& weights) {
-  const Tensor gradient = call.checked_gradient(grad_output);
-  // sums of a 16-bit value's gradient are float32
-  const Tensor grad_value = empty(call.value.sizes(), call.real_type());
-  clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
+                    const Tensor& grad_output, const Flags& wanted, const Tensor& locations,
+                    const Tensor& weights) {
+  const Tensor gradient = call.checked_gradient(grad_output, wanted);
+  Tensor grad_value;
+  if (wanted[0]) {
+    // sums of a 16-bit value's gradient are float32
+    grad_value = empty(call.value.sizes(), call.real_type());
+    clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
+  }
   if (call.problem.batch > 0) {
-    const cpu::Gradients grads{gradient.const_data_ptr(), grad_value.mutable_data_ptr(),
+    const cpu::Gradients grads{gradient.const_data_ptr(), data_of(grad_value),
                                locations.mutable_data_ptr(), weights.mutable_data_ptr()};
     const Kernels& kernels = chosen_kernels();
     const auto shares = shares_of(call.problem, levels, torch::stable::get_num_threads());
@@ -216,7 +221,8 @@ Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<L
         });
   }
   const ScalarType type = call.type;
-  return call.real_type() == type ? grad_value : torch::stable::to(grad_value, type);
+  if (!wanted[0] || call.real_type() == type) return grad_value;
+  return torch::stable::to(grad_value, type);
 }
 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -235,15 +241,15 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor sampling_locations,
     const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
-    bool /*deterministic: always*/) {
+    bool /*deterministic: always*/, const Flags wanted) {
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
   const std::vector<Level> levels = levels_on_host(call);
   const Tensor locations = empty(call.locations.sizes(), call.real_type());
   const Tensor weights = empty(call.weights.sizes(), call.weights.scalar_type());
   const Tensor grad_value =
-      run_backward(call, inputs_of(call, levels), levels, grad_output, locations, weights);
-  return {grad_value, locations, weights};
+      run_backward(call, inputs_of(call, levels), levels, grad_output, wanted, locations, weights);
+  return {grad_value, if_wanted(wanted[1], locations), if_wanted(wanted[2], weights)};
 }
 
 Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -263,7 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor reference_points,
     const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
-    const MaybeSizes num_points, double offset_scale, bool /*deterministic: always*/) {
+    const MaybeSizes num_points, double offset_scale, bool /*deterministic: always*/,
+    const Flags wanted) {
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
                   attention_logits, level_sizes, num_points);
   const std::vector<Level> levels = levels_on_host(call);
@@ -273,23 +280,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
   const ScalarType real = call.real_type();
   const Tensor locations = empty(call.locations.sizes(), real);
   const Tensor weights = empty(call.weights.sizes(), real);
-  const Tensor grad_value = run_backward(call, in, levels, grad_output, locations, weights);
-  const Tensor grad_reference = empty(call.reference->sizes(), real);
+  const Tensor grad_value = run_backward(call, in, levels, grad_output, wanted, locations, weights);
+  const Tensor grad_reference = wanted[1] ? empty(call.reference->sizes(), real) : Tensor();
   Tensor grad_offsets = locations, grad_logits = weights;
   if (!call.weights_are_real) {
     grad_offsets = empty(call.locations.sizes(), call.type);
     grad_logits = empty(call.weights.sizes(), call.type);
   }
   const cpu::LayerGradients grads{locations.const_data_ptr(), weights.const_data_ptr(),
-                                  grad_reference.mutable_data_ptr(),
-                                  grad_offsets.mutable_data_ptr(), grad_logits.mutable_data_ptr()};
+                                  data_of(grad_reference), grad_offsets.mutable_data_ptr(),
+                                  grad_logits.mutable_data_ptr()};
   const Kernels& kernels = chosen_kernels();
   const int64_t queries = call.problem.batch * call.problem.queries;
   torch::stable::parallel_for(0, queries, 64, [&](int64_t first, int64_t last) {
     const Scratch scratch(kernels.scratch_bytes(in));
     kernels.finish(in, grads, first, last, scratch.get());
   });
-  return {grad_value, grad_reference, grad_offsets, grad_logits};
+  return {grad_value, grad_reference, if_wanted(wanted[2], grad_offsets),
+          if_wanted(wanted[3], grad_logits)};
 }
 
 std::string build() {

@@ -185,7 +185,7 @@ def gradients(
     chosen, operands = _settled(*inputs, None, None)
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        grads = chosen.backward(grad_output.contiguous(), *operands, deterministic)
+        grads = chosen.backward(grad_output.contiguous(), *operands, deterministic, [True] * 3)
     except (RuntimeError, ValueError, TypeError, AttributeError):
         check(*inputs, None)
         raise

@@ -224,8 +224,18 @@ def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
         raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
 
 
-def check_gradient(grad_output: Tensor, value: Tensor, sampling_locations: Tensor) -> None:
-    """Raise a ValueError where the output's gradient does not fit a call that was checked."""
+def check_gradient(
+    grad_output: Tensor,
+    value: Tensor,
+    sampling_locations: Tensor,
+    wanted: Sequence[bool],
+    gradients: int,
+) -> None:
+    """Raise a ValueError where the output's gradient does not fit a call that was checked, or where
+    there is not a flag for each of the ``gradients``.
+    """
+    if len(wanted) != gradients:
+        raise ValueError(f"wanted: expected {gradients} flags, got {len(wanted)}")
     shape = (value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
     if tuple(grad_output.shape) != shape:
         raise ValueError(
@@ -236,6 +246,11 @@ def check_gradient(grad_output: Tensor, value: Tensor, sampling_locations: Tenso
             f"grad_output: expected {value.dtype} on {value.device} as value, "
             f"got {grad_output.dtype} on {grad_output.device}"
         )
+
+
+def if_wanted(wanted: Sequence[bool], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients, None for those that are not wanted."""
+    return tuple(gradient if flag else None for gradient, flag in zip(gradients, wanted))
 
 
 def _check_value(value: Tensor) -> None:

@@ -75,6 +75,7 @@ LAYER = Signature(
 def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any]]:
     """Define ``deform_attn::<name>`` and its backward.
 
+    The backward takes a flag for each gradient, ``wanted``; those that are not are None.
     Returns the differentiable call of the pair, which takes the inputs of the signature by
     position, and the backward operator for who has an autograd of his own.
     """
@@ -82,7 +83,8 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     outputs = ", ".join(["Tensor"] * len(signature.differentiable))
     LIBRARY.define(f"{name}({inputs}) -> Tensor")
     LIBRARY.define(
-        f"{name}_backward(Tensor grad_output, {inputs}, bool deterministic) -> ({outputs})"
+        f"{name}_backward(Tensor grad_output, {inputs}, bool deterministic, bool[] wanted) "
+        f"-> ({outputs})"
     )
     forward_op = getattr(torch.ops.deform_attn, name).default
     backward_op = getattr(torch.ops.deform_attn, f"{name}_backward").default
@@ -98,12 +100,16 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*inputs[: 1 + tensors])
-            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + tensors : -1]
+            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + tensors : -2]
+            ctx.wanted = inputs[-1]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
             grad_output = ctx.saved_tensors[0]
             operands = [*ctx.saved_tensors[1:], ctx.level_sizes, ctx.num_points, *ctx.others]
+
+            def those_wanted(gradients: Any) -> Any:
+                return tuple(grad for grad, wanted in zip(gradients, ctx.wanted) if wanted)
 
             def gradients(grad: Tensor, *varied: Tensor) -> Any:
                 def output(*varied: Tensor) -> Tensor:
@@ -112,11 +118,12 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
                         now[position] = tensor
                     return signature.formula(*now)
 
-                return torch.func.vjp(output, *varied)[1](grad)
+                return those_wanted(torch.func.vjp(output, *varied)[1](grad))
 
             varied = [operands[position] for position in differentiable]
-            of_output, *of_inputs = torch.func.vjp(gradients, grad_output, *varied)[1](grads)
-            return (of_output, *signature.with_gradients(of_inputs), None)
+            pull_back = torch.func.vjp(gradients, grad_output, *varied)[1]
+            of_output, *of_inputs = pull_back(those_wanted(grads))
+            return (of_output, *signature.with_gradients(of_inputs), None, None)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -137,8 +144,9 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             gradients = backward_op if torch.compiler.is_compiling() else Backward.apply
             deterministic = torch.are_deterministic_algorithms_enabled()
             numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
+            wanted = [ctx.needs_input_grad[position] for position in differentiable]
             return signature.with_gradients(
-                gradients(grad_output, *ctx.saved_tensors, *numbers, deterministic)
+                gradients(grad_output, *ctx.saved_tensors, *numbers, deterministic, wanted)
             )
 
     def call(*inputs: Any) -> Tensor:
@@ -166,11 +174,15 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         output: Tensor = value.new_empty(B, points.shape[1], M * D)
         return output
 
-    def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-        check(*inputs[:-1])
+    def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+        wanted = inputs[-1]
+        check(*inputs[:-2])
         if not torch.compiler.is_compiling():
-            check_gradient(grad_output, inputs[0], inputs[3])
-        return tuple(inputs[i].new_empty(inputs[i].shape) for i in differentiable)
+            check_gradient(grad_output, inputs[0], inputs[3], wanted, len(differentiable))
+        return tuple(
+            inputs[i].new_empty(inputs[i].shape) if flag else None
+            for i, flag in zip(differentiable, wanted)
+        )
 
     for op, fake, function, first in (
         (forward_op, fake_forward, Forward, 0),
@@ -223,6 +235,9 @@ def _over_batch(op: Any, batched: set[int]) -> Callable[..., Any]:
 
         if isinstance(outputs, Tensor):
             return unfold(outputs), 0
-        return tuple(unfold(x) for x in outputs), (0,) * len(outputs)
+        return (
+            tuple(None if x is None else unfold(x) for x in outputs),
+            tuple(None if x is None else 0 for x in outputs),
+        )
 
     return rule

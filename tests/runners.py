@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from cases import DTYPES, Case, Dtypes, Inputs
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import deform_attn
 from deform_attn.backends import BACKENDS
@@ -142,3 +143,16 @@ def operators(runner: Runner) -> tuple[Any, Any]:
     name = f"ms_deform_attn{suffix}"
     ops = torch.ops.deform_attn
     return getattr(ops, name), getattr(ops, f"{name}_backward")
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of the package's operators."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "deform_attn":
+            self.calls.append((func._opname, args))
+        return func(*args, **(kwargs or {}))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from typing import Any
 
 import oracle
 import pytest
 import torch
 from cases import CASES, Case, Dtypes, Inputs
-from runners import Runner, operators, package
+from runners import Recorder, Runner, operators, package
 from tolerances import (
     RESULTS,
     check_results,
@@ -130,7 +129,7 @@ def test_second_derivatives_of_the_operators_themselves(
     output = forward(*inputs.arguments, None, None)
     assert output.requires_grad
     first = torch.autograd.grad(output, inputs.tensors, grad_output, create_graph=True)
-    direct = backward(grad_output, *inputs.arguments, None, None, False)
+    direct = backward(grad_output, *inputs.arguments, None, None, False, [True] * 3)
     leaves = (grad_output, *inputs.tensors)
     exact_leaves = tuple(t.detach().double().requires_grad_() for t in leaves)
     exact_inputs = inputs.replace_tensors(*exact_leaves[1:])
@@ -379,19 +378,6 @@ def test_same_bits_for_any_number_of_threads(runner: Runner, dtypes: Dtypes, cas
             assert torch.equal(one, two), name
 
 
-class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
-    """The calls of the package's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[str, tuple[Any, ...]]] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "deform_attn":
-            self.calls.append((func._opname, args))
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.only(runners=lambda r: package(r) and r.deterministic, dtypes=["f32"])
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_deterministic_mode_reaches_the_kernel(
@@ -407,7 +393,27 @@ def test_deterministic_mode_reaches_the_kernel(
         torch.use_deterministic_algorithms(before)
     backward = [args for name, args in recorder.calls if name.endswith("_backward")]
     assert len(backward) == 1
-    assert backward[0][-1] is deterministic
+    assert backward[0][-2] is deterministic
+
+
+@pytest.mark.only(runners=package, dtypes=["f32", "bf16"], slow={"dtypes": ["f32"]})
+@pytest.mark.parametrize("missing", ["value", "sampling_locations", "attention_weights"])
+def test_an_input_without_a_gradient(
+    runner: Runner, dtypes: Dtypes, missing: str, poisoned: None
+) -> None:
+    """The kernel is told, and the others' gradients are the same."""
+    inputs = CASES["non_square"].make(dtypes, runner.device)
+    grad_output = grad_output_for(inputs)
+    full = runner.gradients(inputs, grad_output)
+    wanted = [name != missing for name in ("value", "sampling_locations", "attention_weights")]
+    leaves = [t.clone().requires_grad_(flag) for t, flag in zip(inputs.tensors, wanted)]
+    with Recorder() as recorder:
+        runner.call(inputs.replace_tensors(*leaves)).backward(grad_output)
+    assert [args[-1] for name, args in recorder.calls if name.endswith("_backward")] == [wanted]
+    for leaf, flag, same in zip(leaves, wanted, full):
+        assert (leaf.grad is not None) == flag
+        if flag:
+            torch.testing.assert_close(leaf.grad, same)
 
 
 def test_exact_results_are_not_trivial(dtypes: Dtypes, case: Case) -> None:

@@ -303,7 +303,7 @@ def test_operators_refuse_too(runner: Runner, dtypes: Dtypes, bad: Bad, directio
         if direction == "forward":
             forward(*inputs.arguments, None, inputs.num_points)
         else:
-            backward(grad_output, *inputs.arguments, None, inputs.num_points, False)
+            backward(grad_output, *inputs.arguments, None, inputs.num_points, False, [True] * 3)
     if runner.backend == "compiled" and bad.argument and str(2**63) not in str(bad.says):
         assert bad.argument in str(caught.value)
 
@@ -326,8 +326,19 @@ def test_backward_refuses_a_wrong_grad_output(
     inputs = CASES["non_square"].make(dtypes, runner.device)
     with pytest.raises((RuntimeError, ValueError), match="grad_output"):
         operators(runner)[1](
-            change[1](grad_output_for(inputs)), *inputs.arguments, None, None, False
+            change[1](grad_output_for(inputs)), *inputs.arguments, None, None, False, [True] * 3
         )
+
+
+@pytest.mark.only(runners=package, dtypes=["f32"])
+@pytest.mark.parametrize("flags", [0, 2, 4])
+def test_backward_refuses_another_number_of_flags(
+    runner: Runner, dtypes: Dtypes, flags: int
+) -> None:
+    inputs = CASES["non_square"].make(dtypes, runner.device)
+    grad_output = grad_output_for(inputs)
+    with pytest.raises((RuntimeError, ValueError), match=f"wanted: expected 3 flags, got {flags}"):
+        operators(runner)[1](grad_output, *inputs.arguments, None, None, False, [True] * flags)
 
 
 @pytest.mark.only(runners=package, dtypes=["f32"])
@@ -342,7 +353,9 @@ def test_operators_take_levels_once(
     inputs = CASES["non_square"].make(dtypes, runner.device)
     if shapes is None:
         inputs = inputs.replace(spatial_shapes=None)
-    for op, first, last in zip(operators(runner), ((), (grad_output_for(inputs),)), ((), (False,))):
+    for op, first, last in zip(
+        operators(runner), ((), (grad_output_for(inputs),)), ((), (False, [True] * 3))
+    ):
         with pytest.raises((RuntimeError, ValueError)):
             op(*first, *inputs.arguments, sizes, None, *last)
 

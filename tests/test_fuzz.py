@@ -154,7 +154,7 @@ def test_lying_levels(runner: Runner) -> None:
         given_shapes = None if as_numbers else lying.spatial_shapes
         arguments = (lying.value, given_shapes, *lying.arguments[2:], sizes, None)
         output = outcome(lambda: forward(*arguments))
-        grads = outcome(lambda: backward(grad_output, *arguments, False))
+        grads = outcome(lambda: backward(grad_output, *arguments, False, [True] * 3))
         assert (output is None) == (grads is None)
         if output is not None:
             answered += 1
@@ -249,7 +249,7 @@ def test_operands_that_do_not_fit(runner: Runner, direct: bool) -> None:
             refused += 1
             if direct:
                 wrong = lambda: backward(  # noqa: E731
-                    grad_output, *damaged.arguments, None, damaged.num_points, False
+                    grad_output, *damaged.arguments, None, damaged.num_points, False, [True] * 3
                 )
                 assert outcome(wrong) is None
         elif not output.is_meta:
@@ -263,7 +263,7 @@ def test_operands_that_do_not_fit(runner: Runner, direct: bool) -> None:
                 "flat": torch.Tensor.flatten,
             }[grad_shape](fresh)
             wrong = lambda: backward(  # noqa: E731
-                bad, *damaged.arguments, None, damaged.num_points, False
+                bad, *damaged.arguments, None, damaged.num_points, False, [True] * 3
             )
             assert outcome(wrong) is None
 

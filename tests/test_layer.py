@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from cases import Dtypes
-from runners import Runner, package
+from runners import Recorder, Runner, package
 from torch import Tensor
 
 import deform_attn
@@ -133,10 +133,77 @@ def test_every_element_is_written(runner: Runner, dtypes: Dtypes, poisoned: None
     tried(runner, dtypes, size=4, num_points=[3, 0, 2])
 
 
+def subsets(gradients: int) -> list[list[bool]]:
+    """Flags: each alone, each missing, none."""
+    alone = [[i == wanted for i in range(gradients)] for wanted in range(gradients)]
+    return [*alone, *([not flag for flag in flags] for flags in alone), [False] * gradients]
+
+
+@pytest.mark.only(
+    runners=lambda runner: package(runner) and runner.backend != "reference",
+    dtypes=["f32", "bf16"],
+    slow={"dtypes": ["f32"]},
+)
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_gradients_come_where_they_are_wanted(
+    runner: Runner, dtypes: Dtypes, deterministic: bool, poisoned: None
+) -> None:
+    """The same as all from the CPU's kernels, and None for the others."""
+    drawn = draw(dtypes.value, size=4, num_points=[1, 0, 2], head_dim=4, queries=3)
+    grad = torch.randn(BATCH, 3, HEADS * 4).to(dtypes.value)
+    suffix = "" if runner.backend == "compiled" else "_triton"
+    ops = torch.ops.deform_attn
+    backward = getattr(ops, f"ms_deform_attn_fused{suffix}_backward")
+
+    def arguments(device: str) -> tuple[object, ...]:
+        tensors = [tensor.to(device) for tensor in (grad, *drawn)]
+        numbers = (SIZES, [1, 0, 2], 0.7, deterministic)
+        return (*tensors[:2], None, None, *tensors[2:], *numbers)
+
+    full = ops.ms_deform_attn_fused_backward(*arguments("cpu"), [True] * 4)
+    for wanted in [[True] * 4, *subsets(4)]:
+        for flag, gradient, same in zip(wanted, backward(*arguments(runner.device), wanted), full):
+            assert (gradient is not None) == flag, wanted
+            if flag:
+                torch.testing.assert_close(gradient.cpu(), same)
+
+
+@pytest.mark.only(runners=package, dtypes=["f32"], slow=None)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "torch.compile"])
+@pytest.mark.parametrize("wanted", subsets(4)[:-1], ids=str)
+def test_no_gradient_is_made_that_autograd_does_not_need(
+    runner: Runner, dtypes: Dtypes, wanted: list[bool], compiled: bool
+) -> None:
+    drawn = [tensor.to(runner.device) for tensor in draw(dtypes.value, size=2, queries=3)]
+    grad = torch.randn(BATCH, 3, HEADS * 20).to(runner.device)
+
+    def call(value: Tensor, *rest: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, SHAPES, None, *rest, backend=runner.backend)
+
+    full = with_gradients(call, drawn, grad)[1:]
+    leaves = [t.clone().requires_grad_(flag) for t, flag in zip(drawn, wanted)]
+    if compiled:
+        torch._dynamo.reset()  # other tests have compiled the same code for other shapes
+        call = torch.compile(call, fullgraph=True, backend="aot_eager")
+    output = call(*leaves)
+    with Recorder() as recorder:
+        output.backward(grad)
+    (flags,) = [args[-1] for name, args in recorder.calls if name.endswith("_backward")]
+    if runner.backend == "reference":  # composed: locations come from reference points and offsets
+        assert flags == [wanted[0], wanted[1] or wanted[2], wanted[3]]
+    else:
+        assert flags == wanted
+    for leaf, flag, same in zip(leaves, wanted, full):
+        assert (leaf.grad is not None) == flag
+        if flag:
+            torch.testing.assert_close(leaf.grad, same)
+
+
+@pytest.mark.parametrize("fixed", [None, 0, 1, 2, 3])
 @pytest.mark.parametrize("size", [2, 4])
-def test_gradcheck(size: int) -> None:
+def test_gradcheck(size: int, fixed: int | None) -> None:
     inputs = draw(torch.float64, size=size, head_dim=3, queries=2)
-    leaves = [tensor.requires_grad_() for tensor in inputs]
+    leaves = [tensor.requires_grad_(i != fixed) for i, tensor in enumerate(inputs)]
 
     def call(value: Tensor, *rest: Tensor) -> Tensor:
         return ms_deform_attn_fused(value, SHAPES, None, *rest)
@@ -156,7 +223,8 @@ def test_operator_checks(num_points: list[int] | None) -> None:
     torch.library.opcheck(torch.ops.deform_attn.ms_deform_attn_fused.default, operands)
     grad = torch.randn(BATCH, 2, HEADS * 20, dtype=torch.float64, requires_grad=True)
     backward = torch.ops.deform_attn.ms_deform_attn_fused_backward.default
-    torch.library.opcheck(backward, (grad, *operands, False))
+    torch.library.opcheck(backward, (grad, *operands, False, [True] * 4))
+    torch.library.opcheck(backward, (grad, *operands, False, [True, False, True, True]))
 
 
 def test_compiles_to_one_node() -> None:

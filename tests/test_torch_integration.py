@@ -60,7 +60,7 @@ def test_opcheck(runner: Runner, dtypes: Dtypes, case: Case, with_gradients: boo
     forward, backward = operators(runner)
     arguments = op_arguments(inputs)
     torch.library.opcheck(forward.default, arguments)
-    torch.library.opcheck(backward.default, (grad_output, *arguments, False))
+    torch.library.opcheck(backward.default, (grad_output, *arguments, False, [True] * 3))
 
 
 # ------------------------------------------------------------------------------------ compile
@@ -203,7 +203,7 @@ def test_meta_and_fake_tensors(runner: Runner, dtypes: Dtypes) -> None:
             level_start_index=mode.from_tensor(inputs.level_start_index),
         )
         output = forward(*fake.arguments, None, fake.num_points)
-        grads = backward(output, *fake.arguments, None, fake.num_points, False)
+        grads = backward(output, *fake.arguments, None, fake.num_points, False, [True] * 3)
     assert (output.shape, output.dtype) == ((2, 5, 16), dtypes.value)
     for grad, tensor in zip(grads, inputs.tensors):
         assert (grad.shape, grad.dtype) == (tensor.shape, tensor.dtype)
@@ -402,9 +402,9 @@ def test_triton_launches_stay_on_the_device(
     layer = (value, shapes, starts, reference, locations, weights, sizes, None, 0.5)
     with OnOneDevice():
         output = triton.forward(*attention)
-        triton.backward(output, *attention, deterministic)
+        triton.backward(output, *attention, deterministic, [True] * 3)
         triton.layer_forward(*layer)
-        triton.layer_backward(output, *layer, deterministic)
+        triton.layer_backward(output, *layer, deterministic, [True] * 4)
     assert launches.count("forward") == 2
     assert launches.count("backward") == (4 if deterministic else 2)  # one for each of the batch
 

@@ -7,7 +7,7 @@ namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
 // Products of the output's gradient with the four pixels of each point of a head; adds its share of
-// that gradient to the pixels' own. Channels as in sum_points; `first`: none came before.
+// that gradient to the pixels' own, unless `grad_value` is null. Channels as in sum_points; `first`: none came before.
 template <int kLanes, int kVecs, typename T, typename Real>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
                                      const Run<Real>& run, const int32_t* __restrict reach,
@@ -21,7 +21,7 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
   load_channels<kLanes, kVecs>(grad_output, some, as_pixels);
   for (int k = 0; k < run.count; ++k) {
     run.template fetch<kVecs * kLanes* int{sizeof(T)}>(value, k);
-    run.template fetch<kVecs * kLanes* int{sizeof(Real)}>(grad_value, k);
+    if (grad_value) run.template fetch<kVecs * kLanes* int{sizeof(Real)}>(grad_value, k);
     const Quad<int64_t>& offset = run.offset[k];
     if (offset[0] < 0) continue;
     const int32_t here = reach ? reach[k] : kOwned | kUpper | kLower;
@@ -101,7 +101,9 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   const PointGradients<Real> point_grads(arena, count);
 
   const T* value = static_cast<const T*>(in.value) + p.value_at(own.batch, 0, own.first_head);
-  Real* grad_value = static_cast<Real*>(grads.value) + p.value_at(own.batch, 0, own.first_head);
+  const bool adds = grads.value != nullptr, partial = own.bands > 1 || !adds;
+  Real* grad_value =
+      adds ? static_cast<Real*>(grads.value) + p.value_at(own.batch, 0, own.first_head) : nullptr;
   Visits visits(in);
   const int64_t blocks = blocks_of(in);
   int64_t block = 0;
@@ -130,13 +132,13 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
                                      placed.points.template place<true>(levels, locations, weights,
                                                                         count);
                                    });
-    if (own.bands > 1) placed.points.reach_of(levels, own.band, own.bands, count);
+    if (partial) placed.points.reach_of(levels, own.band, own.bands, adds, count);
     return true;
   };
   pair.run(place, [&](const auto& now, const auto& next) {
     const T* grad_output =
         static_cast<const T*>(grads.output) + p.output_at(own.batch, now.query, own.first_head);
-    const int32_t* reach = own.bands > 1 ? now.points.reach : nullptr;
+    const int32_t* reach = partial ? now.points.reach : nullptr;
     for (int head = 0; head < heads; ++head) {
       const int first = head * p.points, channel = head * p.head_dim;
       const Run<Real> run = {now.points.offset + first, now.points.share + first,
@@ -144,7 +146,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
       for_channels<Real>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         visit_points<lanes.value, vecs.value, T, Real>(
             value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
-            grad_value + channel + c, point_grads.products + first, c == 0, some);
+            adds ? grad_value + channel + c : nullptr, point_grads.products + first, c == 0, some);
       });
     }
     now.points.pull_back(levels, point_grads.products, point_grads.locations, point_grads.weights,

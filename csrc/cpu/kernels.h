@@ -25,7 +25,7 @@ struct Inputs {
 
 struct Gradients {
   const void* output;  // in: value's type
-  void* value;         // out, added to: in the type of sums, zero at first
+  void* value;         // out, added to: in the type of sums, zero at first; null: not wanted
   void* locations;     // out: in the locations' type
   void* weights;       // out: in the weights' type; in the type of sums for a layer
 };
@@ -34,7 +34,7 @@ struct Gradients {
 struct LayerGradients {
   const void* locations;  // in: [B, Q, M, K, 2] in the type of sums
   const void* weights;    // in: [B, Q, M, K] in the type of sums
-  void* reference;        // out, as Layer::reference
+  void* reference;        // out, as Layer::reference; null: not wanted
   void* offsets;          // out, in the offsets' type; may be `locations`
   void* logits;           // out, in the logits' type; may be `weights`
 };

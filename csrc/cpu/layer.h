@@ -160,15 +160,18 @@ void finish_queries(const Inputs& in, const LayerGradients& grads, int64_t first
   for (int64_t item = first; item < last; ++item) {
     const int64_t b = item / p.queries, query = item % p.queries;
     steps.of_query(in, b, query);
-    Real* to_reference =
-        static_cast<Real*>(grads.reference) + item * layer.levels * int64_t{layer.size};
-    std::memset(to_reference, 0, sizeof(Real) * static_cast<size_t>(layer.levels * layer.size));
+    Real* to_reference = nullptr;
+    if (grads.reference) {
+      to_reference =
+          static_cast<Real*>(grads.reference) + item * layer.levels * int64_t{layer.size};
+      std::memset(to_reference, 0, sizeof(Real) * static_cast<size_t>(layer.levels * layer.size));
+    }
     for (int head = 0; head < p.heads; ++head) {
       const int64_t at = p.point_at(b, query, head);
       const Narrow* offsets = static_cast<const Narrow*>(in.locations) + 2 * at;
       const Real* by_location = static_cast<const Real*>(grads.locations) + 2 * at;
       const Real* by_weight = static_cast<const Real*>(grads.weights) + at;
-      for (int l = 0; l < p.levels; ++l) {
+      for (int l = 0; l < p.levels && to_reference; ++l) {
         Real sums[4] = {};
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
           for (int i = 0; i < 2; ++i) {

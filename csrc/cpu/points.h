@@ -102,7 +102,7 @@ struct Points {
   Real* weight;    // attention weight
   int32_t* on[4];  // all bits set: the pixel is on the map
   int32_t* top;    // row of the upper pixels, -1 .. height - 1
-  int32_t* reach;  // where a share has a band of the rows: flags of Reach
+  int32_t* reach;  // where a share does not do all with all points: flags of Reach
 
   Points(Arena& arena, int64_t points, bool backward) {
     const int64_t count = padded<Real>(points);
@@ -117,8 +117,10 @@ struct Points {
     reach = arena.take<int32_t>(count);
   }
 
-  // Which points a band of the rows has to do with. Points without a pixel belong to band 0.
-  DEFORM_ATTN_INLINE void reach_of(const PointLevels& levels, int band, int bands, int count) {
+  // Which points a band of the rows has to do with, whether or not it `adds` to pixels. Points
+  // without a pixel belong to band 0.
+  DEFORM_ATTN_INLINE void reach_of(const PointLevels& levels, int band, int bands, bool adds,
+                                   int count) {
     for (int i = 0; i < count; ++i) {
       const int32_t height = levels.height[i];
       const int64_t first = int64_t{height} * band / bands;
@@ -128,7 +130,8 @@ struct Points {
       const bool has_upper = upper >= first && upper < last;
       const bool has_lower = lower >= first && lower < last;
       const bool owned = offset[i][0] < 0 ? band == 0 : has_upper;
-      reach[i] = (owned ? kOwned : 0) | (has_upper ? kUpper : 0) | (has_lower ? kLower : 0);
+      reach[i] = (owned ? kOwned : 0) | (adds && has_upper ? kUpper : 0) |
+                 (adds && has_lower ? kLower : 0);
     }
   }
 

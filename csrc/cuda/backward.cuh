@@ -191,7 +191,8 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 }
 
 // Works as `forward_teams` does, on the same blocks. `grad_value` is added to and `bounds` is null
-// where kScatter; elsewhere `grad_value` is not touched and `bounds` is written.
+// where kScatter; elsewhere `grad_value` is not touched and `bounds` is written, unless it is null:
+// nobody wants the gradient of value.
 template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
@@ -346,7 +347,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       }
       if constexpr (Points::kLayer) {
         __syncwarp();
-        if (mine < part.count) {
+        if (mine < part.count && gradients.reference_parts) {
           add_reference_parts(problem, levels, points, staged, teams, part.head, first, count,
                               level_of(first, 0, levels), gradients.reference_parts);
         }
@@ -364,10 +365,13 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       }
     }
   }
-  if constexpr (!kScatter && sizeof(T) == 8) {
-    bound_queries(problem, levels, points, part, run, bounds);
-  } else if constexpr (!kScatter) {
-    bound_queries_apart(problem, levels, points, part, run, bounds);
+  if constexpr (!kScatter) {
+    if (!bounds) return;
+    if constexpr (sizeof(T) == 8) {
+      bound_queries(problem, levels, points, part, run, bounds);
+    } else {
+      bound_queries_apart(problem, levels, points, part, run, bounds);
+    }
   }
 }
 

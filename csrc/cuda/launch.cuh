@@ -181,6 +181,11 @@ inline Way chosen_way(const Problem& problem, bool deterministic, const Device& 
   return gathers ? Way::kGather : Way::kScatter;
 }
 
+// Gradients that take work of their own; the others always come.
+struct Wanted {
+  bool value = true, reference = true;
+};
+
 // Working memory, in bytes.
 struct BackwardPlan {
   Way way;
@@ -202,7 +207,8 @@ inline bool nothing_to_do(const Problem& problem) {
   return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
 }
 
-inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& device) {
+inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& device,
+                                  const Wanted& wanted = {}) {
   const Problem& problem = in.problem;
   const bool narrow = in.type == Type::kHalf || in.type == Type::kBFloat16;
   const int64_t real = in.type == Type::kDouble ? sizeof(double) : sizeof(float);
@@ -210,7 +216,9 @@ inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& devic
   const auto bytes = [&](int64_t numbers) { return static_cast<size_t>(numbers * real); };
   BackwardPlan plan = {way, true, 0, 0, 0, 0, 0};
   if (nothing_to_do(problem)) return plan;
-  if (way == Way::kGather) {
+  if (!wanted.value) {
+    plan.zeros = false;
+  } else if (way == Way::kGather) {
     plan.zeros = false;
     // no access has more runs than that number by number
     const int run = run_of(problem, shape_of(problem, 1, 2, false, device.processors));
@@ -222,20 +230,20 @@ inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& devic
     plan.sums = bytes(problem.batch * problem.rows * problem.row_stride());
   }
   if (in.layer.reference) {
-    if (way == Way::kGather) plan.statistics = bytes(2 * items);
+    if (wanted.value && way == Way::kGather) plan.statistics = bytes(2 * items);
     if (problem.points * kWarp / 4 > (real == 8 ? kKept<double> : kKept<float>)) {
       plan.by_weight = bytes(items * problem.points);
     }
-    plan.parts = bytes(items * in.layer.levels * in.layer.size);
+    if (wanted.reference) plan.parts = bytes(items * in.layer.levels * in.layer.size);
   }
   return plan;
 }
 
 struct Outputs {
-  void* value;      // [B, S, M, D]
+  void* value;      // [B, S, M, D]; null: not wanted
   void* locations;  // [B, Q, M, K, 2]; of a layer: of its offsets
   void* weights;    // [B, Q, M, K]; of a layer: of its logits
-  void* reference;  // of a layer
+  void* reference;  // of a layer; null: not wanted
   void* sums;       // this and what follows: as planned
   void* bounds;
   void* statistics;
@@ -314,11 +322,11 @@ inline void backward_call(const Inputs& in, const void* grad_output, const Outpu
                 shape.lane_bits);
             check_launch("backward_teams", device);
           };
-          if (plan.way == Way::kScatter) return launch(std::true_type());
+          if (out.value && plan.way == Way::kScatter) return launch(std::true_type());
           launch(std::false_type());
-          gather_value<T>(in, points, grad, out, run_of(problem, shape), device);
+          if (out.value) gather_value<T>(in, points, grad, out, run_of(problem, shape), device);
         });
-        if constexpr (Points::kLayer) {
+        if (Points::kLayer && out.reference) {
           const int64_t numbers = problem.batch * problem.queries * in.layer.levels * in.layer.size;
           LAUNCH(sum_heads<Sum>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
                  static_cast<const Sum*>(out.parts), static_cast<Sum*>(out.reference),

@@ -129,7 +129,8 @@ Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
                : torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
-Tensor gradient_of_value(const Tensor& value, const BackwardPlan& plan) {
+Tensor gradient_of_value(const Tensor& value, bool wanted, const BackwardPlan& plan) {
+  if (!wanted) return Tensor();
   return plan.zeros ? torch::stable::new_zeros(value, value.sizes())
                     : torch::stable::new_empty(value, value.sizes());
 }
@@ -153,29 +154,31 @@ template <typename Choice>
 Gradients backward_with(const Choice& way_of, const Tensor& grad_output, const Tensor& value,
                         const MaybeTensor& spatial_shapes, const MaybeTensor& level_start_index,
                         const Tensor& sampling_locations, const Tensor& attention_weights,
-                        const MaybeSizes& level_sizes, const MaybeSizes& num_points) {
+                        const MaybeSizes& level_sizes, const MaybeSizes& num_points,
+                        const Flags& wanted) {
   const Here here(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
-  const Tensor gradient = call.checked_gradient(grad_output);
+  const Tensor gradient = call.checked_gradient(grad_output, wanted);
   const Inputs in = inputs_of(call, levels, locations);
-  const BackwardPlan plan = plan_backward(in, way_of(in.problem, here.device), here.device);
+  const BackwardPlan plan =
+      plan_backward(in, way_of(in.problem, here.device), here.device, {wanted[0]});
 
-  Tensor grad_value = gradient_of_value(call.value, plan);
+  Tensor grad_value = gradient_of_value(call.value, wanted[0], plan);
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
   const Tensor sums = bytes_of(call.value, plan.sums, true);
   const Tensor bounds = bytes_of(call.value, plan.bounds, false);
   Outputs out = {};
-  out.value = grad_value.mutable_data_ptr();
+  out.value = data_of(grad_value);
   out.locations = grad_locations.mutable_data_ptr();
   out.weights = grad_weights.mutable_data_ptr();
   out.sums = sums.mutable_data_ptr();
   out.bounds = bounds.mutable_data_ptr();
   backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
-  return {grad_value, grad_locations, grad_weights};
+  return {grad_value, if_wanted(wanted[1], grad_locations), if_wanted(wanted[2], grad_weights)};
 }
 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -189,12 +192,12 @@ Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
 Gradients backward(const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
                    const MaybeTensor level_start_index, const Tensor sampling_locations,
                    const Tensor attention_weights, const MaybeSizes level_sizes,
-                   const MaybeSizes num_points, bool deterministic) {
+                   const MaybeSizes num_points, bool deterministic, const Flags wanted) {
   const auto way_of = [&](const Problem& problem, const Device& device) {
     return chosen_way(problem, deterministic, device);
   };
   return backward_with(way_of, grad_output, value, spatial_shapes, level_start_index,
-                       sampling_locations, attention_weights, level_sizes, num_points);
+                       sampling_locations, attention_weights, level_sizes, num_points, wanted);
 }
 
 Way named(const std::string& way) {
@@ -218,7 +221,7 @@ Gradients backward_by(const std::string way, const Tensor grad_output, const Ten
                       const MaybeSizes level_sizes, const MaybeSizes num_points) {
   return backward_with([&](const Problem&, const Device&) { return named(way); }, grad_output,
                        value, spatial_shapes, level_start_index, sampling_locations,
-                       attention_weights, level_sizes, num_points);
+                       attention_weights, level_sizes, num_points, {true, true, true});
 }
 
 Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -241,20 +244,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor reference_points,
     const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
-    const MaybeSizes num_points, double offset_scale, bool deterministic) {
+    const MaybeSizes num_points, double offset_scale, bool deterministic, const Flags wanted) {
   const Here here(value);
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
                   attention_logits, level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
-  const Tensor gradient = call.checked_gradient(grad_output);
+  const Tensor gradient = call.checked_gradient(grad_output, wanted);
   const Inputs in = inputs_of(call, levels, offsets, offset_scale);
-  const BackwardPlan plan =
-      plan_backward(in, chosen_way(in.problem, deterministic, here.device), here.device);
+  const BackwardPlan plan = plan_backward(in, chosen_way(in.problem, deterministic, here.device),
+                                          here.device, {wanted[0], wanted[1]});
 
-  Tensor grad_value = gradient_of_value(call.value, plan);
-  // zeros: a call without points has none of the gradients below written
-  Tensor grad_reference = torch::stable::new_zeros(*call.reference, call.reference->sizes());
+  Tensor grad_value = gradient_of_value(call.value, wanted[0], plan);
+  Tensor grad_reference;
+  if (wanted[1]) {  // zeros: a call without points has none of the gradients below written
+    grad_reference = torch::stable::new_zeros(*call.reference, call.reference->sizes());
+  }
   Tensor grad_offsets = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_logits = torch::stable::new_empty(call.weights, call.weights.sizes());
   const Tensor sums = bytes_of(call.value, plan.sums, true);
@@ -262,13 +267,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
   const Tensor statistics = bytes_of(call.value, plan.statistics, false);
   const Tensor by_weight = bytes_of(call.value, plan.by_weight, false);
   const Tensor parts = bytes_of(call.value, plan.parts, false);
-  const Outputs out = {grad_value.mutable_data_ptr(),  grad_offsets.mutable_data_ptr(),
-                       grad_logits.mutable_data_ptr(), grad_reference.mutable_data_ptr(),
-                       sums.mutable_data_ptr(),        bounds.mutable_data_ptr(),
-                       statistics.mutable_data_ptr(),  by_weight.mutable_data_ptr(),
+  const Outputs out = {data_of(grad_value),
+                       grad_offsets.mutable_data_ptr(),
+                       grad_logits.mutable_data_ptr(),
+                       data_of(grad_reference),
+                       sums.mutable_data_ptr(),
+                       bounds.mutable_data_ptr(),
+                       statistics.mutable_data_ptr(),
+                       by_weight.mutable_data_ptr(),
                        parts.mutable_data_ptr()};
   backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
-  return {grad_value, grad_reference, grad_offsets, grad_logits};
+  return {grad_value, grad_reference, if_wanted(wanted[2], grad_offsets),
+          if_wanted(wanted[3], grad_logits)};
 }
 
 std::string build() {

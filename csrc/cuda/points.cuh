@@ -53,7 +53,8 @@ struct LayerPointGradients {
   using Sum = Real<T>;
   void* offsets;
   void* logits;
-  Sum* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the reference points'
+  Sum* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the reference points';
+                         // null: nobody wants them
   Sum* by_weight;        // [B, Q, M, K]: working memory, where shared memory is too small for it
   bool wide;             // offsets and logits have the dtype of the sums
 

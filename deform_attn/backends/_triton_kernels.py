@@ -117,11 +117,16 @@ def _footprint(x_location, y_location, height, width, on_query):
 
 
 @triton.jit
-def _rows(x, y, width, start, INDEX: tl.constexpr):
-    """Rows of value of the four pixels."""
-    up = start.to(INDEX) + y.to(INDEX) * width.to(INDEX) + x.to(INDEX)
-    down = up + width.to(INDEX)
-    return up, up + 1, down, down + 1
+def _pixel_at(sample, width, i: tl.constexpr):
+    """Row of value of one of a sample's four pixels, and what it counts for.
+
+    Computed where they are needed: all at once, they would take registers all the time.
+    """
+    row, _, weight, right, down = sample
+    if i >= 2:
+        row += width.to(row.dtype)
+    share = weight * (down if i >= 2 else 1.0 - down)
+    return row + i % 2, share * (right if i % 2 == 1 else 1.0 - right)
 
 
 @triton.jit
@@ -173,63 +178,37 @@ def _softmax(logits, vector, on_query, POINTS: tl.constexpr, BLOCK_K: tl.constex
 
 @triton.jit
 def _anchor(
-    reference,
-    vector,
+    anchors,  # as _open_level takes them
     level,
     count,
-    height,
-    width,
-    offset_scale,
     on_query,
     REFERENCE: tl.constexpr,
     ANCHORS: tl.constexpr,
 ):
-    """Reference point (x, y) of a level, and how far an offset of 1 leads from it in x and y.
-
-    That is a pixel where it has two coordinates. Where it is a box (x, y, width, height), it is
-    this part of the box: offset_scale / points of the level, the last number returned.
+    """Reference point (x, y) of a level; of a box also how far an offset of 1 leads in x and y, and
+    which part of the box that is: offset_scale / points of the level.
     """
+    reference, vector, offset_scale = anchors
     at = vector * ANCHORS * REFERENCE
     if ANCHORS > 1:
         at += level * REFERENCE
     x = tl.load(reference + at, mask=on_query, other=0.0)
     y = tl.load(reference + at + 1, mask=on_query, other=0.0)
-    part = tl.div_rn(offset_scale, count.to(tl.float32))
-    if REFERENCE == 2:
-        x_step = tl.zeros_like(x) + tl.div_rn(1.0, width.to(tl.float32))
-        y_step = tl.zeros_like(y) + tl.div_rn(1.0, height.to(tl.float32))
-    else:
+    anchor = (x, y)
+    if REFERENCE == 4:
+        part = tl.div_rn(offset_scale, count.to(tl.float32))
         x_step = tl.load(reference + at + 2, mask=on_query, other=0.0) * part
         y_step = tl.load(reference + at + 3, mask=on_query, other=0.0) * part
-    return x, y, x_step, y_step, part
-
-
-@triton.jit
-def _way(offset, step, size, REFERENCE: tl.constexpr):
-    """How far an offset leads.
-
-    offset / size is rounded as a division rounds it, so that the point lies on the same side of a
-    knot as it does where PyTorch computes the locations.
-    """
-    way = offset * step
-    if REFERENCE == 2:
-        divisor = tl.zeros_like(offset) + size.to(tl.float32)
-        way = _fma(_fma(-way, divisor, offset), step, way)
-    return way
+        anchor = (x, y, x_step, y_step, part)
+    return anchor
 
 
 @triton.jit
 def _open_level(
-    shapes,
-    starts,
-    sizes,
-    starts_at,
+    levels,  # (shapes, starts, sizes, starts_at, rows)
     level,
     behind,
-    rows,
-    reference,
-    anchored,  # the query's number among those of all batch elements
-    offset_scale,
+    anchors,  # (reference, the query's number among those of all batch elements, offset_scale)
     on_query,
     COUNTS: tl.constexpr,
     REFERENCE: tl.constexpr,
@@ -238,26 +217,16 @@ def _open_level(
     """A level as (height, width, first row), its anchor, its first point and that of the next one,
     and `behind` for the next one.
     """
+    shapes, starts, sizes, starts_at, rows = levels
     height, width, start, behind = _level(
         shapes, starts, sizes, starts_at, level, behind, rows, len(COUNTS)
     )
-    first_point = _first_point(level, COUNTS)
-    last_point = _first_point(level + 1, COUNTS)
+    first = _first_point(level, COUNTS)
+    last = _first_point(level + 1, COUNTS)
     anchor = ()
     if REFERENCE > 0:
-        anchor = _anchor(
-            reference,
-            anchored,
-            level,
-            last_point - first_point,
-            height,
-            width,
-            offset_scale,
-            on_query,
-            REFERENCE,
-            ANCHORS,
-        )
-    return (height, width, start), anchor, first_point, last_point, behind
+        anchor = _anchor(anchors, level, last - first, on_query, REFERENCE, ANCHORS)
+    return (height, width, start), anchor, first, last, behind
 
 
 @triton.jit
@@ -272,8 +241,9 @@ def _sample(
     REFERENCE: tl.constexpr,
     INDEX: tl.constexpr,
 ):
-    """What a point samples: its four pixels' rows of value, which of them are on the map, and what
-    each counts; then weight, offset (location without a reference), fractions, and whether any hit.
+    """What a point samples: the first of its four pixels as a row of value, which of the four are
+    on the map, weight, and fractions; then its offset (location without a reference), and whether
+    any pixel is hit.
     """
     height, width, start = level
     x_offset = tl.load(locations + 2 * point, mask=on_query, other=0.0).to(tl.float32)
@@ -281,22 +251,21 @@ def _sample(
     weight = tl.load(weights + point, mask=on_query, other=0.0).to(tl.float32)
     if REFERENCE > 0:
         weight = tl.exp(weight - softmax[0]) * softmax[1]
-        x_location = anchor[0] + _way(x_offset, anchor[2], width, REFERENCE)
-        y_location = anchor[1] + _way(y_offset, anchor[3], height, REFERENCE)
+    if REFERENCE == 4:
+        x_location = anchor[0] + x_offset * anchor[2]
+        y_location = anchor[1] + y_offset * anchor[3]
+    elif REFERENCE == 2:
+        # divided, not multiplied by the inverse, so that the point lies on the same side of a knot
+        # as it does where PyTorch computes the locations
+        nothing = tl.zeros_like(x_offset)
+        x_location = anchor[0] + tl.div_rn(x_offset, nothing + width.to(tl.float32))
+        y_location = anchor[1] + tl.div_rn(y_offset, nothing + height.to(tl.float32))
     else:
         x_location, y_location = x_offset, y_offset
     x, y, right, down, hit, on = _footprint(x_location, y_location, height, width, on_query)
-    row = _rows(x, y, width, start, INDEX)
+    row = start.to(INDEX) + y.to(INDEX) * width.to(INDEX) + x.to(INDEX)
     weight = tl.where(hit, weight, 0.0)  # no pixel: not even a NaN weight counts
-    up_share = weight * (1.0 - down)
-    down_share = weight * down
-    share = (
-        up_share * (1.0 - right),
-        up_share * right,
-        down_share * (1.0 - right),
-        down_share * right,
-    )
-    return row, on, share, weight, x_offset, y_offset, right, down, hit
+    return (row, on, weight, right, down), x_offset, y_offset, hit
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -319,7 +288,6 @@ def forward(
     POINTS: tl.constexpr,  # their sum
     REFERENCE: tl.constexpr,
     ANCHORS: tl.constexpr,
-    UNROLL: tl.constexpr,  # divides every count
     INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -340,33 +308,21 @@ def forward(
     locations += 2 * POINTS * vector
     weights += POINTS * vector
     total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    levels = shapes, starts, sizes, starts_at, rows
+    anchors = reference, batch * queries + query, offset_scale
     behind = tl.zeros([], tl.int64)
     for number in range(len(COUNTS)):
-        level, anchor, first_point, last_point, behind = _open_level(
-            shapes,
-            starts,
-            sizes,
-            starts_at,
-            number,
-            behind,
-            rows,
-            reference,
-            batch * queries + query,
-            offset_scale,
-            on_query,
-            COUNTS,
-            REFERENCE,
-            ANCHORS,
+        level, anchor, first, last, behind = _open_level(
+            levels, number, behind, anchors, on_query, COUNTS, REFERENCE, ANCHORS
         )
-        for first in range(first_point, last_point, UNROLL):
-            for step in tl.static_range(UNROLL):
-                point = first + step
-                row, on, share, weight, x_offset, y_offset, right, down, hit = _sample(
-                    locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
-                )
-                for i in tl.static_range(4):
-                    pixel = _tile(value, row[i] * row_stride, on[i], channel, exists)
-                    total += share[i][:, None] * pixel
+        for k in range(first, last):
+            sample, x_offset, y_offset, hit = _sample(
+                locations, weights, k, on_query, level, anchor, softmax, REFERENCE, INDEX
+            )
+            for i in tl.static_range(4):
+                row, share = _pixel_at(sample, level[1], i)
+                pixel = _tile(value, row * row_stride, sample[1][i], channel, exists)
+                total += share[:, None] * pixel
 
     tl.store(
         output + vector[:, None] * HEAD_DIM + channel[None, :],
@@ -387,9 +343,9 @@ def backward(
     offset_scale,
     locations,
     weights,
-    grad_value,  # [B, rows, heads, HEAD_DIM] float32, zeros; None: fill targets and shares
-    targets,  # [queries, heads, POINTS, 4] head * rows + row of value; heads * rows: none
-    shares,  # [queries, heads, POINTS, 4] what to multiply with the gradient of the output
+    grad_value,  # [B, rows, heads, HEAD_DIM] float32, zeros; or None
+    targets,  # [queries, heads, POINTS, 4] head * rows + row of value; heads * rows: none; or None
+    shares,  # [queries, heads, POINTS, 4] what to multiply with the gradient of the output; or None
     grad_reference,  # [B, queries, heads, ANCHORS, REFERENCE] float32, or None
     grad_locations,  # of the offsets where there is a reference
     grad_weights,  # of the logits where there is a reference
@@ -402,141 +358,148 @@ def backward(
     POINTS: tl.constexpr,
     REFERENCE: tl.constexpr,
     ANCHORS: tl.constexpr,
-    UNROLL: tl.constexpr,
     INDEX: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
+    QUAD: tl.constexpr = max(BLOCK_D, 4)
+    corner = tl.arange(0, QUAD)
     query, _, head, batch = _place_of_program(queries, heads, 1, BLOCK_Q)
     batch += first_batch
     on_query = query < queries
     row_stride = heads.to(INDEX) * HEAD_DIM
     image = batch * rows * row_stride + head * HEAD_DIM
+    if targets is not None:  # which are those of one batch element
+        targets -= 4 * POINTS * batch * queries * heads
+        shares -= 4 * POINTS * batch * queries * heads
     vector = (batch * queries + query) * heads + head
     channel, exists = _channels(0, HEAD_DIM, BLOCK_D)
     grad = _tile(grad_output, vector * HEAD_DIM, on_query, channel, exists)
     nothing = tl.zeros([BLOCK_Q], tl.float32)
 
+    # Stored when all are there: as tiles, their threads are those of the channels, and nothing has
+    # to be carried from warp to warp.
+    SIDE_BY_SIDE: tl.constexpr = min(BLOCK_D, 64)
+    SLOTS: tl.constexpr = max(triton.next_power_of_2(BLOCK_K + ANCHORS * REFERENCE), SIDE_BY_SIDE)
+    SIDES: tl.constexpr = max(2 * BLOCK_K, SIDE_BY_SIDE)
+    slot = tl.arange(0, SLOTS)  # the weights', and from BLOCK_K on the reference points'
+    side = tl.arange(0, SIDES)  # x and y by turns
+    of_weights = tl.zeros([BLOCK_Q, SLOTS], tl.float32)
+    of_locations = tl.zeros([BLOCK_Q, SIDES], tl.float32)
     softmax = ()
     if REFERENCE > 0:
-        softmax = _softmax(weights, vector, on_query, POINTS, BLOCK_K)
-        slot = tl.arange(0, BLOCK_K)
-        of_weights = tl.zeros([BLOCK_Q, BLOCK_K], tl.float32)
-        of_reference = (nothing, nothing, nothing, nothing)
+        softmax = _softmax(weights, vector, on_query, POINTS, SLOTS)
+    levels = shapes, starts, sizes, starts_at, rows
+    anchors = reference, batch * queries + query, offset_scale
     behind = tl.zeros([], tl.int64)
     for number in range(len(COUNTS)):
-        level, anchor, first_point, last_point, behind = _open_level(
-            shapes,
-            starts,
-            sizes,
-            starts_at,
-            number,
-            behind,
-            rows,
-            reference,
-            batch * queries + query,
-            offset_scale,
-            on_query,
-            COUNTS,
-            REFERENCE,
-            ANCHORS,
+        level, anchor, first, last, behind = _open_level(
+            levels, number, behind, anchors, on_query, COUNTS, REFERENCE, ANCHORS
         )
-        for first in range(first_point, last_point, UNROLL):
-            for step in tl.static_range(UNROLL):
-                point = vector * POINTS + first + step
-                row, on, share, weight, x_offset, y_offset, right, down, hit = _sample(
-                    locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
-                )
+        for k in range(first, last):
+            point = vector * POINTS + k
+            sample, x_offset, y_offset, hit = _sample(
+                locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
+            )
+            first_row, on, weight, right, down = sample
 
-                # the gradient of the output times each pixel: all that the small gradients need
-                dots = (nothing, nothing, nothing, nothing)
-                for chunk in range(CHUNKS):
-                    if CHUNKS > 1:
-                        channel, exists = _channels(chunk, HEAD_DIM, BLOCK_D)
-                        grad = _tile(grad_output, vector * HEAD_DIM, on_query, channel, exists)
-                    dots = _add_dots(
-                        dots, grad, value + image, row, row_stride, on, channel, exists
-                    )
-                    if grad_value is not None:
-                        for i in tl.static_range(4):
-                            at = row[i] * row_stride
-                            tl.atomic_add(
-                                grad_value + image + at[:, None] + channel[None, :],
-                                share[i][:, None] * grad,
-                                mask=on[i][:, None] & exists[None, :],
-                                sem="relaxed",
-                            )
-                if grad_value is None:
-                    entry = 4 * ((query * heads + head) * POINTS + first + step)
-                    nowhere = heads.to(INDEX) * rows
-                    for i in tl.static_range(4):
-                        target = tl.where(on[i], head.to(INDEX) * rows + row[i], nowhere)
-                        tl.store(targets + entry + i, target, mask=on_query)
-                        tl.store(shares + entry + i, share[i], mask=on_query)
+            # the gradient of the output times each pixel: all that the small gradients need
+            a, b, c, d = nothing, nothing, nothing, nothing
+            for chunk in range(CHUNKS):
+                if CHUNKS > 1:
+                    channel, exists = _channels(chunk, HEAD_DIM, BLOCK_D)
+                    grad = _tile(grad_output, vector * HEAD_DIM, on_query, channel, exists)
+                tiles = grad, value, grad_value, image, channel, exists
+                a += _visit(tiles, sample, level[1], row_stride, 0)
+                b += _visit(tiles, sample, level[1], row_stride, 1)
+                c += _visit(tiles, sample, level[1], row_stride, 2)
+                d += _visit(tiles, sample, level[1], row_stride, 3)
+            if targets is not None:
+                target = tl.zeros([BLOCK_Q, QUAD], INDEX)  # row + 1
+                part = tl.zeros([BLOCK_Q, QUAD], tl.float32)
+                for i in tl.static_range(4):
+                    here = corner[None, :] == i
+                    row, share = _pixel_at(sample, level[1], i)
+                    target = tl.where(here & on[i][:, None], row[:, None] + 1, target)
+                    part = tl.where(here, share[:, None], part)
+                nowhere = heads.to(INDEX) * rows
+                target = tl.where(target > 0, head.to(INDEX) * rows + target - 1, nowhere)
+                at = 4 * point[:, None] + corner[None, :]
+                on_corner = on_query[:, None] & (corner < 4)[None, :]
+                tl.store(targets + at, target, mask=on_corner)
+                tl.store(shares + at, part, mask=on_corner)
 
-                # off the map there is nothing, whatever the gradient of the output is
-                a = tl.where(on[0], dots[0], 0.0)
-                b = tl.where(on[1], dots[1], 0.0)
-                c = tl.where(on[2], dots[2], 0.0)
-                d = tl.where(on[3], dots[3], 0.0)
-                of_weight = (a * (1.0 - right) + b * right) * (1.0 - down)
-                of_weight += (c * (1.0 - right) + d * right) * down
-                of_x = ((b - a) * (1.0 - down) + (d - c) * down) * (weight * level[1])
-                of_y = ((c - a) * (1.0 - right) + (d - b) * right) * (weight * level[0])
-                if REFERENCE > 0:
-                    of_weights = tl.where(
-                        slot[None, :] == first + step, of_weight[:, None], of_weights
-                    )
-                    of_reference = (
-                        of_reference[0] + of_x,
-                        of_reference[1] + of_y,
-                        of_reference[2] + tl.where(hit, of_x * x_offset * anchor[4], 0.0),
-                        of_reference[3] + tl.where(hit, of_y * y_offset * anchor[4], 0.0),
-                    )
-                    of_x = tl.where(hit, of_x * anchor[2], 0.0)
-                    of_y = tl.where(hit, of_y * anchor[3], 0.0)
-                else:
-                    tl.store(
-                        grad_weights + point,
-                        of_weight.to(grad_weights.dtype.element_ty),
-                        mask=on_query,
-                    )
-                place = grad_locations + 2 * point
-                tl.store(place, of_x.to(grad_locations.dtype.element_ty), mask=on_query)
-                tl.store(place + 1, of_y.to(grad_locations.dtype.element_ty), mask=on_query)
+            of_weight = (a * (1.0 - right) + b * right) * (1.0 - down)
+            of_weight += (c * (1.0 - right) + d * right) * down
+            # of the pixel, which is the offset where a reference point has two coordinates
+            of_x = ((b - a) * (1.0 - down) + (d - c) * down) * weight
+            of_y = ((c - a) * (1.0 - right) + (d - b) * right) * weight
+            if grad_reference is not None:
+                place = BLOCK_K + (number * REFERENCE if ANCHORS > 1 else 0)
+                of_weights = _put(of_weights, slot, place, of_x * level[1])
+                of_weights = _put(of_weights, slot, place + 1, of_y * level[0])
+                if REFERENCE == 4:
+                    of_width = of_x * level[1] * x_offset * anchor[4]
+                    of_height = of_y * level[0] * y_offset * anchor[4]
+                    of_weights = _put(of_weights, slot, place + 2, tl.where(hit, of_width, 0.0))
+                    of_weights = _put(of_weights, slot, place + 3, tl.where(hit, of_height, 0.0))
+            if REFERENCE != 2:
+                of_x *= level[1]
+                of_y *= level[0]
+            if REFERENCE == 4:
+                of_x = tl.where(hit, of_x * anchor[2], 0.0)
+                of_y = tl.where(hit, of_y * anchor[3], 0.0)
+            of_weights = _put(of_weights, slot, k, of_weight)
+            of_locations = _put(of_locations, side, 2 * k, of_x)
+            of_locations = _put(of_locations, side, 2 * k + 1, of_y)
 
-        if grad_reference is not None and ANCHORS > 1:
-            anchor_at = (vector * ANCHORS + number) * REFERENCE
-            _store_reference(grad_reference + anchor_at, of_reference, on_query, REFERENCE)
-            of_reference = (nothing, nothing, nothing, nothing)
-    if grad_reference is not None and ANCHORS == 1:
-        _store_reference(grad_reference + vector * REFERENCE, of_reference, on_query, REFERENCE)
+    if grad_reference is not None:
+        at = (slot - BLOCK_K)[None, :]
+        tl.store(
+            grad_reference + ANCHORS * REFERENCE * vector[:, None] + at,
+            of_weights,
+            mask=on_query[:, None] & (at >= 0) & (at < ANCHORS * REFERENCE),
+        )
+    at_slot = vector[:, None] * POINTS + slot[None, :]
+    on_slot = on_query[:, None] & (slot < POINTS)[None, :]
     if REFERENCE > 0:
-        at_slot = vector[:, None] * POINTS + slot[None, :]
-        on_slot = on_query[:, None] & (slot < POINTS)[None, :]
         logit = tl.load(weights + at_slot, mask=on_slot, other=float("-inf")).to(tl.float32)
         weight = tl.exp(logit - softmax[0][:, None]) * softmax[1][:, None]
-        of_logit = weight * (of_weights - tl.sum(weight * of_weights, 1)[:, None])
-        tl.store(grad_weights + at_slot, of_logit.to(grad_weights.dtype.element_ty), mask=on_slot)
-
-
-@triton.jit
-def _store_reference(place, of_reference, on_query, REFERENCE: tl.constexpr):
-    for i in tl.static_range(REFERENCE):
-        tl.store(place + i, of_reference[i], mask=on_query)
-
-
-@triton.jit
-def _add_dots(dots, grad, value, row, row_stride, on, channel, exists):
-    """dots + the sums over channels of grad times each of the four pixels."""
-    return (
-        dots[0] + tl.sum(grad * _tile(value, row[0] * row_stride, on[0], channel, exists), 1),
-        dots[1] + tl.sum(grad * _tile(value, row[1] * row_stride, on[1], channel, exists), 1),
-        dots[2] + tl.sum(grad * _tile(value, row[2] * row_stride, on[2], channel, exists), 1),
-        dots[3] + tl.sum(grad * _tile(value, row[3] * row_stride, on[3], channel, exists), 1),
+        mean = tl.sum(tl.where(slot[None, :] < POINTS, weight * of_weights, 0.0), 1)
+        of_weights = weight * (of_weights - mean[:, None])
+    tl.store(grad_weights + at_slot, of_weights.to(grad_weights.dtype.element_ty), mask=on_slot)
+    tl.store(
+        grad_locations + 2 * POINTS * vector[:, None] + side[None, :],
+        of_locations.to(grad_locations.dtype.element_ty),
+        mask=on_query[:, None] & (side < 2 * POINTS)[None, :],
     )
+
+
+@triton.jit
+def _put(tile, column, at, numbers):
+    """tile + numbers in one of its columns."""
+    return tile + tl.where(column[None, :] == at, numbers[:, None], 0.0)
+
+
+@triton.jit
+def _visit(tiles, sample, width, row_stride, i: tl.constexpr):
+    """The sum over channels of the output's gradient times a pixel, whose own it adds to."""
+    grad, value, grad_value, image, channel, exists = tiles
+    on = sample[1][i]
+    row, share = _pixel_at(sample, width, i)
+    at = row * row_stride
+    dot = tl.sum(grad * _tile(value + image, at, on, channel, exists), 1)
+    if grad_value is not None:
+        tl.atomic_add(
+            grad_value + image + at[:, None] + channel[None, :],
+            share[:, None] * grad,
+            mask=on[:, None] & exists[None, :],
+            sem="relaxed",
+        )
+    # off the map there is nothing, whatever the gradient of the output is
+    return tl.where(on, dot, 0.0)
 
 
 @triton.jit(do_not_specialize=("rows", "heads", "points"))
@@ -550,18 +513,18 @@ def add_up_rows(
     heads,
     points,
     HEAD_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     CHUNKS: tl.constexpr = (HEAD_DIM + BLOCK_D - 1) // BLOCK_D
-    target = (tl.program_id(0) // CHUNKS).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    target = (tl.program_id(0) // CHUNKS).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     channel, exists = _channels(tl.program_id(0) % CHUNKS, HEAD_DIM, BLOCK_D)
     on_target = target < rows.to(tl.int64) * heads
     begin = tl.load(begins + target, mask=on_target, other=0)
     count = tl.load(begins + target + 1, mask=on_target, other=0) - begin
     head = target // rows
 
-    total = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    total = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
     for i in range(tl.max(count, 0)):
         on = i < count
         entry = tl.load(order + begin + i, mask=on, other=0)

@@ -16,6 +16,7 @@ from deform_attn.inputs import (
     check_gradient,
     check_operands,
     host_level_sizes,
+    if_wanted,
     location_dtype,
     points_per_level,
 )
@@ -58,16 +59,17 @@ def backward(
     level_sizes: Sequence[int] | None,
     num_points: Sequence[int] | None,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, sampling_locations and attention_weights."""
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of value, sampling_locations and attention_weights, as far as they are wanted."""
     inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
     check_operands(*inputs, level_sizes, num_points)
-    check_gradient(grad_output, value, sampling_locations)
+    check_gradient(grad_output, value, sampling_locations, wanted, 3)
     B, S, M, D = value.shape
     Q = sampling_locations.shape[1]
     real = location_dtype(value.dtype)
     grad = grad_output.to(real).transpose(1, 2).reshape(B * M, D, Q, 1)
-    grad_value = value.new_zeros((B, M, D, S), dtype=real)
+    grad_value = value.new_zeros((B, M, D, S), dtype=real) if wanted[0] else None
     grad_grids, grad_weights = [], []
     for start, level, grid, weights in _levels(*inputs, level_sizes, num_points):
         rows = level.shape[2] * level.shape[3]
@@ -75,22 +77,21 @@ def backward(
         grad_level, grad_grid = torch.zeros_like(level), torch.zeros_like(grid)
         if grid.numel() > 0:
             grad_level, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
-                grad * weights, level, grid, 0, 0, False, (True, True)
+                grad * weights, level, grid, 0, 0, False, (wanted[0], True)
             )
-        grad_value[..., start : start + rows] += grad_level.view(B, M, D, rows)
+        if grad_value is not None:
+            grad_value[..., start : start + rows] += grad_level.view(B, M, D, rows)
         grad_grids.append(grad_grid)
     # grid = 2 * location - 1; a location that is nowhere near has no gradient
     grad_locations = 2 * torch.cat(grad_grids, 2).unflatten(0, (B, M)).transpose(1, 2)
     grad_locations = grad_locations.reshape(sampling_locations.shape).contiguous()
-    return (
-        grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
+    of_weights = torch.cat(grad_weights, 2).unflatten(0, (B, M)).transpose(1, 2)
+    of_weights = of_weights.reshape(attention_weights.shape).to(attention_weights.dtype)
+    return if_wanted(
+        wanted,
+        None if grad_value is None else grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
         grad_locations.masked_fill(~_near(sampling_locations), 0),
-        torch.cat(grad_weights, 2)
-        .unflatten(0, (B, M))
-        .transpose(1, 2)
-        .reshape(attention_weights.shape)
-        .to(attention_weights.dtype)
-        .contiguous(),
+        of_weights.contiguous(),
     )
 
 

@@ -26,6 +26,7 @@ from deform_attn.inputs import (
     check_gradient,
     check_layer_operands,
     check_operands,
+    if_wanted,
     points_per_level,
 )
 
@@ -66,42 +67,40 @@ class Blocks:
 
     queries: int  # of a program
     channels: int  # at a time
-    unroll: int  # points at a time
     warps: int  # of a program
     registers: int | None = None
 
 
 @dataclass(frozen=True)
 class _Setting:
-    """A row of the table below."""
+    """A row of the table below: what a thread takes side by side, as far as both go."""
 
-    load: int | None  # bytes of the channels that a thread takes side by side; None: four channels
+    load: int  # bytes
+    channels: int
     warps: int
-    unroll: int
-    registers: int
 
 
-# Chosen by shape, without trials on the device. `registers` is a limit at which no architecture
-# from 7.5 to 12.0 spills; `make kernels` shows what they take. The two 72s spill a few bytes at 64:
-# float32 on 7.5 and 8.0, a layer in 16 bits on 7.5 and 10.0.
+# Chosen by shape, without trials on the device. With 64 registers a thread, a multiprocessor is
+# half full at least on every architecture from 7.5 to 12.0, and no kernel spills; a program of one
+# warp would not do, as 8.6 has no more than 16 programs at a time. `make kernels` shows it.
 #
-# Many queries, enough to fill a GPU: 16 bytes a thread, the widest load; four warps, which share
-# what they read in the L1 cache; one point at a time, in few registers: warps enough to wait for
-# memory. Few queries: four channels a thread, so more threads; a program of one warp, to reach
-# every multiprocessor; two points at a time, as more warps than there are could not hide the wait.
+# Many queries, enough to fill a GPU: 16 bytes a thread, the widest load (8 of a layer in 16 bits,
+# which spills otherwise); four warps, which share what they read in the L1 cache. Few queries: half
+# of that, so more threads; programs as small as they may be, to reach every multiprocessor.
 #
 # Backward: four channels a thread, the widest atomic addition in float32, also where it could load
-# more: one layout for both keeps the tiles out of shared memory. A program is one warp, so that
-# what it stores for a query gets there by shuffles: with two, every point waits at a barrier.
+# more: one layout for all that a program holds keeps it out of shared memory. Where a point takes
+# more registers, for the softmax or the list of rows, two.
 _SETTINGS = {
-    ("forward", "many"): _Setting(load=16, warps=4, unroll=1, registers=64),
-    ("forward", "few"): _Setting(load=None, warps=1, unroll=2, registers=72),
-    ("forward, layer", "many"): _Setting(load=16, warps=4, unroll=1, registers=72),
-    ("forward, layer", "few"): _Setting(load=None, warps=1, unroll=1, registers=64),
-    ("backward", "any"): _Setting(load=None, warps=1, unroll=2, registers=88),
-    ("backward, deterministic", "any"): _Setting(load=None, warps=1, unroll=1, registers=96),
-    ("backward, layer", "any"): _Setting(load=None, warps=1, unroll=1, registers=96),
+    ("forward", "many"): _Setting(load=16, channels=8, warps=4),
+    ("forward", "few"): _Setting(load=8, channels=4, warps=2),
+    ("forward, layer", "many"): _Setting(load=16, channels=4, warps=4),
+    ("forward, layer", "few"): _Setting(load=8, channels=4, warps=2),
+    ("backward", "any"): _Setting(load=16, channels=4, warps=2),
+    ("backward, deterministic", "any"): _Setting(load=16, channels=2, warps=2),
+    ("backward, layer", "any"): _Setting(load=16, channels=2, warps=2),
 }
+_REGISTERS = 64
 _MANY = 2**22  # channels of all queries and heads
 _SEVERAL_LOADS = 128  # registers where a warp's threads do not reach across a head's channels
 
@@ -109,7 +108,6 @@ _SEVERAL_LOADS = 128  # registers where a warp's threads do not reach across a h
 def blocks_for(
     element_size: int,
     head_dim: int,
-    counts: Sequence[int],
     queries: int,
     vectors: int,
     *,
@@ -125,7 +123,6 @@ def blocks_for(
     Args:
         element_size: bytes of an element of value.
         head_dim: D.
-        counts: points in each level.
         queries: Q.
         vectors: batch x queries x heads.
         backward: for the backward kernel.
@@ -135,18 +132,17 @@ def blocks_for(
     """
     channels = min(_power_of_two(head_dim), 256 if backward else 128)
     kernel = "backward" if backward else "forward"
-    kernel += ", layer" if fused else ", deterministic" if backward and deterministic else ""
+    kernel += ", layer" if fused else ", deterministic" if deterministic else ""
     size = "any" if backward else "many" if vectors * channels >= _MANY else "few"
     setting = _SETTINGS[kernel, size]
-    by_thread = 4 if setting.load is None else setting.load // element_size
-    by_thread = math.gcd(head_dim, by_thread)  # as a head is aligned
+    # as a head is aligned
+    by_thread = math.gcd(head_dim, min(setting.load // element_size, setting.channels))
     side_by_side = max(1, 32 * by_thread // channels)
     return Blocks(
         min(128, _power_of_two(queries)) if interpreted else setting.warps * side_by_side,
         channels,
-        1 if any(count % setting.unroll for count in counts) else setting.unroll,
         setting.warps,
-        setting.registers if channels <= 32 * by_thread else _SEVERAL_LOADS,
+        _REGISTERS if channels <= 32 * by_thread else _SEVERAL_LOADS,
     )
 
 
@@ -175,7 +171,6 @@ def constants(
         "POINTS": sum(counts),
         "ANCHORS": reference[0],
         "REFERENCE": reference[1],
-        "UNROLL": blocks.unroll,
         "INDEX": language.int64 if wide else language.int32,
         "BLOCK_Q": blocks.queries,
         "BLOCK_D": blocks.channels,
@@ -207,8 +202,9 @@ def backward(
     level_sizes: Sequence[int] | None,
     num_points: Sequence[int] | None,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, locations and weights.
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of value, locations and weights, as far as they are ``wanted``.
 
     The gradient of value is summed in float32 by atomic additions, in an order that differs from
     run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
@@ -216,8 +212,7 @@ def backward(
     """
     levels = spatial_shapes, level_start_index, level_sizes, num_points
     problem = _Problem(value, *levels, sampling_locations, attention_weights)
-    of_value, _, of_locations, of_weights = problem.backward(grad_output, deterministic)
-    return of_value, of_locations, of_weights
+    return problem.backward(grad_output, deterministic, wanted)
 
 
 def layer_forward(
@@ -249,14 +244,13 @@ def layer_backward(
     num_points: Sequence[int] | None,
     offset_scale: float,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
     """Gradients of value, reference points, offsets and logits; see :func:`backward`."""
     levels = spatial_shapes, level_start_index, level_sizes, num_points
     reference = reference_points, offset_scale
     problem = _Problem(value, *levels, sampling_offsets, attention_logits, *reference)
-    of_value, of_reference, of_offsets, of_logits = problem.backward(grad_output, deterministic)
-    assert of_reference is not None
-    return of_value, of_reference, of_offsets, of_logits
+    return problem.backward(grad_output, deterministic, wanted)
 
 
 class _Problem:
@@ -329,17 +323,20 @@ class _Problem:
         return output.to(self.value.dtype)
 
     def backward(
-        self, grad_output: Tensor, deterministic: bool
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Gradients of value, reference points, locations or offsets, weights or logits."""
-        check_gradient(grad_output, self.value, self.locations)
+        self, grad_output: Tensor, deterministic: bool, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of value, of reference points if any, of locations or offsets, of weights or
+        logits, as far as they are wanted.
+        """
+        layer = self.reference is not None
+        check_gradient(grad_output, self.value, self.locations, wanted, 4 if layer else 3)
         B, S, M, D = self.value.shape
         Q = self.queries
         grad_output = grad_output.contiguous()
         of_locations = torch.empty_like(self.locations, dtype=_stored(self.locations.dtype))
         of_weights = torch.empty_like(self.weights, dtype=_stored(self.weights.dtype))
-        of_reference = None
-        if self.reference is not None:  # one of each head, added up below
+        of_value = of_reference = None
+        if self.reference is not None and wanted[1]:  # one of each head, added up below
             of_reference = self.reference.new_zeros((B, Q, M, *self.reference_shape))
         blocks = self.blocks(backward=True, deterministic=deterministic)
         programs = M * _ceil(Q, blocks.queries)
@@ -348,7 +345,10 @@ class _Problem:
             gradients = (*of_value, of_reference, of_locations, of_weights)
             self.launch("backward", programs, blocks, grad_output, *self.inputs, *gradients, batch)
 
-        if not deterministic or of_weights.numel() == 0:
+        if not wanted[0]:
+            if of_weights.numel():
+                launch(0, B * programs, None, None, None)
+        elif not deterministic or of_weights.numel() == 0:
             # 16-bit sums would lose small gradients
             of_value = torch.zeros_like(self.value, dtype=torch.float32)
             if of_weights.numel():
@@ -368,9 +368,10 @@ class _Problem:
                 by_row, order = targets.flatten().sort(stable=True)
                 begins = torch.searchsorted(by_row, rows)
                 self.add_up_rows(grad_output[batch], order, begins, shares, of_value[batch])
-        return (
-            of_value.to(self.value.dtype),
-            None if of_reference is None else of_reference.sum(2),
+        return if_wanted(
+            wanted,
+            None if of_value is None else of_value.to(self.value.dtype),
+            *([None if of_reference is None else of_reference.sum(2)] if layer else []),
             of_locations.to(self.locations.dtype),
             of_weights.to(self.weights.dtype),
         )
@@ -380,7 +381,6 @@ class _Problem:
         return blocks_for(
             self.value.element_size(),
             D,
-            self.counts,
             self.queries,
             B * self.queries * M,
             backward=backward,
@@ -418,7 +418,7 @@ class _Problem:
             *(S, M, sum(self.counts)),
             blocks=blocks,
             HEAD_DIM=D,
-            BLOCK_R=blocks.queries,
+            BLOCK_Q=blocks.queries,
             BLOCK_D=blocks.channels,
         )
 

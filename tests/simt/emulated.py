@@ -84,6 +84,7 @@ class Emulated:
         num_points: Sequence[int] | None = None,
         way: str = "planned",
         targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
+        wanted: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of value, sampling_locations and attention_weights."""
         assert way in WAYS
@@ -100,25 +101,31 @@ class Emulated:
                 *(value, spatial_shapes, level_start_index),
                 *(sampling_locations, attention_weights, num_points),
                 way=way,
+                wanted=wanted,
             )
         self._backward(call, grad_output, targets, way)
         return targets[0], targets[1], targets[2]
 
-    def targets(self, *arguments: Any, way: str) -> tuple[Tensor, ...]:
+    def targets(
+        self, *arguments: Any, way: str, wanted: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor, ...]:
         """What the kernels write, as it must be before the call, in the order of Outputs.
 
         The arguments are those of a call. Gradients of value, locations (offsets), weights (logits)
-        and reference points come first, then working memory.
+        and reference points come first, then working memory. `wanted`: those of value and of
+        reference points, empty where not.
         """
         call = _Call(*arguments)
-        _, zeros, sizes = self.module.plan(call.fields, way, self.processors)
+        _, zeros, sizes = self.module.plan(call.fields, way, self.processors, *wanted)
         value, locations, weights, reference = call.tensors
         sums, *others = sizes
+        nothing = torch.empty(0)
+        of_value = torch.zeros_like(value) if zeros else torch.full_like(value, NAN)
         return (
-            torch.zeros_like(value) if zeros else torch.full_like(value, NAN),
+            of_value if wanted[0] else nothing,
             torch.full_like(locations, NAN),
             torch.full_like(weights, NAN),
-            torch.empty(0) if reference is None else torch.full_like(reference, NAN),
+            nothing if reference is None or not wanted[1] else torch.full_like(reference, NAN),
             torch.zeros(sums, dtype=torch.uint8),
             *(torch.full((size,), 255, dtype=torch.uint8) for size in others),
         )
@@ -169,6 +176,7 @@ class Emulated:
         offset_scale: float,
         way: str = "planned",
         targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
+        wanted: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of value, reference_points, sampling_offsets and attention_logits."""
         arguments = (
@@ -176,13 +184,13 @@ class Emulated:
             *(num_points, reference_points, offset_scale),
         )
         if targets is None:
-            targets = self.targets(*arguments, way=way)
+            targets = self.targets(*arguments, way=way, wanted=wanted)
         self._backward(_Call(*arguments), grad_output, targets, way)
         return targets[0], targets[3], targets[1], targets[2]
 
     def way_of(self, *arguments: Any) -> str:
         """The way that is chosen for a call."""
-        return self.module.plan(_Call(*arguments).fields, "planned", self.processors)[0]
+        return self.module.plan(_Call(*arguments).fields, "planned", self.processors, True, True)[0]
 
 
 class _Call:

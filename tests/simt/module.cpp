@@ -56,11 +56,12 @@ Device device(int processors, bool long_offsets) {
   return {processors, kAtomicFloats == 4 ? 90 : 80, nullptr, long_offsets};
 }
 
-BackwardPlan plan(const Inputs& in, const std::string& name, const Device& device) {
+BackwardPlan plan(const Inputs& in, const std::string& name, const Device& device,
+                  const Wanted& wanted) {
   const Way way = name == "plain"     ? Way::kPlain
                   : name == "scatter" ? Way::kScatter
                                       : chosen_way(in.problem, name == "gather", device);
-  return plan_backward(in, way, device);
+  return plan_backward(in, way, device, wanted);
 }
 
 const char* name_of(Way way) {
@@ -80,8 +81,10 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
     forward_call(in, at(output), device(processors, long_offsets), plain);
   });
   // the way, and bytes of working memory in the order of Outputs
-  module.def("plan", [](const py::dict& call, const std::string& way, int processors) {
-    const BackwardPlan it = plan(inputs_of(call), way, device(processors, false));
+  module.def("plan", [](const py::dict& call, const std::string& way, int processors, bool value,
+                        bool reference) {
+    const BackwardPlan it =
+        plan(inputs_of(call), way, device(processors, false), {value, reference});
     return py::make_tuple(
         name_of(it.way), it.zeros,
         py::make_tuple(it.sums, it.bounds, it.statistics, it.by_weight, it.parts));
@@ -93,7 +96,8 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
     const Outputs out = {address(0), address(1), address(2), address(3), address(4),
                          address(5), address(6), address(7), address(8)};
     const Device here = device(processors, long_offsets);
-    const BackwardPlan planned = plan(in, way, here);
+    const BackwardPlan planned =
+        plan(in, way, here, {out.value != nullptr, out.reference != nullptr});
     const py::gil_scoped_release release;
     backward_call(in, at(grad_output), out, planned, here);
   });

@@ -119,6 +119,29 @@ def test_deterministic() -> None:
         kernels.set_order("forward")
 
 
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("way", ["scatter", "gather"])
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
+def test_gradients_that_nobody_wants(dtype: str, way: str, wanted: tuple[bool, bool]) -> None:
+    """They take no memory, and the others are the same without them."""
+    counts = [3, 0, 2]
+    value, reference, offsets, logits, grad_output = drawn(DTYPES[dtype].value, 9, 32, counts, 3, 2)
+    levels = torch.tensor(LEVELS)
+    arguments = (value, levels, None, reference, offsets, logits, counts, SCALE)
+    kernels = Emulated()
+    full = kernels.layer_backward(grad_output, *arguments, way=way)
+    found = kernels.layer_backward(grad_output, *arguments, way=way, wanted=wanted)
+    for flag, one, other in zip((*wanted, True, True), found, full):
+        torch.testing.assert_close(one, other if flag else torch.empty(0))
+    planned = kernels.targets(
+        *(value, levels, None, offsets, logits, counts, reference, SCALE), way=way, wanted=wanted
+    )
+    sums, bounds, statistics, _, parts = (tensor.numel() for tensor in planned[4:])
+    assert (parts > 0) == wanted[1]
+    assert (bounds + statistics > 0) == (wanted[0] and way == "gather")
+    assert (sums > 0) == (wanted[0] and way == "scatter" and dtype == "bf16")
+
+
 def test_level_that_does_not_fit() -> None:
     """It counts as empty, and no gradient is NaN for it."""
     counts = [2, 2, 2]

@@ -21,11 +21,15 @@ COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; the rest is for `make traffic`
 TRIED = ("deformable_detr_encoder_800x1333 f32", "rtdetr_decoder_640 f32")
 # What is not reached, and stays in the table: fusing saves memory traffic and launches, not L2's.
+# Bytes a point through L2: forward, 77 of 99 are the gathered pixels of value; with nothing beside
+# these and what every layer must move, 20, it would still be 97 of 137 unfused, 0.71x. Backward,
+# 298 of 504 are pixels, the output's gradient and offsets, read as often as unfused, which moves
+# 391 in all; what fusing adds are the reference points, 99: gathering reads a sector for each query
+# that a tile looks at, of which it uses one level.
 NOT_MET = {
-    "layer fused: the same, reference points without a gradient, least_bytes",
     "layer fused: forward, l2_bytes",
     "layer fused: forward + backward, l2_bytes",
-    "layer fused: the same, reference points without a gradient, l2_bytes",
+    "layer fused: forward + backward, fixed reference, l2_bytes",
 }
 
 
