@@ -67,7 +67,8 @@ def table(curves: Curves, steps: int) -> str:
     for name, runs in curves.items():
         reached = final(runs, "AP50")
         verdict = "met" if min(reached) >= BARS[name] else "NOT MET"
-        cells = [name, len(runs), spread(final(runs, "AP50", early)), spread(reached)]
+        otherwise = "".join(f", {key} {n}" for key, n in OTHERWISE.get(name, {}).items())
+        cells = [name + otherwise, len(runs), spread(final(runs, "AP50", early)), spread(reached)]
         seconds = statistics.median(run["cpu_seconds"] for run in runs.values())
         cells += [spread(final(runs, "AP")), f"{seconds:.0f}", f"{BARS[name]}: {verdict}"]
         lines.append(f"| {' | '.join(map(str, cells))} |")

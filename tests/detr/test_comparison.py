@@ -41,7 +41,7 @@ def test_what_is_finished_is_not_trained_again(
     assert "detr, seed 0" in capsys.readouterr().out
     assert json.loads((tmp_path / "curves.json").read_text())["detr"]["0"]["ap"][-1]["step"] == 8
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "table.md").read_text().count("| detr | 1 |") == 1
+    assert (tmp_path / "table.md").read_text().count("| detr, batch 64, layers 3 | 1 |") == 1
     monkeypatch.setattr(detr, "train", None)
     detr.main()
     assert "detr, seed 0" not in capsys.readouterr().out

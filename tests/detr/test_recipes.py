@@ -189,6 +189,15 @@ def test_padding_slots_are_zero() -> None:
     assert denoising.noise(NOTHING) is None
 
 
+@pytest.mark.parametrize(("padding", "logit"), [(False, 0.0), (True, -11.5129)])
+def test_padding_slots_are_empty_boxes_in_rtdetr(padding: bool, logit: float) -> None:
+    noised = Denoising(3, 8, padding=padding, eps=1e-5).noise(TARGETS)
+    assert noised is not None
+    slots = noised.boxes[noised.labels < 0]
+    assert len(slots) == noised.labels.shape[1]  # all of the second image
+    torch.testing.assert_close(slots, torch.full_like(slots, logit), rtol=0, atol=1e-4)
+
+
 def test_one_to_many_is_thinned() -> None:
     box = torch.tensor([[0.5, 0.5, 0.4, 0.4]])
     prediction = {"logits": torch.zeros(1, 50, 3), "boxes": box.repeat(50, 1)[None]}
