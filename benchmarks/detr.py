@@ -97,7 +97,7 @@ def chart(curves: Curves, file: Path) -> None:
         for x, y in lines[name]:
             panel.plot(x, y, color="#08519c", linewidth=1.8)
         end = statistics.median(y[-1] for _, y in lines[name])
-        panel.set_title(f"{name}  {end:.2f}", loc="left", fontsize=9, fontweight="bold")
+        panel.set_title(f"{name}  {end:.2f}", loc="left", fontsize=8, fontweight="bold")
         panel.set(ylim=(0, 1), xlim=(0, None))
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(alpha=0.2)

@@ -79,7 +79,7 @@ class LearntQueries(nn.Module):
 
 
 class AnchorQueries(nn.Module):
-    """Learnt boxes (DAB-DETR) and content, which may be narrower than d: the rest is 0.
+    """Learnt boxes (DAB-DETR), at first all over the image, and content, 0 where narrower than d.
 
     ``content`` is a number of learnt channels, an embedding of which all take the last row
     (DN-DETR: "no label"), or None.

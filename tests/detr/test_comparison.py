@@ -12,6 +12,8 @@ import pytest
 from benchmarks import detr
 from deform_attn.detr.data import Shapes
 
+ROOT = Path(__file__).parents[2]
+
 
 def curve(ap50: float, cpu_seconds: float = 100) -> dict[str, Any]:
     rows = [{"step": s, "AP": ap50 * s / 1600, "AP50": ap50 * s / 800} for s in (200, 400, 800)]
@@ -29,6 +31,14 @@ def test_the_table_shows_the_spread_and_fails_a_recipe_by_its_worst_seed() -> No
         "| 0.45: NOT MET |"
     )
     assert rows[3] == "| stewart | 1 | 0.08 | 0.32 | 0.16 | 100 | 0.3: met |"
+
+
+def test_the_page_shows_the_committed_curves() -> None:
+    folder = ROOT / "benchmarks/results/detr"
+    curves = json.loads((folder / "curves.json").read_text())
+    assert set(curves) <= set(detr.BARS)
+    assert (folder / "table.md").read_text() == detr.table(curves, 800)
+    assert detr.table(curves, 800) in (ROOT / "docs/detr/index.md").read_text()
 
 
 def test_what_is_finished_is_not_trained_again(
