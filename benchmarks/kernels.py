@@ -19,7 +19,6 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
@@ -83,8 +82,26 @@ int main() {
 """
 
 
+class Limited:
+    """What a kernel takes of a multiprocessor, and what it may take."""
+
+    architecture: int
+    registers: int  # of a thread
+    limit: int  # of registers
+    spills: int  # bytes
+    shared: int  # bytes
+    threads: int  # of a block
+    occupancy: int  # percent; see fill_occupancy
+
+    @property
+    def fails(self) -> bool:
+        """Whether it spills, passes its limit or fills too little."""
+        full = self.occupancy >= LEAST_OCCUPANCY
+        return self.spills > 0 or self.registers > self.limit or not full
+
+
 @dataclasses.dataclass
-class Kernel:
+class Kernel(Limited):
     """What ptxas says of one kernel on one architecture."""
 
     architecture: int
@@ -101,11 +118,6 @@ class Kernel:
     def limit(self) -> int:
         """Registers of a thread."""
         return 64 if self.name.startswith("forward") else 96
-
-    @property
-    def fails(self) -> bool:
-        full = self.occupancy >= LEAST_OCCUPANCY
-        return self.spills > 0 or self.registers > self.limit or not full
 
 
 def parse(demangled: str, architecture: int) -> Kernel:
@@ -161,7 +173,7 @@ def compile_for(architecture: int, toolkit: Path, folder: Path) -> list[Kernel]:
     return kernels
 
 
-def fill_occupancy(kernels: Sequence[Any]) -> None:
+def fill_occupancy(kernels: Sequence[Limited]) -> None:
     """Asks CUDA's own occupancy calculator, on the host."""
     includes = [f"-I{path}" for path in find_cuda().include_folders]
     with tempfile.TemporaryDirectory() as folder:

@@ -183,10 +183,7 @@ def _scaling(
     """
     one, many = (measure.Entrant(entrant.op, entrant.inputs, n) for n in (1, entrant.threads))
     measure.race([one, many], seconds, rounds)
-    return {
-        phase: [a / b for a, b in zip(one.times[phase], many.times[phase])]
-        for phase in measure.PHASES
-    }
+    return {phase: measure.ratios(one.times[phase], many.times[phase]) for phase in measure.PHASES}
 
 
 def _inputs(workload: Workload, batch: int, dtype: str, device: str, seed: int) -> list[Inputs]:

@@ -7,7 +7,8 @@ namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
 // Products of the output's gradient with the four pixels of each point of a head; adds its share of
-// that gradient to the pixels' own, unless `grad_value` is null. Channels as in sum_points; `first`: none came before.
+// that gradient to the pixels' own, unless `grad_value` is null. Channels as in sum_points;
+// `first`: none came before.
 template <int kLanes, int kVecs, typename T, typename Real>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
                                      const Run<Real>& run, const int32_t* __restrict reach,
