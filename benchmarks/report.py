@@ -17,7 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import PHASES, ratio, summary
+from benchmarks.measure import AGAIN, PHASES, ratio, summary
 from benchmarks.peers import BASELINE, KERNELS, OURS, PLAIN
 
 Row = dict[str, Any]
@@ -55,9 +55,14 @@ def speedup(rows: Sequence[Row], row: Row, phase: str, contestant: str = BASELIN
         dtype="f32",
         **{key: row[key] for key in ("workload", "batch", "device", "threads")},
     )
-    if base is None or "times" not in row:
+    if base is None or phase not in row.get("times", {}):
         return None
     return ratio(base["times"][phase], row["times"][phase])["median"]
+
+
+def phases_of(row: Row) -> list[str]:
+    """What the README shows of a row's times, in this order."""
+    return [phase for phase in ("forward", AGAIN, "forward_backward") if phase in row["times"]]
 
 
 def seconds(value: float) -> str:
@@ -113,9 +118,10 @@ def print_workload(console: Console, rows: Sequence[Row], workload: str, batch: 
     table.add_column("contestant", min_width=20)
     table.add_column("dtype")
     table.add_column("threads", justify="right")
-    for heading in ("forward", "backward", "fwd + bwd"):
+    for heading in ("forward", "fwd again", "backward", "fwd + bwd"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=15)
     table.add_column("fwd vs\ngrid_sample", justify="right")
+    table.add_column("again vs\ngrid_sample", justify="right")
     table.add_column("fwd + bwd vs\ngrid_sample", justify="right")
     table.add_column("peak MiB\nfwd", justify="right")
     table.add_column("peak MiB\nfwd + bwd", justify="right")
@@ -126,9 +132,11 @@ def print_workload(console: Console, rows: Sequence[Row], workload: str, batch: 
         elif row["status"] == "ok":
             table.add_row(
                 *name,
-                *(_spread(row["times"][phase]) for phase in PHASES),
-                _times(speedup(rows, row, "forward")),
-                _times(speedup(rows, row, "forward_backward")),
+                *(
+                    _spread(row["times"][phase]) if phase in row["times"] else "-"
+                    for phase in ("forward", AGAIN, *PHASES[1:])
+                ),
+                *(_times(speedup(rows, row, phase)) for phase in ("forward", AGAIN, PHASES[2])),
                 _mebibytes(row["memory"]["forward"]),
                 _mebibytes(row["memory"]["forward_backward"]),
                 style="green" if row["contestant"] in OURS[:2] else None,
@@ -268,7 +276,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines = [
         f"{machine}, torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}, "
         f"{facts['date'][:10]}. float32, batch 1{'' if cuda else ', one thread'}; median of paired "
-        "rounds, forward / forward + backward.",
+        f"rounds, forward / {'' if cuda else 'forward again, at once / '}forward + backward.",
         "",
         f"| workload | {BASELINE} | {RIVAL} | deform_attn | against {BASELINE} | against {RIVAL} |",
         "|---|---|---|---|---|---|",
@@ -280,7 +288,7 @@ def markdown(results: dict[str, Any]) -> str:
         ours = find(same, contestant=OURS[0], **wanted) or find(same, contestant=OURS[1], **wanted)
         cells = [_cell(find(same, contestant=name, **wanted)) for name in (BASELINE, RIVAL)]
         factors = [
-            " / ".join(_times(speedup(same, ours, phase, name)) for phase in PHASES[::2])
+            " / ".join(_times(speedup(same, ours, phase, name)) for phase in phases_of(ours))
             if ours and find(same, contestant=name, **wanted)
             else "-"
             for name in (BASELINE, RIVAL)
@@ -293,7 +301,7 @@ def markdown(results: dict[str, Any]) -> str:
 def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
-    return " / ".join(_cell_of(row, phase) for phase in PHASES[::2])
+    return " / ".join(_cell_of(row, phase) for phase in phases_of(row))
 
 
 def _markdown_scaling(rows: Sequence[Row]) -> list[str]:

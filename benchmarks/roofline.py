@@ -15,6 +15,10 @@ would read. No kernel can take less than
 and the bound is the greatest of the three. `L2` is what four rows from L2 would cost: no bound, but
 what a kernel pays where neighbouring queries do not find each other's rows in L1.
 
+A call may also find nothing in cache, as in a benchmark where other ops ran since: then `memory` is
+what the touched rows cost in random order from there, with all that passes by, and `cold` is what
+the kernel takes after a sweep through a large array.
+
 Two columns are about all cores: how many times as fast they are as one, of the kernel and (in the
 table of the machine) of the probe, each core with rows of its own: what no kernel can exceed.
 """
@@ -30,6 +34,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -43,7 +48,7 @@ from rich.table import Table
 
 from benchmarks import measure
 from benchmarks.environment import all_cores, environment
-from benchmarks.peers import PEERS
+from benchmarks.peers import PEERS, Op
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
 
 ROW = 32  # floats in a row of the probe
@@ -163,12 +168,14 @@ def bounds(machine: Machine, workload: Workload, x: Inputs) -> dict[str, float]:
     share = workload.head_dim / ROW  # of the probe's row
     loads = 4 * workload.head_dim / machine.lanes
     touched = _rows_touched(x)
+    largest = max(machine.row)
     passing = 12 + row_bytes / sum(workload.points)  # location, weight, output: bytes a point
-    fetched = touched / workload.samples * share * machine.row_of(touched * row_bytes)
+    passing /= machine.stream[largest]
+    rows = touched / workload.samples * share
     found = {
         "arithmetic": loads * machine.multiply_add,
         "L1": 4 * share * machine.row[L1],
-        "far": fetched + passing / machine.stream[max(machine.stream)],
+        "far": rows * machine.row_of(touched * row_bytes) + passing,
     }
     return {
         "loads": loads,
@@ -176,6 +183,7 @@ def bounds(machine: Machine, workload: Workload, x: Inputs) -> dict[str, float]:
         **found,
         "L2": 4 * share * machine.row[L2],
         "bound": max(found.values()),
+        "memory": max(*found.values(), rows * machine.row[largest] + passing),
     }
 
 
@@ -211,15 +219,35 @@ def measure_workload(machine: Machine, workload: Workload, seconds: float) -> di
     found = bounds(machine, workload, x)
     taken = [statistics.median(entrant.times["forward"]) for entrant in entrants]
     both = [statistics.median(entrant.times["forward_backward"]) for entrant in entrants]
-    ns = taken[0] / workload.samples * 1e9
+    ns, cold = (t / workload.samples * 1e9 for t in (taken[0], _cold(op, x, seconds)))
     return {
         "workload": workload.name,
         "ns": ns,
+        "cold": cold,
         **found,
         "ratio": ns / found["bound"],
+        "cold_ratio": cold / found["memory"],
         "scaling": taken[0] / taken[1],
         "scaling_with_backward": both[0] / both[1],
     }
+
+
+def _cold(op: Op, x: Inputs, seconds: float) -> float:
+    """Seconds of forward on one thread, its inputs and its output's pages in no cache."""
+    threads, taken = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        everything = torch.zeros(max(SETS.values()) // 4)
+        start = time.perf_counter()
+        while len(taken) < 5 or time.perf_counter() - start < seconds:
+            everything.add_(1)
+            began = time.perf_counter()
+            with torch.no_grad():
+                op(x)
+            taken.append(time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(threads)
+    return statistics.median(taken)
 
 
 def print_results(console: Console, machine: Machine, rows: Sequence[dict[str, Any]]) -> None:
@@ -242,7 +270,7 @@ def print_results(console: Console, machine: Machine, rows: Sequence[dict[str, A
     for heading in (
         *("workload", "measured", "loads, FMAs", "rows touched"),
         *("arithmetic", "L1", "far", "bound", "measured / bound", "L2"),
-        *("all cores", "with backward"),
+        *("memory", "cold", "cold / memory", "all cores", "with backward"),
     ):
         table.add_column(heading, justify="left" if heading == "workload" else "right")
     for row in rows:
@@ -253,7 +281,8 @@ def print_results(console: Console, machine: Machine, rows: Sequence[dict[str, A
             f"{row['touched']:.2f}",
             *(f"{row[name]:.1f}" for name in ("arithmetic", "L1", "far", "bound")),
             f"{row['ratio']:.1f}x",
-            f"{row['L2']:.1f}",
+            *(f"{row[name]:.1f}" for name in ("L2", "memory", "cold")),
+            f"{row['cold_ratio']:.1f}x",
             *(f"{row[name]:.2f}x" for name in ("scaling", "scaling_with_backward")),
         )
     console.print(table)
@@ -267,7 +296,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="results", type=Path, help="folder of the results")
     parser.add_argument("--seconds", default=1.5, type=float, help="timing of a workload")
     args = parser.parse_args(argv)
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 200)
     machine = probe()
     rows = [measure_workload(machine, workload, args.seconds) for workload in WORKLOADS.values()]
     print_results(console, machine, rows)

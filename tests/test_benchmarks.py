@@ -207,9 +207,11 @@ def test_a_race_is_interleaved_and_paired() -> None:
     entrants = [measure.Entrant(named(name), [x]) for name in "ab"]
     measure.race(entrants, seconds=0.0, rounds=(4, 4))
     for entrant in entrants:
-        assert [len(entrant.times[phase]) for phase in measure.PHASES] == [4, 4, 4]
-    # a round calls each op twice, without and with gradients; every other round starts with b
-    assert "".join(order) == "aabbbbaaaabbbbaa"
+        assert {phase: len(times) for phase, times in entrant.times.items()} == dict.fromkeys(
+            (measure.AGAIN, *measure.PHASES), 4
+        )
+    # a round calls each op twice without gradients, once with; every other round starts with b
+    assert "".join(order) == "aaabbb" + "bbbaaa" + "aaabbb" + "bbbaaa"
 
 
 def test_times_are_of_the_right_phase() -> None:
@@ -270,7 +272,7 @@ def test_end_to_end(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for row in results["rows"]:
         assert {*report.KEY, "status"} <= row.keys()
         if row["status"] == "ok":
-            assert row["times"].keys() == set(measure.PHASES)
+            assert row["times"].keys() == {measure.AGAIN, *measure.PHASES}
             assert min(map(min, row["times"].values())) > 0
             assert max(row["errors"].values()) <= check.TOLERANCES[torch.float32]
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
@@ -336,6 +338,8 @@ def test_roofline_bounds() -> None:
     assert found["arithmetic"] == found["loads"] * 0.25
     assert found["L1"] == 4
     assert found["bound"] == max(found[name] for name in ("arithmetic", "L1", "far"))
+    passing = (12 + 128 / 12) / 10  # location and weight, and a twelfth of an output row
+    assert found["memory"] == pytest.approx(found["touched"] * max(machine.row.values()) + passing)
 
 
 # Whole models --------------------------------------------------------------------------------
