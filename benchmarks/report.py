@@ -120,11 +120,8 @@ def print_workload(console: Console, rows: Sequence[Row], workload: str, batch: 
     table.add_column("threads", justify="right")
     for heading in ("forward", "fwd again", "backward", "fwd + bwd"):
         table.add_column(heading, justify="right", no_wrap=True, min_width=15)
-    table.add_column("fwd vs\ngrid_sample", justify="right")
-    table.add_column("again vs\ngrid_sample", justify="right")
-    table.add_column("fwd + bwd vs\ngrid_sample", justify="right")
-    table.add_column("peak MiB\nfwd", justify="right")
-    table.add_column("peak MiB\nfwd + bwd", justify="right")
+    table.add_column("fwd / again / both\nvs grid_sample", justify="right", no_wrap=True)
+    table.add_column("peak MiB\nfwd / both", justify="right", no_wrap=True)
     for row in rows:
         name = [row["contestant"], row["dtype"], str(row["threads"])]
         if row["status"] == "wrong":
@@ -136,9 +133,8 @@ def print_workload(console: Console, rows: Sequence[Row], workload: str, batch: 
                     _spread(row["times"][phase]) if phase in row["times"] else "-"
                     for phase in ("forward", AGAIN, *PHASES[1:])
                 ),
-                *(_times(speedup(rows, row, phase)) for phase in ("forward", AGAIN, PHASES[2])),
-                _mebibytes(row["memory"]["forward"]),
-                _mebibytes(row["memory"]["forward_backward"]),
+                " / ".join(_times(speedup(rows, row, phase)) for phase in phases_of(row)),
+                " / ".join(_mebibytes(row["memory"][part]) for part in PHASES[::2]),
                 style="green" if row["contestant"] in OURS[:2] else None,
             )
     console.print(table)

@@ -354,12 +354,16 @@ def table_of(all_counts: dict[str, dict[str, Counts]]) -> Table:
 
 
 def raised(now: dict[str, dict[str, Counts]], before: dict[str, dict[str, Counts]]) -> list[str]:
-    """What is counted more often than before, beyond a thousandth."""
+    """What is counted more often than before, beyond a thousandth, or was never counted."""
     faults = []
     for case, counts in now.items():
         for kernel, figures in counts.items():
+            known = before.get(case, {}).get(kernel)
+            if known is None:
+                faults.append(f"{case}, {kernel}: not counted before; --json writes a new file")
+                continue
             for name, figure in figures.items():
-                old = before[case][kernel].get(name, 0.0)
+                old = known.get(name, 0.0)
                 if figure > old * 1.001 + 1e-3:
                     faults.append(f"{case}, {kernel}: {name} {old} -> {figure}")
     return faults

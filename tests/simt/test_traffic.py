@@ -42,6 +42,22 @@ def test_counts_are_not_raised(entry: str) -> None:
     assert not traffic.raised(counts, COMMITTED)
 
 
+def test_more_and_new_counts_are_told() -> None:
+    from benchmarks import traffic
+
+    before = {"w f32": {"forward": {"loads": 2.0}}}
+    assert not traffic.raised(before, before)
+    more = {
+        "w f32": {"forward": {"loads": 2.1}, "another": {"loads": 1.0}},
+        "v f32": {"forward": {}},
+    }
+    assert traffic.raised(more, before) == [
+        "w f32, forward: loads 2.0 -> 2.1",
+        "w f32, another: not counted before; --json writes a new file",
+        "v f32, forward: not counted before; --json writes a new file",
+    ]
+
+
 def test_bars() -> None:
     """What the kernels were designed for, against one thread per channel."""
     from benchmarks import traffic
