@@ -133,7 +133,7 @@ def print_workload(console: Console, rows: Sequence[Row], workload: str, batch: 
                     _spread(row["times"][phase]) if phase in row["times"] else "-"
                     for phase in ("forward", AGAIN, *PHASES[1:])
                 ),
-                " / ".join(_times(speedup(rows, row, phase)) for phase in phases_of(row)),
+                " / ".join(filter(None, (_times(speedup(rows, row, p)) for p in phases_of(row)))),
                 " / ".join(_mebibytes(row["memory"][part]) for part in PHASES[::2]),
                 style="green" if row["contestant"] in OURS[:2] else None,
             )
