@@ -8,13 +8,14 @@ cost    what one call costs apart from its arithmetic: microseconds on a tiny pr
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _times(op: Op, x: Inputs, y: Inputs) -> dict[str, float]:
     again, as in a model, which calls it on what it has just written.
     """
     leaves = y.map(lambda tensor: tensor.detach().requires_grad_())
-    clock = _cuda_clock if x.value.is_cuda else _cpu_clock
+    clock = _cuda_clock if x.value.is_cuda else cpu_clock
     times = {}
     with torch.no_grad():
         for phase in ("forward",) if x.value.is_cuda else ("forward", AGAIN):
@@ -116,7 +117,8 @@ def _times(op: Op, x: Inputs, y: Inputs) -> dict[str, float]:
     return times | {"backward": backward, "forward_backward": recorded + backward}
 
 
-def _cpu_clock(call: Callable[[], Any]) -> tuple[float, Any]:
+def cpu_clock(call: Callable[[], Any]) -> tuple[float, Any]:
+    """Seconds of a call, and what it returned."""
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
@@ -138,6 +140,17 @@ def _set_threads(count: int) -> None:
     if torch.get_num_threads() != count:
         torch.set_num_threads(count)
         torch.ones(1 << 20).add_(1)  # wakes the threads
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch computes on one thread within, and on as many as before afterwards."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def cost(ops: Sequence[Op], x: Inputs, calls: int = 200, rounds: int = 9) -> list[Cost]:
@@ -165,17 +178,13 @@ def cost(ops: Sequence[Op], x: Inputs, calls: int = 200, rounds: int = 9) -> lis
 
     kinds = {"no_grad": no_grad, "grad": grad, "grad_backward": grad_backward}
     costs: list[Cost] = [{kind: [] for kind in kinds} for _ in ops]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for _ in range(rounds):
             for op, taken in zip(ops, costs):
                 for kind, run in kinds.items():
                     start = time.perf_counter()
                     run(op)
                     taken[kind].append((time.perf_counter() - start) / calls)
-    finally:
-        torch.set_num_threads(threads)
     return costs
 
 

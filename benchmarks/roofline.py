@@ -234,19 +234,13 @@ def measure_workload(machine: Machine, workload: Workload, seconds: float) -> di
 
 def _cold(op: Op, x: Inputs, seconds: float) -> float:
     """Seconds of forward on one thread, its inputs and its output's pages in no cache."""
-    threads, taken = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
-        everything = torch.zeros(max(SETS.values()) // 4)
-        start = time.perf_counter()
+    taken: list[float] = []
+    everything = torch.zeros(max(SETS.values()) // 4)
+    start = time.perf_counter()
+    with measure.one_thread(), torch.no_grad():
         while len(taken) < 5 or time.perf_counter() - start < seconds:
             everything.add_(1)
-            began = time.perf_counter()
-            with torch.no_grad():
-                op(x)
-            taken.append(time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(threads)
+            taken.append(measure.cpu_clock(lambda: op(x))[0])
     return statistics.median(taken)
 
 
