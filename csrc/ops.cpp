@@ -195,6 +195,9 @@ std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Leve
   return shares;
 }
 
+// Gradients of points of this many bytes have left the caches before anyone reads them.
+constexpr int64_t kPastCaches = int64_t{8} << 20;
+
 // Returns the gradient of value, undefined where it is not wanted; those of the points go to
 // `locations` and `weights`.
 Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<Level>& levels,
@@ -208,8 +211,11 @@ Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<L
     clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
   }
   if (call.problem.batch > 0) {
+    const int64_t bytes =
+        locations.numel() * locations.element_size() + weights.numel() * weights.element_size();
     const cpu::Gradients grads{gradient.const_data_ptr(), data_of(grad_value),
-                               locations.mutable_data_ptr(), weights.mutable_data_ptr()};
+                               locations.mutable_data_ptr(), weights.mutable_data_ptr(),
+                               bytes >= kPastCaches};
     const Kernels& kernels = chosen_kernels();
     const auto shares = shares_of(call.problem, levels, torch::stable::get_num_threads());
     torch::stable::parallel_for(

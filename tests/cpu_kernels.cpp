@@ -3,8 +3,9 @@
 //
 // Built with one file of csrc/cpu/kernels_*.cpp, whose Kernels DEFORM_ATTN_KERNELS names.
 //
-//   cpu_kernels          small hostile calls, by one thread and by several; each result against a
-//                        plain double loop, and the threads' against one thread's, bit by bit
+//   cpu_kernels          small hostile calls, by one thread and by several, gradients through the
+//                        caches and past them; each result against a plain double loop, and the
+//                        others against the first, bit by bit
 //   cpu_kernels short    a value that lacks a row: AddressSanitizer must stop it
 //   cpu_kernels twice    two threads with the same share: ThreadSanitizer must stop it
 //
@@ -58,12 +59,31 @@ const Case kCases[] = {
     {{{0, 2, 2}}, {3}, 1, 0, 1, 3},                                  //
 };
 
+// As torch allocates: what begins with a cache line may be written line by line.
+template <typename T>
+struct Aligned {
+  using value_type = T;
+  Aligned() = default;
+  template <typename U>
+  Aligned(const Aligned<U>&) {}
+  T* allocate(size_t count) {
+    return static_cast<T*>(::operator new(count * sizeof(T), std::align_val_t{kCacheLine}));
+  }
+  void deallocate(T* at, size_t) { ::operator delete(at, std::align_val_t{kCacheLine}); }
+  bool operator==(const Aligned&) const { return true; }
+  bool operator!=(const Aligned&) const { return false; }
+};
+template <typename T>
+using Lines = std::vector<T, Aligned<T>>;
+
 // What a call writes.
 template <typename T, typename Real, typename Weight>
 struct Results {
   std::vector<T> output;
-  std::vector<Real> value, locations, reference;
-  std::vector<Weight> weights, offsets;
+  std::vector<Real> value, reference;
+  Lines<Real> locations;
+  Lines<Weight> weights;
+  std::vector<Weight> offsets;
 
   template <typename Member>
   static bool same_bits(const Member& a, const Member& b) {
@@ -139,15 +159,15 @@ std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) 
   return numbers;
 }
 
-template <typename T>
-std::vector<double> doubles(const std::vector<T>& numbers) {
+template <typename Numbers>
+std::vector<double> doubles(const Numbers& numbers) {
   std::vector<double> to(numbers.size());
   for (size_t i = 0; i < to.size(); ++i) to[i] = static_cast<double>(to_real(numbers[i]));
   return to;
 }
 
-template <typename T>
-void expect_close(const std::vector<T>& got, const std::vector<double>& truth, double tolerance,
+template <typename Numbers>
+void expect_close(const Numbers& got, const std::vector<double>& truth, double tolerance,
                   const std::string& what) {
   double largest = 1e-3, error = 0;
   for (const double number : truth) largest = std::max(largest, std::abs(number));
@@ -218,7 +238,7 @@ class Call {
 
   // Against the truth, and several threads against one.
   void check(const std::string& name) {
-    const auto one = run(1);
+    const auto one = run(1, false);
     const Truth truth(in_.problem, test_, doubles(value_), doubles(locations_), doubles(weights_),
                       doubles(grad_));
     const double exact = sizeof(Real) == 4 ? 2e-5 : 1e-13;
@@ -228,7 +248,7 @@ class Call {
     expect_close(one.locations, truth.locations, exact, name + "gradient of locations");
     expect_close(one.weights, truth.weights, sizeof(Weight) == 2 ? 1e-2 : exact,
                  name + "gradient of weights");
-    expect(one == run(kThreads), name + "several threads");
+    expect_the_same(one, name);
   }
 
   // A layer over the same value: points round references of `size` numbers.
@@ -294,7 +314,7 @@ class Call {
         }
       }
     });
-    const auto one = run(1);
+    const auto one = run(1, false);
     const double exact = sizeof(Real) == 4 ? 1e-4 : 1e-12;
     const double rounded = sizeof(Weight) == 2 ? 1e-2 : exact;
     expect_close(one.output, truth.output, sizeof(T) == 2 ? 1e-2 : exact, name + "layer, output");
@@ -302,19 +322,20 @@ class Call {
     expect_close(one.reference, by_reference, exact, name + "layer, gradient of references");
     expect_close(one.offsets, by_offset, rounded, name + "layer, gradient of offsets");
     expect_close(one.weights, by_logit, rounded, name + "layer, gradient of logits");
-    expect(one == run(kThreads), name + "layer, several threads");
+    expect_the_same(one, name + "layer, ");
   }
 
   void forward_of_a_short_value() {
     const std::vector<T> lacking(value_.begin(), value_.end() - in_.problem.row_stride());
     in_.value = lacking.data();
-    run(1);
+    run(1, false);
   }
 
   void backward_twice() {
     std::vector<Real> by_value(value_.size()), by_location(locations_.size());
     std::vector<Weight> by_weight(points_);
-    const Gradients grads{grad_.data(), by_value.data(), by_location.data(), by_weight.data()};
+    const Gradients grads{grad_.data(), by_value.data(), by_location.data(), by_weight.data(),
+                          false};
     side_by_side(2, [&](int) {
       kernels_.backward(in_, grads, {0, 0, in_.problem.heads, 0, 1},
                         scratch_of(kernels_, in_).get());
@@ -356,7 +377,13 @@ class Call {
     return found;
   }
 
-  Results<T, Real, Weight> run(int threads) const {
+  void expect_the_same(const Results<T, Real, Weight>& one, const std::string& name) const {
+    expect(one == run(kThreads, false), name + "several threads");
+    expect(one == run(1, true), name + "past the caches");
+    expect(one == run(kThreads, true), name + "several threads past the caches");
+  }
+
+  Results<T, Real, Weight> run(int threads, bool past_caches) const {
     const Problem& p = in_.problem;
     const bool layer = in_.layer.reference != nullptr;
     Results<T, Real, Weight> to;
@@ -368,9 +395,10 @@ class Call {
     side_by_side(threads, [&](int) {
       kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).get());
     });
-    std::vector<Real> by_weight(layer ? points_ : 0);
+    Lines<Real> by_weight(layer ? points_ : 0);
     const Gradients grads{grad_.data(), to.value.data(), to.locations.data(),
-                          layer ? static_cast<void*>(by_weight.data()) : to.weights.data()};
+                          layer ? static_cast<void*>(by_weight.data()) : to.weights.data(),
+                          past_caches};
     const std::vector<Share> all = shares(threads);
     side_by_side(threads, [&](int thread) {
       const auto scratch = scratch_of(kernels_, in_);

@@ -20,6 +20,8 @@ from tolerances import (
 )
 from torch import Tensor
 
+from deform_attn import ms_deform_attn
+
 TINY = [
     Case("uniform", levels=((3, 4), (2, 1)), batch=1, queries=2, heads=2, head_dim=3, points=2),
     Case("listed", levels=((2, 3), (1, 1)), batch=2, queries=1, heads=1, points=(2, 1), head_dim=4),
@@ -376,6 +378,26 @@ def test_same_bits_for_any_number_of_threads(runner: Runner, dtypes: Dtypes, cas
     for other in found[1:]:
         for name, one, two in zip(RESULTS, found[0], other):
             assert torch.equal(one, two), name
+
+
+@pytest.mark.parametrize("points", [16, 15])
+def test_gradients_too_large_for_the_caches(points: int) -> None:
+    """The CPU kernels write them past the caches, where a query's are whole cache lines."""
+    queries = 24_000  # 9 MB of gradients of points
+    torch.manual_seed(0)
+    value, locations = torch.randn(1, 20, 2, 4), torch.rand(1, queries, 2, 1, points, 2)
+    weights, grad_output = torch.rand(1, queries, 2, 1, points), torch.randn(1, queries, 8)
+    shapes = torch.tensor([[4, 5]])
+
+    def gradients(*parts: Tensor) -> tuple[Tensor, ...]:
+        leaves = [tensor.clone().requires_grad_() for tensor in (value, *parts[:2])]
+        output = ms_deform_attn(leaves[0], shapes, None, *leaves[1:], backend="compiled")
+        return torch.autograd.grad(output, leaves, parts[2])[1:]
+
+    whole = gradients(locations, weights, grad_output)
+    halves = zip(*(tensor.split(queries // 2, 1) for tensor in (locations, weights, grad_output)))
+    for got, *parts in zip(whole, *(gradients(*half) for half in halves)):
+        assert torch.equal(got, torch.cat(parts, 1))
 
 
 @pytest.mark.only(runners=lambda r: package(r) and r.deterministic, dtypes=["f32"])

@@ -67,10 +67,18 @@ struct PointGradients {
         locations(arena.take<Real>(2 * padded<Real>(points))),
         weights(arena.take<Real>(padded<Real>(points))) {}
 
-  // Write those of a query, or those that `reach` says are owned.
+  // Write those of a query, or those that `reach` says are owned. `streams`: past the caches.
   template <typename Weight>
   DEFORM_ATTN_INLINE void write(Real* to_locations, Weight* to_weights, const int32_t* reach,
-                                int count) const {
+                                int count, bool streams) const {
+    if constexpr (std::is_same_v<Weight, Real>) {
+      if (streams) {
+        const size_t bytes = static_cast<size_t>(count) * sizeof(Real);
+        stream(to_locations, locations, 2 * bytes);
+        stream(to_weights, weights, bytes);
+        return;
+      }
+    }
     for (int k = 0; k < count; ++k) {
       if (reach && !(reach[k] & kOwned)) continue;
       to_locations[2 * k] = locations[2 * k];
@@ -79,6 +87,19 @@ struct PointGradients {
     }
   }
 };
+
+// Whether what a share writes of a query's points is whole cache lines.
+template <typename Real>
+bool fills_lines(const Problem& p, const Gradients& grads, const Share& own) {
+  const auto starts_one = [](const void* at) {
+    return reinterpret_cast<uintptr_t>(at) % kCacheLine == 0;
+  };
+  const auto ends_one = [&](int heads) {
+    return static_cast<size_t>(heads * p.points) * sizeof(Real) % kCacheLine == 0;
+  };
+  return starts_one(grads.locations) && starts_one(grads.weights) && ends_one(p.heads) &&
+         ends_one(own.first_head) && ends_one(own.last_head);
+}
 
 // Asks for numbers first .. first + count - 1 of `size` bytes each, to be read or to be written.
 template <bool kWrite>
@@ -105,6 +126,9 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   const bool adds = grads.value != nullptr, partial = own.bands > 1 || !adds;
   Real* grad_value =
       adds ? static_cast<Real*>(grads.value) + p.value_at(own.batch, 0, own.first_head) : nullptr;
+  const bool streams = grads.past_caches && !partial &&
+                       (is_layer || std::is_same_v<Weight, Real>) &&
+                       fills_lines<Real>(p, grads, own);
   Visits visits(in);
   const int64_t blocks = blocks_of(in);
   int64_t block = 0;
@@ -119,6 +143,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     fetch_all<false>(in.locations, is_layer ? sizeof(Weight) : sizeof(Real), 2 * at, 2 * count);
     fetch_all<false>(in.weights, sizeof(Weight), at, count);
     fetch_all<false>(grads.output, sizeof(T), channel, heads * p.head_dim);
+    if (streams) return true;
     fetch_all<true>(grads.locations, sizeof(Real), 2 * at, 2 * count);
     fetch_all<true>(grads.weights, is_layer ? sizeof(Real) : sizeof(Weight), at, count);
     return true;
@@ -156,11 +181,14 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     Real* to_locations = static_cast<Real*>(grads.locations) + 2 * at;
     // a layer's are taken further by finish_queries, which rounds them
     if (is_layer) {
-      point_grads.write(to_locations, static_cast<Real*>(grads.weights) + at, reach, count);
+      point_grads.write(to_locations, static_cast<Real*>(grads.weights) + at, reach, count,
+                        streams);
     } else {
-      point_grads.write(to_locations, static_cast<Weight*>(grads.weights) + at, reach, count);
+      point_grads.write(to_locations, static_cast<Weight*>(grads.weights) + at, reach, count,
+                        streams);
     }
   });
+  if (streams) streamed();
 }
 
 }  // namespace

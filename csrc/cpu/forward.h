@@ -7,8 +7,6 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-constexpr int kCacheLine = 64;  // bytes
-
 // The points of a head, and those that the same head has in the next query: their pixels are
 // fetched into the second cache, which is near enough for a processor that computes ahead, and holds
 // what a query reads. Fetched into the first one they would push out what is not yet used.
@@ -26,7 +24,7 @@ struct Run {
     const uintptr_t base = reinterpret_cast<uintptr_t>(channels);
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       const uintptr_t pixel = base + static_cast<uintptr_t>(next[k][i]) * sizeof(T);
-      for (int at = 0; at < kBytes; at += kCacheLine) {
+      for (int at = 0; at < kBytes; at += int{kCacheLine}) {
         __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 2);
       }
     });

@@ -28,6 +28,7 @@ struct Gradients {
   void* value;         // out, added to: in the type of sums, zero at first; null: not wanted
   void* locations;     // out: in the locations' type
   void* weights;       // out: in the weights' type; in the type of sums for a layer
+  bool past_caches;    // locations and weights are best written to memory, past the caches
 };
 
 // What `finish` makes of a layer's gradients of locations and weights.

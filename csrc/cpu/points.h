@@ -10,8 +10,6 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-constexpr size_t kAlignment = 64;
-
 // Hands out aligned arrays from a block of bytes; with null it only counts them.
 class Arena {
  public:
@@ -19,7 +17,7 @@ class Arena {
   template <typename T>
   T* take(int64_t count) {
     char* at = bytes_ ? bytes_ + used_ : nullptr;
-    used_ += (static_cast<size_t>(count) * sizeof(T) + kAlignment - 1) / kAlignment * kAlignment;
+    used_ += (static_cast<size_t>(count) * sizeof(T) + kCacheLine - 1) / kCacheLine * kCacheLine;
     return reinterpret_cast<T*>(at);
   }
   size_t used() const { return used_; }

@@ -9,6 +9,7 @@
 //   load_pair, store_pair 2 * kLanes of them as two vectors, in the order that is cheapest
 //   store_quads, load_quads   four vectors, lane by lane: as four numbers a lane in memory
 //   four_sums             horizontal sums of four vectors
+//   stream, streamed      whole cache lines to memory, past the caches
 #pragma once
 
 #include <cmath>
@@ -17,7 +18,7 @@
 #include <type_traits>
 #include <utility>
 
-#if defined(__F16C__)
+#if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
@@ -35,6 +36,8 @@ constexpr int kVectorBytes = 32;
 #else
 constexpr int kVectorBytes = 16;
 #endif
+
+constexpr size_t kCacheLine = 64;  // bytes
 
 template <typename Real>
 constexpr int kNativeLanes = kVectorBytes / static_cast<int>(sizeof(Real));
@@ -391,6 +394,33 @@ DEFORM_ATTN_INLINE void four_sums(const Vec<Real, kLanes> (&from)[4], Real (&to)
       for (int j = 1; j < kLanes; ++j) to[i] += from[i][j];
     }
   }
+}
+
+// Copies whole cache lines, both sides aligned to one, to memory: such a line is not read before it
+// is written, and pushes no other out of the caches. `streamed` comes before another thread reads.
+DEFORM_ATTN_INLINE void stream(void* to, const void* from, size_t bytes) {
+#if defined(__x86_64__)
+#if defined(__AVX512F__)
+  using Part = __m512i;
+  const auto put = [](Part* at, Part part) DEFORM_ATTN_INLINED { _mm512_stream_si512(at, part); };
+#elif defined(__AVX__)
+  using Part = __m256i;
+  const auto put = [](Part* at, Part part) DEFORM_ATTN_INLINED { _mm256_stream_si256(at, part); };
+#else
+  using Part = __m128i;
+  const auto put = [](Part* at, Part part) DEFORM_ATTN_INLINED { _mm_stream_si128(at, part); };
+#endif
+  auto* parts = static_cast<Part*>(to);
+  const auto* source = static_cast<const Part*>(from);
+  for (size_t i = 0; i < bytes / sizeof(Part); ++i) put(parts + i, source[i]);
+#else
+  std::memcpy(to, from, bytes);
+#endif
+}
+DEFORM_ATTN_INLINE void streamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace deform_attn::cpu
