@@ -1,13 +1,16 @@
-// What one core of this machine can do, for roofline.py. Compiled there at run time for this very
-// processor; plain C functions, all return seconds.
+// What this machine can do. Compiled by probe.py at run time, for this very processor; plain C
+// functions, all return seconds.
 //
 //   multiply_add  fused multiply-adds in registers
 //   stream        reads memory from its beginning to its end
 //   gather        reads rows in a given order and sums them, weighted, as the operator does
+//   handover      gives a cache line to another core and gets it back
+#include <atomic>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 
 namespace {
 
@@ -109,6 +112,29 @@ double gather(const float* data, const int32_t* rows, const float* weights, int6
     default:
       return gather_ahead<384>(data, rows, weights, count, repeats);
   }
+}
+
+double handover(int64_t count) {
+  alignas(64) std::atomic<int64_t> turn{0};
+  std::atomic<bool> ready{false};
+  std::thread other([&] {
+    ready = true;
+    for (int64_t i = 0; i < count; ++i) {
+      while (turn.load(std::memory_order_acquire) != 2 * i + 1) {
+      }
+      turn.store(2 * i + 2, std::memory_order_release);
+    }
+  });
+  while (!ready) std::this_thread::yield();
+  const double start = now();
+  for (int64_t i = 0; i < count; ++i) {
+    turn.store(2 * i + 1, std::memory_order_release);
+    while (turn.load(std::memory_order_acquire) != 2 * i + 2) {
+    }
+  }
+  const double seconds = now() - start;
+  other.join();
+  return seconds;
 }
 
 }  // extern "C"

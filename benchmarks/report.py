@@ -164,8 +164,16 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
             lines.append(
                 f"{row['contestant']} {row['dtype']}, {row['threads']} threads against 1: "
                 + ", ".join(gains)
+                + _apart(row.get("handover"))
             )
     return lines
+
+
+def _apart(handover: Sequence[float] | None) -> str:
+    """How near the cores are to each other: slow where they do not share a cache."""
+    if not handover:
+        return ""
+    return f" (from core to core and back a cache line takes {max(handover):.0f} ns)"
 
 
 def print_cost(console: Console, costs: Sequence[Row]) -> None:

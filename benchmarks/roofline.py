@@ -29,11 +29,8 @@ import argparse
 import ctypes
 import dataclasses
 import json
-import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +43,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import measure
+from benchmarks import measure, probe
 from benchmarks.environment import all_cores, environment
 from benchmarks.peers import PEERS, Op
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
@@ -84,23 +81,9 @@ class Machine:
         return self.row[max((known for known in self.row if known <= size), default=L1)]
 
 
-def probe() -> Machine:
-    """Compile the probe and ask it; a few seconds."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise RuntimeError("the probe needs a C++ compiler: c++, g++ or clang++ on PATH")
-    with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "probe.so"
-        source = Path(__file__).with_name("probe.cpp")
-        flags = ["-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC"]
-        subprocess.run([compiler, *flags, str(source), "-o", str(library)], check=True)
-        functions = ctypes.CDLL(str(library))
-        for name in ("multiply_add", "stream", "gather"):
-            getattr(functions, name).restype = ctypes.c_double
-        return _measure(functions)
-
-
-def _measure(functions: ctypes.CDLL) -> Machine:
+def probed() -> Machine:
+    """Ask the probe; a few seconds."""
+    functions = probe.functions()
     count = 12_000_000
     multiply_add = min(functions.multiply_add(ctypes.c_int64(count)) for _ in range(REPEATS))
     row, stream, scaling = {}, {}, {}
@@ -291,7 +274,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", default=1.5, type=float, help="timing of a workload")
     args = parser.parse_args(argv)
     console = Console(width=None if sys.stdout.isatty() else 200)
-    machine = probe()
+    machine = probed()
     rows = [measure_workload(machine, workload, args.seconds) for workload in WORKLOADS.values()]
     print_results(console, machine, rows)
     args.out.mkdir(parents=True, exist_ok=True)

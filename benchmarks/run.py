@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import deform_attn
-from benchmarks import check, measure, report
+from benchmarks import check, measure, probe, report
 from benchmarks.environment import all_cores, environment
 from benchmarks.peers import BASELINE, KERNELS, OURS, PEERS, Loader, Missing, Op
 from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
@@ -171,19 +171,26 @@ def measure_workload(
         row["busy"] = statistics.median(entrant.busy)
         if entrant.threads > 1 and row["contestant"] in OURS[:2]:
             tick(f"timing {entrant.threads} threads against one")
-            row["scaling"] = _scaling(entrant, seconds, rounds)
+            row.update(_scaling(entrant, seconds, rounds))
     return rows
 
 
 def _scaling(
     entrant: measure.Entrant, seconds: float, rounds: tuple[int, int]
-) -> dict[str, list[float]]:
+) -> dict[str, dict[str, list[float]]]:
     """How many times as fast as with one thread, in a race of its own: slow contestants leave no
-    time for the many rounds that a ratio near 2 takes.
+    time for the many rounds that a ratio near 2 takes. Threads share what the op does, not how the
+    system provides memory. `handover`, before and after: how near the cores are to each other.
     """
     one, many = (measure.Entrant(entrant.op, entrant.inputs, n) for n in (1, entrant.threads))
-    measure.race([one, many], seconds, rounds)
-    return {phase: measure.ratios(one.times[phase], many.times[phase]) for phase in measure.PHASES}
+    handover = [probe.handover()]
+    with measure.kept_memory():
+        measure.race([one, many], seconds, rounds)
+    handover.append(probe.handover())
+    ratios = {
+        phase: measure.ratios(one.times[phase], many.times[phase]) for phase in measure.PHASES
+    }
+    return {"scaling": ratios, "handover": [ns for ns in handover if ns is not None]}
 
 
 def _inputs(workload: Workload, batch: int, dtype: str, device: str, seed: int) -> list[Inputs]:

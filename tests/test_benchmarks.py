@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
 import time
 from typing import Any
 
@@ -153,7 +155,30 @@ def test_threads_are_raced_against_one(monkeypatch: pytest.MonkeyPatch) -> None:
     assert raced == [[1, 2], [1, 2]]  # both contestants, then ours with one thread and with two
     assert "scaling" not in rows[0]
     assert all(len(ratios) >= 2 for ratios in rows[1]["scaling"].values())
-    assert report._scaling(rows)[0].startswith("compiled f32, 2 threads against 1: forward ")
+    assert all(10 < ns < 1e6 for ns in rows[1]["handover"])
+    line = report._scaling(rows)[0]
+    assert line.startswith("compiled f32, 2 threads against 1: forward ")
+    assert line.endswith(f"and back a cache line takes {max(rows[1]['handover']):.0f} ns)")
+
+
+def test_memory_is_kept_between_calls_and_given_back_after() -> None:
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("glibc's malloc alone is told to keep memory")
+    bytes_of_each = 40 << 20
+
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.ones(bytes_of_each // 4)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    # several: small things that stay may lie in the way of the next large one for a while
+    fresh = min(faults() for _ in range(10))
+    with measure.kept_memory():
+        again = min(faults() for _ in range(10))
+        resident = measure._status("VmRSS")
+    assert fresh >= 20  # by 2 MB or by 4 kB
+    assert again == 0
+    assert measure._status("VmRSS") < resident - bytes_of_each / 2
 
 
 def test_a_gradient_that_is_lost_outside_the_subset_is_found(
