@@ -26,9 +26,11 @@ help:  ## This list
 	$(PY) -m pip freeze --all | grep -iE '^torch==' > .venv/constraints.txt
 	@touch $@
 
-# An extra of pyproject.toml; the package itself is installed without compiling, `build` does that.
+# An extra of pyproject.toml; the package itself is installed without compiling, which removes what
+# `build` made: then that is made again, from its objects.
 .venv/dev .venv/bench .venv/detr .venv/docs: .venv/%: .venv/torch pyproject.toml
 	DEFORM_ATTN_SKIP_EXT=1 $(PIP) --constraint .venv/constraints.txt --no-build-isolation --editable '.[$*]'
+	@test ! -d build || $(BUILD)
 	@touch $@
 
 # CUDA's headers for the emulator, its compiler for `make kernels`.
