@@ -52,7 +52,7 @@ def declared_kernels() -> set[str]:
 @functools.cache
 def _sources_digest() -> str:
     digest = hashlib.sha256()
-    for folder, patterns in ((HERE, ("*.h", "*.cpp")), (ROOT / "csrc", ("*.h", "cuda/*.cuh"))):
+    for folder, patterns in ((HERE, ("*.h", "*.cpp")), (ROOT / "csrc", ("*.h", "cuda/*.cu*"))):
         for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
             digest.update(path.read_bytes())
     return digest.hexdigest()
