@@ -13,22 +13,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-TORCH = importlib.util.find_spec("torch")
-assert TORCH is not None
-assert TORCH.origin is not None
-for _name in ("libc10.so", "libtorch_cpu.so"):
-    ctypes.CDLL(str(Path(TORCH.origin).parent / "lib" / _name), ctypes.RTLD_GLOBAL)
-ctypes.CDLL(sys.argv[1])
+if __name__ == "__main__":
+    _torch = importlib.util.find_spec("torch")
+    assert _torch is not None
+    assert _torch.origin is not None
+    for _name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(str(Path(_torch.origin).parent / "lib" / _name), ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(sys.argv[1])
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cases import CASES, DTYPES, Inputs  # noqa: E402
-from tolerances import check_results, grad_output_for  # noqa: E402
+from cases import CASES, DTYPES, Inputs
+from tolerances import check_results, grad_output_for
 
-import deform_attn  # noqa: E402
+import deform_attn
 
 GPUS = torch.ops.two_gpus
 OPS = torch.ops.deform_attn
