@@ -14,7 +14,6 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <random>
 #include <string>
@@ -188,12 +187,8 @@ void side_by_side(int threads, const Run& run) {
   for (std::thread& other : others) other.join();
 }
 
-struct Free {
-  void operator()(void* bytes) const { ::operator delete(bytes, std::align_val_t{64}); }
-};
-std::unique_ptr<void, Free> scratch_of(const Kernels& kernels, const Inputs& in) {
-  return std::unique_ptr<void, Free>(
-      ::operator new(kernels.scratch_bytes(in), std::align_val_t{64}));
+Lines<char> scratch_of(const Kernels& kernels, const Inputs& in) {
+  return Lines<char>(kernels.scratch_bytes(in));
 }
 
 template <typename T, typename Weight>
@@ -338,7 +333,7 @@ class Call {
                           false};
     side_by_side(2, [&](int) {
       kernels_.backward(in_, grads, {0, 0, in_.problem.heads, 0, 1},
-                        scratch_of(kernels_, in_).get());
+                        scratch_of(kernels_, in_).data());
     });
   }
 
@@ -393,7 +388,7 @@ class Call {
     to.weights.resize(points_);
     Blocks blocks{{0}, kernels_.blocks(in_) * p.batch, 2};
     side_by_side(threads, [&](int) {
-      kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).get());
+      kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).data());
     });
     Lines<Real> by_weight(layer ? points_ : 0);
     const Gradients grads{grad_.data(), to.value.data(), to.locations.data(),
@@ -401,10 +396,10 @@ class Call {
                           past_caches};
     const std::vector<Share> all = shares(threads);
     side_by_side(threads, [&](int thread) {
-      const auto scratch = scratch_of(kernels_, in_);
+      auto scratch = scratch_of(kernels_, in_);
       for (size_t i = static_cast<size_t>(thread); i < all.size();
            i += static_cast<size_t>(threads)) {
-        kernels_.backward(in_, grads, all[i], scratch.get());
+        kernels_.backward(in_, grads, all[i], scratch.data());
       }
     });
     if (!layer) return to;
@@ -416,7 +411,7 @@ class Call {
     const int64_t queries = p.batch * p.queries;
     side_by_side(threads, [&](int thread) {
       kernels_.finish(in_, finished, queries * thread / threads, queries * (thread + 1) / threads,
-                      scratch_of(kernels_, in_).get());
+                      scratch_of(kernels_, in_).data());
     });
     return to;
   }

@@ -336,7 +336,7 @@ void able() {
   std::vector<int> from(3 * kThreads), to(3 * kThreads);
   for (size_t t = 0; t < from.size(); ++t) from[t] = static_cast<int>(t);
   for (const bool dynamic : {false, true}) {
-    simt::launch(reinterpret_cast<void*>(&reverse), 3, kThreads, kThreads * sizeof(int),
+    simt::launch(reinterpret_cast<void*>(&reverse), 3, kThreads, kThreads * sizeof(int), nullptr,
                  [&] { reverse(from.data(), to.data(), dynamic); });
     for (int t = 0; t < 3 * kThreads; ++t) {
       expect(to[t] == t / kThreads * kThreads + kThreads - 1 - t % kThreads, "shared memory");

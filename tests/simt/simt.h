@@ -91,6 +91,9 @@ inline std::map<std::string, int>& launches() {  // of each kernel, by name
   return counts;
 }
 
+// Told of each launch.
+inline std::function<void(const std::string& kernel, void* stream)> on_launch;
+
 // What watches accesses; see traffic.h.
 struct Watcher {
   virtual ~Watcher() = default;
@@ -426,7 +429,7 @@ inline std::string name_of(void* kernel) {
 
 // Blocks are dealt out in turn, so that neighbours run on different workers and TSan sees a race
 // between them.
-inline void launch(void* kernel, unsigned grid, unsigned block, size_t dynamic_shared,
+inline void launch(void* kernel, unsigned grid, unsigned block, size_t dynamic_shared, void* stream,
                    const std::function<void()>& body) {
   if (planted_error != cudaSuccess) return;
   const std::string name = name_of(kernel);
@@ -435,6 +438,7 @@ inline void launch(void* kernel, unsigned grid, unsigned block, size_t dynamic_s
     const std::lock_guard<std::mutex> lock(mutex);
     ++launches()[name];
   }
+  if (on_launch) on_launch(name, stream);
   if (watcher) watcher->kernel(name, grid, static_cast<int>(block));
   static thread_local std::vector<std::unique_ptr<Worker>> kept;
   auto& workers = kept;  // of this thread, in the others too
@@ -617,5 +621,6 @@ inline cudaError_t cudaGetLastError() {
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "planted by a test"; }
 
-#define LAUNCH(kernel, grid, block, stream, ...) \
-  ::simt::launch(reinterpret_cast<void*>(+kernel), (grid), (block), 0, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(kernel, grid, block, stream, ...)                                 \
+  ::simt::launch(reinterpret_cast<void*>(+kernel), (grid), (block), 0, (stream), \
+                 [&] { kernel(__VA_ARGS__); })
