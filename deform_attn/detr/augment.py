@@ -20,8 +20,6 @@ from torch.utils.data import Dataset
 
 from deform_attn.detr.data import Detection, Sample
 
-__all__ = ["AUGMENTATIONS", "Augmented", "Item", "batches", "collate", "mixup", "mosaic", "warp"]
-
 GRAY = 0.447  # what is seen outside an image
 
 # Parts of training, from 0 to 1, in which each augmentation is on. `dense` is DEIM's dense

@@ -10,6 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+Named = dict[str, Tensor]  # predictions, proposals: whatever has boxes beside it
+
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
     """Logit of ``x``, finite at 0 and 1; eps is 1e-3 or 1e-5, and papers' results depend on it."""

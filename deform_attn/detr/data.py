@@ -21,8 +21,6 @@ from torch import Tensor
 
 from deform_attn.detr.boxes import from_corners
 
-__all__ = ["CocoFolder", "Detection", "Digits", "Sample", "Shapes", "open_dataset"]
-
 Sample = tuple[Tensor, dict[str, Tensor]]
 
 

@@ -34,9 +34,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn.detr import encoder as enc
-from deform_attn.detr.boxes import inverse_sigmoid, sine, sine_of_box
+from deform_attn.detr.boxes import Named, inverse_sigmoid, sine, sine_of_box
 from deform_attn.detr.dfine import Gate
-from deform_attn.detr.encoder import MLP, AddNorm, Mask, Memory, Named, Size, pixel_centres
+from deform_attn.detr.encoder import MLP, AddNorm, Mask, Memory, Size, pixel_centres
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,11 @@ class Queries:
 
 Proposals = dict[str, Named]
 Position = Callable[..., Tensor | None]
+
+
+def precise(said: Named) -> Named:
+    """In float32 what autocast made half precision, which losses are not for."""
+    return {name: x.float() if x.dtype.itemsize == 2 else x for name, x in said.items()}
 
 
 # --- Where queries come from -----------------------------------------------------------------
@@ -155,7 +160,7 @@ class SelectedQueries(nn.Module):
             position, content = self.sines(sine(reference, self.d // 2)).chunk(2, -1)
         if self.content is not None:
             content = self.content.weight.expand(len(reference), -1, -1)
-        return Queries(content, reference, position), {"encoder": proposed}
+        return Queries(content, reference, position), {"encoder": precise(proposed)}
 
 
 def proposals(memory: Memory) -> tuple[Tensor, Tensor]:
@@ -451,9 +456,7 @@ class Decoder(nn.Module):
             prediction, state = self.heads(i, x, state)
             for name, value in prediction.items():
                 said.setdefault(name, []).append(value)
-        # Under autocast heads speak half precision; losses are not for that.
-        stacked = {name: torch.stack(values) for name, values in said.items()}
-        return {n: x.float() if x.dtype.itemsize == 2 else x for n, x in stacked.items()}
+        return precise({name: torch.stack(values) for name, values in said.items()})
 
 
 class SequentialDecoder(nn.Module):
@@ -501,4 +504,4 @@ class SequentialDecoder(nn.Module):
         def in_order(steps: list[Tensor]) -> Tensor:  # [B * cells, ...] each
             return torch.stack(steps, 1).reshape(*centres.shape[:2], -1)[None]
 
-        return {"logits": in_order(logits), "boxes": centres + in_order(boxes)}
+        return precise({"logits": in_order(logits), "boxes": centres + in_order(boxes)})

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from deform_attn.detr.boxes import from_corners, inverse_sigmoid, to_corners
-from deform_attn.detr.encoder import MLP, Activation, Named, Size, box_head, class_head, each
+from deform_attn.detr.boxes import Named, from_corners, inverse_sigmoid, to_corners
+from deform_attn.detr.encoder import MLP, Activation, Size, box_head, class_head, each
 
 
 class Gate(nn.Module):

@@ -20,7 +20,6 @@ from deform_attn import MSDeformableAttention, MSDeformAttn
 from deform_attn.detr.boxes import sine_of_pixels
 
 Activation = type[nn.Module]
-Named = dict[str, Tensor]
 Mask = Tensor | None  # True hides
 
 
@@ -292,10 +291,6 @@ class DeformableEncoder(nn.Module):
             ratios=torch.stack([valid_ratio(p) for p in paddings], 1),
         )
         position = flat([p + e[:, None, None] for p, e in zip(positions, self.level_embed)])
-        return self.attend(memory, position)
-
-    def attend(self, memory: Memory, position: Tensor) -> Memory:
-        """All layers; ``position [B, S, d]`` includes the level's embedding."""
         reference = memory.on_every_level(pixel_centres(memory))
         for layer in self.layers:
             x = layer(memory.features, position, reference, memory)
@@ -390,7 +385,7 @@ class HybridEncoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""
-        return self.memory(self.fuse(maps))
+        return Memory.of([project(x) for project, x in zip(self.output, self.fuse(maps))])
 
     def fuse(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``[B, c, H, W]`` to maps ``[B, d, H, W]``."""
@@ -408,10 +403,6 @@ class HybridEncoder(nn.Module):
         for high, down, fuse in zip(outputs, self.down, self.fuse_down):
             fused.append(fuse(torch.cat([down(fused[-1]), high], 1)))
         return fused
-
-    def memory(self, maps: Sequence[Tensor]) -> Memory:
-        """Fused maps as a decoder's memory."""
-        return Memory.of([project(x) for project, x in zip(self.output, maps)])
 
 
 def axis_codes(x: Tensor) -> Tensor:

@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
 
-__all__ = ["average_precision", "draw_curves", "evaluate"]
-
 Postprocess = Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]]
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 
@@ -79,11 +77,10 @@ def average_precision(
     categories = sorted(category["id"] for category in truth["categories"])
     rows = []
     for facts, found in zip(truth["images"], detections):
-        corners = found["boxes"].double()
-        boxes = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], -1).tolist()
-        for box, score, label in zip(boxes, found["scores"].tolist(), found["labels"].tolist()):
-            row = {"image_id": facts["id"], "category_id": categories[label]}
-            rows.append({**row, "bbox": box, "score": score})
+        of_image = (found[name].tolist() for name in ("boxes", "scores", "labels"))
+        for (x1, y1, x2, y2), score, label in zip(*of_image):
+            what = {"category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            rows.append({"image_id": facts["id"], "score": score, **what})
     if not rows:
         return dict.fromkeys(NAMES, 0.0)
     reference = COCO(truth)
@@ -100,7 +97,7 @@ def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure((9, 3.4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, subplot_kw={"xlabel": "step"})
     loss = np.array(history["loss"])
     left.plot(np.arange(1, len(loss) + 1), loss, color="#9ecae1", linewidth=0.7)
     parts = np.array_split(loss, min(40, len(loss)))
@@ -117,7 +114,6 @@ def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
     right.set(ylim=(0, 1))
     right.set_title("average precision on the test images", loc="left")
     for axes in (left, right):
-        axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.2)
     figure.suptitle(title)

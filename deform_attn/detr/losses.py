@@ -16,17 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from deform_attn.detr.boxes import overlap
+from deform_attn.detr.boxes import Named, overlap
 from deform_attn.detr.dfine import EdgeBins
-from deform_attn.detr.matching import (
-    Hungarian,
-    OneToMany,
-    Pairs,
-    Prediction,
-    Targets,
-    check_targets,
-    union,
-)
+from deform_attn.detr.matching import Hungarian, OneToMany, Pairs, Targets, check_targets, union
 
 Outputs = Mapping[str, Any]
 # (logits, one-hot targets, one-hot times IoU) -> the loss of each logit
@@ -73,14 +65,9 @@ def _with_nothing(hot: Tensor) -> Tensor:
     return torch.where(hot.any(-1), hot.argmax(-1), hot.shape[-1] - 1)
 
 
-def object_count(targets: Targets, device: torch.device) -> Tensor:
-    """Objects in the batch, averaged over processes; 1 where there are none."""
-    number = sum(len(target["labels"]) for target in targets)
-    return averaged(torch.tensor(float(number), device=device))
-
-
-def averaged(count: Tensor) -> Tensor:
+def averaged(number: int, device: torch.device) -> Tensor:
     """Mean over processes, at least 1, so that their mean gradient is that of one big batch."""
+    count = torch.tensor(float(number), device=device)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(count)
         count = count / torch.distributed.get_world_size()
@@ -98,7 +85,7 @@ def chosen(targets: Targets, pairs: Pairs, key: str) -> Tensor:
     return torch.cat([target[key][which] for target, (_, which) in zip(targets, pairs)])
 
 
-def layers_of(outputs: Outputs, name: str) -> Iterator[tuple[str, Prediction]]:
+def layers_of(outputs: Outputs, name: str) -> Iterator[tuple[str, Named]]:
     """Each layer's prediction, with the last one's corners to learn from; D-FINE's first guess."""
     layers = len(outputs.get("logits", ()))
     for i in range(layers):
@@ -117,7 +104,7 @@ class Told(NamedTuple):
     """A set of predictions and what it is told: pairs of its queries and targets."""
 
     name: str
-    prediction: Prediction
+    prediction: Named
     targets: Targets
     pairs: Pairs
     number: Tensor  # of objects, which divides its losses
@@ -141,7 +128,7 @@ class Criterion:
     """
 
     weights: Mapping[str, float]
-    match: Callable[[Prediction, Targets], Pairs] = field(default_factory=Hungarian)
+    match: Callable[[Named, Targets], Pairs] = field(default_factory=Hungarian)
     classification: Classification = focal
     encoder: Literal["classes", "binary", "anchors"] = "classes"
     encoder_weight: float = 1.0
@@ -159,11 +146,11 @@ class Criterion:
         logits = outputs["logits"]  # a softmax has "no object" as its last class
         classes = logits.shape[-1] - (self.classification in (softmax, cross_entropy))
         check_targets(targets, logits.shape[1], classes)
-        count = object_count(targets, logits.device)
+        count = averaged(sum(len(target["labels"]) for target in targets), logits.device)
         matched = list(self.matched(outputs, targets, count))
         shared = union([told.pairs for told in matched])
         positives = sum(len(queries) for queries, _ in shared)
-        of_shared = averaged(count.new_tensor(float(positives)))
+        of_shared = averaged(positives, logits.device)
         # Denoising queries' edges are balanced as the matched ones', as in the official code.
         balance = (positives, logits[0, ..., 0].numel() - positives)
         losses = {}

@@ -15,9 +15,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from deform_attn.detr.boxes import overlap
+from deform_attn.detr.boxes import Named, overlap
 
-Prediction = dict[str, Tensor]
 Target = Mapping[str, Tensor]
 Targets = Sequence[Target]
 Pairs = list[tuple[Tensor, Tensor]]
@@ -82,7 +81,7 @@ class Hungarian:
         return total.nan_to_num(1.0)
 
     @torch.no_grad()
-    def __call__(self, prediction: Prediction, targets: Targets) -> Pairs:
+    def __call__(self, prediction: Named, targets: Targets) -> Pairs:
         """Pairs of all images."""
         images = zip(prediction["logits"].float(), prediction["boxes"].float(), targets)
         return [assign(self.cost(logits, boxes, target)) for logits, boxes, target in images]
@@ -110,7 +109,7 @@ class OneToMany:
     sample: int = 225
 
     @torch.no_grad()
-    def __call__(self, prediction: Prediction, targets: Targets) -> Pairs:
+    def __call__(self, prediction: Named, targets: Targets) -> Pairs:
         """Pairs of all images, in the order of the objects."""
         images = zip(prediction["logits"].float(), prediction["boxes"].float(), targets)
         return [self._one(logits, boxes, target) for logits, boxes, target in images]
@@ -160,7 +159,7 @@ class Lexicographic:
         return 100 * missed + rank + distance / 2000
 
     @torch.no_grad()
-    def __call__(self, prediction: Prediction, targets: Targets) -> Pairs:
+    def __call__(self, prediction: Named, targets: Targets) -> Pairs:
         """Pairs of all images; of a cell with more objects than steps, some stay unmatched."""
         pairs = []
         rows, columns = (int(n) for n in prediction["grid"])

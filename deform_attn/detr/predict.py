@@ -8,12 +8,9 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import nn
 
 from deform_attn.detr.data import as_tensor, upright
 from deform_attn.detr.recipes import build
-
-__all__ = ["Predictor", "load"]
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -27,10 +24,6 @@ class Predictor:
         size: sides of the square that images are stretched to.
         facts: how it was trained: ``settings``, ``step`` and the ``ap`` reached.
     """
-
-    model: nn.Module
-    classes: list[str]
-    size: int
 
     def __init__(self, content: dict[str, Any], device: str | torch.device = "cpu") -> None:
         self.classes, self.size = content["classes"], content["size"]

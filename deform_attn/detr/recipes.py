@@ -10,8 +10,6 @@ from deform_attn.detr import models
 from deform_attn.detr.encoder import Size
 from deform_attn.detr.models import SmallBackbone, System
 
-__all__ = ["RECIPES", "Recipe", "build"]
-
 
 @dataclass(frozen=True)
 class Recipe:

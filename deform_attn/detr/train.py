@@ -31,8 +31,6 @@ from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import draw_curves, evaluate
 from deform_attn.detr.recipes import RECIPES, build
 
-__all__ = ["Settings", "learning_rate_factor", "parameter_groups", "train"]
-
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -252,7 +250,7 @@ class _Run:
         half = AMP[self.settings.amp]
         with torch.autocast(self.device.type, half, enabled=half is not None):
             outputs = model(images, None, targets)
-        losses = self.criterion(_float32(outputs), targets)
+        losses = self.criterion(outputs, targets)
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
             parts = {name: value.item() for name, value in losses.items()}
@@ -268,8 +266,6 @@ class _Run:
         self.step += 1
         self._follow()
         numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
-        if self.world == 1:
-            return dict(zip(losses, numbers))
         of_all = self._of_all(dict(zip(losses, numbers)))  # those without objects have no denoising
         names = dict.fromkeys(name for one in of_all for name in one)
         return {name: sum(one.get(name, 0.0) for one in of_all) / self.world for name in names}
@@ -290,14 +286,6 @@ class _Run:
             loss = self.history["loss"][-1]
             numbers = f"loss {loss:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
             self.console.print(f"step {self.step:5}  {numbers}")
-
-
-def _float32(outputs: Any) -> Any:
-    """What autocast made half precision, in nested dicts: losses are computed in float32."""
-    if isinstance(outputs, dict):
-        return {key: _float32(value) for key, value in outputs.items()}
-    half = isinstance(outputs, Tensor) and outputs.is_floating_point()
-    return outputs.float() if half else outputs
 
 
 def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:

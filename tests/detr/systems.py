@@ -298,7 +298,8 @@ def hybrid_weights(recipe: Callable[..., models.System], golden: Golden) -> dict
 def transformer(run: Run) -> tuple[Memory, dict[str, Any]]:
     """RT-DETR from its fused maps on."""
     encoder: Any = run.model.encoder
-    memory = encoder.memory(run.maps("feat"))
+    maps = [project(x) for project, x in zip(encoder.output, run.maps("feat"))]
+    memory = Memory.of(maps)
     outputs = run.model.detect(memory, run.noised())
     run.layers(outputs)
     run.tell(dn_logits=outputs["dn"]["logits"], dn_boxes=outputs["dn"]["boxes"])
@@ -529,14 +530,21 @@ def encoder(golden: Golden) -> Found:
     parameters = load_part(
         deform, golden, "deformable", "deformable_detr", "transformer.encoder.", others
     )
-    source = golden["in/deformable/src"].requires_grad_()
-    memory = Memory(
-        source,
-        golden["in/deformable/shapes"].tolist(),
-        golden["in/deformable/padding_mask"],
-        ratios=golden["in/deformable/valid_ratios"],
+    nn.init.zeros_(deform.level_embed)  # the recorded positions have it
+    source, position, padding, shapes = (
+        golden[f"in/deformable/{name}"] for name in ("src", "pos", "padding_mask", "shapes")
     )
-    output = deform.attend(memory, golden["in/deformable/pos"]).features
+
+    def of_levels(x: Tensor) -> list[Tensor]:
+        levels = x.split(shapes.prod(1).tolist(), 1)
+        return [y.unflatten(1, tuple(shape)) for y, shape in zip(levels, shapes.tolist())]
+
+    maps, positions = (
+        [x.movedim(-1, 1) for x in of_levels(flat)] for flat in (source.requires_grad_(), position)
+    )
+    memory = deform.encode(maps, positions, of_levels(padding))
+    torch.testing.assert_close(memory.ratios, golden["in/deformable/valid_ratios"])
+    output = memory.features
     found["deformable/output"] = output
     found["deformable/reference"] = memory.on_every_level(pixel_centres(memory))
     gradients_of_part(found, "deformable", output.sin().sum(), {"src": source}, parameters)
@@ -573,7 +581,7 @@ def matcher_losses(golden: Golden) -> Found:
                 found[f"{i}/cost/{name}/{b}"] = match.cost(logits[b], boxes[b], target)
         pairs: Pairs = [tuple(golden[f"in/{i}/indices/{b}"]) for b in range(2)]
         where, truth = losses.at(pairs), losses.chosen(targets, pairs, "boxes")
-        n = losses.object_count(targets, logits.device)
+        n = losses.averaged(sum(len(t["labels"]) for t in targets), logits.device)
         iou = overlap(boxes[where], truth)[0].detach()
         initial = golden[f"in/{i}/ref_points"][where]
         left, right_weight = bins.targets(initial, truth)
