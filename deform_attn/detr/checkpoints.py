@@ -14,30 +14,32 @@ from torch import Tensor, nn
 
 Rules = list[tuple[str, str]]
 
-# Deformable DETR and what was built on it.
+# Layers of all systems, and whatever is not a layer, by each name that it has somewhere.
 _LAYERS: Rules = [
-    (r"^level_embeds?$", "encoder.level_embed"),
-    (r"^input_proj\.", "encoder.project."),
     (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention.attention."),
     (r"^(encoder\.layers\.\d+)\.norm(\d)\.", r"\1.join\2.norm."),
     (r"^((?:en|de)coder\.layers\.\d+)\.linear", r"\1.ffn.linear"),
     (r"^((?:en|de)coder\.layers\.\d+)\.activation\.", r"\1.ffn.act."),
     (r"^(decoder\.layers\.\d+\.(?:self|cross)_attn)\.", r"\1.attention."),
     (r"^(decoder\.layers\.\d+)\.norm3\.", r"\1.join_ffn.norm."),
+]
+_OTHERS: Rules = [
+    (r"^level_embeds?$", "encoder.level_embed"),
+    (r"^(?:encoder\.)?input_proj\.", "encoder.project."),
     (r"^decoder\.norm\.", "decoder.heads.norm."),
-    (r"^decoder\.ref_point_head\.", "decoder.position.mlp."),
+    (r"^decoder\.(?:ref_point|query_pos)_head\.", "decoder.position.mlp."),
     (r"^decoder\.query_scale\.", "decoder.position.scale."),
-    (r"^(?:decoder\.)?class_embed\.", "decoder.heads.classes."),
-    (r"^(?:decoder\.)?bbox_embed\.", "decoder.heads.boxes."),
+    (r"^(?:decoder\.)?(?:class_embed|dec_score_head)\.", "decoder.heads.classes."),
+    (r"^(?:decoder\.)?(?:bbox_embed|dec_bbox_head)\.", "decoder.heads.boxes."),
     (r"^query_embed\.", "queries.embed."),
     (r"^reference_points\.", "queries.points."),
     (r"^refpoint_embed\.", "queries.boxes."),
     (r"^tgt_embed\.", "queries.content."),
-    (r"^label_enc\.", "denoising.embed."),
-    (r"^enc_output\.", "queries.project."),
-    (r"^enc_output_norm\.", "queries.norm."),
-    (r"^enc_out_class_embed\.", "queries.classes."),
-    (r"^enc_out_bbox_embed\.", "queries.box."),
+    (r"^(?:label_enc|decoder\.denoising_class_embed)\.", "denoising.embed."),
+    (r"^(?:enc_output_norm|decoder\.enc_output\.(?:1|norm))\.", "queries.norm."),
+    (r"^(?:enc_output|decoder\.enc_output\.(?:0|proj))\.", "queries.project."),
+    (r"^(?:enc_out_class_embed|decoder\.enc_score_head)\.", "queries.classes."),
+    (r"^(?:enc_out_bbox_embed|decoder\.enc_bbox_head)\.", "queries.box."),
     (r"^pos_trans\.", "queries.sines.0."),
     (r"^pos_trans_norm\.", "queries.sines.1."),
 ]
@@ -52,13 +54,14 @@ def _norms(first: str, second: str) -> Rules:
     ]
 
 
-_DEFORMABLE = _LAYERS + _norms("cross", "self")
+_DEFORMABLE = _LAYERS + _OTHERS + _norms("cross", "self")
 
 _DETR: Rules = [
     (r"\.multihead_attn\.", ".cross_attn."),
     # one head for all layers: the first one's name
     (r"^(class|bbox)_embed\.", r"\1_embed.0."),
     *_LAYERS,
+    *_OTHERS,
     *_norms("self", "cross"),
 ]
 
@@ -73,38 +76,31 @@ _DAB_DETR: Rules = [
     (r"_attn\.([qk])_pos\.", r"_attn.\1_position."),
     (r"^(decoder\..*_attn)\.out_proj\.", r"\1.output."),
     *(rule for rule in _LAYERS if "cross" not in rule[0]),
+    *_OTHERS,
     *_norms("self", "cross"),
 ]
 
 _RTDETR: Rules = [
     (r"^decoder\.decoder\.", "decoder."),
     (r"^decoder\.input_proj\.", "encoder.output."),
-    (r"^encoder\.input_proj\.", "encoder.project."),
-    (r"^(encoder\.project\.\d+)\.0\.", r"\1.conv."),  # v1
-    (r"^(encoder\.project\.\d+)\.1\.", r"\1.norm."),
-    (r"^encoder\.encoder\.0\.layers\.0\.", "encoder.attention."),
-    (r"^encoder\.attention\.self_attn\.", "encoder.attention.attention.attention."),
-    (r"^encoder\.attention\.linear", "encoder.attention.ffn.linear"),
-    (r"^encoder\.attention\.norm(\d)\.", r"encoder.attention.join\1.norm."),
     (r"^encoder\.lateral_convs\.", "encoder.lateral."),
     (r"^encoder\.downsample_convs\.", "encoder.down."),
     (r"^encoder\.fpn_blocks\.", "encoder.fuse_up."),
     (r"^encoder\.pan_blocks\.", "encoder.fuse_down."),
-    *((pattern, ours) for pattern, ours in _LAYERS if pattern.startswith(r"^(decoder\.layers")),
-    (r"^(decoder\.layers\.\d+)\.linear", r"\1.ffn.linear"),
-    *_norms("self", "cross"),
+    (r"^encoder\.encoder\.0\.", "encoder."),
+    *_LAYERS,
+    (r"^encoder\.layers\.0\.", "encoder.attention."),
     (r"^(decoder\.layers\.\d+)\.gateway\.", r"\1.join_cross."),
-    (r"^decoder\.dec_score_head\.", "decoder.heads.classes."),
-    (r"^decoder\.dec_bbox_head\.", "decoder.heads.boxes."),
-    (r"^decoder\.query_pos_head\.", "decoder.position.mlp."),
-    (r"^decoder\.denoising_class_embed\.", "denoising.embed."),
-    (r"^decoder\.enc_output\.(?:0|proj)\.", "queries.project."),
-    (r"^decoder\.enc_output\.(?:1|norm)\.", "queries.norm."),
-    (r"^decoder\.enc_score_head\.", "queries.classes."),
-    (r"^decoder\.enc_bbox_head\.", "queries.box."),
+    *_norms("self", "cross"),
+    *_OTHERS,
+    (r"^(encoder\.project\.\d+)\.0\.", r"\1.conv."),  # v1
+    (r"^(encoder\.project\.\d+)\.1\.", r"\1.norm."),
 ]
 _DFINE: Rules = [
     *_RTDETR,
+    (r"^(encoder\.down\.\d+)\.0\.cv1\.", r"\1.0."),
+    (r"^(encoder\.down\.\d+)\.0\.cv2\.", r"\1.1."),
+    (r"^(encoder\.fuse_\w+\.\d+)\.cv(\d)\.", r"\1.conv\2."),
     (r"^decoder\.up$", "decoder.heads.bins.up"),
     (r"^decoder\.reg_scale$", "decoder.heads.bins.scale"),
     (r"^decoder\.heads\.boxes\.", "decoder.heads.corners."),
@@ -133,7 +129,7 @@ _MR_DETR: Rules = [
     (r"^decoder\.(layers\.\d+)\.ffns\.0\.layers\.1\.linear_sep\.", r"sep.\1.ffn.linear2."),
     (r"\.ffns\.0\.layers\.0\.(?:0|linear\.linear)\.", ".ffn.linear1."),
     (r"\.ffns\.0\.layers\.1\.(?:linear\.)?", ".ffn.linear2."),
-    *(rule for rule in _LAYERS if "layers" not in rule[0]),
+    *_OTHERS,
 ]
 
 # Buffers of RT-DETRv2 and D-FINE for images of one size, which are made anew here.

@@ -150,8 +150,7 @@ class Shapes(_Drawn):
         while len(boxes) < wanted:
             label = int(rng.integers(len(self.classes)))
             corners = (64, 4, 3)[label]
-            turn = rng.uniform(0, 2 * math.pi)
-            angles = turn + np.arange(corners) * (2 * math.pi / corners)
+            angles = rng.uniform(0, 2 * math.pi) + np.arange(corners) * (2 * math.pi / corners)
             outline = np.stack([np.cos(angles), np.sin(angles)], -1)
             outline = (outline * rng.uniform(0.08, 0.2) + rng.uniform(0.1, 0.9, 2)) * size
             box = [*outline.min(0).tolist(), *outline.max(0).tolist()]
@@ -258,12 +257,11 @@ class CocoFolder:
     flips = True
 
     def __init__(self, folder: str | Path, split: str, size: int) -> None:
-        found = sorted(Path(folder).glob(f"annotations/instances_{split}*.json"))
+        pattern = f"annotations/instances_{split}*.json"
+        found = sorted(Path(folder).glob(pattern))
         if len(found) != 1:
-            raise ValueError(
-                f"{folder}: expected one file annotations/instances_{split}*.json, "
-                f"got {[file.name for file in found] or 'none'}"
-            )
+            names = [file.name for file in found] or "none"
+            raise ValueError(f"{folder}: expected one file {pattern}, got {names}")
         self.size = size
         self.images = Path(folder) / found[0].stem.removeprefix("instances_")
         try:

@@ -36,7 +36,7 @@ from torch.nn import functional as F
 from deform_attn.detr import encoder as enc
 from deform_attn.detr.boxes import Named, inverse_sigmoid, sine, sine_of_box
 from deform_attn.detr.dfine import Gate
-from deform_attn.detr.encoder import MLP, AddNorm, Mask, Memory, Size, pixel_centres
+from deform_attn.detr.encoder import MLP, AddNorm, Make, Mask, Memory, Size, pixel_centres
 
 
 @dataclass(frozen=True)
@@ -337,23 +337,19 @@ class InstructedSelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
     """Look at each other, look at the image, think; each is added and normalised.
 
-    ``self_attn(x, position, blocked)``, ``cross_attn(x, position, reference, memory)``, ``ffn(x)``.
-    Where ``gated``, a gate joins what was seen with what was known (D-FINE); ``limit`` is that of
-    the last sum, for half precision (RT-DETR, D-FINE).
+    ``look`` makes the attention to the image, called with ``(x, position, reference, memory)``,
+    ``talk`` that among queries, called with ``(x, position, blocked)``. Where ``gated``, a gate
+    joins what was seen with what was known (D-FINE); ``limit`` is that of the last sum, for half
+    precision (RT-DETR, D-FINE).
     """
 
     def __init__(
-        self,
-        self_attn: nn.Module,
-        cross_attn: nn.Module,
-        ffn: nn.Module,
-        size: Size,
-        *,
-        gated: bool = False,
-        limit: float | None = None,
+        self, size: Size, look: Make, talk: Make, *, gated: bool = False, limit: float | None = None
     ) -> None:
         super().__init__()
-        self.self_attn, self.cross_attn, self.ffn = self_attn, cross_attn, ffn
+        # The feed-forward network draws its weights first, as when the recipes were compared.
+        ffn = enc.FeedForward(size)
+        self.self_attn, self.cross_attn, self.ffn = talk(size), look(size), ffn
         self.join_self = AddNorm(size.d)
         self.join_cross = Gate(size.d) if gated else AddNorm(size.d)
         self.join_ffn = AddNorm(size.d, limit)

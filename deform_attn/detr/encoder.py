@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -21,6 +22,7 @@ from deform_attn.detr.boxes import sine_of_pixels
 
 Activation = type[nn.Module]
 Mask = Tensor | None  # True hides
+Make = Callable[["Size"], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -325,13 +327,13 @@ def pixel_centres(memory: Memory) -> Tensor:
 
 
 class ConvNorm(nn.Sequential):
-    """Convolution without bias, batch norm, activation."""
+    """Convolution without bias (``how``: its stride, its groups), batch norm, activation."""
 
     def __init__(
-        self, inputs: int, outputs: int, size: int, stride: int = 1, act: Activation = nn.Identity
+        self, inputs: int, outputs: int, size: int, act: Activation = nn.Identity, **how: Any
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, stride, size // 2, bias=False)
+        self.conv = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=False, **how)
         self.norm = nn.BatchNorm2d(outputs)
         self.act = act()
 
@@ -357,31 +359,56 @@ class CSPRep(nn.Module):
     ) -> None:
         super().__init__()
         hidden = int(outputs * expansion)
-        self.conv1, self.conv2 = (ConvNorm(inputs, hidden, 1, act=act) for _ in range(2))
+        self.conv1, self.conv2 = (ConvNorm(inputs, hidden, 1, act) for _ in range(2))
         self.bottlenecks = nn.Sequential(*(RepVGG(hidden, act) for _ in range(blocks)))
-        self.conv3 = ConvNorm(hidden, outputs, 1, act=act) if hidden != outputs else nn.Identity()
+        self.conv3 = ConvNorm(hidden, outputs, 1, act) if hidden != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, inputs, H, W]`` to ``[B, outputs, H, W]``."""
         return self.conv3(self.bottlenecks(self.conv1(x)) + self.conv2(x))
 
 
+class GELAN(nn.Module):
+    """Fuses two maps into one: all that two stages of CSPRep are told and say (D-FINE)."""
+
+    def __init__(self, d: int, blocks: int, expansion: float, act: Activation) -> None:
+        super().__init__()
+        hidden = round(expansion * d // 2)
+
+        def stage(inputs: int) -> nn.Sequential:
+            fuse = CSPRep(inputs, hidden, blocks, 1, act)
+            return nn.Sequential(fuse, ConvNorm(hidden, hidden, 3, act))
+
+        self.conv1 = ConvNorm(2 * d, 2 * d, 1, act)
+        self.conv2, self.conv3 = stage(d), stage(hidden)
+        self.conv4 = ConvNorm(2 * d + 2 * hidden, d, 1, act)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, 2 d, H, W]`` to ``[B, d, H, W]``."""
+        told = self.conv1(x)
+        said = self.conv2(told.chunk(2, 1)[1])
+        return self.conv4(torch.cat([told, said, self.conv3(said)], 1))
+
+
 class HybridEncoder(nn.Module):
     """RT-DETR's (arXiv 2304.08069, 4.2): attention in the smallest map, convolutions across.
 
-    With ``project`` the fused maps are projected once more for the memory; not so in D-FINE.
+    D-FINE's is ``fine``: it fuses with :class:`GELAN`, halves maps channel by channel, and does not
+    project the fused maps once more.
     """
 
-    def __init__(self, channels: Sequence[int], size: Size, *, project: bool = True) -> None:
+    def __init__(self, channels: Sequence[int], size: Size, *, fine: bool = False) -> None:
         super().__init__()
         d, steps, blocks, act = size.d, len(channels) - 1, round(3 * size.depth), nn.SiLU
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
         self.attention = EncoderLayer(SelfAttention(size), replace(size, act=nn.GELU))
-        self.lateral = each(steps, lambda: ConvNorm(d, d, 1, act=act))
-        self.down = each(steps, lambda: ConvNorm(d, d, 3, 2, act))
-        self.fuse_up = each(steps, lambda: CSPRep(2 * d, d, blocks, size.expansion, act))
-        self.fuse_down = each(steps, lambda: CSPRep(2 * d, d, blocks, size.expansion, act))
-        self.output = each(steps + 1, lambda: ConvNorm(d, d, 1) if project else nn.Identity())
+        one, half = partial(ConvNorm, d, d, 1), partial(ConvNorm, d, d, 3, stride=2)
+        fuse: Any = partial(GELAN, d) if fine else partial(CSPRep, 2 * d, d)
+        self.lateral = each(steps, lambda: one() if fine else one(act))
+        self.down = each(steps, lambda: nn.Sequential(one(), half(groups=d)) if fine else half(act))
+        self.fuse_up = each(steps, lambda: fuse(blocks, size.expansion, act))
+        self.fuse_down = each(steps, lambda: fuse(blocks, size.expansion, act))
+        self.output = each(steps + 1, lambda: nn.Identity() if fine else one())
 
     def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""

@@ -81,14 +81,10 @@ def average_precision(
         for (x1, y1, x2, y2), score, label in zip(*of_image):
             what = {"category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1]}
             rows.append({"image_id": facts["id"], "score": score, **what})
-    if not rows:
-        return dict.fromkeys(NAMES, 0.0)
     reference = COCO(truth)
     results = reference.loadRes(rows)
     judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
-    judge.evaluate()
-    judge.accumulate()
-    judge.summarize()
+    judge.run()
     return dict(zip(NAMES, np.maximum(judge.stats[: len(NAMES)], 0).tolist()))
 
 

@@ -26,20 +26,20 @@ def check_targets(targets: Targets, images: int, classes: int) -> None:
     """Raise a ValueError that names what is wrong with the targets of a batch, if anything is."""
     if len(targets) != images:
         raise ValueError(f"targets: expected {images}, one an image, got {len(targets)}")
+
+    def wrong(i: int, key: str, expected: str, got: str) -> ValueError:
+        return ValueError(f"targets[{i}][{key!r}]: expected {expected}, got {got}")
+
     for i, target in enumerate(targets):
         labels, boxes = target["labels"], target["boxes"]
         if labels.dim() != 1 or labels.is_floating_point():
-            got = f"{labels.dtype} {tuple(labels.shape)}"
-            raise ValueError(f"targets[{i}]['labels']: expected integers of shape [n], got {got}")
+            raise wrong(i, "labels", "[n] integers", f"{labels.dtype} {list(labels.shape)}")
         if boxes.shape != (len(labels), 4):
-            got = f"{tuple(boxes.shape)}"
-            raise ValueError(f"targets[{i}]['boxes']: expected [{len(labels)}, 4], got {got}")
+            raise wrong(i, "boxes", f"[{len(labels)}, 4] numbers", f"{list(boxes.shape)}")
         if not ((labels >= 0) & (labels < classes)).all():
-            got = f"{labels.min()} to {labels.max()}"
-            raise ValueError(f"targets[{i}]['labels']: expected 0 to {classes - 1}, got {got}")
+            raise wrong(i, "labels", f"0 to {classes - 1}", f"{labels.min()} to {labels.max()}")
         if not ((boxes > -1e-3) & (boxes < 1 + 1e-3)).all():
-            got = f"{boxes.min():.4g} to {boxes.max():.4g}"
-            raise ValueError(f"targets[{i}]['boxes']: expected cxcywh in [0, 1], got {got}")
+            raise wrong(i, "boxes", "cxcywh in [0, 1]", f"{boxes.min():.4g} to {boxes.max():.4g}")
 
 
 def assign(cost: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,8 +127,7 @@ class OneToMany:
         chosen[quality.argmax(0)] = True
         if int(chosen.sum()) > self.sample:
             candidates = chosen.nonzero()[:, 0]
-            dropped = candidates[torch.randperm(len(candidates))[self.sample :]]
-            chosen[dropped] = False
+            chosen[candidates[torch.randperm(len(candidates))[self.sample :]]] = False
         counts = torch.bincount(choice[chosen], minlength=objects).clamp(max=self.most).tolist()
         order = quality.argsort(dim=0, descending=True, stable=True)
         queries = torch.cat([order[:count, i] for i, count in enumerate(counts)])

@@ -44,9 +44,10 @@ class SmallBackbone(nn.Module):
     def __init__(self, channels: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__()
         self.channels = list(channels)
-        self.stem = enc.ConvNorm(3, channels[0], 3, 2, nn.ReLU)
+        conv = partial(enc.ConvNorm, size=3, act=nn.ReLU)
+        self.stem = conv(3, channels[0], stride=2)
         self.stages = nn.ModuleList(
-            nn.Sequential(enc.ConvNorm(a, b, 3, 2, nn.ReLU), enc.ConvNorm(b, b, 3, 1, nn.ReLU))
+            nn.Sequential(conv(a, b, stride=2), conv(b, b))
             for a, b in pairwise([channels[0], *channels])
         )
 
@@ -64,6 +65,9 @@ class System(NamedTuple):
     model: nn.Module  # (images [B, 3, H, W], mask [B, H, W] or None, targets or None) -> outputs
     criterion: Criterion  # (outputs, targets) -> weighted losses
     postprocess: Callable[[Outputs, Tensor], Results]  # (outputs, sizes [B, (height, width)])
+
+
+Base = Callable[..., System]
 
 
 class Detector(nn.Module):
@@ -212,15 +216,11 @@ def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) ->
 
 
 def decoder_layers(
-    size: Size, look: Callable[[Size], nn.Module] = enc.DeformableAttention, **how: Any
+    size: Size, look: enc.Make = enc.DeformableAttention, **how: Any
 ) -> list[dec.DecoderLayer]:
     """A decoder's layers: plain self-attention, and ``look`` at the image."""
-
-    def layer() -> dec.DecoderLayer:
-        ffn = enc.FeedForward(size)
-        return dec.DecoderLayer(enc.SelfAttention(size), look(size), ffn, size, **how)
-
-    return [layer() for _ in range(size.decoder_layers)]
+    layers = range(size.decoder_layers)
+    return [dec.DecoderLayer(size, look, enc.SelfAttention, **how) for _ in layers]
 
 
 def variant(module: Any, **replaced: nn.Module) -> Any:
@@ -234,6 +234,7 @@ def variant(module: Any, **replaced: nn.Module) -> Any:
 # Mr. DETR weigh it twice.
 ONE = {"class": 1.0, "l1": 5.0, "giou": 2.0}
 TWO = ONE | {"class": 2.0}
+FINE = Size(levels=3, points=(3, 6, 3))  # D-FINE's: most points where objects are seen best
 DAB_SINES = {"temperature": 20.0, "shift": 0.0}
 
 
@@ -272,15 +273,9 @@ def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -
     """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
     size = replace(size, act=nn.PReLU)
     encoder = enc.DenseEncoder(backbone.channels[-1], size, scale=True, temperature=20)
-    layers = [
-        dec.DecoderLayer(
-            dec.ConditionalSelfAttention(size),
-            dec.ConditionalCrossAttention(size, first=i == 0),
-            enc.FeedForward(size),
-            size,
-        )
-        for i in range(size.decoder_layers)
-    ]
+    looks = [partial(dec.ConditionalCrossAttention, first=True)]
+    looks += [partial(dec.ConditionalCrossAttention, first=False)] * (size.decoder_layers - 1)
+    layers = [dec.DecoderLayer(size, look, dec.ConditionalSelfAttention) for look in looks]
     said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
     decoder = dec.Decoder(size, layers, dec.ConditionalPosition(size.d), said)
     queries = dec.AnchorQueries(size, content=None)
@@ -324,11 +319,7 @@ def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidd
 
 
 def dn_detr(
-    backbone: Backbone,
-    classes: int,
-    size: Size = Size(hidden=2048),
-    *,
-    base: Callable[..., System] = dab_detr,
+    backbone: Backbone, classes: int, size: Size = Size(hidden=2048), *, base: Base = dab_detr
 ) -> System:
     """DN-DETR (arXiv 2203.01305): noised boxes are to be restored, on DAB-DETR or, as ``base``,
     DAB-Deformable-DETR.
@@ -380,22 +371,16 @@ def rtdetr(
 
 
 def hybrid(
-    backbone: Backbone, classes: int, size: Size, decoder: dec.Decoder, *, project: bool = True
+    backbone: Backbone, classes: int, size: Size, decoder: dec.Decoder, *, fine: bool = False
 ) -> Detector:
     """RT-DETR's frame: hybrid encoder, content from the memory, contrastive denoising."""
-    encoder = enc.HybridEncoder(backbone.channels, size, project=project)
+    encoder = enc.HybridEncoder(backbone.channels, size, fine=fine)
     queries = dec.SelectedQueries(size, classes)
     denoising = Denoising(classes, size.d, padding=True, eps=1e-5)
     return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
 
-def dfine(
-    backbone: Backbone,
-    classes: int,
-    size: Size = Size(levels=3, points=(3, 6, 3)),
-    *,
-    scale: float = 4.0,
-) -> System:
+def dfine(backbone: Backbone, classes: int, size: Size = FINE, *, scale: float = 4.0) -> System:
     """D-FINE (arXiv 2410.13842): boxes as distributions of their edges, taught by the last layer.
 
     ``scale`` is that of the edges' bins: larger for smaller corrections, 8 in the largest model.
@@ -406,19 +391,14 @@ def dfine(
     layers = decoder_layers(size, look, gated=True, limit=65504)
     position = dec.BoxPosition(size, limit=10)
     decoder = dec.Decoder(size, layers, position, said)
-    model = hybrid(backbone, classes, size, decoder, project=False)
+    model = hybrid(backbone, classes, size, decoder, fine=True)
     weights, kind = ONE | {"fgl": 0.15, "ddf": 1.5}, losses.varifocal
     criterion = Criterion(weights, classification=kind, bins=bins)
     return System(model, criterion, best_scores)
 
 
 def deim(
-    backbone: Backbone,
-    classes: int,
-    size: Size = Size(levels=3, points=(3, 6, 3)),
-    *,
-    base: Callable[..., System] = dfine,
-    **options: Any,
+    backbone: Backbone, classes: int, size: Size = FINE, *, base: Base = dfine, **options: Any
 ) -> System:
     """DEIM (arXiv 2412.04234): a loss that does not give up on poor matches, for D-FINE or, as
     ``base``, RT-DETRv2; that images hold more objects is the data's part.

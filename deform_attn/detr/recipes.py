@@ -34,7 +34,6 @@ class Recipe:
 
 
 SAMPLING = ("sampling_offsets", "queries.points")  # offsets, reference points
-LISTED = (3, 6, 3)  # most points where objects are seen best (D-FINE)
 TWO_STAGE = partial(models.deformable_detr, two_stage=True)
 RECIPES = {
     "stewart": Recipe(models.stewart),
@@ -46,9 +45,9 @@ RECIPES = {
     "dn_deformable_detr": Recipe(models.dn_deformable_detr, slow=SAMPLING),
     "dino": Recipe(models.dino),
     "rtdetr": Recipe(models.rtdetr),
-    "rtdetrv2": Recipe(partial(models.rtdetr, version=2), points=LISTED),
-    "dfine": Recipe(models.dfine, points=LISTED),
-    "deim": Recipe(models.deim, augment="dense", points=LISTED),
+    "rtdetrv2": Recipe(partial(models.rtdetr, version=2), points=models.FINE.points),
+    "dfine": Recipe(models.dfine, points=models.FINE.points),
+    "deim": Recipe(models.deim, augment="dense", points=models.FINE.points),
     "mr_detr": Recipe(models.mr_detr, slow=SAMPLING),
 }
 

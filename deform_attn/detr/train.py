@@ -136,10 +136,8 @@ class _Run:
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.rank, self.world, self.device = rank, world, device
         self.console = Console(quiet=rank > 0, highlight=False)
-        self.data, self.test = (
-            open_dataset(settings.data, split, settings.size, settings.seed)
-            for split in ("train", "val")
-        )
+        name, how = settings.data, (settings.size, settings.seed)
+        self.data, self.test = (open_dataset(name, split, *how) for split in ("train", "val"))
         augment = settings.augment or RECIPES[settings.recipe].augment
         self.augmented = Augmented(self.data, augment, settings.steps, settings.seed)
         torch.manual_seed(settings.seed)
@@ -283,9 +281,8 @@ class _Run:
         if self.rank == 0:
             ap = evaluate(self.average, self.postprocess, self.test, self.settings.batch)
             self.history["ap"].append({"step": self.step, **ap})
-            loss = self.history["loss"][-1]
-            numbers = f"loss {loss:.3f}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}"
-            self.console.print(f"step {self.step:5}  {numbers}")
+            done = f"step {self.step:5}  loss {self.history['loss'][-1]:.3f}"
+            self.console.print(f"{done}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}")
 
 
 def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:
@@ -300,10 +297,9 @@ def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 def main() -> None:
     """Read the command line and train."""
-    flat = (tyro.conf.OmitArgPrefixes,)
     prog = "python -m deform_attn.detr.train"
     try:
-        tyro.cli(train, prog=prog, description=__doc__, config=flat)
+        tyro.cli(train, prog=prog, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
     except ValueError as error:
         sys.exit(f"{prog}: error: {error}")
 
