@@ -35,7 +35,8 @@ class Golden:
         if key in self.arrays:
             tensor = torch.from_numpy(np.array(self.arrays[key]))
             return tensor.long() if tensor.dtype == torch.int32 else tensor
-        return _by_formula(self.meta["inputs"][key], "det_key", 1.7320508)
+        entry = self.meta["inputs"][key]
+        return _by_formula(entry["det_key"], entry["shape"], 1.7320508)
 
     def maps(self, name: str) -> list[Tensor]:
         """Input maps of all levels: ``in/<name>0``, ``in/<name>1``, ..."""
@@ -106,13 +107,13 @@ def relative_error(found: Tensor, wanted: Tensor) -> float:
     return error if np.isfinite(error) else float("inf")
 
 
-def _by_formula(entry: dict[str, Any], key: str, scale: float) -> Tensor:
+def _by_formula(key: str, shape: list[int], scale: float) -> Tensor:
     """Numbers in [-scale, scale) that follow from a name and a shape alone."""
-    k = (zlib.crc32(entry[key].encode()) % 1000) / 1000
-    i = np.arange(int(np.prod(entry["shape"])), dtype=np.float64)
+    k = (zlib.crc32(key.encode()) % 1000) / 1000
+    i = np.arange(int(np.prod(shape)), dtype=np.float64)
     s = np.sin(i * (12.9898 + k) + 78.233 * k) * 43758.5453
     u = 2 * (s - np.floor(s)) - 1
-    return torch.from_numpy((scale * u).astype(np.float32).reshape(entry["shape"]))
+    return torch.from_numpy((scale * u).astype(np.float32).reshape(shape))
 
 
 def _weight(entry: dict[str, Any], scale: float) -> Tensor:
@@ -120,7 +121,8 @@ def _weight(entry: dict[str, Any], scale: float) -> Tensor:
         return torch.full(entry["shape"], float(entry["constant"]))
     if "values" in entry:
         return torch.tensor(entry["values"]).view(entry["shape"])
-    value = _by_formula(entry, "formula_key", scale)
-    if "norm" in entry["formula_key"].lower() and entry["name"].endswith("weight"):
+    key = entry.get("formula_key", entry["name"])
+    value = _by_formula(key, entry["shape"], scale)
+    if "norm" in key.lower() and entry["name"].endswith("weight"):
         value = 1 + value
     return value * 30 if entry["name"].endswith("sampling_offsets.bias") else value

@@ -549,19 +549,32 @@ def encoder(golden: Golden) -> Found:
     found["deformable/reference"] = memory.on_every_level(pixel_centres(memory))
     gradients_of_part(found, "deformable", output.sin().sum(), {"src": source}, parameters)
 
-    for case, options in config["cases"].items():
+    return found | hybrid(golden, size)
+
+
+def hybrid(golden: Golden, size: models.Size) -> Found:
+    """RT-DETR's encoders, and D-FINE's."""
+    found: Found = {}
+    for case, options in golden.config["cases"].items():
         if case == "deformable":
             continue
         same = {"d": "hidden_dim", "hidden": "ffn", "expansion": "expansion", "depth": "depth_mult"}
         its = replace(size, **{ours: options[theirs] for ours, theirs in same.items()})
-        hybrid = HybridEncoder(options["in_channels"], its).eval()
-        parameters = load_part(hybrid, golden, case, "rtdetr", "encoder.", ("output.",))
-        maps = {f"feat{i}": golden[f"in/{case}/feat{i}"].requires_grad_() for i in range(3)}
-        fused = hybrid.fuse(list(maps.values()))
+        fine = options.get("fine", False)
+        part = HybridEncoder(options["in_channels"], its, fine=fine).eval()
+        system = "dfine" if fine else "rtdetr"
+        parameters = load_part(part, golden, case, system, "encoder.", ("output.",))
+        levels = range(len(options["in_channels"]))
+        maps = {f"feat{i}": golden[f"in/{case}/feat{i}"].requires_grad_() for i in levels}
+        fused = part.fuse(list(maps.values()))
         found |= {f"{case}/output{i}": x for i, x in enumerate(fused)}
         scalar = torch.stack([x.sin().sum() for x in fused]).sum()
         gradients_of_part(found, case, scalar, maps, parameters)
     return found
+
+
+def dfine_encoder(golden: Golden) -> Found:
+    return hybrid(golden, models.Size(heads=golden.config["heads"]))
 
 
 def matcher_losses(golden: Golden) -> Found:
@@ -718,6 +731,7 @@ CLASSIFICATIONS = {
 SYSTEMS: dict[str, Callable[[Golden], Found]] = {
     "matcher_losses": matcher_losses,
     "encoder": encoder,
+    "dfine_encoder": dfine_encoder,
     "stewart": stewart,
     "detr": detr,
     "dab_detr_dense": dab_detr_dense,

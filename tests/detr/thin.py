@@ -49,12 +49,22 @@ def thinned(
         for key, entry in meta["inputs"].items()
         if "det_key" in entry
     }
-    for key in ("state_dict", "state_dicts"):
-        if key in meta:
-            short[key] = meta[key]
+    if "state_dict" in meta:
+        short["state_dict"] = [described(entry) for entry in meta["state_dict"]]
+    if "state_dicts" in meta:
+        short["state_dicts"] = {
+            variant: [described(entry) for entry in entries]
+            for variant, entries in meta["state_dicts"].items()
+        }
     if meta["name"] == "matcher_losses":
         short["config"] = meta["config"] | {"problems": PROBLEMS}
     return kept, short
+
+
+def described(entry: dict[str, Any]) -> dict[str, Any]:
+    """A weight, without its type and without a formula's key that is its name."""
+    same = entry.get("formula_key") == entry["name"]
+    return {k: v for k, v in entry.items() if k != "dtype" and not (same and k == "formula_key")}
 
 
 def main() -> None:
