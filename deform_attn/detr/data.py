@@ -35,7 +35,6 @@ class Detection(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
     def ground_truth(self) -> dict[str, Any]:
         """``images``, ``annotations`` and ``categories`` of COCO; image i is that of item i."""
-        ...
 
 
 def open_dataset(name: str, split: str, size: int = 0, seed: int = 0) -> Detection:
@@ -103,8 +102,7 @@ class _Drawn:
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        split = list(self.lengths).index(self.split)
-        rng = np.random.default_rng((self.seed, split, index))
+        rng = np.random.default_rng((self.seed, list(self.lengths).index(self.split), index))
         image, boxes, labels = self.draw(rng, self.size)
         corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / self.size
         target = {"labels": torch.tensor(labels).long(), "boxes": from_corners(corners)}

@@ -42,6 +42,8 @@ class Size:
         act: activation of feed-forward networks, and of D-FINE's heads.
         expansion, depth: of the blocks that fuse RT-DETR's maps: their width, and a third of their
             convolutions.
+        encoder: ``(d, hidden)`` of RT-DETR's and D-FINE's encoder, where they are not the decoder's
+            (D-FINE's largest model).
     """
 
     d: int = 256
@@ -57,6 +59,7 @@ class Size:
     act: Activation = nn.ReLU
     expansion: float = 1.0
     depth: float = 1.0
+    encoder: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -393,22 +396,25 @@ class GELAN(nn.Module):
 class HybridEncoder(nn.Module):
     """RT-DETR's (arXiv 2304.08069, 4.2): attention in the smallest map, convolutions across.
 
-    D-FINE's is ``fine``: it fuses with :class:`GELAN`, halves maps channel by channel, and does not
-    project the fused maps once more.
+    D-FINE's is ``fine``: it fuses with :class:`GELAN`, halves maps channel by channel, and projects
+    the fused maps once more only where the decoder has another width.
     """
 
     def __init__(self, channels: Sequence[int], size: Size, *, fine: bool = False) -> None:
         super().__init__()
-        d, steps, blocks, act = size.d, len(channels) - 1, round(3 * size.depth), nn.SiLU
+        d, hidden = size.encoder or (size.d, size.hidden)
+        steps, blocks, act = len(channels) - 1, round(3 * size.depth), nn.SiLU
+        layer = replace(size, d=d, hidden=hidden, act=nn.GELU)
         self.project = nn.ModuleList(ConvNorm(c, d, 1) for c in channels)
-        self.attention = EncoderLayer(SelfAttention(size), replace(size, act=nn.GELU))
+        self.attention = EncoderLayer(SelfAttention(layer), layer)
         one, half = partial(ConvNorm, d, d, 1), partial(ConvNorm, d, d, 3, stride=2)
         fuse: Any = partial(GELAN, d) if fine else partial(CSPRep, 2 * d, d)
         self.lateral = each(steps, lambda: one() if fine else one(act))
         self.down = each(steps, lambda: nn.Sequential(one(), half(groups=d)) if fine else half(act))
         self.fuse_up = each(steps, lambda: fuse(blocks, size.expansion, act))
         self.fuse_down = each(steps, lambda: fuse(blocks, size.expansion, act))
-        self.output = each(steps + 1, lambda: nn.Identity() if fine else one())
+        same = fine and d == size.d
+        self.output = each(steps + 1, lambda: nn.Identity() if same else ConvNorm(d, size.d, 1))
 
     def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""

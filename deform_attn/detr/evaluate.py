@@ -38,10 +38,9 @@ def evaluate(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for first in range(0, len(dataset), batch):
-            indices = range(first, min(first + batch, len(dataset)))
-            images = collate([dataset[i] for i in indices])[0].to(device)
-            detections += postprocess(model(images), sizes[indices.start : indices.stop].to(device))
+        for part in torch.arange(len(dataset)).split(batch):
+            images = collate([dataset[i] for i in part.tolist()])[0].to(device)
+            detections += postprocess(model(images), sizes[part].to(device))
     model.train(training)
     return average_precision(truth, detections)
 

@@ -33,9 +33,9 @@ def check_targets(targets: Targets, images: int, classes: int) -> None:
     for i, target in enumerate(targets):
         labels, boxes = target["labels"], target["boxes"]
         if labels.dim() != 1 or labels.is_floating_point():
-            raise wrong(i, "labels", "[n] integers", f"{labels.dtype} {list(labels.shape)}")
+            raise wrong(i, "labels", "integers [n]", f"{labels.dtype} {list(labels.shape)}")
         if boxes.shape != (len(labels), 4):
-            raise wrong(i, "boxes", f"[{len(labels)}, 4] numbers", f"{list(boxes.shape)}")
+            raise wrong(i, "boxes", f"numbers [{len(labels)}, 4]", f"{list(boxes.shape)}")
         if not ((labels >= 0) & (labels < classes)).all():
             raise wrong(i, "labels", f"0 to {classes - 1}", f"{labels.min()} to {labels.max()}")
         if not ((boxes > -1e-3) & (boxes < 1 + 1e-3)).all():

@@ -184,9 +184,9 @@ def best_scores(outputs: Outputs, sizes: Tensor, number: int = 300, fuse: bool =
     At most ``number`` of them for each image of ``sizes [B, (height, width)]``. With ``fuse`` a
     layer's score is the mean of its own and that of the layer before (Mr. DETR).
     """
-    p = outputs["logits"].sigmoid()
-    score = p[0] if fuse else p[-1]
-    for layer in p[1:] if fuse else ():
+    layers = outputs["logits"] if fuse else outputs["logits"][-1:]
+    score, *others = layers.sigmoid()
+    for layer in others:
         score = ((layer**2.001 + score**1.853) / 2).sqrt()
     classes = score.shape[-1]
     scores, where = score.flatten(1).topk(min(number, score[0].numel()))
@@ -389,11 +389,10 @@ def dfine(backbone: Backbone, classes: int, size: Size = FINE, *, scale: float =
     said = FineHeads(size, classes, bins)
     look = partial(enc.DeformableAttention, variant="dfine")
     layers = decoder_layers(size, look, gated=True, limit=65504)
-    position = dec.BoxPosition(size, limit=10)
-    decoder = dec.Decoder(size, layers, position, said)
+    decoder = dec.Decoder(size, layers, dec.BoxPosition(size, limit=10), said)
     model = hybrid(backbone, classes, size, decoder, fine=True)
-    weights, kind = ONE | {"fgl": 0.15, "ddf": 1.5}, losses.varifocal
-    criterion = Criterion(weights, classification=kind, bins=bins)
+    weights = ONE | {"fgl": 0.15, "ddf": 1.5}
+    criterion = Criterion(weights, classification=losses.varifocal, bins=bins)
     return System(model, criterion, best_scores)
 
 

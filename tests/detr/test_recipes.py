@@ -38,6 +38,9 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "rtdetr_v2": partial(models.rtdetr, version=2),
     "rtdetr_v2_discrete": partial(models.rtdetr, version=2, method="discrete"),
     "dfine": models.dfine,
+    "dfine_wide": lambda backbone, classes, size: models.dfine(
+        backbone, classes, replace(size, encoder=(48, 40))
+    ),
     "deim": models.deim,
     "deim_on_rtdetr": partial(models.deim, base=models.rtdetr, version=2),
     "mr_detr": models.mr_detr,
@@ -75,11 +78,20 @@ def test_a_step_reaches_every_parameter(name: str) -> None:
     assert not unreached
 
 
-@pytest.mark.parametrize("name", ["detr", "dino", "deim", "mr_detr"])
+def numbers(outputs: Any) -> list[Tensor]:
+    """All floating tensors of a detector's outputs."""
+    if isinstance(outputs, Mapping):
+        return [x for value in outputs.values() for x in numbers(value)]
+    floating = isinstance(outputs, Tensor) and outputs.is_floating_point()
+    return [outputs] if floating else []
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_half_precision(name: str) -> None:
     model, criterion, _ = made(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         outputs = model(*padded(), TARGETS)
+    assert {x.dtype for x in numbers(outputs)} == {torch.float32}
     found = criterion(outputs, TARGETS)
     assert all(loss.isfinite() and loss.dtype is torch.float32 for loss in found.values())
     torch.stack(list(found.values())).sum().backward()
@@ -308,7 +320,7 @@ GOOD = TARGETS[0]
 BAD: list[tuple[list[Any], str]] = [
     ([GOOD], r"targets: expected 2, one an image, got 1"),
     ([GOOD, {**GOOD, "labels": torch.tensor([0.0, 1.0])}], r"\[1\]\['labels'\]: expected integers"),
-    ([GOOD, {**GOOD, "boxes": torch.rand(3, 4)}], r"expected \[2, 4\], got \(3, 4\)"),
+    ([GOOD, {**GOOD, "boxes": torch.rand(3, 4)}], r"expected numbers \[2, 4\], got \[3, 4\]"),
     ([GOOD, {**GOOD, "labels": torch.tensor([0, 3])}], r"expected 0 to 2, got 0 to 3"),
     ([{**GOOD, "boxes": GOOD["boxes"] * 64}, GOOD], r"\[0\]\['boxes'\]: expected cxcywh in"),
     ([{**GOOD, "boxes": GOOD["boxes"] * torch.nan}, GOOD], r"got nan"),
