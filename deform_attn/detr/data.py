@@ -8,15 +8,17 @@ dict of ``labels`` ``[n]``, int64, and ``boxes`` ``[n, 4]``, float32 ``(cx, cy, 
 from __future__ import annotations
 
 import functools
-import json
 import math
+import reprlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
 from torch import Tensor
 
 from deform_attn.detr.boxes import from_corners
@@ -79,7 +81,7 @@ def as_tensor(image: Image.Image, size: int) -> Tensor:
 Drawing = tuple[Image.Image, list[list[float]], list[int]]
 
 
-class _Drawn:
+class _Drawn(Detection):
     """Images drawn when they are asked for: the same for the same seed, split and index.
 
     Args:
@@ -88,8 +90,6 @@ class _Drawn:
         seed: another seed draws other images.
     """
 
-    classes: tuple[str, ...]
-    flips: bool
     side: int
     lengths: ClassVar = {"train": 2000, "val": 200}
 
@@ -234,6 +234,36 @@ def _photographs(split: str) -> list[Image.Image]:
     return photographs
 
 
+# What an annotation file must hold, and of which types; whatever else it holds is kept.
+
+
+class _Row(BaseModel, strict=True, extra="allow"):
+    id: int
+
+
+class _Image(_Row):
+    file_name: str
+    height: PositiveInt
+    width: PositiveInt
+
+
+class _Annotation(_Row):
+    image_id: int
+    category_id: int
+    bbox: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
+    iscrowd: Annotated[int, Field(strict=False)] = 0  # true and false are seen too
+
+
+class _Category(_Row):
+    name: str
+
+
+class _Content(BaseModel, strict=True, extra="allow"):
+    images: Annotated[list[_Image], Field(min_length=1)]
+    annotations: list[_Annotation]
+    categories: Annotated[list[_Category], Field(min_length=1)]
+
+
 class CocoFolder:
     """Your own images, annotated in COCO's format; every fault is found before training starts.
 
@@ -263,10 +293,14 @@ class CocoFolder:
         self.size = size
         self.images = Path(folder) / found[0].stem.removeprefix("instances_")
         try:
-            self._content = json.loads(found[0].read_text(encoding="utf-8"))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{found[0]}: expected JSON, got {error}") from None
-        if faults := [*_gaps(self._content)] or [*_faults(self._content, self.images)]:
+            self._content = _Content.model_validate_json(found[0].read_bytes()).model_dump()
+            faults = [*_faults(self._content, self.images)]
+        except ValidationError as error:
+            brief = reprlib.Repr()
+            brief.maxlevel = 1
+            wrong = [(".".join(map(str, e["loc"])), e["msg"], e["input"]) for e in error.errors()]
+            faults = [f"{path}: {text}, got {brief.repr(got)}" for path, text, got in wrong]
+        if faults:
             shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if faults[20:] else [])
             raise ValueError("\n  ".join([f"{found[0]}: {len(faults)} faults", *shown]))
         categories = sorted(self._content["categories"], key=lambda category: category["id"])
@@ -281,7 +315,7 @@ class CocoFolder:
 
     def __getitem__(self, index: int) -> Sample:
         facts = self._content["images"][index]
-        objects = [one for one in self._objects.get(facts["id"], []) if not one.get("iscrowd", 0)]
+        objects = [one for one in self._objects.get(facts["id"], []) if not one["iscrowd"]]
         boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
         sides = torch.tensor([facts["width"], facts["height"]])
         low = boxes[:, :2].clamp(min=0)
@@ -293,72 +327,36 @@ class CocoFolder:
 
     def ground_truth(self) -> dict[str, Any]:
         """The file, with the areas and crowd flags that it may leave out."""
-        annotations = [
-            {"area": one["bbox"][2] * one["bbox"][3], "iscrowd": 0, **one}
-            for one in self._content["annotations"]
-        ]
-        return {**self._content, "annotations": annotations}
+        rows = self._content["annotations"]
+        areas = [{"area": one["bbox"][2] * one["bbox"][3], **one} for one in rows]
+        return {**self._content, "annotations": areas}
 
 
-KEYS = {
-    "images": ("id", "file_name", "height", "width"),
-    "annotations": ("id", "image_id", "category_id", "bbox"),
-    "categories": ("id", "name"),
-}
-
-
-def _gaps(content: Any) -> Iterator[str]:
-    """What an annotation file lacks to be read at all."""
-    if not isinstance(content, dict) or any(not isinstance(content.get(p), list) for p in KEYS):
-        yield f"expected an object with the lists {', '.join(KEYS)}"
-        return
-    for part, keys in KEYS.items():
-        seen = set()
-        for i, one in enumerate(content[part]):
-            if missing := [key for key in keys if key not in one]:
-                yield f"{part}[{i}]: expected keys {list(keys)}, {missing} missing"
-            elif one["id"] in seen:
-                yield f"{part}[{i}]: expected an id of its own, got {one['id']} again"
-            seen.add(one.get("id"))
-
-
-def _faults(content: Any, folder: Path) -> Iterator[str]:
-    """What is wrong with its images, boxes and references."""
-    images = {facts["id"]: facts for facts in content["images"]}
-    yield from filter(None, (_image_fault(facts, folder) for facts in images.values()))
+def _faults(content: dict[str, Any], folder: Path) -> Iterator[str]:
+    """What is wrong with ids, images, boxes and references of an annotation file."""
+    for part in ("images", "annotations", "categories"):
+        counts = Counter(one["id"] for one in content[part])
+        yield from (f"{part}: expected one of id {i}, got {n}" for i, n in counts.items() if n > 1)
+    for facts in content["images"]:
+        name, file = f"image {facts['id']}", folder / facts["file_name"]
+        listed, found = (facts["width"], facts["height"]), None
+        try:
+            with Image.open(file) as image:
+                found = upright(image).size
+        except OSError as error:
+            yield f"{name}: expected an image in {file}, got {error}"
+        if found not in (None, listed):
+            yield f"{name}: expected (width, height) of {file} to be {listed}, got {found}"
+    images = {facts["id"]: (facts["width"], facts["height"]) for facts in content["images"]}
     known = sorted(category["id"] for category in content["categories"])
     for one in content["annotations"]:
-        name, image = f"annotation {one['id']}", one["image_id"]
-        if image not in images:
-            yield f"{name}: expected image_id of a listed image, got {image}"
-        elif fault := _box_fault(one["bbox"], images[image]):
-            yield f"{name} (image {image}): {fault}"
+        name, (x, y, w, h) = f"annotation {one['id']} (image {one['image_id']})", one["bbox"]
+        width, height = images.get(one["image_id"], (math.inf, math.inf))
+        if one["image_id"] not in images:
+            yield f"{name}: expected image_id of a listed image, got {one['image_id']}"
+        if w <= 0 or h <= 0:
+            yield f"{name}: expected bbox with width and height above 0, got {[x, y, w, h]}"
+        elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+            yield f"{name}: expected bbox inside {width} x {height} pixels, got {[x, y, w, h]}"
         if one["category_id"] not in known:
             yield f"{name}: expected category_id among {known}, got {one['category_id']}"
-
-
-def _image_fault(facts: dict[str, Any], folder: Path) -> str | None:
-    name, file = f"image {facts['id']}", folder / facts["file_name"]
-    if not file.is_file():
-        return f"{name}: expected the file {file}, which is missing"
-    try:
-        with Image.open(file) as image:
-            width, height = upright(image).size
-    except OSError as error:
-        return f"{name}: expected an image in {file}, got {error}"
-    if (width, height) != (facts["width"], facts["height"]):
-        listed = f"{facts['width']} x {facts['height']}"
-        return f"{name}: expected {file} to be {listed} (width x height), got {width} x {height}"
-    return None
-
-
-def _box_fault(box: Any, image: dict[str, Any]) -> str | None:
-    numbers = isinstance(box, list) and all(isinstance(side, int | float) for side in box)
-    if not numbers or len(box) != 4 or not all(math.isfinite(side) for side in box):
-        return f"expected bbox to be four finite numbers [x, y, width, height], got {box}"
-    x, y, w, h = box
-    if w <= 0 or h <= 0:
-        return f"expected bbox with width and height above 0, got {box}"
-    if x < -1 or y < -1 or x + w > image["width"] + 1 or y + h > image["height"] + 1:
-        return f"expected bbox inside {image['width']} x {image['height']} pixels, got {box}"
-    return None

@@ -38,9 +38,10 @@ def evaluate(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for part in torch.arange(len(dataset)).split(batch):
-            images = collate([dataset[i] for i in part.tolist()])[0].to(device)
-            detections += postprocess(model(images), sizes[part].to(device))
+        for first in range(0, len(dataset), batch):
+            part = range(len(dataset))[first : first + batch]
+            images = collate([dataset[i] for i in part])[0].to(device)
+            detections += postprocess(model(images), sizes[list(part)].to(device))
     model.train(training)
     return average_precision(truth, detections)
 

@@ -127,8 +127,9 @@ def coco_folder(folder: Path, change: Callable[[dict[str, Any]], Any] = lambda c
         "annotations": [
             {"id": 1, "image_id": 70, "category_id": 90, "bbox": [10, 5, 20, 10]},
             {"id": 2, "image_id": 70, "category_id": 4, "bbox": [-0.5, 0, 40.9, 30.2]},
-            {"id": 3, "image_id": 8, "category_id": 4, "bbox": [0, 0, 5, 5], "iscrowd": 1},
+            {"id": 3, "image_id": 8, "category_id": 4, "bbox": [0, 0, 5, 5], "iscrowd": True},
         ],
+        "info": {"year": 2017},
     }
     change(content)
     file = folder / "annotations" / "instances_train2017.json"
@@ -148,6 +149,7 @@ def test_nothing_of_a_folder_is_lost(tmp_path: Path) -> None:
     assert dataset[1][1]["boxes"].shape == (0, 4)
     assert dataset[2][1]["labels"].shape == (0,)  # a crowd is no target,
     assert len(dataset.ground_truth()["annotations"]) == 3  # but it counts in the AP
+    assert dataset.ground_truth()["info"] == {"year": 2017}
     found = {
         "boxes": torch.tensor([[10.0, 5, 30, 15], [-0.5, 0, 40.4, 30.2]]),
         "scores": torch.ones(2),
@@ -166,49 +168,59 @@ def test_nothing_of_a_folder_is_lost(tmp_path: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing image": (
         lambda c: c["images"][1].update(file_name="no.png"),
-        r"image 3: expected the file .*no\.png, which is missing",
+        r"image 3: expected an image in .*no\.png, got .*No such file",
     ),
     "not an image": (
         lambda c: c["images"][1].update(file_name="../annotations"),
-        r"image 3: expected the file .*annotations, which is missing",
+        r"image 3: expected an image in .*annotations, got .*directory",
     ),
     "other size": (
         lambda c: c["images"][1].update(width=41),
-        r"image 3: expected .*gray\.png to be 41 x 30 \(width x height\), got 40 x 30",
+        r"image 3: expected \(width, height\) of .*gray\.png to be \(41, 30\), got \(40, 30\)",
     ),
     "box outside": (
         lambda c: c["annotations"][0].update(bbox=[30, 5, 20, 10]),
-        r"annotation 1 \(image 70\): expected bbox inside 40 x 30 pixels, got \[30, 5, 20, 10\]",
+        r"annotation 1 \(image 70\): expected bbox inside 40 x 30 pixels, got \[30.0, 5.0, ",
     ),
     "negative size": (
         lambda c: c["annotations"][1].update(bbox=[9, 9, -4, 2]),
-        r"annotation 2 \(image 70\): expected bbox with width and height above 0, got \[9, 9, -4",
+        r"annotation 2 \(image 70\): expected bbox with width and height above 0, got \[9.0, 9",
     ),
     "no number": (
         lambda c: c["annotations"][1].update(bbox=[9, 9, float("nan"), 2]),
-        r"annotation 2 .*four finite numbers \[x, y, width, height\], got \[9, 9, nan, 2\]",
+        r"annotations\.1\.bbox\.2: .* finite number, got nan",
     ),
     "three numbers": (
         lambda c: c["annotations"][1].update(bbox=[9, 9, 3]),
-        r"annotation 2 .*four finite numbers",
+        r"annotations\.1\.bbox: .* at least 4 items .*, got \[9, 9, 3\]",
     ),
     "unknown category": (
         lambda c: c["annotations"][2].update(category_id=5),
-        r"annotation 3: expected category_id among \[4, 90\], got 5",
+        r"annotation 3 \(image 8\): expected category_id among \[4, 90\], got 5",
     ),
     "unknown image": (
         lambda c: c["annotations"][2].update(image_id=71),
-        r"annotation 3: expected image_id of a listed image, got 71",
+        r"annotation 3 \(image 71\): expected image_id of a listed image, got 71",
     ),
     "id twice": (
         lambda c: c["annotations"][2].update(id=1),
-        r"annotations\[2\]: expected an id of its own, got 1 again",
+        r"annotations: expected one of id 1, got 2",
     ),
     "key left out": (
         lambda c: c["images"][0].pop("height"),
-        r"images\[0\]: expected keys .*\['height'\] missing",
+        r"images\.0\.height: Field required, got \{.*'width': 40\}",
     ),
-    "no list": (lambda c: c.pop("categories"), r"lists images, annotations, categories"),
+    "no list": (lambda c: c.pop("categories"), r"categories: Field required"),
+    "text for a number": (
+        lambda c: c["images"][0].update(height="30"),
+        r"images\.0\.height: Input should be a valid integer, got '30'",
+    ),
+    "text for an id": (
+        lambda c: c["categories"][0].update(id="zebra"),
+        r"categories\.0\.id: Input should be a valid integer, got 'zebra'",
+    ),
+    "no image": (lambda c: c["images"].clear(), r"images: .* at least 1 item .*, got \[\]"),
+    "no object": (lambda c: c["images"].append(7), r"images\.3: Input should be an object, got 7"),
 }
 
 
@@ -234,6 +246,10 @@ def test_a_broken_image_and_a_missing_file_are_named(tmp_path: Path) -> None:
     folder = coco_folder(tmp_path)
     (folder / "train2017" / "gray.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"image 3: expected an image in .*gray\.png"):
+        CocoFolder(folder, "train", 32)
+    file = folder / "annotations" / "instances_train2017.json"
+    file.write_text(file.read_text(encoding="utf-8")[:-9], encoding="utf-8")
+    with pytest.raises(ValueError, match="Invalid JSON: EOF"):
         CocoFolder(folder, "train", 32)
     with pytest.raises(ValueError, match=r"expected one file annotations/instances_val\*\.json"):
         CocoFolder(folder, "val", 32)
