@@ -191,11 +191,12 @@ def fixed_position(i: int, x: Tensor, queries: Queries, reference: Any) -> Tenso
 
 
 class BoxPosition(nn.Module):
-    """An MLP of the reference box (RT-DETR); ``limit`` clamps it (D-FINE)."""
+    """An MLP of the reference box (RT-DETR), of ``layers``; ``limit`` clamps it (D-FINE)."""
 
-    def __init__(self, size: Size, limit: float | None = None) -> None:
+    def __init__(self, size: Size, limit: float | None = None, layers: int = 2) -> None:
         super().__init__()
-        self.mlp, self.limit = MLP(4, 2 * size.d, size.d, 2, size.act), limit
+        hidden = 2 * size.d if layers == 2 else size.d
+        self.mlp, self.limit = MLP(4, hidden, size.d, layers, size.act), limit
 
     def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, d]``."""
@@ -396,7 +397,7 @@ class Heads(nn.Module):
         d, layers = size.d, size.decoder_layers
         of_class = nn.Linear if plain else enc.class_head
         self.classes = enc.each(layers, lambda: of_class(d, classes), shared=shared)
-        of_box = partial(MLP, d, d, 4, 3) if plain else partial(enc.box_head, d)
+        of_box = partial(MLP, d, d, 4, 3) if plain else partial(enc.box_head, d, act=size.act)
         self.boxes = enc.each(layers, of_box, shared=shared)
         self.norm = nn.LayerNorm(d) if norm else None
         self.refine, self.eps = refine, eps

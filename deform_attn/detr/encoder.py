@@ -39,7 +39,7 @@ class Size:
         hidden: width of feed-forward networks.
         queries: number of them.
         dropout: probability.
-        act: activation of feed-forward networks, and of D-FINE's heads.
+        act: activation of feed-forward networks and of heads.
         expansion, depth: of the blocks that fuse RT-DETR's maps: their width, and a third of their
             convolutions.
         encoder: ``(d, hidden)`` of RT-DETR's and D-FINE's encoder, where they are not the decoder's

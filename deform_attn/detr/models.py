@@ -271,11 +271,11 @@ def detr(
 
 def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
     """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
-    size = replace(size, act=nn.PReLU)
-    encoder = enc.DenseEncoder(backbone.channels[-1], size, scale=True, temperature=20)
+    own = replace(size, act=nn.PReLU)  # of feed-forward networks alone
+    encoder = enc.DenseEncoder(backbone.channels[-1], own, scale=True, temperature=20)
     looks = [partial(dec.ConditionalCrossAttention, first=True)]
     looks += [partial(dec.ConditionalCrossAttention, first=False)] * (size.decoder_layers - 1)
-    layers = [dec.DecoderLayer(size, look, dec.ConditionalSelfAttention) for look in looks]
+    layers = [dec.DecoderLayer(own, look, dec.ConditionalSelfAttention) for look in looks]
     said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
     decoder = dec.Decoder(size, layers, dec.ConditionalPosition(size.d), said)
     queries = dec.AnchorQueries(size, content=None)
@@ -400,11 +400,12 @@ def deim(
     backbone: Backbone, classes: int, size: Size = FINE, *, base: Base = dfine, **options: Any
 ) -> System:
     """DEIM (arXiv 2412.04234): a loss that does not give up on poor matches, for D-FINE or, as
-    ``base``, RT-DETRv2; that images hold more objects is the data's part.
+    ``base``, RT-DETRv2, both with SiLU; that images hold more objects is the data's part.
     """
-    if base is dfine:
-        size = replace(size, act=nn.SiLU)
+    size = replace(size, act=nn.SiLU)
     system = base(backbone, classes, size, **options)
+    if base is rtdetr:
+        system.model.get_submodule("decoder").position = dec.BoxPosition(size, layers=3)
     system.criterion.classification = losses.matchability_aware
     return system
 

@@ -62,6 +62,7 @@ class Run:
         prefix: of the recorded names in a whole checkpoint.
         under: of the recorded outputs.
         others: weights that are recorded as inputs, or not at all.
+        system: whose names the weights have, where not the recipe's.
         options: of the recipe.
     """
 
@@ -74,10 +75,11 @@ class Run:
         prefix: str = "",
         under: str = "",
         others: Mapping[str, Tensor] | None = None,
+        system: str = "",
         **options: Any,
     ) -> None:
         self.golden, self.prefix, self.under = golden, prefix, under
-        self.system = recipe.__name__
+        self.system = system or recipe.__name__
         self.model, self.criterion, _ = recipe(
             Maps(*channels), golden.config["classes"], size_of(golden), **options
         )
@@ -295,11 +297,15 @@ def hybrid_weights(recipe: Callable[..., models.System], golden: Golden) -> dict
     return {n: w for n, w in model.state_dict().items() if not n.startswith(names)}
 
 
+def projected(run: Run) -> Memory:
+    """RT-DETR's memory from its fused maps."""
+    encoder: Any = run.model.encoder
+    return Memory.of([project(x) for project, x in zip(encoder.output, run.maps("feat"))])
+
+
 def transformer(run: Run) -> tuple[Memory, dict[str, Any]]:
     """RT-DETR from its fused maps on."""
-    encoder: Any = run.model.encoder
-    maps = [project(x) for project, x in zip(encoder.output, run.maps("feat"))]
-    memory = Memory.of(maps)
+    memory = projected(run)
     outputs = run.model.detect(memory, run.noised())
     run.layers(outputs)
     run.tell(dn_logits=outputs["dn"]["logits"], dn_boxes=outputs["dn"]["boxes"])
@@ -372,6 +378,26 @@ def deim(golden: Golden) -> Found:
         return "_".join(filter(None, ["loss", name, of]))
 
     run.losses(outputs, official, weighted=True)
+    return run.found
+
+
+def deim_rtdetr(golden: Golden) -> Found:
+    run = Run(
+        golden,
+        models.deim,
+        *(8, 8, 8),
+        variant="main",
+        prefix="decoder.",
+        others=hybrid_weights(models.rtdetr, golden),
+        system="rtdetr",
+        base=models.rtdetr,
+        version=2,
+    )
+    outputs = run.model.detect(projected(run))
+    proposed = outputs["encoder"]
+    run.tell(logits=outputs["logits"], boxes=outputs["boxes"])
+    run.tell(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
+    run.gradients("grad", waves(outputs, proposed))
     return run.found
 
 
@@ -746,5 +772,6 @@ SYSTEMS: dict[str, Callable[[Golden], Found]] = {
     "rtdetr_v2_points_list": rtdetr,
     "rtdetr_v2_discrete": rtdetr,
     "deim": deim,
+    "deim_rtdetr": deim_rtdetr,
     "mrdetr": mrdetr,
 }

@@ -38,9 +38,8 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "rtdetr_v2": partial(models.rtdetr, version=2),
     "rtdetr_v2_discrete": partial(models.rtdetr, version=2, method="discrete"),
     "dfine": models.dfine,
-    "dfine_wide": lambda backbone, classes, size: models.dfine(
-        backbone, classes, replace(size, encoder=(48, 40))
-    ),
+    "dfine_wide": lambda *of, size: models.dfine(*of, replace(size, encoder=(48, 40))),
+    "rtdetr_wide": lambda *of, size: models.rtdetr(*of, replace(size, encoder=(48, 40))),
     "deim": models.deim,
     "deim_on_rtdetr": partial(models.deim, base=models.rtdetr, version=2),
     "mr_detr": models.mr_detr,
@@ -56,7 +55,7 @@ NOTHING = [TARGETS[1], TARGETS[1]]
 
 
 def made(name: str) -> models.System:
-    return RECIPES[name](models.SmallBackbone((16, 16, 32)), 3, TINY)
+    return RECIPES[name](models.SmallBackbone((16, 16, 32)), 3, size=TINY)
 
 
 def padded() -> tuple[Tensor, Tensor]:
