@@ -51,7 +51,7 @@ RECIPES = {
     "mr_detr": Recipe(models.mr_detr, slow=SAMPLING),
 }
 
-# The blocks that fuse maps are as in the smallest models of RT-DETR.
+# The blocks that fuse maps are as in D-FINE-S.
 SMALL = Size(levels=3, encoder_layers=1, depth=1 / 3, expansion=0.5)
 
 
