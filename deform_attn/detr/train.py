@@ -237,6 +237,8 @@ class _Run:
                 if last or self.step % settings.save_every == 0:
                     self._save()
                 bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
+        if self.world > 1:  # gloo's threads let go of the last tensors; else Python ends under them
+            distributed.barrier()
         return self.history
 
     def _step(
