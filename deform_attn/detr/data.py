@@ -278,8 +278,9 @@ class CocoFolder:
         size: images are stretched to a square with these sides.
 
     Raises:
-        ValueError: no such file, or anything wrong in it: one line for each fault, with the file or
-            the id, what was expected and what came.
+        ValueError: no such file, or anything wrong in it: one line for each fault, with its place
+            in the file or its id, what was expected and what came. Keys and types come first; where
+            they are right, ids, images, boxes and references.
     """
 
     flips = True
