@@ -191,12 +191,11 @@ def fixed_position(i: int, x: Tensor, queries: Queries, reference: Any) -> Tenso
 
 
 class BoxPosition(nn.Module):
-    """An MLP of the reference box (RT-DETR), of ``layers``; ``limit`` clamps it (D-FINE)."""
+    """An MLP of the reference box (RT-DETR); ``limit`` clamps it (D-FINE)."""
 
-    def __init__(self, size: Size, limit: float | None = None, layers: int = 2) -> None:
+    def __init__(self, size: Size, limit: float | None = None) -> None:
         super().__init__()
-        hidden = 2 * size.d if layers == 2 else size.d
-        self.mlp, self.limit = MLP(4, hidden, size.d, layers, size.act), limit
+        self.mlp, self.limit = MLP(4, 2 * size.d, size.d, 2, size.act), limit
 
     def forward(self, i: int, x: Tensor, queries: Queries, reference: Tensor) -> Tensor:
         """``[B, Q, d]``."""

@@ -67,7 +67,7 @@ class System(NamedTuple):
     postprocess: Callable[[Outputs, Tensor], Results]  # (outputs, sizes [B, (height, width)])
 
 
-Base = Callable[..., System]
+Builder = Callable[..., System]  # of a backbone, a number of classes and a size
 
 
 class Detector(nn.Module):
@@ -319,7 +319,7 @@ def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidd
 
 
 def dn_detr(
-    backbone: Backbone, classes: int, size: Size = Size(hidden=2048), *, base: Base = dab_detr
+    backbone: Backbone, classes: int, size: Size = Size(hidden=2048), *, base: Builder = dab_detr
 ) -> System:
     """DN-DETR (arXiv 2203.01305): noised boxes are to be restored, on DAB-DETR or, as ``base``,
     DAB-Deformable-DETR.
@@ -327,7 +327,7 @@ def dn_detr(
     system = base(backbone, classes, size)
     how: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4}
     noise = system.model.denoising = Denoising(classes, size.d, contrastive=False, **how)
-    content = noise.embed if base is dab_detr else size.d - 1
+    content = noise.embed if isinstance(system.model.encoder, enc.DenseEncoder) else size.d - 1
     system.model.queries = dec.AnchorQueries(size, content=content)
     return system
 
@@ -397,15 +397,16 @@ def dfine(backbone: Backbone, classes: int, size: Size = FINE, *, scale: float =
 
 
 def deim(
-    backbone: Backbone, classes: int, size: Size = FINE, *, base: Base = dfine, **options: Any
+    backbone: Backbone, classes: int, size: Size = FINE, *, base: Builder = dfine, **options: Any
 ) -> System:
     """DEIM (arXiv 2412.04234): a loss that does not give up on poor matches, for D-FINE or, as
     ``base``, RT-DETRv2, both with SiLU; that images hold more objects is the data's part.
     """
     size = replace(size, act=nn.SiLU)
     system = base(backbone, classes, size, **options)
-    if base is rtdetr:
-        system.model.get_submodule("decoder").position = dec.BoxPosition(size, layers=3)
+    if system.criterion.bins is None:  # RT-DETRv2's positions are as deep as its boxes
+        position = system.model.get_submodule("decoder.position")
+        position.mlp = enc.MLP(4, size.d, size.d, 3, size.act)
     system.criterion.classification = losses.matchability_aware
     return system
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
 from deform_attn.detr import models
 from deform_attn.detr.encoder import Size
-from deform_attn.detr.models import SmallBackbone, System
+from deform_attn.detr.models import Builder, SmallBackbone, System
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class Recipe:
             loss finds boxes long before it tells their classes apart.
     """
 
-    system: Callable[..., System]
+    system: Builder
     augment: str = "flip"
     slow: tuple[str, ...] = ()
     maps: int = 3

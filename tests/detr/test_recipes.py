@@ -58,6 +58,22 @@ def made(name: str) -> models.System:
     return RECIPES[name](models.SmallBackbone((16, 16, 32)), 3, size=TINY)
 
 
+@pytest.mark.parametrize(
+    ("system", "base"),
+    [
+        (models.deim, models.dfine),
+        (models.deim, models.rtdetr),
+        (models.dn_detr, models.dab_detr),
+        (models.dn_detr, models.dab_deformable_detr),
+    ],
+)
+def test_a_base_may_be_a_partial(system: models.Builder, base: models.Builder) -> None:
+    backbone = models.SmallBackbone((16, 16, 32))
+    plain, wrapped = (system(backbone, 3, TINY, base=b).model for b in (base, partial(base)))
+    shapes = [{n: x.shape for n, x in m.state_dict().items()} for m in (plain, wrapped)]
+    assert shapes[0] == shapes[1]
+
+
 def padded() -> tuple[Tensor, Tensor]:
     mask = torch.zeros(2, 64, 96, dtype=torch.bool)
     mask[1, 48:], mask[1, :, 80:] = True, True
