@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 Rules = list[tuple[str, str]]
 
-# Layers of all systems, and whatever is not a layer, by each name that it has somewhere.
+# Names in layers, and all others, of whichever systems have them.
 _LAYERS: Rules = [
     (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.attention.attention."),
     (r"^(encoder\.layers\.\d+)\.norm(\d)\.", r"\1.join\2.norm."),

@@ -418,7 +418,7 @@ class HybridEncoder(nn.Module):
 
     def forward(self, maps: Sequence[Tensor], padding: Mask = None) -> Memory:
         """A backbone's maps, ``[B, c, H, W]``; padding is seen as image (as officially)."""
-        return Memory.of([project(x) for project, x in zip(self.output, self.fuse(maps))])
+        return self.memory(self.fuse(maps))
 
     def fuse(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Maps ``[B, c, H, W]`` to maps ``[B, d, H, W]``."""
@@ -436,6 +436,10 @@ class HybridEncoder(nn.Module):
         for high, down, fuse in zip(outputs, self.down, self.fuse_down):
             fused.append(fuse(torch.cat([down(fused[-1]), high], 1)))
         return fused
+
+    def memory(self, maps: Sequence[Tensor]) -> Memory:
+        """Fused maps as a decoder's memory."""
+        return Memory.of([project(x) for project, x in zip(self.output, maps)])
 
 
 def axis_codes(x: Tensor) -> Tensor:

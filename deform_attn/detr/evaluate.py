@@ -39,9 +39,9 @@ def evaluate(
     model.eval()
     with torch.no_grad():
         for first in range(0, len(dataset), batch):
-            part = range(len(dataset))[first : first + batch]
-            images = collate([dataset[i] for i in part])[0].to(device)
-            detections += postprocess(model(images), sizes[list(part)].to(device))
+            part = slice(first, first + batch)
+            images = collate([dataset[i] for i in range(len(dataset))[part]])[0].to(device)
+            detections += postprocess(model(images), sizes[part].to(device))
     model.train(training)
     return average_precision(truth, detections)
 

@@ -297,15 +297,10 @@ def hybrid_weights(recipe: Callable[..., models.System], golden: Golden) -> dict
     return {n: w for n, w in model.state_dict().items() if not n.startswith(names)}
 
 
-def projected(run: Run) -> Memory:
-    """RT-DETR's memory from its fused maps."""
-    encoder: Any = run.model.encoder
-    return Memory.of([project(x) for project, x in zip(encoder.output, run.maps("feat"))])
-
-
 def transformer(run: Run) -> tuple[Memory, dict[str, Any]]:
     """RT-DETR from its fused maps on."""
-    memory = projected(run)
+    encoder: Any = run.model.encoder
+    memory = encoder.memory(run.maps("feat"))
     outputs = run.model.detect(memory, run.noised())
     run.layers(outputs)
     run.tell(dn_logits=outputs["dn"]["logits"], dn_boxes=outputs["dn"]["boxes"])
@@ -393,7 +388,8 @@ def deim_rtdetr(golden: Golden) -> Found:
         base=models.rtdetr,
         version=2,
     )
-    outputs = run.model.detect(projected(run))
+    encoder: Any = run.model.encoder
+    outputs = run.model.detect(encoder.memory(run.maps("feat")))
     proposed = outputs["encoder"]
     run.tell(logits=outputs["logits"], boxes=outputs["boxes"])
     run.tell(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])

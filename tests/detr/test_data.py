@@ -180,11 +180,13 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "box outside": (
         lambda c: c["annotations"][0].update(bbox=[30, 5, 20, 10]),
-        r"annotation 1 \(image 70\): expected bbox inside 40 x 30 pixels, got \[30.0, 5.0, ",
+        r"annotation 1 \(image 70\): expected bbox inside 40 x 30 pixels, "
+        r"got \[30\.0, 5\.0, 20\.0, 10\.0\]",
     ),
     "negative size": (
         lambda c: c["annotations"][1].update(bbox=[9, 9, -4, 2]),
-        r"annotation 2 \(image 70\): expected bbox with width and height above 0, got \[9.0, 9",
+        r"annotation 2 \(image 70\): expected bbox with width and height above 0, "
+        r"got \[9\.0, 9\.0, -4\.0, 2\.0\]",
     ),
     "no number": (
         lambda c: c["annotations"][1].update(bbox=[9, 9, float("nan"), 2]),
