@@ -405,8 +405,7 @@ def deim(
     size = replace(size, act=nn.SiLU)
     system = base(backbone, classes, size, **options)
     if system.criterion.bins is None:  # RT-DETRv2's positions are as deep as its boxes
-        position = system.model.get_submodule("decoder.position")
-        position.mlp = enc.MLP(4, size.d, size.d, 3, size.act)
+        system.model.get_submodule("decoder.position").mlp = enc.MLP(4, size.d, size.d, 3, size.act)
     system.criterion.classification = losses.matchability_aware
     return system
 
