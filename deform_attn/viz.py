@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from deform_attn import functional
-from deform_attn.formula import discrete, layer_points
-from deform_attn.inputs import points_per_level
+from deform_attn.composite import discrete, fused_points
+from deform_attn.levels import points_per_level
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -208,7 +208,7 @@ class _Watch(TorchDispatchMode):
         shapes = _spatial_shapes(given)
         num_points = given.get("num_points")
         if "sampling_offsets" in given:
-            locations, weights = layer_points(
+            locations, weights = fused_points(
                 *(shapes, given["reference_points"]),
                 *(given["sampling_offsets"], given["attention_logits"]),
                 *(num_points, given["offset_scale"]),

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deform_attn.functional import ms_deform_attn
-from deform_attn.inputs import Levels
+from deform_attn.levels import Levels
 
 __all__ = [
     "MODEL_TYPES",
