@@ -127,7 +127,7 @@ def sum_of_gradients(
 
 
 def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: bool = True) -> str:
-    """ "one graph", or the reason why not, which may be that the stock model is not one either."""
+    """The word "one graph", or the reason why not (the stock model may fail as well)."""
     from transformers_models import build, inputs_of, without_labels
 
     from deform_attn.integrations.transformers import accelerate
