@@ -117,11 +117,13 @@ def test_neighbours_have_no_part_in_a_point() -> None:
 def test_fused_is_the_composition(size: int, backend: str) -> None:
     from test_fused import SHAPES, draw
 
-    from deform_attn.composite import fused_points
+    from deform_attn.composite import unfused
+    from deform_attn.operands import FusedOperands
 
     inputs = [t.requires_grad_() for t in draw(torch.float32, size=size, num_points=[3, 0, 2])]
     value, *rest = inputs
-    points = fused_points(SHAPES, *rest, [3, 0, 2], 0.5)
+    sizes = torch.tensor(SHAPES)
+    points = unfused(FusedOperands(value, sizes, None, *rest, None, [3, 0, 2]))[3:5]
     options = {"num_points": [3, 0, 2], "method": "discrete", "backend": backend}
     wanted = ms_deform_attn(value, SHAPES, None, *points, **options)
     got = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
@@ -181,4 +183,4 @@ def test_compile_vmap_and_export() -> None:
     program = torch.export.export(sampling, arguments)
     torch.testing.assert_close(program.module()(*arguments), expected)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert not any("grid" in target or "deform_attn" in target for target in targets)
+    assert "deform_attn.ms_deform_attn_discrete.default" in targets

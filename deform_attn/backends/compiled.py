@@ -12,7 +12,7 @@ __all__ = ["build_facts", "load", "why_not"]
 
 _FOLDER = Path(__file__).resolve().parent.parent
 _LIBRARIES = {"cpu": _FOLDER / "_C_cpu.abi3.so", "cuda": _FOLDER / "_C_cuda.abi3.so"}
-_LOWEST_TORCH = (2, 10)
+LOWEST_TORCH = (2, 10)
 
 
 def _load(device_type: str) -> str | None:
@@ -23,8 +23,9 @@ def _load(device_type: str) -> str | None:
     if not library.exists():
         return f"{library.name} was not built: {_why_not_built(device_type)}"
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < _LOWEST_TORCH:
-        return f"{library.name} needs PyTorch 2.10 or newer, this is {torch.__version__}"
+    if version < LOWEST_TORCH:
+        lowest = ".".join(map(str, LOWEST_TORCH))
+        return f"{library.name} needs PyTorch {lowest} or newer, this is {torch.__version__}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
