@@ -62,19 +62,19 @@ def check(operands: AnyOperands) -> None:
 
 
 def explained(
-    call: Callable[..., Result], check: Callable[[Any], None], operands: Any, *options: Any
+    call: Callable[..., Result], check: Callable[[Any], None], arguments: Any, *options: Any
 ) -> Result:
-    """``call(operands, *options)``; where it fails, ``check(operands)`` names what is at fault.
+    """``call(arguments, *options)``; where it fails, ``check(arguments)`` names what is at fault.
 
     Kernels refuse operands that do not fit, in few words. The checks take as long as a small call,
     so they run only after a failure.
     """
     if torch.compiler.is_compiling():
-        return call(operands, *options)
+        return call(arguments, *options)
     try:
-        return call(operands, *options)
+        return call(arguments, *options)
     except (RuntimeError, ValueError, TypeError, AttributeError):
-        check(operands)
+        check(arguments)
         raise
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,16 +79,15 @@ def ms_deform_attn(
         >>> ms_deform_attn(value, shapes, None, locations, weights).shape
         torch.Size([2, 5, 64])
     """
-    operands = Operands(
+    arguments = (
         value,
         spatial_shapes,
         level_start_index,
         sampling_locations,
         attention_weights,
-        None,
         num_points,
     )
-    return explained(_attention, check, operands, method, official_clamp, backend)
+    return explained(_attention, _check_attention, arguments, method, official_clamp, backend)
 
 
 def ms_deform_attn_fused(
@@ -149,18 +149,17 @@ def ms_deform_attn_fused(
         >>> ms_deform_attn_fused(value, shapes, None, reference, offsets, logits).shape
         torch.Size([2, 5, 64])
     """
-    operands = FusedOperands(
+    arguments = (
         value,
         spatial_shapes,
         level_start_index,
         reference_points,
         sampling_offsets,
         attention_logits,
-        None,
         num_points,
-        offset_scale,
     )
-    return explained(_fused, check, operands, method, official_clamp, backend)
+    options = offset_scale, method, official_clamp, backend
+    return explained(_fused, _check_fused, arguments, *options)
 
 
 def gradients(
@@ -175,73 +174,103 @@ def gradients(
 
     For callers with an ``autograd.Function`` of their own; arguments as in :func:`ms_deform_attn`.
     """
-    operands = Operands(
-        value, spatial_shapes, level_start_index, sampling_locations, attention_weights
+    arguments = (
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        None,
     )
-    return explained(_gradients, check, operands, grad_output)
+    return explained(_gradients, _check_attention, arguments, grad_output)
 
 
 def _attention(
-    operands: Operands, method: str, official_clamp: bool, backend: str | None
+    arguments: tuple[Any, ...], method: str, official_clamp: bool, backend: str | None
 ) -> Tensor:
-    value = operands.value
+    value = arguments[0]
     chosen = choose_backend(value.device.type, value.dtype, backend)
     check_method(method)
-    operands = _as_operators_take_them(operands)
+    operands = _as_operands(*arguments)
     if method == "discrete":
         return call_discrete(*operands, official_clamp)
     return chosen.call(*operands)
 
 
-def _fused(
-    operands: FusedOperands, method: str, official_clamp: bool, backend: str | None
-) -> Tensor:
-    value, shapes, starts, reference, offsets, logits, _, num_points, offset_scale = operands
-    chosen = choose_backend(value.device.type, value.dtype, backend)
-    check_method(method)
-    dtype = acc_dtype(value.dtype)
-    composed = chosen.call_fused is None or method == "discrete"
-    if composed and not torch.compiler.is_compiling():
-        check(operands)  # broadcasting would accept operands that do not fit
-    if reference.dtype is not dtype:
-        reference = converted("reference_points", reference, dtype)
-    if offsets.dtype is not logits.dtype or offsets.dtype is not value.dtype:
-        offsets = converted("sampling_offsets", offsets, dtype)
-        logits = converted("attention_logits", logits, dtype)
-    shapes, starts, sizes = level_operands(shapes, starts)
-    counts = None if num_points is None else list(num_points)
-    operands = FusedOperands(
-        value, shapes, starts, reference, offsets, logits, sizes, counts, offset_scale
-    )
-    if not composed:
-        return chosen.call_fused(*operands)
-    if method == "discrete":
-        return call_discrete(*unfused(operands), official_clamp)
-    return chosen.call(*unfused(operands))
-
-
-def _gradients(operands: Operands, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    value = operands.value
+def _gradients(arguments: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value, _, _, locations, weights, *_ = arguments
     chosen = choose_backend(value.device.type, value.dtype)
     deterministic = torch.are_deterministic_algorithms_enabled()
     grad_value, grad_locations, grad_weights = chosen.backward(
-        grad_output.contiguous(), *_as_operators_take_them(operands), deterministic, [True] * 3
+        grad_output.contiguous(), *_as_operands(*arguments), deterministic, [True] * 3
     )
-    return (
-        grad_value,
-        grad_locations.to(operands.sampling_locations.dtype),
-        grad_weights.to(operands.attention_weights.dtype),
-    )
+    return grad_value, grad_locations.to(locations.dtype), grad_weights.to(weights.dtype)
 
 
-def _as_operators_take_them(operands: Operands) -> Operands:
-    """The operands of a caller in the dtypes and types of the schema."""
-    value, shapes, starts, locations, weights, _, num_points = operands
+def _as_operands(
+    value: Tensor,
+    shapes: Levels,
+    starts: Tensor | Sequence[int] | None,
+    locations: Tensor,
+    weights: Tensor,
+    num_points: Sequence[int] | None,
+) -> tuple[Any, ...]:
+    """The arguments as the operator takes them; a record would cost as much as all the rest."""
     dtype = acc_dtype(value.dtype)
     if locations.dtype is not dtype:
         locations = converted("sampling_locations", locations, dtype)
     if weights.dtype is not dtype and weights.dtype is not value.dtype:
         weights = converted("attention_weights", weights, dtype)
-    shapes, starts, sizes = level_operands(shapes, starts)
+    spatial_shapes, level_start_index, level_sizes = level_operands(shapes, starts)
     counts = None if num_points is None else list(num_points)
-    return Operands(value, shapes, starts, locations, weights, sizes, counts)
+    return value, spatial_shapes, level_start_index, locations, weights, level_sizes, counts
+
+
+def _fused(
+    arguments: tuple[Any, ...],
+    offset_scale: float,
+    method: str,
+    official_clamp: bool,
+    backend: str | None,
+) -> Tensor:
+    value, shapes, starts, reference, offsets, logits, num_points = arguments
+    chosen = choose_backend(value.device.type, value.dtype, backend)
+    check_method(method)
+    kernel = chosen.call_fused if method == "default" else None
+    if kernel is None and not torch.compiler.is_compiling():
+        _check_fused(arguments)  # broadcasting would accept operands that do not fit
+    dtype = acc_dtype(value.dtype)
+    if reference.dtype is not dtype:
+        reference = converted("reference_points", reference, dtype)
+    if offsets.dtype is not logits.dtype or offsets.dtype is not value.dtype:
+        offsets = converted("sampling_offsets", offsets, dtype)
+        logits = converted("attention_logits", logits, dtype)
+    shapes, starts, level_sizes = level_operands(shapes, starts)
+    counts = None if num_points is None else list(num_points)
+    operands = (
+        value,
+        shapes,
+        starts,
+        reference,
+        offsets,
+        logits,
+        level_sizes,
+        counts,
+        offset_scale,
+    )
+    if kernel is not None:
+        return kernel(*operands)
+    composed = unfused(FusedOperands(*operands))
+    if method == "discrete":
+        return call_discrete(*composed, official_clamp)
+    return chosen.call(*composed)
+
+
+def _check_attention(arguments: tuple[Any, ...]) -> None:
+    *tensors, num_points = arguments
+    check(Operands(*tensors, num_points=num_points))
+
+
+def _check_fused(arguments: tuple[Any, ...]) -> None:
+    *tensors, num_points = arguments
+    check(FusedOperands(*tensors, num_points=num_points))
