@@ -41,16 +41,18 @@ CHECK_DEVICE_METADATA = os.environ.get("DEFORM_ATTN_CHECK_METADATA", "0") == "1"
 def check(operands: AnyOperands) -> None:
     """Raise a ValueError (TypeError for a wrong type) that names the first argument at fault.
 
-    The operands are those of a caller of :func:`deform_attn.ms_deform_attn` or
-    :func:`deform_attn.ms_deform_attn_fused`. Level sizes are checked where reading them is free:
+    The levels are in the form of a caller of :func:`deform_attn.ms_deform_attn`: tensors or lists,
+    whatever the types of the record are. Level sizes are checked where reading them is free:
     numbers and CPU tensors. On other devices only with ``DEFORM_ATTN_CHECK_METADATA=1``; without it
     the kernels treat a level that does not fit into ``value`` as empty.
     """
-    value, levels, starts = operands[:3]
-    assert levels is not None
+    value: Tensor = operands.value
+    levels: Any = operands.spatial_shapes
+    starts: Any = operands.level_start_index
     fused = isinstance(operands, FusedOperands)
     first = 4 if fused else 3  # locations or offsets, then weights or logits
-    points: dict[str, Tensor] = dict(zip(operands._fields[first:], operands[first : first + 2]))
+    tensors: Any = operands[first : first + 2]
+    points: dict[str, Tensor] = dict(zip(operands._fields[first:], tensors))
     for name, tensor in {"value": value, **points}.items():
         check_tensor(name, tensor)
     _check_value(value)
@@ -80,7 +82,8 @@ def explained(
 
 def check_operands(operands: AnyOperands) -> None:
     """As :func:`check`, for operands as an operator takes them: converted to its dtypes."""
-    check(operands._replace(spatial_shapes=_levels_of(operands)))
+    levels: Any = _levels_of(operands)
+    check(operands._replace(spatial_shapes=levels))
     value, dtype = operands.value, acc_dtype(operands.value.dtype)
     if isinstance(operands, FusedOperands):
         _check_dtype("reference_points", operands.reference_points, dtype)

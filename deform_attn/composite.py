@@ -134,7 +134,7 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
     value, weights = operands.value, operands.attention_weights
     dtype = acc_dtype(value.dtype)
     B, S, M, D = value.shape
-    grad = grad_output.to(dtype).view(B, -1, M, 1, D)
+    grad = grad_output.to(dtype).view(B, grad_output.shape[1], M, 1, D)
     pixels = value.to(dtype).reshape(B * S * M, D)
     grad_pixels = torch.zeros_like(pixels) if output_mask[0] else None
     grad_weights = []

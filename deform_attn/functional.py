@@ -268,9 +268,9 @@ def _fused(
 
 def _check_attention(arguments: tuple[Any, ...]) -> None:
     *tensors, num_points = arguments
-    check(Operands(*tensors, num_points=num_points))
+    check(Operands(*tensors)._replace(num_points=num_points))
 
 
 def _check_fused(arguments: tuple[Any, ...]) -> None:
     *tensors, num_points = arguments
-    check(FusedOperands(*tensors, num_points=num_points))
+    check(FusedOperands(*tensors)._replace(num_points=num_points))

@@ -8,23 +8,20 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from deform_attn.levels import Levels
-
 __all__ = ["AnyOperands", "DiscreteOperands", "FusedOperands", "Operands", "acc_dtype"]
 
 
 class Operands(NamedTuple):
     """The operands of ``ms_deform_attn``.
 
-    A caller gives the levels as ``spatial_shapes`` and ``level_start_index``, as tensors or as
-    lists. An operator takes tensors, or ``level_sizes``, numbers ``[h0, w0, h1, w1, ...]``, in
-    place of ``spatial_shapes``. Without ``level_start_index`` the levels follow one another.
-    Locations have six dimensions, or five with ``num_points``.
+    The levels are ``spatial_shapes``, a tensor, or ``level_sizes``, numbers ``[h0, w0, h1, w1,
+    ...]``. Without ``level_start_index`` the levels follow one another. Locations have six
+    dimensions, or five with ``num_points``.
     """
 
     value: Tensor
-    spatial_shapes: Levels | None
-    level_start_index: Tensor | Sequence[int] | None
+    spatial_shapes: Tensor | None
+    level_start_index: Tensor | None
     sampling_locations: Tensor
     attention_weights: Tensor
     level_sizes: Sequence[int] | None = None
@@ -35,8 +32,8 @@ class DiscreteOperands(NamedTuple):
     """The operands of ``ms_deform_attn_discrete``: those of :class:`Operands` and the clamp."""
 
     value: Tensor
-    spatial_shapes: Levels | None
-    level_start_index: Tensor | Sequence[int] | None
+    spatial_shapes: Tensor | None
+    level_start_index: Tensor | None
     sampling_locations: Tensor
     attention_weights: Tensor
     level_sizes: Sequence[int] | None = None
@@ -48,8 +45,8 @@ class FusedOperands(NamedTuple):
     """The operands of ``ms_deform_attn_fused``; levels as in :class:`Operands`."""
 
     value: Tensor
-    spatial_shapes: Levels | None
-    level_start_index: Tensor | Sequence[int] | None
+    spatial_shapes: Tensor | None
+    level_start_index: Tensor | None
     reference_points: Tensor
     sampling_offsets: Tensor
     attention_logits: Tensor

@@ -12,7 +12,8 @@ from runners import Runner
 from tolerances import ROUNDINGS_OF_SUMS, error_of, grad_output_for, largest
 from torch import Tensor
 
-from deform_attn import ms_deform_attn, ms_deform_attn_fused
+from deform_attn import composite, ms_deform_attn, ms_deform_attn_fused
+from deform_attn.operands import DiscreteOperands, FusedOperands
 
 # the same code whichever backend is chosen: one for each device
 each_device = pytest.mark.only(runners=lambda runner: runner.backend == "reference")
@@ -117,13 +118,10 @@ def test_neighbours_have_no_part_in_a_point() -> None:
 def test_fused_is_the_composition(size: int, backend: str) -> None:
     from test_fused import SHAPES, draw
 
-    from deform_attn.composite import unfused
-    from deform_attn.operands import FusedOperands
-
     inputs = [t.requires_grad_() for t in draw(torch.float32, size=size, num_points=[3, 0, 2])]
     value, *rest = inputs
     sizes = torch.tensor(SHAPES)
-    points = unfused(FusedOperands(value, sizes, None, *rest, None, [3, 0, 2]))[3:5]
+    points = composite.unfused(FusedOperands(value, sizes, None, *rest, None, [3, 0, 2]))[3:5]
     options = {"num_points": [3, 0, 2], "method": "discrete", "backend": backend}
     wanted = ms_deform_attn(value, SHAPES, None, *points, **options)
     got = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
@@ -142,13 +140,18 @@ def test_level_sizes_are_not_read() -> None:
 
 
 def test_levels_that_do_not_fit_sample_zero() -> None:
-    """What cannot be refused where sizes are not read: compiled, or on a GPU."""
-    torch._dynamo.reset()
-    inputs = one_point((3, 5), 0.5, 0.5)
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    assert compiled(inputs).item() == call(inputs).item() == 13
-    for shape in ((3, 50), (0, 5), (-3, -5)):
-        assert compiled(inputs.replace(spatial_shapes=torch.tensor([shape]))).item() == 0
+    """On a GPU the sizes are not read, so such levels cannot be refused."""
+
+    def unchecked(shape: tuple[int, int], dtype: torch.dtype) -> float:
+        inputs = one_point((3, 5), 0.5, 0.5).replace(
+            spatial_shapes=torch.tensor([shape], dtype=dtype)
+        )
+        return composite.discrete(DiscreteOperands(*inputs.arguments)).item()
+
+    for dtype in (torch.int64, torch.int8):
+        assert unchecked((3, 5), dtype) == 13
+        for shape in ((3, 50), (0, 5), (-3, -5)):
+            assert unchecked(shape, dtype) == 0
 
 
 class Sampling(torch.nn.Module):

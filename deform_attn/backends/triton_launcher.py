@@ -218,8 +218,8 @@ class _Call:
         if reason is not None:
             raise RuntimeError(f"value: {reason}")
 
-        levels = len(sizes) // 2 if sizes is not None else len(shapes)
-        self.counts = tuple(count_points(locations, levels, operands.num_points))
+        num_levels = len(sizes or ()) // 2 if shapes is None else len(shapes)
+        self.counts = tuple(count_points(locations, num_levels, operands.num_points))
         self.queries = locations.shape[1]
         self.value = value.contiguous()
         self.locations = locations.contiguous()
@@ -232,8 +232,8 @@ class _Call:
         # The kernels read levels that lie on the device; host numbers are passed by value.
         sizes_by_value: tuple[int, ...] = ()
         starts_by_value: tuple[int, ...] | None = None
-        if sizes is not None:
-            sizes_by_value = _by_value(sizes)
+        if shapes is None:
+            sizes_by_value = _by_value(sizes or ())
         elif shapes.device != value.device:
             sizes_by_value, shapes = _by_value(shapes.flatten().tolist()), None
         if starts is not None and starts.device != value.device:
