@@ -183,7 +183,7 @@ def test_kernels_by_name_are_contestants(name: str, monkeypatch: pytest.MonkeyPa
 
     def forward(way: str, *inputs: Any) -> torch.Tensor:
         ways.append(way)
-        return Emulated().forward(*inputs[:5], inputs[6], plain=way == "plain")
+        return Emulated().forward(*inputs[:5], inputs[6], baseline=way == "baseline")
 
     def backward(way: str, grad_output: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
         ways.append(way)
