@@ -1,5 +1,5 @@
 // Tensors -> Problem, or an error that names the tensor. What the kernels rely on is checked here
-// and nowhere else; deform_attn/inputs.py explains a refusal at length.
+// and nowhere else; deform_attn/checks.py explains a refusal at length.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -7,7 +7,7 @@ import torch
 from cases import DTYPES
 from torch import Tensor
 
-from deform_attn import formula
+from deform_attn import composite
 from simt import build
 from simt.emulated import Emulated
 
@@ -47,7 +47,7 @@ def by_formula(tensors: tuple[Tensor, ...], counts: list[int], exact: bool) -> t
     leaves = [tensor.clone().requires_grad_() for tensor in tensors[:4]]
     value, reference, offsets, logits = leaves
     sizes = torch.tensor(LEVELS)
-    output = formula.layer(value, sizes, None, reference, offsets, logits, None, counts, SCALE)
+    output = composite.fused(value, sizes, None, reference, offsets, logits, None, counts, SCALE)
     return output, *torch.autograd.grad(output, leaves, tensors[4])
 
 
