@@ -14,21 +14,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers_matrix import (
-    LIMIT,
-    compare,
-    compiles,
-    kernelized,
-)
-from transformers_models import (
-    SMALL,
-    Small,
-    build,
-    default_dtype,
-    inputs_of,
-    tensors_of,
-    without_labels,
-)
 
 import deform_attn
 from deform_attn.integrations import transformers as integration
@@ -38,6 +23,21 @@ from deform_attn.integrations.transformers import (
     patch_transformers,
     register_kernels,
     restore,
+)
+from tests.transformers_matrix import (
+    LIMIT,
+    compare,
+    compiles,
+    kernelized,
+)
+from tests.transformers_models import (
+    SMALL,
+    Small,
+    build,
+    default_dtype,
+    inputs_of,
+    tensors_of,
+    without_labels,
 )
 
 HERE = [small for small in SMALL.values() if hasattr(transformers.models, small.model_type)]
