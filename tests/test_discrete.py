@@ -123,12 +123,12 @@ def test_neighbours_have_no_part_in_a_point() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_fused_is_the_composition(size: int, backend: str) -> None:
-    from deform_attn.formula import layer_points
-    from tests.test_layer import SHAPES, draw
+    from deform_attn.composite import fused_points
+    from tests.test_fused import SHAPES, draw
 
     inputs = [t.requires_grad_() for t in draw(torch.float32, size=size, num_points=[3, 0, 2])]
     value, *rest = inputs
-    points = layer_points(SHAPES, *rest, [3, 0, 2], 0.5)
+    points = fused_points(SHAPES, *rest, [3, 0, 2], 0.5)
     options = {"num_points": [3, 0, 2], "method": "discrete", "backend": backend}
     wanted = ms_deform_attn(value, SHAPES, None, *points, **options)
     got = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)

@@ -410,8 +410,8 @@ def test_triton_launches_stay_on_the_device(
     with OnOneDevice():
         output = triton.forward(*attention)
         triton.backward(output, *attention, deterministic, [True] * 3)
-        triton.layer_forward(*layer)
-        triton.layer_backward(output, *layer, deterministic, [True] * 4)
+        triton.fused_forward(*layer)
+        triton.fused_backward(output, *layer, deterministic, [True] * 4)
     assert launches.count("forward") == 2
     assert launches.count("backward") == (4 if deterministic else 2)  # one for each of the batch
 

@@ -82,7 +82,7 @@ int main() {
 """
 
 
-class Limited:
+class KernelResources:
     """What a kernel takes of a multiprocessor, and what it may take."""
 
     architecture: int
@@ -101,7 +101,7 @@ class Limited:
 
 
 @dataclasses.dataclass
-class Kernel(Limited):
+class Kernel(KernelResources):
     """What ptxas says of one kernel on one architecture."""
 
     architecture: int
@@ -133,7 +133,7 @@ def parse(demangled: str, architecture: int) -> Kernel:
         variant.append("int32" if arguments[2] == "int" else "int64")
     if name == "backward_teams":
         variant.append("scatter" if arguments[3] == "true" else "points only")
-    if "LayerPoints" in demangled:
+    if "FusedPoints" in demangled:
         variant.append("layer")
     return Kernel(architecture, name, dtype, ", ".join(variant))
 
@@ -173,7 +173,7 @@ def compile_for(architecture: int, toolkit: Path, folder: Path) -> list[Kernel]:
     return kernels
 
 
-def fill_occupancy(kernels: Sequence[Limited]) -> None:
+def fill_occupancy(kernels: Sequence[KernelResources]) -> None:
     """Asks CUDA's own occupancy calculator, on the host."""
     includes = [f"-I{path}" for path in find_cuda().include_folders]
     with tempfile.TemporaryDirectory() as folder:

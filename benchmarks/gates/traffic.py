@@ -108,9 +108,9 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         tensors = tensors | {"output": output}
         found[f"forward {name}"] = counter.run(tensors, lambda: call(output))
 
-    forward("plain", sources, lambda to: KERNELS.forward(*given, plain=True, output=to))
+    forward("baseline", sources, lambda to: KERNELS.forward(*given, baseline=True, output=to))
     forward("teams", sources, lambda to: KERNELS.forward(*given, output=to))
-    forward("fused", layer_sources, lambda to: KERNELS.layer_forward(*layer, output=to))
+    forward("fused", layer_sources, lambda to: KERNELS.fused_forward(*layer, output=to))
 
     def backward(way: str, fused: bool = False, reference: bool = True) -> Counts:
         arguments: tuple[Any, ...] = given
@@ -125,7 +125,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
             filled.append(targets[0])
         written = {f"target {i}": target for i, target in enumerate(targets)}
         tensors = (layer_sources if fused else sources) | {"grad": inputs.grad_output} | written
-        run = KERNELS.layer_backward if fused else KERNELS.backward
+        run = KERNELS.fused_backward if fused else KERNELS.backward
         call = layer if fused else given
 
         def once() -> None:
@@ -141,7 +141,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         figures["least_bytes"] += zeros
         return figures
 
-    for way in ("plain", "scatter", "gather"):
+    for way in ("baseline", "scatter", "gather"):
         found[f"backward {way}"] = backward(way)
     way = KERNELS.way_of(*given)
     found[f"backward {way} fused"] = backward(way, fused=True)
@@ -284,7 +284,7 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
     others = Bar("backward, elsewhere: atomic sectors", 1)
     gathered = Bar("deterministic backward: sectors, of the atomic one", 3)
     for case, found in counts.items():
-        plain, ours = found["forward plain"], found["forward teams"]
+        plain, ours = found["forward baseline"], found["forward teams"]
         loads.add(ours["loads"] / plain["loads"], case)
         if case.endswith("f32"):
             if WORKLOADS[case.split()[0]].head_dim == 32:
@@ -294,7 +294,7 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
             narrow.add(ours["read"] / wide["read"], case)
         if "encoder" in case:
             missed.add(ours["l1_missed"] / plain["l1_missed"], case)
-        plain = found["backward plain"]
+        plain = found["backward baseline"]
         for chosen, bar in (("chosen", atomics), ("chosen before sm_90", older)):
             (way,) = found[chosen]
             ours = found[f"backward {way}"]
@@ -341,7 +341,7 @@ def table_of(all_counts: dict[str, dict[str, Counts]]) -> Table:
         for kernel, figures in counts.items():
             if kernel.startswith("chosen"):
                 continue
-            plain = counts[kernel.split()[0] + " plain"]
+            plain = counts[kernel.split()[0] + " baseline"]
             cells = []
             for column in columns:
                 share = f" {figures[column] / plain[column]:4.2f}x" if plain[column] else ""

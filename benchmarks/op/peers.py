@@ -27,7 +27,7 @@ BASELINE = "grid_sample"
 OURS = ("compiled", "triton", "reference")
 PLAIN = "plain kernel"  # CUDA, one thread a channel as in 2020, written here
 # The CUDA kernels by name, with their way to the gradient of value; a call chooses one by shape.
-KERNELS = {PLAIN: "plain", "compiled, scatter": "scatter", "compiled, gather": "gather"}
+KERNELS = {PLAIN: "baseline", "compiled, scatter": "scatter", "compiled, gather": "gather"}
 
 
 class Missing(Exception):

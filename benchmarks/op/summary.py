@@ -117,8 +117,8 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     lines = []
     for name, settles in (
         (OURS[1], "the order of the backends in deform_attn/backends/__init__.py"),
-        ("compiled, scatter", "chosen_way in csrc/cuda/launch.cuh"),
-        ("compiled, gather", "chosen_way in csrc/cuda/launch.cuh"),
+        ("compiled, scatter", "choose_backward in csrc/cuda/launch.cuh"),
+        ("compiled, gather", "choose_backward in csrc/cuda/launch.cuh"),
     ):
         slower = []
         for row in rows:
