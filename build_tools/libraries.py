@@ -24,7 +24,7 @@ from toolchain import (
     gencode_flags,
 )
 
-# The kernels are compiled once for each instruction set; ops.cpp chooses one at run time. Other
+# The kernels are compiled once for each instruction set; cpu/ops.cpp chooses one at run time. Other
 # processors get the portable kernels only.
 INSTRUCTION_SETS = {
     "x86_64": {
@@ -116,10 +116,9 @@ def _plan_cpu(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
     machine = platform.machine().lower().replace("amd64", "x86_64")
     kernels = INSTRUCTION_SETS.get(machine, INSTRUCTION_SETS["other"])
     every = {file for files in INSTRUCTION_SETS.values() for file in files}
-    general = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in every]
     # Files without special instructions come first: where two objects hold the same inline
     # function, the linker keeps the first, which every processor must be able to run.
-    sources = [Path("csrc/ops.cpp"), *general]
+    sources = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in every]
     sources += [Path("csrc/cpu") / file for file in sorted(kernels, key=lambda f: bool(kernels[f]))]
 
     common = [*cxx, *DEFINES, *_facts(torch.version, version), *CXX_FLAGS, *_prefix_maps(torch)]
