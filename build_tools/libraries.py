@@ -24,7 +24,7 @@ from toolchain import (
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# One source of kernels is compiled once for each of these; ops.cpp picks one when it runs. A
+# One source of kernels is compiled once for each of these; cpu/ops.cpp picks one when it runs. A
 # processor that is not listed compiles the portable one alone.
 INSTRUCTION_SETS = {
     "x86_64": {
@@ -116,10 +116,9 @@ def _plan_cpu(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
     machine = platform.machine().lower().replace("amd64", "x86_64")
     kernels = INSTRUCTION_SETS.get(machine, INSTRUCTION_SETS["other"])
     every = {file for files in INSTRUCTION_SETS.values() for file in files}
-    general = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in every]
     # The files for the plainest processor come first: where two objects hold the same inline
     # function, the linker keeps the first, and a later one may use instructions that are not there.
-    sources = [Path("csrc/ops.cpp"), *general]
+    sources = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in every]
     sources += [Path("csrc/cpu") / file for file in sorted(kernels, key=lambda f: bool(kernels[f]))]
 
     common = [*cxx, *DEFINES, *_facts(torch.version, version), *CXX_FLAGS, *_prefix_maps(torch)]

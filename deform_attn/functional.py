@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from deform_attn.backends import Backend, choose_backend
-from deform_attn.formula import discrete, layer_points, on_device
-from deform_attn.inputs import Levels, check, check_layer, check_method, location_dtype
+from deform_attn.checks import acc_dtype, check, check_fused, check_method
+from deform_attn.composite import discrete, fused_points, on_device
+from deform_attn.levels import Levels
 
 __all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
 
@@ -168,7 +169,7 @@ def ms_deform_attn_fused(
     try:
         return _layer(*arguments, *options)
     except (RuntimeError, ValueError, TypeError, AttributeError):
-        check_layer(*arguments)
+        check_fused(*arguments)
         raise
 
 
@@ -234,7 +235,7 @@ def _settled(
     """The backend of a call, and the operands that it takes."""
     chosen = choose_backend(value.device.type, value.dtype, backend)
     dtype = value.dtype
-    real = location_dtype(dtype)
+    real = acc_dtype(dtype)
     if sampling_locations.dtype is not real:
         sampling_locations = _converted("sampling_locations", sampling_locations, real)
     if attention_weights.dtype is not real and attention_weights.dtype is not dtype:
@@ -258,26 +259,26 @@ def _layer(
     backend: str | None,
 ) -> Tensor:
     chosen = choose_backend(value.device.type, value.dtype, backend)
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     reference_points = _converted("reference_points", reference_points, real)
     if sampling_offsets.dtype != attention_logits.dtype or sampling_offsets.dtype != value.dtype:
         sampling_offsets = _converted("sampling_offsets", sampling_offsets, real)
         attention_logits = _converted("attention_logits", attention_logits, real)
     check_method(method)
-    if chosen.call_layer is not None and method == "default":
+    if chosen.call_fused is not None and method == "default":
         shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
         counts = None if num_points is None else list(num_points)
-        return chosen.call_layer(
+        return chosen.call_fused(
             *(value, shapes, starts, reference_points, sampling_offsets, attention_logits),
             *(sizes, counts, offset_scale),
         )
     if not torch.compiler.is_compiling():
         # composing broadcasts what does not fit, so what is at fault is looked for first
-        check_layer(
+        check_fused(
             *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
             *(attention_logits, num_points),
         )
-    locations, weights = layer_points(
+    locations, weights = fused_points(
         on_device(spatial_shapes, value.device),
         *(reference_points, sampling_offsets, attention_logits, num_points, offset_scale),
     )

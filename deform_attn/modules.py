@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deform_attn.checks import check_method
 from deform_attn.functional import ms_deform_attn_fused
-from deform_attn.inputs import Levels, check_method, readable
+from deform_attn.levels import Levels, readable
 
 __all__ = ["MSDeformAttn", "MSDeformableAttention", "MultiScaleDeformableAttention"]
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.library import Library
 
-from deform_attn import formula
-from deform_attn.inputs import check_gradient, check_layer_operands, check_operands
+from deform_attn import composite
+from deform_attn.checks import check_fused_operands, check_gradient, check_operands
 
-__all__ = ["ATTENTION", "LAYER", "LIBRARY", "Operator", "Signature", "define"]
+__all__ = ["ATTENTION", "FUSED", "LIBRARY", "Operator", "Signature", "define"]
 
 LIBRARY = Library("deform_attn", "DEF")
 
@@ -57,9 +57,9 @@ ATTENTION = Signature(
     (*_LEVELS, "Tensor sampling_locations", "Tensor attention_weights"),
     _COUNTS,
     check_operands,
-    formula.attention,
+    composite.attention,
 )
-LAYER = Signature(
+FUSED = Signature(
     (
         *_LEVELS,
         "Tensor reference_points",
@@ -67,8 +67,8 @@ LAYER = Signature(
         "Tensor attention_logits",
     ),
     (*_COUNTS, "float offset_scale"),
-    check_layer_operands,
-    formula.layer,
+    check_fused_operands,
+    composite.fused,
 )
 
 

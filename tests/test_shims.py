@@ -1,7 +1,7 @@
-"""install_shims: packages that import a compiled extension as the old repositories do.
+"""install_shims, with small packages that import a compiled extension as older repositories do.
 
-Each is written here from the signature of the extension that it calls; nothing of it knows of this
-package.
+Each package is written from the signature of the extension that it calls and does not import
+deform_attn.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Dtypes, Inputs
-from runners import Runner, package
-from tolerances import check_results, grad_output_for
 
 import deform_attn
 from deform_attn.integrations import install_shims
+from deform_attn.testing import CASES, DTYPES, Dtypes, OpInputs, check_results, grad_output_for
+from tests.runners import Runner, package
 
 FUNCTION = """
 import torch
@@ -54,7 +53,7 @@ MMCV = {
     "value, shapes, start, locations, weights, grad_output.contiguous(), *grads, "
     "im2col_step=ctx.im2col_step) is None",
 }
-# package: (how it gets the extension, its name there, name of the Function, how it calls)
+# package: (import of the extension, (its name there, name of the Function, how it is called))
 PEERS = {
     "deformable_detr": (
         "import MultiScaleDeformableAttention as MSDA",
@@ -90,14 +89,14 @@ SHIMS = {
 
 @pytest.fixture
 def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder on the path with a package for each peer; what is imported from it is forgotten."""
-    for name, (getting, (extension, function, calls)) in PEERS.items():
+    """A folder on sys.path with a package per peer; their imports are undone after the test."""
+    for name, (imports, (extension, function, calls)) in PEERS.items():
         folder = tmp_path / name
         folder.mkdir()
         (folder / "__init__.py").touch()
         calls = {key: call.format(extension=extension) for key, call in calls.items()}
         body = FUNCTION.format(name=function, extension=extension, **calls)
-        (folder / "ops.py").write_text(f"{getting}\n{body}")
+        (folder / "ops.py").write_text(f"{imports}\n{body}")
     monkeypatch.syspath_prepend(tmp_path)
     before = dict(sys.modules)
     yield tmp_path
@@ -115,7 +114,7 @@ def function_of(peer: str) -> Any:
 def test_unmodified_checkout(
     runner: Runner, dtypes: Dtypes, case: Any, peer: str, checkout: Path
 ) -> None:
-    """Forward and backward through the repository's own autograd Function, against the oracle."""
+    """Forward and backward through the repository's autograd Function, against the oracle."""
     with install_shims(override=True) as shims:
         assert SHIMS[peer] in shims.installed
         function = function_of(peer)
@@ -141,7 +140,7 @@ def test_gradcheck_through_the_checkout(peer: str, checkout: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["MSDeformAttnFunction", "MultiScaleDeformableAttnFunction"])
-def test_function_that_comes_with_the_extension(name: str) -> None:
+def test_function_of_the_extension(name: str) -> None:
     inputs = CASES["non_square"].make(DTYPES["f32"]).leaves()
     with install_shims(override=True):
         function = getattr(importlib.import_module("MultiScaleDeformableAttention"), name)
@@ -150,8 +149,8 @@ def test_function_that_comes_with_the_extension(name: str) -> None:
     assert all(g is not None for g in torch.autograd.grad(output.sum(), inputs.tensors))
 
 
-def mixed(inputs: Inputs) -> Inputs:
-    """As autocast leaves them: value in 16 bits, locations wider than needed."""
+def mixed(inputs: OpInputs) -> OpInputs:
+    """The dtypes of autocast: value in 16 bits, locations in a wider dtype."""
     return inputs.replace(
         value=inputs.value.bfloat16(), sampling_locations=inputs.sampling_locations.double()
     )
@@ -168,7 +167,7 @@ def test_gradients_have_the_dtypes_of_their_tensors() -> None:
         assert (grad.dtype, grad.shape) == (tensor.dtype, tensor.shape)
 
 
-def test_bad_calls_are_named() -> None:
+def test_bad_calls_name_the_argument() -> None:
     inputs = CASES["non_square"].make(DTYPES["f32"])
     with install_shims(override=True):
         extension = importlib.import_module("MultiScaleDeformableAttention")
@@ -181,7 +180,7 @@ def test_bad_calls_are_named() -> None:
             extension.ms_deform_attn_backward(*inputs.arguments, grad_output_for(inputs)[:, :4], 64)
 
 
-def test_mmcv_lacks_other_operators_loudly() -> None:
+def test_other_operators_of_mmcv_raise() -> None:
     with install_shims("mmcv._ext", override=True):
         extension = importlib.import_module("mmcv._ext")
         with pytest.raises(NotImplementedError, match=r"mmcv._ext.roi_align_forward"):
@@ -192,8 +191,8 @@ def test_mmcv_lacks_other_operators_loudly() -> None:
 
 
 @pytest.mark.parametrize("imported", [False, True])
-def test_a_real_extension_is_left_alone(checkout: Path, imported: bool) -> None:
-    """Found without importing its package; taken over on request, and given back."""
+def test_an_installed_extension_is_kept(checkout: Path, imported: bool) -> None:
+    """It is found without importing its package; override replaces it until the block ends."""
     for file in ("MultiScaleDeformableAttention.py", "mmcv/_ext.py"):
         (checkout / file).write_text("real = True")
     (checkout / "mmcv" / "__init__.py").write_text("from mmcv import ops")
@@ -206,7 +205,7 @@ def test_a_real_extension_is_left_alone(checkout: Path, imported: bool) -> None:
         assert set(shims.installed) == {"groundingdino._C", "detrex._C"}
         assert set(shims.left) == {"MultiScaleDeformableAttention", "mmcv._ext"}
         for reason in shims.left.values():
-            assert "really installed" in reason
+            assert "the extension is installed" in reason
             assert str(checkout) in reason
         assert ("mmcv" in sys.modules) is imported
         assert importlib.import_module("mmcv._ext").real
@@ -222,9 +221,9 @@ def test_report_and_removal() -> None:
     first = install_shims(override=True)
     second = install_shims()
     assert not second.installed
-    assert set(second.left.values()) == {"installed before"}
+    assert set(second.left.values()) == {"deform_attn is registered already"}
     assert "MultiScaleDeformableAttention: deform_attn" in str(first)
-    assert "mmcv._ext: left, installed before" in str(second)
+    assert "mmcv._ext: left, deform_attn is registered already" in str(second)
     assert importlib.util.find_spec("MultiScaleDeformableAttention") is not None
     second.remove()
     assert "mmcv._ext" in sys.modules

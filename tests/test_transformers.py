@@ -1,4 +1,4 @@
-"""Models of transformers on this package's kernels: same numbers, one graph, and back again."""
+"""Accelerated models of transformers: outputs, gradients, torch.compile, restore, pickling."""
 
 from __future__ import annotations
 
@@ -14,21 +14,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers_matrix import (
-    LIMIT,
-    compare,
-    compiles,
-    kernelized,
-)
-from transformers_models import (
-    SMALL,
-    Small,
-    build,
-    default_dtype,
-    inputs_of,
-    tensors_of,
-    without_labels,
-)
 
 import deform_attn
 from deform_attn.integrations import transformers as integration
@@ -39,8 +24,32 @@ from deform_attn.integrations.transformers import (
     register_kernels,
     restore,
 )
+from tests.transformers_matrix import (
+    LIMIT,
+    OneGraph,
+    compare,
+    difference,
+    kernelized,
+)
+from tests.transformers_models import (
+    SMALL,
+    Small,
+    build,
+    default_dtype,
+    inputs_of,
+    tensors_of,
+    without_labels,
+)
 
-HERE = [small for small in SMALL.values() if hasattr(transformers.models, small.model_type)]
+
+def installed(small: Small) -> Any:
+    """A parameter of a test; skipped with a reason where this transformers lacks the model."""
+    reason = f"transformers {transformers.__version__} has no {small.model_type}"
+    absent = not hasattr(transformers.models, small.model_type)
+    return pytest.param(small, id=small.name, marks=[pytest.mark.skip(reason)] if absent else [])
+
+
+EVERY_MODEL = [installed(small) for small in SMALL.values()]
 # One of each kind: a module, a function of the module, an attribute.
 KINDS = [SMALL[name] for name in ("rt_detr", "rt_detr_v2", "d_fine")]
 
@@ -55,14 +64,14 @@ def logits_of(model: nn.Module, small: Small) -> torch.Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors_of(output)])
 
 
-# The same numbers ----------------------------------------------------------------------------
+# Outputs and gradients -----------------------------------------------------------------------
 
 
-def test_every_model_type_is_tried() -> None:
+def test_every_model_type_has_a_test_model() -> None:
     assert {small.model_type for small in SMALL.values()} == set(MODEL_TYPES)
 
 
-@pytest.mark.parametrize("small", HERE, ids=name_of)
+@pytest.mark.parametrize("small", EVERY_MODEL)
 def test_outputs_loss_and_every_gradient(small: Small) -> None:
     values, gradients, report = compare(small, torch.float64)
     assert values <= LIMIT
@@ -71,9 +80,9 @@ def test_outputs_loss_and_every_gradient(small: Small) -> None:
     assert not report.left
 
 
-@pytest.mark.parametrize("small", [s for s in HERE if "discrete" not in s.name], ids=name_of)
-def test_a_wrong_operator_would_be_seen(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its points in another order: the models' outputs and gradients hang on the operator."""
+@pytest.mark.parametrize("small", [p for p in EVERY_MODEL if "discrete" not in p.id])
+def test_a_wrong_operator_is_detected(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the attention weights in the wrong order, outputs and gradients differ."""
     right = integration.ms_deform_attn
 
     def wrong(*inputs: Any, **options: Any) -> torch.Tensor:
@@ -85,17 +94,36 @@ def test_a_wrong_operator_would_be_seen(small: Small, monkeypatch: pytest.Monkey
     assert gradients > 1e-1
 
 
-# Compiling costs seconds a model; transformers_matrix.py compiles them all.
-@pytest.mark.parametrize("name", ["rt_detr", "d_fine", "mask2former"])
+# Compiling a whole model takes up to 40 s: transformers_matrix.py does it, here it is one layer.
+@pytest.mark.parametrize("name", ["rt_detr", "rt_detr_v2", "d_fine", "mask2former"])
 def test_one_graph(name: str) -> None:
-    """Forward and backward, with a node for each layer."""
+    """torch.compile(fullgraph=True) of an attention layer: forward, backward, one operator each."""
+    small = SMALL[name]
+    model, report = accelerate(build(small))
+    place = report.replaced[0][0].removesuffix(".attn")  # the layer that holds the module `attn`
+    layer = model.get_submodule(place)
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    layer.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    logits_of(model, small)
+    layer._forward_pre_hooks.clear()
+    arguments, named = calls[0]
+    outputs, gradients = [], []
+    graph = OneGraph(layer, "aot_eager")
     with default_dtype(torch.float64):
-        assert compiles(SMALL[name], torch.float64, stock=False) == "one graph"
+        for call in (layer, graph.call):
+            outputs.append(tensors_of(call(*arguments, **named))[0])
+            layer.zero_grad()
+            outputs[-1].sum().backward()
+            gradients.append([p.grad.clone() for p in layer.parameters() if p.grad is not None])
+    assert (graph.count("ms_deform_attn"), graph.count("ms_deform_attn_backward")) == (1, 1)
+    assert difference(*outputs) <= LIMIT
+    assert len(gradients[0]) == len(gradients[1]) > 0
+    assert max(difference(a, b) for a, b in zip(*gradients)) <= LIMIT
 
 
 @pytest.mark.parametrize("name", ["lw_detr", "d_fine"])
 def test_autocast(name: str) -> None:
-    """Values in bfloat16, locations in float32 or, behind D-FINE's first layer, in bfloat16."""
+    """The operator gets values and weights in bfloat16 and its result is close to the model's."""
     small = SMALL[name]
     model, inputs = build(small, torch.float32), inputs_of(small, torch.float32)
     accelerated, _ = accelerate(copy.deepcopy(model))
@@ -110,15 +138,15 @@ def test_autocast(name: str) -> None:
             found = accelerated(**without_labels(inputs))
         expected = model(**without_labels(inputs))
     assert set(seen) == {(torch.bfloat16, torch.bfloat16)}
-    # a layer's rounding may choose another query: its worth in logits is all that can be asked
+    # rounding may make a layer choose another query, so only the median is compared
     assert (found.logits - expected.logits).abs().median() <= 0.05 * expected.logits.std()
 
 
-# What accelerate does to a model -------------------------------------------------------------
+# The accelerated model -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("small", KINDS, ids=name_of)
-def test_undone_it_is_the_model_it_was(small: Small) -> None:
+def test_restore_undoes_everything(small: Small) -> None:
     model = build(small)
     before = [(name, type(module)) for name, module in model.named_modules()]
     attributes = [set(vars(module)) for module in model.modules()]
@@ -133,7 +161,7 @@ def test_undone_it_is_the_model_it_was(small: Small) -> None:
     assert restore(model) is model
     assert [(name, type(module)) for name, module in model.named_modules()] == before
     assert [set(vars(module)) for module in model.modules()] == attributes
-    with mock.patch.object(integration, "ms_deform_attn", None):  # nobody calls it
+    with mock.patch.object(integration, "ms_deform_attn", None):  # not called
         assert torch.equal(logits_of(model, small), expected)
     assert len(accelerate(model)[1].replaced) == len(report.replaced)
 
@@ -155,7 +183,7 @@ def test_copies_and_pickles_stay_accelerated(small: Small) -> None:
 
 
 class counted:  # noqa: N801
-    """The calls that reach this package inside a `with` block."""
+    """Counts the calls of this package's operator inside a `with` block."""
 
     def __enter__(self) -> list[Any]:
         calls: list[Any] = []
@@ -173,7 +201,7 @@ class counted:  # noqa: N801
 
 
 def test_attentions_are_still_recorded() -> None:
-    """transformers finds the layers by their class."""
+    """transformers records attention weights by the class of the layers."""
     for name in ("deformable_detr", "rt_detr_v2"):
         small = SMALL[name]
         model, inputs = build(small), without_labels(inputs_of(small))
@@ -188,7 +216,7 @@ def test_attentions_are_still_recorded() -> None:
         assert tensors_of(expected.cross_attentions)
 
 
-def test_the_report_says_what_and_where() -> None:
+def test_the_report_names_each_replacement() -> None:
     _, report = accelerate(build(SMALL["rt_detr"]))
     assert str(report).splitlines() == [
         "RTDetrForObjectDetection: 2 replaced, 0 left",
@@ -207,7 +235,7 @@ def test_no_deformable_attention() -> None:
 
 
 class Unknown(nn.Module):
-    """Deformable attention of some repository, with an operator of its own."""
+    """Deformable attention with an unknown operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -226,7 +254,7 @@ def renamed(value: Any, shapes: Any, *rest: Any) -> Any:
 renamed.__name__ = "multi_scale_deformable_attention_v2"
 
 
-def test_what_is_not_known_is_left_and_said() -> None:
+def test_unknown_operators_are_reported() -> None:
     model = nn.ModuleDict(
         {
             "unknown": Unknown(),
@@ -241,9 +269,9 @@ def test_what_is_not_known_is_left_and_said() -> None:
     assert not report.replaced
     reasons = dict(report.left)
     assert reasons.keys() == {"unknown", "ours", "other", "changed"}
-    assert reasons["unknown"].endswith("Unknown calls no operator that is known here")
+    assert reasons["unknown"].endswith("Unknown calls no known operator")
     assert reasons["ours"] == "deform_attn's own module"
-    assert reasons["other"] == "its ms_deformable_attn_core is other_core, which is not known here"
+    assert reasons["other"] == "its ms_deformable_attn_core is other_core, which is not known"
     assert (
         "it takes (value, shapes, rest), expected (value, value_spatial_shapes"
         in (reasons["changed"])
@@ -251,7 +279,7 @@ def test_what_is_not_known_is_left_and_said() -> None:
     assert model["other"].ms_deformable_attn_core is other_core
 
 
-def test_a_changed_forward_is_left_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_forward_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(SMALL["rt_detr"])
     first, second = (
         module for name, module in model.named_modules() if name.endswith("encoder_attn.attn")
@@ -260,7 +288,7 @@ def test_a_changed_forward_is_left_and_said(monkeypatch: pytest.MonkeyPatch) -> 
     _, report = accelerate(model)
     assert len(report.replaced) == 1
     assert [reason for _, reason in report.left] == [
-        "its forward was replaced on this one module, by `kernels` or a hook"
+        "the forward of this instance was replaced, by `kernels` or a hook"
     ]
     model = restore(model)
 
@@ -273,10 +301,10 @@ def test_a_changed_forward_is_left_and_said(monkeypatch: pytest.MonkeyPatch) -> 
     assert "it takes (self, value, value_spatial_shapes), expected" in report.left[1][1]
 
 
-# Inside a block ------------------------------------------------------------------------------
+# patch_transformers --------------------------------------------------------------------------
 
 
-def test_patch_serves_old_and_new_models_and_leaves_nothing() -> None:
+def test_patch_applies_to_old_and_new_models() -> None:
     models = [(small, build(small)) for small in KINDS]
     expected = {small.name: logits_of(model, small) for small, model in models}
     with patch_transformers() as report:
@@ -292,8 +320,9 @@ def test_patch_serves_old_and_new_models_and_leaves_nothing() -> None:
         assert not calls
         torch.testing.assert_close(found, expected[small.name], rtol=1e-9, atol=1e-9)
     paths = [path for path, _ in report.replaced]
-    for model_type in {small.model_type for small in HERE}:
-        assert any(f".{model_type}." in path for path in paths), model_type
+    for model_type in MODEL_TYPES:
+        if hasattr(transformers.models, model_type):
+            assert any(f".{model_type}." in path for path in paths), model_type
     assert all("not in transformers" in reason for _, reason in report.left)
 
 
@@ -320,20 +349,20 @@ def test_patch_is_undone_after_an_error() -> None:
 
 
 def test_register_kernels_or_a_clear_reason() -> None:
-    """transformers wants a narrow range of versions of `kernels`; here usually none is there."""
+    """It works with the version of `kernels` that transformers accepts, else says why not."""
     from transformers.utils.import_utils import is_kernels_available
 
     if is_kernels_available():
         assert max(kernelized(SMALL["rt_detr"])) <= LIMIT
         return
     installed = importlib.util.find_spec("kernels") is not None
-    reason = "works with kernels >= .*accelerate" if installed else "`kernels` is not installed"
+    reason = "needs kernels >= .*accelerate" if installed else "`kernels` is not installed"
     with pytest.raises(ImportError, match=f"register_kernels: .*{reason}"):
         register_kernels()
 
 
-def test_the_layer_is_what_kernels_asks_for() -> None:
-    """`kernels` refuses a layer with a constructor, other members, or another signature."""
+def test_the_layer_meets_the_rules_of_kernels() -> None:
+    """`kernels` refuses a layer with a constructor, other members or another signature."""
     from transformers.models.rt_detr.modeling_rt_detr import MultiScaleDeformableAttention
 
     layer = integration.MultiScaleDeformableAttention
@@ -347,7 +376,7 @@ def test_the_layer_is_what_kernels_asks_for() -> None:
 
 
 def test_without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """accelerate needs none; the others say what is missing."""
+    """accelerate works; the other functions raise an ImportError."""
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert not accelerate(nn.Linear(2, 2))[1].replaced
     with pytest.raises(ImportError, match="transformers"), patch_transformers():

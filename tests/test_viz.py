@@ -1,4 +1,4 @@
-"""viz: what is recorded is what the operator got, and it is drawn where it was sampled."""
+"""viz: recordings equal the operator's arguments; points are drawn where they were sampled."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deform_attn import (
     MSDeformableAttention,
     MSDeformAttn,
     MultiScaleDeformableAttention,
-    formula,
+    composite,
     functional,
     ms_deform_attn,
     viz,
@@ -103,7 +103,7 @@ FAMILY = {
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 @pytest.mark.parametrize("name", FAMILY)
 def test_all_that_a_module_samples(name: str, backend: str) -> None:
-    """From the recording and the feature maps follows what the module attended to."""
+    """The operator, called with what was recorded, gives the module's output."""
     module = FAMILY[name]()
     for projection in (module.sampling_offsets, module.attention_weights):
         nn.init.normal_(projection.weight, std=0.2)
@@ -172,7 +172,7 @@ class Layer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Modules inside of modules, all given reference points, of which the innermost count."""
+    """Nested modules that all take reference points; the innermost ones are recorded."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -185,7 +185,7 @@ class Decoder(nn.Module):
         return query
 
 
-# the second image fills the left three quarters of its batch, and the upper half
+# the second image fills the left three quarters and the upper half of the padded batch
 RATIOS = torch.tensor([[1.0, 1.0], [0.75, 0.5]])[:, None].expand(B, L, 2)
 
 
@@ -209,7 +209,7 @@ def test_a_model() -> None:
 
 
 class Stock(nn.Module):
-    """The parameter-free child of transformers' layers: never calls the operator, or does."""
+    """Like the parameter-free module inside transformers' layers, with and without our operator."""
 
     def __init__(self, accelerated: bool) -> None:
         super().__init__()
@@ -238,7 +238,7 @@ class Around(nn.Module):
         super().__init__()
         self.attn = Stock(accelerated)
 
-    def forward(self, hidden: Tensor, *, reference_points: Tensor, points: Any) -> Tensor:
+    def forward(self, query: Tensor, *, reference_points: Tensor, points: Any) -> Tensor:
         shapes, value = torch.tensor(SHAPES), torch.rand(B, ROWS, M, 8)
         return self.attn(value, shapes, SHAPES, torch.tensor([0, 48]), *points, 64)
 
@@ -263,11 +263,11 @@ def test_nothing_is_left_behind() -> None:
         module(torch.rand(1), *arguments()[1:])
     with pytest.raises(ZeroDivisionError), viz.record(module):
         raise ZeroDivisionError
-    assert functional.discrete is formula.discrete
+    assert functional.discrete is composite.discrete
     assert not module._forward_hooks
     assert not module._forward_pre_hooks
     assert not _get_current_dispatch_mode_stack()
-    with viz.record(module) as seen:  # and after a call that failed, the next is recorded
+    with viz.record(module) as seen:  # a call that fails does not disturb the next
         with pytest.raises(ValueError, match="query: expected shape"):
             module(torch.rand(1), *arguments()[1:])
         module(*arguments())
@@ -280,7 +280,9 @@ def test_nothing_recorded() -> None:
     not_called = pytest.raises(RuntimeError, match="MSDeformAttn was not called inside")
     with not_called, viz.record(module):
         pass
-    none_inside = pytest.raises(RuntimeError, match="no deformable attention was seen in Linear")
+    none_inside = pytest.raises(
+        RuntimeError, match="found no call of deformable attention in Linear"
+    )
     with none_inside, viz.record(linear):
         linear(torch.rand(2))
     with viz.record(module) as seen:
@@ -331,7 +333,7 @@ def test_a_stock_model_with_a_padded_image() -> None:
     for call in seen:
         assert call.valid_ratios is not None
         assert call.valid_ratios[1, :3].tolist() == [[0.75, 0.5]] * 3
-    # a query for each pixel: that of a level's pixel is found from the place where it is drawn
+    # the encoder has one query per pixel of each level: choose_query finds it at its position
     picture = torch.rand(3, 32, 96)
     for row, (x, y) in ((2 * 16 + 5, (43.5, 19.5)), (128 + 1 * 8 + 3, (55.5, 23.5))):
         found = viz.choose_query(encoder, picture, pixel=(x, y), batch=1, padded=False)
@@ -345,7 +347,7 @@ def test_a_stock_model_with_a_padded_image() -> None:
 # --- choosing a query
 
 
-def at(*reference: list[float]) -> viz.Recording:
+def recording_at(*reference: list[float]) -> viz.Recording:
     """A recording with these reference points in all levels."""
     anchors = torch.tensor(reference)[None, :, None].expand(1, -1, L, -1)
     points = torch.rand(1, len(reference), M, L * P, 2)
@@ -354,26 +356,30 @@ def at(*reference: list[float]) -> viz.Recording:
 
 
 def test_choose_query() -> None:
-    points = at([0.1, 0.1], [0.5, 0.1], [0.5, 0.9])
+    points = recording_at([0.1, 0.1], [0.5, 0.1], [0.5, 0.9])
     assert viz.choose_query(points, IMAGE, pixel=(30, 10)) == 1
     assert viz.choose_query(points, IMAGE, pixel=(59, 79)) == 2
     assert viz.choose_query(points, IMAGE, box=(20, 60, 40, 79)) == 2
-    # both boxes overlap with the box asked for; the larger more, but not for its size
-    boxes = at([0.5, 0.5, 0.1, 0.1], [0.5, 0.5, 0.2, 0.3], [0.5, 0.5, 1.0, 1.0])
+    # two boxes overlap the given one: the intersection decides only relative to the union
+    boxes = recording_at([0.5, 0.5, 0.1, 0.1], [0.5, 0.5, 0.2, 0.3], [0.5, 0.5, 1.0, 1.0])
     assert viz.choose_query(boxes, IMAGE, box=(24, 28, 36, 52)) == 1
     assert viz.choose_query(boxes, IMAGE, box=(1, 1, 58, 78)) == 2
 
 
 def test_choose_a_query_that_cannot_be() -> None:
-    points, boxes = at([0.5, 0.5]), at([0.5, 0.5, 0.1, 0.1])
+    points, boxes = recording_at([0.5, 0.5]), recording_at([0.5, 0.5, 0.1, 0.1])
     without = dataclasses.replace(points, reference_points=None)
     for message, recording, options in (
-        ("pixel, box: expected one of them", points, {}),
-        ("pixel, box: expected one of them", points, {"pixel": (1, 1), "box": (0, 0, 1, 1)}),
+        ("pixel, box: expected exactly one of them, got neither", points, {}),
+        (
+            "pixel, box: expected exactly one of them, got both",
+            points,
+            {"pixel": (1, 1), "box": (0, 0, 1, 1)},
+        ),
         ("recording: expected reference points, made has none", without, {"pixel": (1, 1)}),
-        (r"pixel: expected \(x, y\) on an image of 60 x 80", points, {"pixel": (70, 10)}),
+        (r"pixel: expected \(x, y\) inside the image of 60 x 80", points, {"pixel": (70, 10)}),
         ("box: expected .* with x0 < x1", points, {"box": (5, 0, 1, 1)}),
-        ("box: no reference box of made overlaps", boxes, {"box": (0, 0, 1, 1)}),
+        ("box: expected one that overlaps a reference box of made", boxes, {"box": (0, 0, 1, 1)}),
         ("batch: expected 0 to 0, got 1", points, {"pixel": (1, 1), "batch": 1}),
     ):
         with pytest.raises(ValueError, match=message):
@@ -389,7 +395,7 @@ def drawn_points(axes: Axes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def test_points_lie_where_values_were_read() -> None:
-    """Over an image of the level's size, pixels with a gradient are those round drawn points."""
+    """If the image has the level's size, pixels with a gradient are the neighbours of points."""
     height, width = 8, 6
     module = MSDeformAttn(d_model=8, n_levels=1, n_heads=1, n_points=2)
     nn.init.normal_(module.sampling_offsets.weight)
@@ -416,7 +422,7 @@ def test_colours_and_markers() -> None:
     offsets, weights = drawn_points(axes)
     (points,) = axes.collections
     assert len(offsets) == L * P
-    assert (np.diff(weights) >= 0).all()  # the heaviest are drawn last
+    assert (np.diff(weights) >= 0).all()  # the largest weight is drawn last
     assert points.get_clim() == (0, weights.max())
     expected = recording.attention_weights[1, 3, 1]
     order = expected.argsort()
@@ -445,21 +451,21 @@ def test_all_heads() -> None:
 
 
 def test_points_off_the_image() -> None:
-    recording = at([0.5, 0.5])
+    recording = recording_at([0.5, 0.5])
     locations = recording.sampling_locations.clone()
     assert viz.draw(IMAGE, recording, 0).get_xlabel() == ""
     locations[0, 0, 0, :2] = torch.tensor([1.2, -0.1])
     outside = dataclasses.replace(recording, sampling_locations=locations)
     label = viz.draw(IMAGE, outside, 0).get_xlabel()
-    assert label == f"2 of {M * L * P} points lie off the image"
+    assert label == f"2 of {M * L * P} points lie outside the image"
 
 
 def test_padded_image() -> None:
-    """Reference points are fractions of the image; locations, of the image with its padding."""
+    """Points of a padded image are drawn in the right place, with and without the padding."""
     reference = torch.full((B, Q, 2), 0.2)
     reference[1, 2] = torch.tensor([0.5, 0.25])
     recording = decoded(reference)[-1]
-    with pytest.raises(ValueError, match=r"padded: .* fills \(0.75, 0.5\)"):
+    with pytest.raises(ValueError, match=r"padded: expected True or False, .* fills \(0.75, 0.5\)"):
         viz.draw(IMAGE, recording, 2, batch=1)
     assert viz.draw(IMAGE, recording, 2, batch=0)  # this image has no padding
     alone = viz.draw(IMAGE, recording, 2, batch=1, padded=False)
@@ -483,7 +489,7 @@ def test_images() -> None:
         *(numbers, numbers / 255, normalized, array, Image.fromarray(array), grey, grey[None]),
         Image.fromarray(array).convert("RGBA"),
     ):
-        shown = viz.draw(image, at([0.5, 0.5]), 0).images[0].get_array()
+        shown = viz.draw(image, recording_at([0.5, 0.5]), 0).images[0].get_array()
         np.testing.assert_allclose(shown, grey, atol=1e-5)
 
 
@@ -492,7 +498,7 @@ def test_what_cannot_be_drawn() -> None:
     for message, image, options in (
         (r"image: expected \[3, H, W\].* got \[1, 3, 8, 8\]", IMAGE[None, :, :8, :8], {}),
         (r"image: expected \[3, H, W\].* got \[5, 8, 8\]", torch.rand(5, 8, 8), {}),
-        ("image: expected pixels", torch.rand(3, 0, 8), {}),
+        ("image: expected real pixels", torch.rand(3, 0, 8), {}),
         ("query: expected 0 to 4, got 5", IMAGE, {"query": 5}),
         ("query: expected 0 to 4, got -1", IMAGE, {"query": -1}),
         ("head: expected 0 to 3, got 4", IMAGE, {"head": 4}),
@@ -528,7 +534,7 @@ def test_figure(queries: int | list[int], tmp_path: Path) -> None:
 
     pixels = imread(tmp_path / "points.png")[..., :3]
     height = pixels.shape[0]
-    for axes in panels:  # points in the strongest colour are on the picture
+    for axes in panels:  # the point of largest weight has its colour in the saved picture
         colour = np.asarray(axes.collections[0].to_rgba([drawn_points(axes)[1].max()]))[0, :3]
         x, y = axes.transData.transform(drawn_points(axes)[0][-1])
         np.testing.assert_allclose(pixels[height - 1 - int(y), int(x)], colour, atol=0.01)
@@ -541,5 +547,5 @@ def test_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
     assert viz.choose_query(recorded(), IMAGE, pixel=(3, 4)) in range(Q)
     for function in (viz.draw, viz.figure):
-        with pytest.raises(ImportError, match=r"pip install deform_attn\[viz\]"):
+        with pytest.raises(ImportError, match=r"pip install \"deform_attn\[viz\]\""):
             function(IMAGE, recording, 0)

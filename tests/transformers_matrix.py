@@ -1,13 +1,13 @@
-"""Every model type that deform_attn accelerates, on several versions of transformers: a table.
+"""A table of every accelerated model type of transformers, for several versions of it.
 
-    python tests/transformers_matrix.py --transformers 5.17.0 5.24.0
+    python -m tests.transformers_matrix --transformers 5.17.0 5.24.0
 
-Each version, unless it is the one installed here, is installed with what it needs and with the
-`kernels` it works with into a temporary folder that comes first on the path. For each model: the
-worst relative difference of its outputs (evaluation) and of the gradients of all parameters
-(training, its own loss where it has one), and whether what torch.compile takes as one graph still
-is one. float64 tells right from wrong; float32 is there to see what a user sees, and rounding
-before a topk may choose another query there.
+Each version that is not installed is installed into a temporary folder at the front of the path,
+with its dependencies and the version of `kernels` that it accepts. The table has, for each model,
+the largest relative difference of its outputs (evaluation) and of the gradients of all parameters
+(training, with the model's own loss if it has one), and whether torch.compile still makes one
+graph of a model that it makes one graph of. float64 decides; float32 shows what a user gets, and
+there rounding before a topk may choose another query.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 1e-9  # of a relative difference in float64
-LIKE_NOTHING = 1e-4  # a gradient this much smaller than the model's largest counts as that large
+NEGLIGIBLE = 1e-4  # smaller gradients, relative to the largest, are compared as if this large
 RATE = 1e-3
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a model computes: outputs in evaluation, then one step of training."""
+    """Outputs in evaluation mode, then loss, gradients and parameters of a training step."""
 
     outputs: list[Tensor]
     loss: Tensor  # in training
@@ -51,9 +51,9 @@ class Result:
 
 
 def result_of(model: nn.Module, inputs: dict[str, Any], training: bool = True) -> Result:
-    from transformers_models import loss_of, tensors_of
+    from tests.transformers_models import loss_of, tensors_of
 
-    model = copy.deepcopy(model)  # it may cache, and is stepped
+    model = copy.deepcopy(model)  # it may cache results, and its parameters change
     torch.manual_seed(3)
     with torch.no_grad():
         outputs = tensors_of(model.eval()(**inputs))
@@ -66,16 +66,16 @@ def result_of(model: nn.Module, inputs: dict[str, Any], training: bool = True) -
 
 
 def values_differ(found: Result, expected: Result) -> float:
-    """The largest difference of an output or of the loss, over the largest number of it."""
+    """The largest difference of an output or of the loss, relative to its maximum."""
     assert len(found.outputs) == len(expected.outputs) > 0
     pairs = [*zip(found.outputs, expected.outputs), (found.loss, expected.loss)]
     return max(difference(a, b) for a, b in pairs)
 
 
 def gradients_differ(found: Result, expected: Result) -> float:
-    """The same of every parameter's gradient, and of what a step made of the parameter."""
+    """The same for the gradient of every parameter and for the parameter after the step."""
     assert found.gradients.keys() == expected.gradients.keys()
-    least = LIKE_NOTHING * max(float(g.abs().max()) for g in expected.gradients.values())
+    least = NEGLIGIBLE * max(float(g.abs().max()) for g in expected.gradients.values())
     return max(
         max(
             difference(found.gradients[name], expected.gradients[name], least),
@@ -94,19 +94,19 @@ def difference(found: Tensor, expected: Tensor, least: float = 0.0) -> float:
 
 
 class OneGraph:
-    """A model through torch.compile(fullgraph=True), and the operators in what came of it."""
+    """A model compiled with torch.compile(fullgraph=True), and the operators of its graphs."""
 
     def __init__(self, model: nn.Module, backend: str) -> None:
         self.operators: list[str] = []
 
-        def seen(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
+        def record(graph: torch.fx.GraphModule, example: list[Any]) -> Any:
             self.operators += [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
             return make_boxed_func(graph.forward)
 
         torch._dynamo.reset()
         chosen: Any = backend
         if backend == "aot_eager":
-            chosen = aot_autograd(fw_compiler=seen, bw_compiler=seen)
+            chosen = aot_autograd(fw_compiler=record, bw_compiler=record)
         self.call = torch.compile(model, fullgraph=True, backend=chosen)
 
     def count(self, name: str) -> int:
@@ -116,8 +116,8 @@ class OneGraph:
 def sum_of_gradients(
     call: Any, model: nn.Module, inputs: dict[str, Any]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """Outputs of a call, and the gradients of their sum for the model's parameters."""
-    from transformers_models import tensors_of
+    """Outputs of a call and the gradients of their sum with respect to the parameters."""
+    from tests.transformers_models import tensors_of
 
     outputs = tensors_of(call(**inputs))
     model.zero_grad()
@@ -127,26 +127,25 @@ def sum_of_gradients(
 
 
 def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: bool = True) -> str:
-    """Say "one graph", or why not; a stock model that is not one graph is no fault of ours."""
-    from transformers_models import build, inputs_of, without_labels
-
+    """The word "one graph", or the reason why not (the stock model may fail as well)."""
     from deform_attn.integrations.transformers import accelerate
+    from tests.transformers_models import build, inputs_of, without_labels
 
     inputs, model = without_labels(inputs_of(small, dtype)), build(small, dtype)
     if stock:
         try:
             OneGraph(copy.deepcopy(model), "eager").call(**inputs)
         except Exception as error:
-            return f"stock does not: {type(error).__name__}"
+            return f"stock model fails: {type(error).__name__}"
     model, report = accelerate(model)
     expected, expected_gradients = sum_of_gradients(model, model, inputs)
     graph = OneGraph(model, backend)
     found, gradients = sum_of_gradients(graph.call, model, inputs)
-    if backend == "aot_eager" and "discrete" not in small.name:  # which is no operator
+    if backend == "aot_eager" and "discrete" not in small.name:  # discrete is composed
         counts = graph.count("ms_deform_attn"), graph.count("ms_deform_attn_backward")
         if counts != (len(report.replaced),) * 2:
             return f"FAIL: {counts} operators for {len(report.replaced)} layers"
-    least = LIKE_NOTHING * max(float(g.abs().max()) for g in expected_gradients.values())
+    least = NEGLIGIBLE * max(float(g.abs().max()) for g in expected_gradients.values())
     differ = max(
         *(difference(a, b) for a, b in zip(found, expected, strict=True)),
         *(difference(gradients[name], g, least) for name, g in expected_gradients.items()),
@@ -155,10 +154,9 @@ def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: 
 
 
 def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
-    """(values, gradients, report) of a model accelerated against itself as it ships."""
-    from transformers_models import build, default_dtype, inputs_of
-
+    """(values, gradients, report): an accelerated model compared with the stock model."""
     from deform_attn.integrations.transformers import accelerate
+    from tests.transformers_models import build, default_dtype, inputs_of
 
     with default_dtype(dtype):
         inputs, model = inputs_of(small, dtype), build(small, dtype)
@@ -173,30 +171,29 @@ def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
 
 
 def kernelized(small: Any) -> tuple[float, float]:
-    """(values, gradients) of a model as ``from_pretrained(..., use_kernels=True)`` makes it."""
+    """(values, gradients) of a model after ``from_pretrained(..., use_kernels=True)``."""
     from unittest import mock
-
-    from transformers_models import build, default_dtype, inputs_of
 
     import deform_attn
     from deform_attn.integrations import transformers as integration
+    from tests.transformers_models import build, default_dtype, inputs_of
 
     dtype = torch.float64
     with default_dtype(dtype):
         inputs, model = inputs_of(small, dtype), build(small, dtype)
         expected = result_of(model, inputs)
         integration.register_kernels()
-        integration.register_kernels()  # twice is once
+        integration.register_kernels()  # a second call changes nothing
         model.use_kernels = True
         spy = mock.Mock(wraps=deform_attn.ms_deform_attn)
         with mock.patch.object(integration, "ms_deform_attn", spy):
             found = result_of(model, inputs)
-    assert spy.call_count > 0, "`kernels` served the model without deform_attn"
+    assert spy.call_count > 0, "`kernels` did not call deform_attn"
     return values_differ(found, expected), gradients_differ(found, expected)
 
 
 def kernels_row() -> dict[str, Any]:
-    from transformers_models import SMALL
+    from tests.transformers_models import SMALL
 
     try:
         values, gradients = kernelized(SMALL["rt_detr"])
@@ -207,9 +204,10 @@ def kernels_row() -> dict[str, Any]:
 
 
 def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
-    """The table of the transformers on this path, a model at a time."""
+    """The rows of the importable version of transformers."""
     import transformers
-    from transformers_models import SMALL, default_dtype
+
+    from tests.transformers_models import SMALL, default_dtype
 
     for small in [SMALL[name] for name in names or SMALL]:
         start = time.perf_counter()
@@ -254,7 +252,7 @@ def line(row: dict[str, Any]) -> str:
 
 
 def install(version: str, folder: Path) -> None:
-    """Into a folder: transformers, unless it is here, and the `kernels` it works with, if any."""
+    """Install transformers, unless present, and the `kernels` it accepts into a folder."""
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     command += ["--target", str(folder)]
     package = importlib.util.find_spec("transformers")
@@ -266,8 +264,8 @@ def install(version: str, folder: Path) -> None:
         where = folder / "transformers"
     bounds = (where / "utils" / "import_utils.py").read_text()
     lowest, end = re.findall(r'^KERNELS_M(?:IN|AX)_VERSION = "(.*)"', bounds, re.MULTILINE)
-    # with transformers, whose other needs must still be met; not every version that it asks for can
-    # be had, and the table says so
+    # together with transformers, so that its other requirements hold; if no such version of kernels
+    # can be installed, the row of register_kernels reports it
     both = ["--upgrade", f"transformers=={version}", f"kernels>={lowest},<{end}"]
     subprocess.run([*command, *both], check=False, capture_output=True)
 
@@ -278,9 +276,11 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--transformers", nargs="+", default=["5.17.0", "5.24.0"])
-    parser.add_argument("--models", nargs="+", default=[], help="some of them, in this order")
+    parser.add_argument("--models", nargs="+", default=[], help="names of models, default: all")
     parser.add_argument(
-        "--backend", default="aot_eager", help="of torch.compile, e.g. inductor; none: no compile"
+        "--backend",
+        default="aot_eager",
+        help="of torch.compile; none: do not compile",
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
     parser.add_argument("--here", action="store_true", help="print the rows of this environment")
@@ -294,19 +294,26 @@ def main() -> int:
     header = ("transformers", "model", "values", "gradients", "values f32", "gradients f32")
     print("| " + " | ".join((*header, "compile")) + " |")
     print("|" + "---|" * 7, flush=True)
-    command = [sys.executable, __file__, "--here", "--backend", arguments.backend]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.transformers_matrix",
+        "--here",
+        "--backend",
+        arguments.backend,
+    ]
     if arguments.models:
         command += ["--models", *arguments.models]
     for version in arguments.transformers:
         with tempfile.TemporaryDirectory(prefix="transformers-") as folder:
-            paths = [folder, str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            paths = [folder, str(ROOT), os.environ.get("PYTHONPATH", "")]
             install(version, Path(folder))
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
             assert process.stdout is not None
             for printed in process.stdout:
                 row = json.loads(printed)
-                assert row["transformers"] == version, f"{row['transformers']} came instead"
+                assert row["transformers"] == version, f"imported {row['transformers']}"
                 found.append(row)
                 print(line(row), flush=True)
             if process.wait() != 0:

@@ -1,8 +1,8 @@
-"""Every model type of transformers that holds the operator, small, built without a download.
+"""A small model of every type of transformers that has the operator, built without a download.
 
-Weights as transformers initialises them would hide a wrong operator: its share of some models'
-outputs is 1e-12, all attention weights are equal, and all points lie on pixel centres, where
-gradients jump. `build` draws them so that signals keep their size, and spreads the points.
+The default initialisation would hide a wrong operator: in some models it contributes 1e-12 of the
+output, all attention weights are equal and all points lie on pixel centres, where gradients jump.
+`build` draws weights that keep the scale of the signal and spread the points.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ BATCH, LABELS = 2, 5
 
 @dataclass(frozen=True)
 class Small:
-    """A model type: how it is built, what it is called with, and whether that has a loss."""
+    """A model type: how to build it, and its inputs."""
 
     name: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], dict[str, Any]]
-    # its loss in training mode makes float32 numbers of its own, so gradients in float64 are those
-    # of its loss in evaluation mode
+    # its training loss creates float32 tensors, so float64 gradients are taken in evaluation mode
     float32_training: bool = False
 
     @property
@@ -38,7 +37,7 @@ class Small:
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Models make tensors of their own."""
+    """Set torch's default dtype, for the tensors that models create."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -48,7 +47,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build(small: Small, dtype: torch.dtype = torch.float64) -> nn.Module:
-    """The model in evaluation mode, from the same random numbers each time."""
+    """The model in evaluation mode, with the same random weights each time."""
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     with default_dtype(dtype):
@@ -71,7 +70,7 @@ def _draw(name: str, module: nn.Module) -> None:
     elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm, nn.LayerNorm)):
         nn.init.ones_(module.weight)
         if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 1.0  # one batch tells its running statistics all
+            module.momentum = 1.0  # running statistics are those of the last batch
 
 
 def inputs_of(small: Small, dtype: torch.dtype = torch.float64) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def without_labels(inputs: dict[str, Any]) -> dict[str, Any]:
 
 
 def loss_of(output: Any) -> Tensor:
-    """The model's own loss; else every float that it returns, weighed by fixed random numbers."""
+    """The model's own loss; otherwise its floating outputs weighted by fixed random numbers."""
     loss = output.get("loss")
     if loss is not None:
         return loss.sum()
@@ -98,7 +97,7 @@ def loss_of(output: Any) -> Tensor:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    """The floating tensors of a model's output, in order, zero where they say "masked"."""
+    """The floating tensors of a model's output, in order; masking values (>= 1e3) become 0."""
     if isinstance(output, Tensor):
         if not output.is_floating_point():
             return []
@@ -131,7 +130,7 @@ def _detection(height: int = HEIGHT, width: int = WIDTH) -> dict[str, Any]:
 
 
 def _padded() -> dict[str, Any]:
-    """The second image is smaller: a mask, so that its polarity counts."""
+    """The second image is smaller, so that the mask and its polarity matter."""
     mask = torch.ones(BATCH, HEIGHT, WIDTH, dtype=torch.long)
     mask[1, 48:] = 0
     mask[1, :, 64:] = 0
@@ -486,11 +485,11 @@ def _oneformer_model() -> nn.Module:
         backbone_config=_swin((1, 2, 3, 4)),
         conv_dim=_WIDE,
         decoder_layers=3,
-        is_training=False,  # no texts: their loss is always float32
+        is_training=False,  # no text inputs: their loss is always float32
         task_seq_len=8,
     )
     model = transformers.OneFormerForUniversalSegmentation(config)
-    model.criterion.loss_contrastive = _no_loss  # older versions want it without texts too
+    model.criterion.loss_contrastive = _no_loss  # older versions compute it without texts too
     return model
 
 

@@ -24,33 +24,33 @@ class Backend:
     """One implementation of the operators.
 
     ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can.
-    ``call_layer`` is None where a layer has no kernel and is composed.
+    ``call_fused`` is None where the fused operator has no kernel and is composed.
     """
 
     name: str
     why_not: Callable[[str, torch.dtype], str | None]
     call: operator.Operator
     backward: Callable[..., Any]  # of what `call` computes
-    call_layer: operator.Operator | None = None
+    call_fused: operator.Operator | None = None
 
 
 def _define_backends() -> dict[str, Backend]:
-    attention, layer = "ms_deform_attn", "ms_deform_attn_fused"
+    attention, fused = "ms_deform_attn", "ms_deform_attn_fused"
     backends = {}
     for module, suffix in ((compiled, ""), (triton, "_triton"), (reference, "_reference")):
         name = module.__name__.rpartition(".")[2]
         calls = operator.define(attention + suffix, operator.ATTENTION)
-        call_layer = None
+        call_fused = None
         if module is not reference:
-            call_layer, _ = operator.define(layer + suffix, operator.LAYER)
-        backends[name] = Backend(name, module.why_not, *calls, call_layer)
+            call_fused, _ = operator.define(fused + suffix, operator.FUSED)
+        backends[name] = Backend(name, module.why_not, *calls, call_fused)
     for device in ("cpu", "cuda"):
         operator.LIBRARY.define(f"{device}_build() -> str")
     compiled.load()  # after the schemas: loading a library registers its kernels for them
     kernels = [(f"{attention}_reference", reference, "CompositeExplicitAutograd", "")]
     for key in ("CUDA", "CPU"):  # the CPU's are interpreted, for tests
         kernels.append((f"{attention}_triton", triton, key, ""))
-        kernels.append((f"{layer}_triton", triton, key, "layer_"))
+        kernels.append((f"{fused}_triton", triton, key, "fused_"))
     for name, module, key, prefix in kernels:
         operator.LIBRARY.impl(name, getattr(module, f"{prefix}forward"), key)
         operator.LIBRARY.impl(f"{name}_backward", getattr(module, f"{prefix}backward"), key)

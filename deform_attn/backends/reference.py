@@ -12,14 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deform_attn.inputs import (
-    check_gradient,
-    check_operands,
-    host_level_sizes,
-    if_wanted,
-    location_dtype,
-    points_per_level,
-)
+from deform_attn.checks import acc_dtype, check_gradient, check_operands, if_wanted
+from deform_attn.levels import host_level_sizes, points_per_level
 
 __all__ = ["backward", "forward", "why_not"]
 
@@ -43,7 +37,7 @@ def forward(
     check_operands(*inputs, level_sizes, num_points)
     B, _, M, D = value.shape
     Q = sampling_locations.shape[1]
-    output = value.new_zeros((B * M, D, Q), dtype=location_dtype(value.dtype))
+    output = value.new_zeros((B * M, D, Q), dtype=acc_dtype(value.dtype))
     for _, level, grid, weights in _levels(*inputs, level_sizes, num_points):
         output += (_sample(level, grid) * weights).sum(-1)
     return output.view(B, M * D, Q).transpose(1, 2).to(value.dtype).contiguous()
@@ -67,7 +61,7 @@ def backward(
     check_gradient(grad_output, value, sampling_locations, wanted, 3)
     B, S, M, D = value.shape
     Q = sampling_locations.shape[1]
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     grad = grad_output.to(real).transpose(1, 2).reshape(B * M, D, Q, 1)
     grad_value = value.new_zeros((B, M, D, S), dtype=real) if wanted[0] else None
     grad_grids, grad_weights = [], []
@@ -111,7 +105,7 @@ def _levels(
     num_points: Sequence[int] | None,
 ) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """For each level: first row, map ``[B*M, D, h, w]``, grid ``[B*M, Q, P, 2]``, weights."""
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     B, _, M, D = value.shape
     Q = sampling_locations.shape[1]
     levels = host_level_sizes(spatial_shapes, level_start_index, level_sizes)

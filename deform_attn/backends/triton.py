@@ -22,13 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deform_attn.inputs import (
-    check_gradient,
-    check_layer_operands,
-    check_operands,
-    if_wanted,
-    points_per_level,
-)
+from deform_attn.checks import check_fused_operands, check_gradient, check_operands, if_wanted
+from deform_attn.levels import points_per_level
 
 __all__ = [
     "Blocks",
@@ -36,8 +31,8 @@ __all__ = [
     "blocks_for",
     "constants",
     "forward",
-    "layer_backward",
-    "layer_forward",
+    "fused_backward",
+    "fused_forward",
     "why_not",
 ]
 
@@ -84,9 +79,9 @@ class _Setting:
 # half full at least on every architecture from 7.5 to 12.0, and no kernel spills; a program of one
 # warp would not do, as 8.6 has no more than 16 programs at a time. `make kernels` shows it.
 #
-# Many queries, enough to fill a GPU: 16 bytes a thread, the widest load (8 of a layer in 16 bits,
-# which spills otherwise); four warps, which share what they read in the L1 cache. Few queries: half
-# of that, so more threads; programs as small as they may be, to reach every multiprocessor.
+# Many queries, enough to fill a GPU: 16 bytes a thread, the widest load (8 in the fused kernel in
+# 16 bits, which spills otherwise); four warps, which share what they read in the L1 cache. Few
+# queries: half of that, so more threads; small programs, to reach every multiprocessor.
 #
 # Backward: four channels a thread, the widest atomic addition in float32, also where it could load
 # more: one layout for all that a program holds keeps it out of shared memory. Where a point takes
@@ -94,11 +89,11 @@ class _Setting:
 _SETTINGS = {
     ("forward", "many"): _Setting(load=16, channels=8, warps=4),
     ("forward", "few"): _Setting(load=8, channels=4, warps=2),
-    ("forward, layer", "many"): _Setting(load=16, channels=4, warps=4),
-    ("forward, layer", "few"): _Setting(load=8, channels=4, warps=2),
+    ("forward, fused", "many"): _Setting(load=16, channels=4, warps=4),
+    ("forward, fused", "few"): _Setting(load=8, channels=4, warps=2),
     ("backward", "any"): _Setting(load=16, channels=4, warps=2),
     ("backward, deterministic", "any"): _Setting(load=16, channels=2, warps=2),
-    ("backward, layer", "any"): _Setting(load=16, channels=2, warps=2),
+    ("backward, fused", "any"): _Setting(load=16, channels=2, warps=2),
 }
 _REGISTERS = 64
 _MANY = 2**22  # channels of all queries and heads
@@ -132,7 +127,7 @@ def blocks_for(
     """
     channels = min(_power_of_two(head_dim), 256 if backward else 128)
     kernel = "backward" if backward else "forward"
-    kernel += ", layer" if fused else ", deterministic" if deterministic else ""
+    kernel += ", fused" if fused else ", deterministic" if deterministic else ""
     size = "any" if backward else "many" if vectors * channels >= _MANY else "few"
     setting = _SETTINGS[kernel, size]
     # as a head is aligned
@@ -215,7 +210,7 @@ def backward(
     return problem.backward(grad_output, deterministic, wanted)
 
 
-def layer_forward(
+def fused_forward(
     value: Tensor,
     spatial_shapes: Tensor | None,
     level_start_index: Tensor | None,
@@ -232,7 +227,7 @@ def layer_forward(
     return _Problem(value, *levels, sampling_offsets, attention_logits, *reference).forward()
 
 
-def layer_backward(
+def fused_backward(
     grad_output: Tensor,
     value: Tensor,
     spatial_shapes: Tensor | None,
@@ -272,7 +267,7 @@ class _Problem:
             operands = value, spatial_shapes, level_start_index, locations, weights
             check_operands(*operands, level_sizes, num_points)
         else:
-            check_layer_operands(
+            check_fused_operands(
                 *(value, spatial_shapes, level_start_index, reference, locations, weights),
                 *(level_sizes, num_points, offset_scale),
             )
@@ -328,8 +323,8 @@ class _Problem:
         """Gradients of value, of reference points if any, of locations or offsets, of weights or
         logits, as far as they are wanted.
         """
-        layer = self.reference is not None
-        check_gradient(grad_output, self.value, self.locations, wanted, 4 if layer else 3)
+        fused = self.reference is not None
+        check_gradient(grad_output, self.value, self.locations, wanted, 4 if fused else 3)
         B, S, M, D = self.value.shape
         Q = self.queries
         grad_output = grad_output.contiguous()
@@ -371,7 +366,7 @@ class _Problem:
         return if_wanted(
             wanted,
             None if of_value is None else of_value.to(self.value.dtype),
-            *([None if of_reference is None else of_reference.sum(2)] if layer else []),
+            *([None if of_reference is None else of_reference.sum(2)] if fused else []),
             of_locations.to(self.locations.dtype),
             of_weights.to(self.weights.dtype),
         )

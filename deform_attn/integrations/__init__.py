@@ -1,4 +1,4 @@
-"""What makes other people's models call this package; a module for each framework."""
+"""Adapters that make other libraries' models call this package; a module per framework."""
 
 from deform_attn.integrations.shims import install_shims
 

@@ -30,8 +30,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn.backends import BACKENDS
-from deform_attn.formula import layer_points
-from deform_attn.inputs import location_dtype, points_per_level
+from deform_attn.checks import acc_dtype
+from deform_attn.composite import fused_points
+from deform_attn.levels import points_per_level
 
 __all__ = ["FORMS", "decompositions", "export"]
 
@@ -155,7 +156,7 @@ def decompositions(
         num_points: Sequence[int] | None,
         offset_scale: float,
     ) -> Tensor:
-        locations, weights = layer_points(
+        locations, weights = fused_points(
             _sizes(spatial_shapes, level_sizes),
             *(reference_points, sampling_offsets, attention_logits, num_points, offset_scale),
         )
@@ -168,7 +169,7 @@ def decompositions(
     for backend in BACKENDS.values():
         suffix = "" if backend.name == "compiled" else f"_{backend.name}"
         table[getattr(torch.ops.deform_attn, f"ms_deform_attn{suffix}").default] = attention
-        if backend.call_layer is not None:
+        if backend.call_fused is not None:
             table[getattr(torch.ops.deform_attn, f"ms_deform_attn_fused{suffix}").default] = layer
     return table
 
@@ -190,7 +191,7 @@ def _grid_sampled(
             f"{name}: expected {expected} for form 'grid_sample', which cuts the levels apart, got "
             "a tensor; the forms 'gather' and 'tensorrt' take it"
         )
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     B, _, M, D = value.shape
     Q = sampling_locations.shape[1]
     sizes = _sizes(spatial_shapes, level_sizes)
@@ -224,7 +225,7 @@ def _gathered(
     In float32 where the formula that derivatives come from takes float64, which TensorRT has not:
     the side of a knot may be wrong, and makes no difference to a sum that is continuous there.
     """
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     B, S, M, D = value.shape
     Q = sampling_locations.shape[1]
     sizes = _sizes(spatial_shapes, level_sizes)

@@ -1,8 +1,8 @@
-"""Stand-ins for the compiled extensions that older repositories import, under their names.
+"""Stand-ins for the compiled extensions of older repositories, under the names they import.
 
-Deformable DETR, DINO, Mask2Former, GroundingDINO, detrex and mmcv each build the operator as an
-extension of their own. With the names below in ``sys.modules``, an unmodified checkout runs without
-building anything, on CPUs and GPUs.
+Deformable DETR, DINO, Mask2Former, GroundingDINO, detrex and mmcv each compile their own extension
+of the operator. With the stand-ins in ``sys.modules``, an unmodified checkout imports and runs
+without compiling one.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ __all__ = ["MSDeformAttnFunction", "Shims", "install_shims"]
 
 
 class MSDeformAttnFunction:
-    """What repositories call ``MSDeformAttnFunction`` or ``MultiScaleDeformableAttnFunction``.
+    """Replaces ``MSDeformAttnFunction`` and ``MultiScaleDeformableAttnFunction``.
 
-    No autograd.Function of its own: the operator is differentiable, any number of times.
+    Not an autograd.Function: the operator that ``apply`` calls is differentiable itself.
     """
 
     @staticmethod
@@ -37,7 +37,7 @@ class MSDeformAttnFunction:
         attention_weights: Tensor,
         im2col_step: int = 64,
     ) -> Tensor:
-        """As :func:`deform_attn.ms_deform_attn`; there is no limit that im2col_step would lift."""
+        """Call :func:`deform_attn.ms_deform_attn`; ``im2col_step`` is ignored."""
         levels = value_spatial_shapes, value_level_start_index
         return ms_deform_attn(value, *levels, sampling_locations, attention_weights)
 
@@ -91,13 +91,13 @@ def _mmcv_backward(
     im2col_step: int,
 ) -> None:
     levels = value_spatial_shapes, value_level_start_index
-    found = gradients(grad_output, value, *levels, sampling_locations, attention_weights)
-    for gradient, wanted in zip(found, (grad_value, grad_sampling_loc, grad_attn_weight)):
-        wanted.copy_(gradient)
+    grads = gradients(grad_output, value, *levels, sampling_locations, attention_weights)
+    for output, grad in zip((grad_value, grad_sampling_loc, grad_attn_weight), grads):
+        output.copy_(grad)
 
 
 class _Shim(types.ModuleType):
-    """A stand-in; ``partial``: for an extension of many operators, of which this is one."""
+    """A stand-in for an extension that holds deformable attention alone."""
 
     def __init__(
         self, name: str, forward: Callable[..., Any], backward: Callable[..., Any]
@@ -111,7 +111,10 @@ class _Shim(types.ModuleType):
 
 
 class _PartialShim(_Shim):
-    """mmcv looks all its operators up when it is imported: the others fail when they are called."""
+    """A stand-in for mmcv's extension: operators other than deformable attention raise when called.
+
+    mmcv looks up every operator while it is imported, so the attributes must exist.
+    """
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         if name.startswith("__"):
@@ -119,8 +122,8 @@ class _PartialShim(_Shim):
 
         def missing(*args: Any, **kwargs: Any) -> Any:
             raise NotImplementedError(
-                f"{self.__name__}.{name}: deform_attn stands in for this extension and has "
-                "deformable attention alone; install the full package for this operator"
+                f"{self.__name__}.{name}: deform_attn replaces this extension and implements "
+                "deformable attention only; install the full package for this operator"
             )
 
         return missing
@@ -136,14 +139,14 @@ _SHIMS: dict[str, Callable[[str], _Shim]] = {
 
 @dataclass(frozen=True)
 class Shims:
-    """What :func:`install_shims` did; leaving a ``with`` block undoes it."""
+    """The result of :func:`install_shims`; leaving a ``with`` block undoes it."""
 
     installed: tuple[str, ...]
-    left: dict[str, str]  # a name that was not taken, and why
+    left: dict[str, str]  # name that was not replaced: reason
     _before: dict[str, types.ModuleType | None] = field(repr=False)
 
     def remove(self) -> None:
-        """Take the stand-ins out of ``sys.modules`` again; what was there before comes back."""
+        """Remove the stand-ins from ``sys.modules`` and put back the modules they replaced."""
         for name, module in self._before.items():
             if isinstance(sys.modules.get(name), _Shim):
                 if module is None:
@@ -163,30 +166,30 @@ class Shims:
 
 
 def install_shims(*names: str, override: bool = False) -> Shims:
-    """Let repositories that import a compiled extension get this package in its place.
+    """Register stand-ins for compiled extensions in ``sys.modules``.
 
-    To be called before the repository is imported: what it looked up before stays as it is.
+    Call it before the repository is imported: names that it has looked up already do not change.
 
     - ``MultiScaleDeformableAttention``: Deformable DETR, DINO, Mask2Former and most others
     - ``groundingdino._C``: GroundingDINO
     - ``detrex._C``: detrex
-    - ``mmcv._ext``: mmcv; its other operators can be imported and raise when they are called
+    - ``mmcv._ext``: mmcv; its other operators can be imported and raise when called
 
     Args:
-        names: which of them; all where none is named.
-        override: take the place of an extension that is really installed, too.
+        names: the stand-ins to register; all of them if none is given.
+        override: also replace extensions that are installed.
 
     Returns:
-        What was installed and what was left, to be printed, or to be undone by ``with`` or
-        ``remove()``.
+        The names that were registered and those that were not, with reasons. Can be printed; a
+        ``with`` block or ``remove()`` undoes the call.
 
     Raises:
-        ValueError: there is no stand-in of that name.
+        ValueError: no stand-in has that name.
 
     Example:
         >>> from deform_attn.integrations import install_shims
         >>> with install_shims("MultiScaleDeformableAttention") as shims:
-        ...     import MultiScaleDeformableAttention as MSDA  # what its users do
+        ...     import MultiScaleDeformableAttention as MSDA  # as the repository does
         >>> shims.installed
         ('MultiScaleDeformableAttention',)
     """
@@ -197,17 +200,17 @@ def install_shims(*names: str, override: bool = False) -> Shims:
     for name in names or _SHIMS:
         present = sys.modules.get(name)
         if isinstance(present, _Shim):
-            left[name] = "installed before"
-        elif not override and (where := _really_installed(name)) is not None:
-            left[name] = f"it is really installed: {where}"
+            left[name] = "deform_attn is registered already"
+        elif not override and (where := _installed_at(name)) is not None:
+            left[name] = f"the extension is installed: {where}"
         else:
             before[name] = present
             sys.modules[name] = _SHIMS[name](name)
     return Shims(tuple(before), left, before)
 
 
-def _really_installed(name: str) -> str | None:
-    """Where an extension lies, found without importing its package."""
+def _installed_at(name: str) -> str | None:
+    """The file of an installed extension, found without importing its package; None if absent."""
     if name in sys.modules:
         return getattr(sys.modules[name], "__file__", None) or "imported"
     package = name.rpartition(".")[0]

@@ -1,12 +1,12 @@
-"""Hugging Face models on these kernels: one of them, all inside a block, or through `kernels`.
+"""Models of Hugging Face transformers: one model, all models in a block, or through `kernels`.
 
-transformers has three copies of the operator, each in several models: a module without parameters
-(Deformable DETR, RT-DETR, LW-DETR, RF-DETR, Grounding DINO, OmDet-Turbo, PP-DocLayout), a function
-with a list of points per level (RT-DETRv2; D-FINE and DEIMv2 keep it as an attribute), and a
-function without one (Mask2Former, OneFormer). What takes their place is recognised by name and
-signature, never by the model's type, and what is not recognised is reported and left alone.
+transformers has three copies of the operator, each used by several models: a module without
+parameters (Deformable DETR, RT-DETR, LW-DETR, RF-DETR, Grounding DINO, OmDet-Turbo, PP-DocLayout),
+a function with a list of points per level (RT-DETRv2; D-FINE and DEIMv2 keep it as an attribute),
+and a function without one (Mask2Former, OneFormer). They are recognised by name and signature, not
+by the model's type. Deformable attention that is not recognised is reported and not changed.
 
-Only the operator is replaced. Projections, softmax and locations stay the model's, because it
+Only the operator is replaced. Projections, softmax and locations remain those of the model, which
 returns the attention weights.
 """
 
@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from deform_attn.functional import ms_deform_attn
-from deform_attn.inputs import Levels
+from deform_attn.levels import Levels
 
 __all__ = [
     "MODEL_TYPES",
@@ -36,7 +36,7 @@ __all__ = [
     "restore",
 ]
 
-#: Model types of transformers that hold the operator.
+#: Model types of transformers that have the operator.
 MODEL_TYPES = (
     *("d_fine", "deformable_detr", "deimv2", "grounding_dino", "lw_detr", "mask2former"),
     *("mm_grounding_dino", "omdet_turbo", "oneformer", "pp_doclayout_v2", "pp_doclayout_v3"),
@@ -45,19 +45,19 @@ MODEL_TYPES = (
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# ------------------------------------------------- what takes the place of transformers' own copies
+# ------------------------------------------------------------------------------- replacements
 
 
 class MultiScaleDeformableAttention(nn.Module):
-    """Stands in for the module of that name: the same call, no parameters.
+    """Replaces transformers' module of that name, which has no parameters.
 
-    Also a layer as `kernels` wants it: no ``__init__``, no state.
+    `kernels` requires that it has neither ``__init__`` nor state.
     """
 
     has_backward = True
     can_torch_compile = True
 
-    # The types are those of transformers: `kernels` compares the signatures.
+    # The same signature as in transformers: `kernels` compares them.
     def forward(
         self,
         value: Tensor,
@@ -68,10 +68,9 @@ class MultiScaleDeformableAttention(nn.Module):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        """Call :func:`deform_attn.ms_deform_attn`; levels as numbers, so that no GPU is waited for.
+        """Call :func:`deform_attn.ms_deform_attn` with the level sizes as host numbers.
 
-        ``level_start_index`` is what follows from the levels, and ``im2col_step`` a limit that
-        these kernels do not have.
+        ``level_start_index`` follows from the levels and ``im2col_step`` is not needed.
         """
         return ms_deform_attn(
             value, value_spatial_shapes_list, None, sampling_locations, attention_weights
@@ -84,7 +83,7 @@ def multi_scale_deformable_attention(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Stands in for the function of that name."""
+    """Replaces the function of that name."""
     return ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
 
 
@@ -96,7 +95,7 @@ def multi_scale_deformable_attention_v2(
     num_points_list: list[int],
     method: str = "default",
 ) -> Tensor:
-    """Stands in for the function of that name."""
+    """Replaces the function of that name."""
     return ms_deform_attn(
         value,
         value_spatial_shapes,
@@ -117,7 +116,7 @@ _ATTRIBUTE = "ms_deformable_attn_core"
 
 
 def _misfit(stock: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
-    """Why a function cannot take the other's place, or None."""
+    """Why the signatures differ, or None."""
     theirs, expected = (list(inspect.signature(f).parameters) for f in (stock, ours))
     if theirs == expected:
         return None
@@ -129,15 +128,14 @@ def _misfit(stock: Callable[..., Any], ours: Callable[..., Any]) -> str | None:
 
 @dataclass(frozen=True)
 class Report:
-    """What a call replaced, where, and why anything was not.
+    """What a call replaced, and what it did not and why.
 
-    Places are names of submodules, or of Python modules. ``str(report)`` is for people: a line for
-    each place.
+    Places are names of submodules or of Python modules. ``str(report)`` has a line for each place.
     """
 
-    subject: str  #: what was looked through
+    subject: str  #: the model's class, or "transformers" and its version
     replaced: tuple[tuple[str, str], ...]  #: (place, name of the class or function)
-    left: tuple[tuple[str, str], ...]  #: deformable attention that is as it was: (place, reason)
+    left: tuple[tuple[str, str], ...]  #: deformable attention that was not changed: (place, reason)
 
     def __str__(self) -> str:
         if not self.replaced and not self.left:
@@ -152,19 +150,18 @@ class Report:
 
 
 def accelerate(model: Model) -> tuple[Model, Report]:
-    """Let a model of transformers call this package's kernels, in training and inference.
+    """Make a model of transformers call this package's kernels, in training and inference.
 
-    The model is changed in place: parameters, state dict and the names of its submodules stay.
-    Copies and pickles of it stay accelerated too. Call it again after adding layers; what is
-    accelerated already is left alone. Call it before ``kernels`` or accelerate's hooks replace
+    The model is changed in place; its parameters, state dict and submodule names do not change.
+    Copies and pickles of it are accelerated too. Call it again after adding layers: layers that
+    are accelerated already do not change. Call it before ``kernels`` or accelerate's hooks replace
     ``forward`` methods.
 
     Args:
-        model: any module; usually a model of transformers, or one that holds some.
+        model: any module; usually a model of transformers, or one that contains such a model.
 
     Returns:
-        The model itself, and a report. A model without deformable attention is returned as it is,
-        with a report that says so.
+        The model itself and a report. A model without deformable attention is not changed.
 
     Raises:
         TypeError: ``model`` is not a module.
@@ -190,7 +187,7 @@ def accelerate(model: Model) -> tuple[Model, Report]:
     for path, module in model.named_modules():
         if _is_attention(module) and not any(_within(place, path) for place in replaced | left):
             cls = type(module)
-            left[path] = f"{cls.__module__}.{cls.__qualname__} calls no operator that is known here"
+            left[path] = f"{cls.__module__}.{cls.__qualname__} calls no known operator"
             if cls.__module__.startswith("deform_attn."):
                 left[path] = "deform_attn's own module"
     subject = type(model).__name__
@@ -202,7 +199,7 @@ def accelerate(model: Model) -> tuple[Model, Report]:
 
 
 def restore(model: Model) -> Model:
-    """Undo :func:`accelerate`, in place; a model that is not accelerated stays as it is.
+    """Undo :func:`accelerate`, in place; a model that is not accelerated does not change.
 
     Example:
         >>> from torch import nn
@@ -225,7 +222,7 @@ class _Found:
 
 
 def _find(module: nn.Module) -> _Found | str | None:
-    """The operator of a module: how it is replaced, why it is not, or None where it has none."""
+    """How to replace the operator of a module, why not, or None if it has none."""
     cls = type(module)
     core = vars(module).get(_ATTRIBUTE)
     if cls in _STOCK or (core is not None and core in _FUNCTIONS.values()):
@@ -233,7 +230,7 @@ def _find(module: nn.Module) -> _Found | str | None:
     if core is not None:
         name = getattr(core, "__name__", type(core).__name__)
         if name not in _FUNCTIONS:
-            return f"its {_ATTRIBUTE} is {name}, which is not known here"
+            return f"its {_ATTRIBUTE} is {name}, which is not known"
         ours = _FUNCTIONS[name]
         return _misfit(core, ours) or _Found(name, lambda: setattr(module, _ATTRIBUTE, ours))
     if cls.__name__ == _LAYER and cls.__module__.startswith("transformers."):
@@ -248,7 +245,7 @@ def _find(module: nn.Module) -> _Found | str | None:
         if forward is not cls.forward:
             reason = f"a decorator hides the forward that calls {name}"
     if "forward" in vars(module):
-        reason = "its forward was replaced on this one module, by `kernels` or a hook"
+        reason = "the forward of this instance was replaced, by `kernels` or a hook"
     if reason is not None:
         return reason
 
@@ -259,7 +256,7 @@ def _find(module: nn.Module) -> _Found | str | None:
 
 
 def _calls(function: Any, name: str) -> bool:
-    """Whether a function's code names this global function."""
+    """Whether a function's code uses the global function of that name."""
     return name in _names_in(function) and isinstance(function.__globals__.get(name), FunctionType)
 
 
@@ -267,14 +264,14 @@ def _names_in(function: Any) -> tuple[str, ...]:
     return function.__code__.co_names if isinstance(function, FunctionType) else ()
 
 
-# Subclasses that call this package: the class of transformers, and the name of what it calls.
+# Subclass that calls this package -> (class of transformers, name of the operator it calls).
 _STOCK: dict[type[nn.Module], tuple[type[nn.Module], str]] = {}
 
 
 def _accelerated(stock: type[nn.Module], name: str) -> type[nn.Module]:
-    """A subclass that differs in the operator.
+    """A subclass of ``stock`` that calls this package's operator.
 
-    A class and not a ``forward`` on the module: that would survive neither a pickle nor a guard.
+    A ``forward`` set on the instance would be lost in pickles and break Dynamo's guards.
     """
     for subclass, known in _STOCK.items():
         if known == (stock, name):
@@ -293,7 +290,7 @@ def _accelerated(stock: type[nn.Module], name: str) -> type[nn.Module]:
 def _rebound(function: Any, name: str) -> Any:
     """The same code, calling this package's function of that name."""
     names = {**function.__globals__, name: _FUNCTIONS[name]}
-    # Dynamo looks a module up by it, and would find the module's own function there
+    # Dynamo resolves globals through __name__ and would find the stock function
     names.pop("__name__")
     clone = FunctionType(
         *(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
@@ -303,7 +300,7 @@ def _rebound(function: Any, name: str) -> Any:
 
 
 def _reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """Pickle by the class that transformers has; the subclass is made again."""
+    """Pickle by the class of transformers; unpickling creates the subclass again."""
     reduced: Any = object.__reduce_ex__(self, protocol)
     return (_new, _STOCK[type(self)], *reduced[2:])
 
@@ -314,7 +311,7 @@ def _new(stock: type[nn.Module], name: str) -> nn.Module:
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """Every deformable attention projects queries to offsets and weights of these names."""
+    """Every deformable attention layer has projections of these names."""
     return all(
         isinstance(getattr(module, name, None), nn.Module)
         for name in ("sampling_offsets", "attention_weights")
@@ -330,10 +327,10 @@ def _within(path: str, ancestor: str) -> bool:
 
 @contextmanager
 def patch_transformers() -> Iterator[Report]:
-    """Let every model of transformers call this package's kernels inside a ``with`` block.
+    """Make every model of transformers call this package's kernels inside a ``with`` block.
 
-    Models that exist already are served too; all are as before afterwards. Yields a report of the
-    classes and functions replaced. Imports the models' modules, which takes some seconds.
+    This includes models that exist already; everything is undone at the end. Yields a report of the
+    classes and functions replaced. Imports the modules of the models, which takes some seconds.
 
     Raises:
         ImportError: transformers is not installed.
@@ -366,7 +363,7 @@ def patch_transformers() -> Iterator[Report]:
 
 @contextmanager
 def _set(target: Any, attribute: str, value: Any) -> Iterator[None]:
-    """An attribute of a class or a module, as it was before afterwards."""
+    """Set an attribute of a class or a module until the block ends."""
     missing = object()
     before = vars(target).get(attribute, missing)
     setattr(target, attribute, value)
@@ -380,7 +377,7 @@ def _set(target: Any, attribute: str, value: Any) -> Iterator[None]:
 
 
 def _patches(module: ModuleType) -> Iterator[tuple[Any, str, Any, str | None]]:
-    """What to set on what in a modeling module, and why not where that is wrong."""
+    """(target, attribute, replacement, reason not to) for a modeling module."""
     names = vars(module)
     classes = [
         thing
@@ -392,7 +389,7 @@ def _patches(module: ModuleType) -> Iterator[tuple[Any, str, Any, str | None]]:
         if name not in names:
             continue
         reason = _misfit(names[name], ours)
-        for cls in holders:  # models made inside the block must hold their own function
+        for cls in holders:  # so that models built inside the block store the stock function
             yield cls, _ATTRIBUTE, property(_core, _keep_core), reason
         if not holders:
             yield module, name, ours, reason
@@ -403,7 +400,7 @@ def _patches(module: ModuleType) -> Iterator[tuple[Any, str, Any, str | None]]:
 
 
 def _core(self: nn.Module) -> Callable[..., Tensor]:
-    """A property of the class: it comes before the attribute of modules that exist already."""
+    """A property of the class, which takes precedence over the attribute of existing instances."""
     kept: Callable[..., Tensor] = vars(self)[_ATTRIBUTE]
     return _FUNCTIONS.get(getattr(kept, "__name__", ""), kept)
 
@@ -416,7 +413,7 @@ def _keep_core(self: nn.Module, value: Any) -> None:
 
 
 class _Repository:
-    """What `kernels` asks for a layer's class, which it would download otherwise."""
+    """A repository as `kernels` expects it: it returns the layer's class."""
 
     layer_name = _LAYER
 
@@ -431,15 +428,15 @@ _REPOSITORY = _Repository()
 
 
 def register_kernels() -> None:
-    """Make ``from_pretrained(..., use_kernels=True)`` take this package's kernels, on CPU and CUDA.
+    """Make ``from_pretrained(..., use_kernels=True)`` use this package's kernels, on CPU and CUDA.
 
-    Of the models in transformers, those whose operator is a module (see above) are served; the
-    others have nothing that ``kernels`` could replace: use :func:`accelerate`. On CUDA this
-    registration comes before the Hub's, because it is for a narrower range of devices.
+    This works for models whose operator is a module (see above); in the others ``kernels`` has
+    nothing to replace: use :func:`accelerate`. On CUDA this registration takes precedence over the
+    Hub's, because it names a range of devices.
 
     Raises:
-        ImportError: ``kernels`` or transformers is not installed, or transformers does not work
-            with that version of ``kernels``; it would ignore the registration.
+        ImportError: ``kernels`` or transformers is not installed, or transformers does not support
+            the installed version of ``kernels``.
 
     Example:
         >>> from deform_attn.integrations.transformers import register_kernels
@@ -453,8 +450,8 @@ def register_kernels() -> None:
     if not utils.is_kernels_available():
         lowest, end = (getattr(utils, f"KERNELS_{bound}_VERSION", "?") for bound in ("MIN", "MAX"))
         raise ImportError(
-            f"register_kernels: this transformers works with kernels >= {lowest}, < {end}, and "
-            f"{kernels.__version__} is installed; accelerate() needs no kernels"
+            f"register_kernels: this transformers needs kernels >= {lowest}, < {end}, got "
+            f"{kernels.__version__}; install such a version, or use accelerate(), which needs none"
         )
     every_gpu = kernels.CUDAProperties(min_capability=0, max_capability=10**6)
     devices = (kernels.Device("cpu"), kernels.Device("cuda", properties=every_gpu))

@@ -4,77 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from deform_attn.levels import LARGEST_SIDE, Levels, as_levels, readable
+
 __all__ = [
-    "LARGEST_SIDE",
-    "Levels",
+    "acc_dtype",
     "check",
+    "check_fused",
+    "check_fused_operands",
     "check_gradient",
-    "check_layer",
-    "check_layer_operands",
     "check_method",
     "check_operands",
-    "host_level_sizes",
-    "location_dtype",
-    "points_per_level",
-    "readable",
+    "if_wanted",
 ]
-
-Levels: TypeAlias = Tensor | Sequence[Sequence[int]]
 
 VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 METADATA_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-LARGEST_SIDE = 2**31 - 1
 
 # Level sizes on a GPU are not read back (that would stop the stream), unless asked for.
 CHECK_DEVICE_METADATA = os.environ.get("DEFORM_ATTN_CHECK_METADATA", "0") == "1"
 
 
-def location_dtype(value_dtype: torch.dtype) -> torch.dtype:
+def acc_dtype(value_dtype: torch.dtype) -> torch.dtype:
     """The dtype of locations and sums: float64 for float64 values, else float32."""
     return torch.float64 if value_dtype is torch.float64 else torch.float32
-
-
-def points_per_level(
-    sampling_locations: Tensor, num_levels: int, num_points: Sequence[int] | None
-) -> list[int]:
-    """How many points of a query and head sample each level."""
-    if num_points is not None:
-        return list(num_points)
-    return [sampling_locations.shape[4]] * num_levels
-
-
-def readable(tensor: Tensor, *, wait: bool = False) -> bool:
-    """Whether a tensor's numbers can be read here and now; ``wait``: from another device too."""
-    if torch.compiler.is_compiling() or type(tensor) is not Tensor:
-        return False  # traced: there are no numbers yet
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        return False  # mapped: many numbers at once
-    return tensor.device.type == "cpu" or (wait and not tensor.is_meta)
-
-
-def host_level_sizes(
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    level_sizes: Sequence[int] | None,
-) -> list[tuple[int, int, int]]:
-    """``(height, width, start)`` of each level as numbers; waits for a GPU that holds them."""
-    if spatial_shapes is not None:
-        sizes = spatial_shapes.tolist()
-    else:
-        assert level_sizes is not None
-        sizes = [list(level_sizes[i : i + 2]) for i in range(0, len(level_sizes), 2)]
-    if level_start_index is not None:
-        starts = level_start_index.tolist()
-    else:
-        starts = [0]
-        for height, width in sizes[:-1]:
-            starts.append(starts[-1] + height * width)
-    return [(height, width, start) for (height, width), start in zip(sizes, starts)]
 
 
 def check(
@@ -96,7 +52,7 @@ def check(
     _check(value, spatial_shapes, level_start_index, points, num_points)
 
 
-def check_layer(
+def check_fused(
     value: Tensor,
     spatial_shapes: Levels,
     level_start_index: Tensor | Sequence[int] | None,
@@ -171,14 +127,14 @@ def check_operands(
     num_points: Sequence[int] | None,
 ) -> None:
     """As :func:`check`, for the operands of an operator (see :mod:`deform_attn.operator`)."""
-    levels = _one_form(spatial_shapes, level_sizes)
+    levels = as_levels(spatial_shapes, level_sizes)
     check(value, levels, level_start_index, sampling_locations, attention_weights, num_points)
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     _check_dtype("sampling_locations", sampling_locations, real)
     _check_dtype("attention_weights", attention_weights, value.dtype, real)
 
 
-def check_layer_operands(
+def check_fused_operands(
     value: Tensor,
     spatial_shapes: Tensor | None,
     level_start_index: Tensor | None,
@@ -189,33 +145,16 @@ def check_layer_operands(
     num_points: Sequence[int] | None,
     offset_scale: float,
 ) -> None:
-    """As :func:`check_layer`, for the operands of an operator."""
-    levels = _one_form(spatial_shapes, level_sizes)
-    check_layer(
+    """As :func:`check_fused`, for the operands of an operator."""
+    levels = as_levels(spatial_shapes, level_sizes)
+    check_fused(
         *(value, levels, level_start_index, reference_points, sampling_offsets),
         *(attention_logits, num_points),
     )
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     _check_dtype("reference_points", reference_points, real)
     _check_dtype("attention_logits", attention_logits, value.dtype, real)
     _check_dtype("sampling_offsets", sampling_offsets, attention_logits.dtype)
-
-
-def _one_form(spatial_shapes: Tensor | None, level_sizes: Sequence[int] | None) -> Levels:
-    if (spatial_shapes is None) == (level_sizes is None):
-        raise ValueError(
-            "spatial_shapes: expected either a tensor or level_sizes, got "
-            + ("neither" if level_sizes is None else "both")
-        )
-    if spatial_shapes is not None:
-        return spatial_shapes
-    assert level_sizes is not None
-    if len(level_sizes) % 2:
-        raise ValueError(
-            "level_sizes: expected a height and a width for each level, got "
-            f"{len(level_sizes)} numbers"
-        )
-    return list(zip(level_sizes[0::2], level_sizes[1::2]))
 
 
 def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:

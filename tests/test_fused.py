@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import Dtypes
-from runners import Recorder, Runner, package
 from torch import Tensor
 
 import deform_attn
-from deform_attn import formula, ms_deform_attn_fused
+from deform_attn import composite, ms_deform_attn_fused
+from deform_attn.testing import Dtypes
+from tests.runners import Recorder, Runner, package
 
 SHAPES = [(7, 5), (3, 4), (1, 1)]
 SIZES = [side for shape in SHAPES for side in shape]
@@ -47,7 +47,7 @@ def draw(
 
 def truth(inputs: tuple[Tensor, ...], num_points: list[int] | None, scale: float) -> Tensor:
     value, reference, offsets, logits = inputs
-    return formula.layer(value, None, None, reference, offsets, logits, SIZES, num_points, scale)
+    return composite.fused(value, None, None, reference, offsets, logits, SIZES, num_points, scale)
 
 
 def with_gradients(function, inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
@@ -341,7 +341,7 @@ def test_an_encoders_first_locations_stay_on_their_knots() -> None:
 
     def composed(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         sizes = torch.tensor([[height, width]])
-        points = formula.layer_points(sizes, reference, offsets, logits, None, 0.5)
+        points = composite.fused_points(sizes, reference, offsets, logits, None, 0.5)
         return deform_attn.ms_deform_attn(
             value, [(height, width)], None, *points, backend="compiled"
         )

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deform_attn.inputs import LARGEST_SIDE, Levels, location_dtype, points_per_level
+from deform_attn.checks import acc_dtype
+from deform_attn.levels import LARGEST_SIDE, Levels, points_per_level
 
-__all__ = ["attention", "discrete", "layer", "layer_points", "on_device"]
+__all__ = ["attention", "discrete", "fused", "fused_points", "on_device"]
 
 
 def attention(
@@ -26,7 +27,7 @@ def attention(
     num_points: Sequence[int] | None,
 ) -> Tensor:
     """The attention operator; exact at pixel knots, never waits for a GPU."""
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     B, S, M, D = value.shape
     Q = sampling_locations.shape[1]
     sizes = _sizes(spatial_shapes, level_sizes, value.device)  # [L, 2]
@@ -83,7 +84,7 @@ def discrete(
     Pixels are picked, not interpolated: neighbours have no part in a point, not even a rounding
     error's. Level sizes on a GPU stay there; listed ones are copied nowhere.
     """
-    real = location_dtype(value.dtype)
+    real = acc_dtype(value.dtype)
     B, S, M, D = value.shape
     Q = sampling_locations.shape[1]
     counts = points_per_level(sampling_locations, len(spatial_shapes), num_points)
@@ -133,7 +134,7 @@ def _gather(value: Tensor, row: Tensor) -> Tensor:
     return value.reshape(B * S * M, D).index_select(0, index.flatten()).view(*row.shape, D)
 
 
-def layer(
+def fused(
     value: Tensor,
     spatial_shapes: Tensor | None,
     level_start_index: Tensor | None,
@@ -146,7 +147,7 @@ def layer(
 ) -> Tensor:
     """The fused operator: softmax, offsets to locations, attention."""
     sizes = _sizes(spatial_shapes, level_sizes, value.device)
-    locations, weights = layer_points(
+    locations, weights = fused_points(
         sizes, reference_points, sampling_offsets, attention_logits, num_points, offset_scale
     )
     return attention(
@@ -155,7 +156,7 @@ def layer(
     )
 
 
-def layer_points(
+def fused_points(
     sizes: Levels,
     reference_points: Tensor,
     sampling_offsets: Tensor,
