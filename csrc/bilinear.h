@@ -12,33 +12,33 @@
 
 namespace deform_attn {
 
-template <typename Real_>
+template <typename Acc_>
 struct Numbers {
-  using Real = Real_;
+  using Acc = Acc_;
   using Int = int;  // a pixel's index
   using Mask = bool;
 
   // a * b + c, rounded once.
-  static HOST_DEVICE Real multiply_add(Real a, Real b, Real c) {
+  static HOST_DEVICE Acc multiply_add(Acc a, Acc b, Acc c) {
 #if !defined(__CUDACC__) && !defined(FP_FAST_FMAF)
     // without the instruction fma is a slow call; a product of two floats is exact in double
-    if constexpr (sizeof(Real) == sizeof(float)) {
-      return static_cast<Real>(static_cast<double>(a) * static_cast<double>(b) +
-                               static_cast<double>(c));
+    if constexpr (sizeof(Acc) == sizeof(float)) {
+      return static_cast<Acc>(static_cast<double>(a) * static_cast<double>(b) +
+                              static_cast<double>(c));
     }
 #endif
     using std::fma;
     return fma(a, b, c);
   }
-  static HOST_DEVICE Real round_down(Real x) {
+  static HOST_DEVICE Acc round_down(Acc x) {
     using std::floor;
     return floor(x);
   }
-  static HOST_DEVICE Int whole(Real x) { return static_cast<Int>(x); }
-  static HOST_DEVICE Real real(Int x) { return static_cast<Real>(x); }
+  static HOST_DEVICE Int to_int(Acc x) { return static_cast<Int>(x); }
+  static HOST_DEVICE Acc to_acc(Int x) { return static_cast<Acc>(x); }
   // What a comparison gives as a Mask, to be joined with &.
   static HOST_DEVICE Mask mask(bool compared) { return compared; }
-  static HOST_DEVICE Real where(Mask mask, Real x) { return mask ? x : Real(0); }
+  static HOST_DEVICE Acc where(Mask mask, Acc x) { return mask ? x : Acc(0); }
 };
 
 // The pixel left of (or at) a location, and how far the point lies towards the next one, in [0, 1].
@@ -47,33 +47,33 @@ struct Numbers {
 // Exact at pixel knots: location * size - 1/2 rounds onto a pixel that the point lies left of, and
 // the slope would be taken from the wrong side. `past`, rounded once, has the true sign.
 template <typename N>
-HOST_DEVICE typename N::Mask pixel_of(typename N::Real location, typename N::Int size,
-                                      typename N::Int& pixel, typename N::Real& fraction) {
-  using Real = typename N::Real;
-  const Real zero{}, one = zero + 1, half = one / 2, extent = N::real(size);
-  Real left = N::round_down(N::multiply_add(location, extent, -half));
-  Real past = N::multiply_add(location, extent, -(left + half));
+HOST_DEVICE typename N::Mask pixel_of(typename N::Acc location, typename N::Int size,
+                                      typename N::Int& pixel, typename N::Acc& fraction) {
+  using Acc = typename N::Acc;
+  const Acc zero{}, one = zero + 1, half = one / 2, extent = N::to_acc(size);
+  Acc left = N::round_down(N::multiply_add(location, extent, -half));
+  Acc past = N::multiply_add(location, extent, -(left + half));
   const auto before = past < zero;
   left = before ? left - one : left;
   past = before ? past + one : past;
   const typename N::Mask hit = N::mask(left >= -one) & N::mask(left < extent);
-  pixel = N::whole(N::where(hit, left));
+  pixel = N::to_int(N::where(hit, left));
   fraction = N::where(hit, past);
   return hit;
 }
 
 // The four pixels in the order (y, x), (y, x+1), (y+1, x), (y+1, x+1).
-template <typename Real, typename N = Numbers<Real>>
+template <typename Acc, typename N = Numbers<Acc>>
 struct Footprint {
   using Int = typename N::Int;
   using Mask = typename N::Mask;
 
-  Int x, y;          // -1 <= x < width, -1 <= y < height
-  Real right, down;  // fractions towards x + 1 and y + 1
-  Mask on[4];        // which of the four pixels are on the map
+  Int x, y;         // -1 <= x < width, -1 <= y < height
+  Acc right, down;  // fractions towards x + 1 and y + 1
+  Mask on[4];       // which of the four pixels are on the map
 
   // False: no pixel of the point is on the map, it samples zero and has no gradient.
-  HOST_DEVICE Mask place(Real location_x, Real location_y, Int height, Int width) {
+  HOST_DEVICE Mask place(Acc location_x, Acc location_y, Int height, Int width) {
     const Mask hit_x = pixel_of<N>(location_x, width, x, right);
     const Mask hit_y = pixel_of<N>(location_y, height, y, down);
     const Mask hit = hit_x & hit_y;
@@ -87,22 +87,22 @@ struct Footprint {
   }
 
   // sample = sum of weight(i) * pixel(i) over the pixels on the map
-  HOST_DEVICE Real weight(int i) const { return N::where(on[i], weight_on_map(i)); }
+  HOST_DEVICE Acc weight(int i) const { return N::where(on[i], weight_on_map(i)); }
 
   // The same for whoever knows that the pixel is on the map.
-  HOST_DEVICE Real weight_on_map(int i) const {
-    const Real one = Real{} + 1;
-    const Real across = (i & 1) ? right : one - right;
-    const Real along = (i & 2) ? down : one - down;
+  HOST_DEVICE Acc weight_on_map(int i) const {
+    const Acc one = Acc{} + 1;
+    const Acc across = (i & 1) ? right : one - right;
+    const Acc along = (i & 2) ? down : one - down;
     return across * along;
   }
 
   // From the products of the output's gradient with each pixel: that product with the sample, and
   // its derivatives by x and y in pixels. What `product` holds for a pixel off the map is ignored.
-  HOST_DEVICE void pull_back(const Real (&product)[4], Real& sample, Real& by_x, Real& by_y) const {
-    const Real one = Real{} + 1, left = one - right, up = one - down;
-    const Real p0 = N::where(on[0], product[0]), p1 = N::where(on[1], product[1]);
-    const Real p2 = N::where(on[2], product[2]), p3 = N::where(on[3], product[3]);
+  HOST_DEVICE void pull_back(const Acc (&product)[4], Acc& sample, Acc& by_x, Acc& by_y) const {
+    const Acc one = Acc{} + 1, left = one - right, up = one - down;
+    const Acc p0 = N::where(on[0], product[0]), p1 = N::where(on[1], product[1]);
+    const Acc p2 = N::where(on[2], product[2]), p3 = N::where(on[3], product[3]);
     sample = up * (left * p0 + right * p1) + down * (left * p2 + right * p3);
     by_x = up * (p1 - p0) + down * (p3 - p2);
     by_y = left * (p2 - p0) + right * (p3 - p1);

@@ -46,8 +46,10 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-// An undefined tensor, None in Python, where it is not wanted.
-inline Tensor if_wanted(bool wanted, const Tensor& tensor) { return wanted ? tensor : Tensor(); }
+// An undefined tensor, None in Python, where it is not requested.
+inline Tensor if_requested(bool requested, const Tensor& tensor) {
+  return requested ? tensor : Tensor();
+}
 
 // Null where the tensor is undefined.
 inline void* data_of(const Tensor& tensor) {
@@ -75,8 +77,8 @@ struct Call {
   std::vector<int64_t> sizes;    // [h0, w0, h1, w1, ...] where shapes is not given
   std::vector<int> first_point;  // [L + 1]
   Problem problem;
-  ScalarType type;        // of value
-  bool weights_are_real;  // weights have the dtype of sums
+  ScalarType type;       // of value
+  bool weights_are_acc;  // weights have the dtype of sums
 
   Call(const Tensor& value_, const MaybeTensor& spatial_shapes,
        const MaybeTensor& level_start_index, const Tensor& sampling_locations,
@@ -113,11 +115,11 @@ struct Call {
     return {problem.batch, problem.queries, problem.row_stride()};
   }
 
-  // The output's gradient, contiguous. `wanted`: which gradients are asked for.
-  Tensor checked_gradient(const Tensor& grad_output, const Flags& wanted) const {
+  // The output's gradient, contiguous. `output_mask`: which gradients are asked for.
+  Tensor checked_gradient(const Tensor& grad_output, const Flags& output_mask) const {
     const size_t gradients = reference ? 4 : 3;
-    DEFORM_ATTN_REQUIRE(wanted.size() == gradients, "wanted: expected ", gradients, " flags, got ",
-                        wanted.size());
+    DEFORM_ATTN_REQUIRE(output_mask.size() == gradients, "output_mask: expected ", gradients,
+                        " flags, got ", output_mask.size());
     const std::vector<int64_t> expected = output_shape();
     DEFORM_ATTN_REQUIRE(grad_output.dim() == 3 && grad_output.size(0) == expected[0] &&
                             grad_output.size(1) == expected[1] &&
@@ -132,7 +134,7 @@ struct Call {
   }
 
   // The dtype of sums, locations and reference points.
-  ScalarType real_type() const {
+  ScalarType acc_dtype() const {
     return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
 
@@ -149,21 +151,21 @@ struct Call {
     DEFORM_ATTN_REQUIRE(type == ScalarType::Double || type == ScalarType::Float ||
                             type == ScalarType::Half || type == ScalarType::BFloat16,
                         "value: expected float64, float32, float16 or bfloat16");
-    const ScalarType real = real_type();
+    const ScalarType acc = acc_dtype();
     const ScalarType locations_type = locations.scalar_type(), weights_type = weights.scalar_type();
-    weights_are_real = weights_type == real;
-    DEFORM_ATTN_REQUIRE(weights_are_real || weights_type == type, weights_name_,
+    weights_are_acc = weights_type == acc;
+    DEFORM_ATTN_REQUIRE(weights_are_acc || weights_type == type, weights_name_,
                         ": expected value's dtype, or that of its sums");
     const auto device = value.device();
     if (reference) {
       DEFORM_ATTN_REQUIRE(locations_type == weights_type, locations_name_,
                           ": expected the dtype of attention_logits");
-      DEFORM_ATTN_REQUIRE(reference->scalar_type() == real,
+      DEFORM_ATTN_REQUIRE(reference->scalar_type() == acc,
                           "reference_points: expected float32, or float64 with a float64 value");
       DEFORM_ATTN_REQUIRE(reference->device() == device,
                           "reference_points: expected on value's device");
     } else {
-      DEFORM_ATTN_REQUIRE(locations_type == real, locations_name_,
+      DEFORM_ATTN_REQUIRE(locations_type == acc, locations_name_,
                           ": expected float32, or float64 with a float64 value");
     }
     DEFORM_ATTN_REQUIRE(locations.device() == device, locations_name_,

@@ -4,7 +4,7 @@
 //   LevelTable the levels of a call as a kernel's parameter: host numbers, device tensors, or both
 //   Problem    the sizes, and every offset
 //   Type       dtypes of value
-//   Layer      where points come from instead of locations and weights
+//   Fused      where points come from instead of locations and weights
 #pragma once
 
 #include <cstdint>
@@ -69,7 +69,7 @@ enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 
 // Locations and weights may come from a layer's projections: locations are then offsets from a
 // query's reference points, weights the logits of a softmax over its points.
-struct Layer {
+struct Fused {
   const void* reference;  // [B, Q, levels, size] in the type of sums; null: no layer
   int levels;             // 1: the same for all
   int size;               // 2: (x, y); 4: (cx, cy, w, h)

@@ -76,11 +76,11 @@ template <typename T>
 using Lines = std::vector<T, Aligned<T>>;
 
 // What a call writes.
-template <typename T, typename Real, typename Weight>
+template <typename T, typename Acc, typename Weight>
 struct Results {
   std::vector<T> output;
-  std::vector<Real> value, reference;
-  Lines<Real> locations;
+  std::vector<Acc> value, reference;
+  Lines<Acc> locations;
   Lines<Weight> weights;
   std::vector<Weight> offsets;
 
@@ -152,8 +152,8 @@ std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) 
   std::uniform_real_distribution<float> uniform(low, high);
   std::vector<T> numbers(count);
   for (T& number : numbers) {
-    using Real = typename RealOf<T>::type;
-    from_real(static_cast<Real>(uniform(random)), number);
+    using Acc = typename AccOf<T>::type;
+    from_acc(static_cast<Acc>(uniform(random)), number);
   }
   return numbers;
 }
@@ -161,7 +161,7 @@ std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) 
 template <typename Numbers>
 std::vector<double> doubles(const Numbers& numbers) {
   std::vector<double> to(numbers.size());
-  for (size_t i = 0; i < to.size(); ++i) to[i] = static_cast<double>(to_real(numbers[i]));
+  for (size_t i = 0; i < to.size(); ++i) to[i] = static_cast<double>(to_acc(numbers[i]));
   return to;
 }
 
@@ -171,7 +171,7 @@ void expect_close(const Numbers& got, const std::vector<double>& truth, double t
   double largest = 1e-3, error = 0;
   for (const double number : truth) largest = std::max(largest, std::abs(number));
   for (size_t i = 0; i < truth.size(); ++i) {
-    const double off = std::abs(static_cast<double>(to_real(got[i])) - truth[i]);
+    const double off = std::abs(static_cast<double>(to_acc(got[i])) - truth[i]);
     error = off <= error ? error : off;  // a NaN stays
   }
   expect(got.size() == truth.size() && error <= tolerance * largest, what);
@@ -194,7 +194,7 @@ Lines<char> scratch_of(const Kernels& kernels, const Inputs& in) {
 template <typename T, typename Weight>
 class Call {
  public:
-  using Real = typename RealOf<T>::type;
+  using Acc = typename AccOf<T>::type;
 
   Call(const Kernels& kernels, const Case& test, Type type, size_t index)
       : kernels_(kernels), test_(test), random_(static_cast<unsigned>(index)) {
@@ -215,15 +215,15 @@ class Call {
     in_.first_point = first_point_.data();
     in_.queries_are_pixels = test.queries == 0;
     in_.value_type = type;
-    in_.weights_are_real = std::is_same_v<Weight, Real>;
+    in_.weights_are_acc = std::is_same_v<Weight, Acc>;
     const auto pixels = static_cast<size_t>(p.batch * p.rows * p.row_stride());
     const auto outputs = static_cast<size_t>(p.batch * p.queries * p.row_stride());
     points_ = static_cast<size_t>(p.point_at(p.batch, 0, 0));
     value_ = drawn<T>(pixels, random_, -1, 1);
     grad_ = drawn<T>(outputs, random_, -1, 1);
-    locations_ = drawn<Real>(2 * points_, random_, -0.3f, 1.3f);
+    locations_ = drawn<Acc>(2 * points_, random_, -0.3f, 1.3f);
     for (size_t i = 0; i < locations_.size(); i += 11) {
-      locations_[i] = i % 3 ? static_cast<Real>(NAN) : static_cast<Real>(1e30);
+      locations_[i] = i % 3 ? static_cast<Acc>(NAN) : static_cast<Acc>(1e30);
     }
     weights_ = drawn<Weight>(points_, random_, 0, 1);
     in_.value = value_.data();
@@ -236,7 +236,7 @@ class Call {
     const auto one = run(1, false);
     const Truth truth(in_.problem, test_, doubles(value_), doubles(locations_), doubles(weights_),
                       doubles(grad_));
-    const double exact = sizeof(Real) == 4 ? 2e-5 : 1e-13;
+    const double exact = sizeof(Acc) == 4 ? 2e-5 : 1e-13;
     const double rounded = sizeof(T) == 2 ? 1e-2 : exact;
     expect_close(one.output, truth.output, rounded, name + "output");
     expect_close(one.value, truth.value, exact, name + "gradient of value");
@@ -246,15 +246,15 @@ class Call {
     expect_the_same(one, name);
   }
 
-  // A layer over the same value: points round references of `size` numbers.
-  void check_layer(const std::string& name, int size) {
+  // A fused call on the same value: points round references of `size` numbers.
+  void check_fused(const std::string& name, int size) {
     const Problem& p = in_.problem;
     const int levels = p.levels % 2 ? p.levels : 1;
     const auto references = static_cast<size_t>(p.batch * p.queries * levels * size);
-    const auto reference = drawn<Real>(references, random_, 0.1f, 0.9f);
+    const auto reference = drawn<Acc>(references, random_, 0.1f, 0.9f);
     const auto offsets = drawn<Weight>(2 * points_, random_, -2, 2);
     const auto logits = drawn<Weight>(points_, random_, -3, 3);
-    in_.layer = {reference.data(), levels, size, 0.5};
+    in_.fused = {reference.data(), levels, size, 0.5};
     in_.locations = offsets.data();
     in_.weights = logits.data();
 
@@ -275,9 +275,9 @@ class Call {
     each_point([&](size_t head, size_t point, int l, size_t from) {
       double sum = 0;
       for (int k = 0; k < p.points; ++k) {
-        sum += std::exp(static_cast<double>(to_real(logits[head + static_cast<size_t>(k)])));
+        sum += std::exp(static_cast<double>(to_acc(logits[head + static_cast<size_t>(k)])));
       }
-      weights[point] = std::exp(static_cast<double>(to_real(logits[point]))) / sum;
+      weights[point] = std::exp(static_cast<double>(to_acc(logits[point]))) / sum;
       const Level& level = test_.levels[static_cast<size_t>(l)];
       for (size_t i = 0; i < 2; ++i) {
         const double side = i ? level.height : level.width;
@@ -286,7 +286,7 @@ class Call {
                                                test_.counts[static_cast<size_t>(l)];
         at[2 * point + i] =
             static_cast<double>(reference[from + i]) +
-            static_cast<double>(to_real(offsets[2 * point + i])) * scale[2 * point + i];
+            static_cast<double>(to_acc(offsets[2 * point + i])) * scale[2 * point + i];
       }
     });
     const Truth truth(p, test_, doubles(value_), at, weights, doubles(grad_));
@@ -304,20 +304,20 @@ class Call {
         by_reference[from + i] += slope;
         if (size == 4) {
           by_reference[from + 2 + i] += slope *
-                                        static_cast<double>(to_real(offsets[2 * point + i])) * 0.5 /
+                                        static_cast<double>(to_acc(offsets[2 * point + i])) * 0.5 /
                                         test_.counts[static_cast<size_t>(l)];
         }
       }
     });
     const auto one = run(1, false);
-    const double exact = sizeof(Real) == 4 ? 1e-4 : 1e-12;
+    const double exact = sizeof(Acc) == 4 ? 1e-4 : 1e-12;
     const double rounded = sizeof(Weight) == 2 ? 1e-2 : exact;
-    expect_close(one.output, truth.output, sizeof(T) == 2 ? 1e-2 : exact, name + "layer, output");
-    expect_close(one.value, truth.value, exact, name + "layer, gradient of value");
-    expect_close(one.reference, by_reference, exact, name + "layer, gradient of references");
-    expect_close(one.offsets, by_offset, rounded, name + "layer, gradient of offsets");
-    expect_close(one.weights, by_logit, rounded, name + "layer, gradient of logits");
-    expect_the_same(one, name + "layer, ");
+    expect_close(one.output, truth.output, sizeof(T) == 2 ? 1e-2 : exact, name + "fused, output");
+    expect_close(one.value, truth.value, exact, name + "fused, gradient of value");
+    expect_close(one.reference, by_reference, exact, name + "fused, gradient of references");
+    expect_close(one.offsets, by_offset, rounded, name + "fused, gradient of offsets");
+    expect_close(one.weights, by_logit, rounded, name + "fused, gradient of logits");
+    expect_the_same(one, name + "fused, ");
   }
 
   void forward_of_a_short_value() {
@@ -327,7 +327,7 @@ class Call {
   }
 
   void backward_twice() {
-    std::vector<Real> by_value(value_.size()), by_location(locations_.size());
+    std::vector<Acc> by_value(value_.size()), by_location(locations_.size());
     std::vector<Weight> by_weight(points_);
     const Gradients grads{grad_.data(), by_value.data(), by_location.data(), by_weight.data(),
                           false};
@@ -345,7 +345,7 @@ class Call {
   std::vector<int> first_point_;
   size_t points_ = 0;
   std::vector<T> value_, grad_;
-  std::vector<Real> locations_;
+  std::vector<Acc> locations_;
   std::vector<Weight> weights_;
 
   bool levels_overlap() const {
@@ -372,16 +372,16 @@ class Call {
     return found;
   }
 
-  void expect_the_same(const Results<T, Real, Weight>& one, const std::string& name) const {
+  void expect_the_same(const Results<T, Acc, Weight>& one, const std::string& name) const {
     expect(one == run(kThreads, false), name + "several threads");
     expect(one == run(1, true), name + "past the caches");
     expect(one == run(kThreads, true), name + "several threads past the caches");
   }
 
-  Results<T, Real, Weight> run(int threads, bool past_caches) const {
+  Results<T, Acc, Weight> run(int threads, bool past_caches) const {
     const Problem& p = in_.problem;
-    const bool layer = in_.layer.reference != nullptr;
-    Results<T, Real, Weight> to;
+    const bool fused = in_.fused.reference != nullptr;
+    Results<T, Acc, Weight> to;
     to.output.resize(grad_.size());
     to.value.resize(value_.size());
     to.locations.resize(locations_.size());
@@ -390,9 +390,9 @@ class Call {
     side_by_side(threads, [&](int) {
       kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).data());
     });
-    Lines<Real> by_weight(layer ? points_ : 0);
+    Lines<Acc> by_weight(fused ? points_ : 0);
     const Gradients grads{grad_.data(), to.value.data(), to.locations.data(),
-                          layer ? static_cast<void*>(by_weight.data()) : to.weights.data(),
+                          fused ? static_cast<void*>(by_weight.data()) : to.weights.data(),
                           past_caches};
     const std::vector<Share> all = shares(threads);
     side_by_side(threads, [&](int thread) {
@@ -402,11 +402,11 @@ class Call {
         kernels_.backward(in_, grads, all[i], scratch.data());
       }
     });
-    if (!layer) return to;
+    if (!fused) return to;
     to.reference.resize(
-        static_cast<size_t>(p.batch * p.queries * in_.layer.levels * in_.layer.size));
+        static_cast<size_t>(p.batch * p.queries * in_.fused.levels * in_.fused.size));
     to.offsets.resize(2 * points_);
-    const LayerGradients finished{to.locations.data(), by_weight.data(), to.reference.data(),
+    const FusedGradients finished{to.locations.data(), by_weight.data(), to.reference.data(),
                                   to.offsets.data(), to.weights.data()};
     const int64_t queries = p.batch * p.queries;
     side_by_side(threads, [&](int thread) {
@@ -423,7 +423,7 @@ void check(const Kernels& kernels, const Case& test, Type type, size_t index) {
                            ", type " + std::to_string(static_cast<int>(type)) + ": ";
   Call<T, Weight> call(kernels, test, type, index);
   call.check(name);
-  call.check_layer(name, index % 2 ? 4 : 2);
+  call.check_fused(name, index % 2 ? 4 : 2);
 }
 
 }  // namespace

@@ -9,11 +9,11 @@ namespace {  // compiled once for each instruction set, so never shared between 
 // Products of the output's gradient with the four pixels of each point of a head; adds its share of
 // that gradient to the pixels' own, unless `grad_value` is null. Channels as in sum_points;
 // `first`: none came before.
-template <int kLanes, int kVecs, typename T, typename Real>
+template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
-                                     const Run<Real>& run, const int32_t* __restrict reach,
-                                     Real* grad_value, Quad<Real>* products, bool first, int some) {
-  using V = Vec<Real, kLanes>;
+                                     const Run<Acc>& run, const int32_t* __restrict reach,
+                                     Acc* grad_value, Quad<Acc>* products, bool first, int some) {
+  using V = Vec<Acc, kLanes>;
   V gradient[kVecs], as_pixels[kVecs];  // channels in their order, and in that of load_channels
   each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
     gradient[v] =
@@ -22,7 +22,7 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
   load_channels<kLanes, kVecs>(grad_output, some, as_pixels);
   for (int k = 0; k < run.count; ++k) {
     run.template fetch<kVecs * kLanes* int{sizeof(T)}>(value, k);
-    if (grad_value) run.template fetch<kVecs * kLanes* int{sizeof(Real)}>(grad_value, k);
+    if (grad_value) run.template fetch<kVecs * kLanes* int{sizeof(Acc)}>(grad_value, k);
     const Quad<int64_t>& offset = run.offset[k];
     if (offset[0] < 0) continue;
     const int32_t here = reach ? reach[k] : kOwned | kUpper | kLower;
@@ -34,15 +34,15 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
         load_channels<kLanes, kVecs>(value + offset[i], some, channels);
         each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[i] += as_pixels[v] * channels[v]; });
       });
-      Quad<Real> product;
-      four_sums<Real, kLanes>(sums, product);
+      Quad<Acc> product;
+      four_sums<Acc, kLanes>(sums, product);
       each<4>([&](auto i) DEFORM_ATTN_INLINED {
         products[k][i] = first ? product[i] : products[k][i] + product[i];
       });
     }
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       if (!(here & (i < 2 ? kUpper : kLower))) return;
-      Real* pixel = grad_value + offset[i];
+      Acc* pixel = grad_value + offset[i];
       const V share = splat<V>(run.share[k][i]);
       each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
         if (some > 0) {
@@ -56,24 +56,24 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
 }
 
 // What the points of a query come to.
-template <typename Real>
+template <typename Acc>
 struct PointGradients {
-  Quad<Real>* products;
-  Real* locations;
-  Real* weights;
+  Quad<Acc>* products;
+  Acc* locations;
+  Acc* weights;
 
   PointGradients(Arena& arena, int64_t points)
-      : products(arena.take<Quad<Real>>(padded<Real>(points))),
-        locations(arena.take<Real>(2 * padded<Real>(points))),
-        weights(arena.take<Real>(padded<Real>(points))) {}
+      : products(arena.take<Quad<Acc>>(padded<Acc>(points))),
+        locations(arena.take<Acc>(2 * padded<Acc>(points))),
+        weights(arena.take<Acc>(padded<Acc>(points))) {}
 
   // Write those of a query, or those that `reach` says are owned. `streams`: past the caches.
   template <typename Weight>
-  DEFORM_ATTN_INLINE void write(Real* to_locations, Weight* to_weights, const int32_t* reach,
+  DEFORM_ATTN_INLINE void write(Acc* to_locations, Weight* to_weights, const int32_t* reach,
                                 int count, bool streams) const {
-    if constexpr (std::is_same_v<Weight, Real>) {
+    if constexpr (std::is_same_v<Weight, Acc>) {
       if (streams) {
-        const size_t bytes = static_cast<size_t>(count) * sizeof(Real);
+        const size_t bytes = static_cast<size_t>(count) * sizeof(Acc);
         stream(to_locations, locations, 2 * bytes);
         stream(to_weights, weights, bytes);
         return;
@@ -83,19 +83,19 @@ struct PointGradients {
       if (reach && !(reach[k] & kOwned)) continue;
       to_locations[2 * k] = locations[2 * k];
       to_locations[2 * k + 1] = locations[2 * k + 1];
-      from_real(weights[k], to_weights[k]);
+      from_acc(weights[k], to_weights[k]);
     }
   }
 };
 
 // Whether what a share writes of a query's points is whole cache lines.
-template <typename Real>
+template <typename Acc>
 bool fills_lines(const Problem& p, const Gradients& grads, const Share& own) {
   const auto starts_one = [](const void* at) {
     return reinterpret_cast<uintptr_t>(at) % kCacheLine == 0;
   };
   const auto ends_one = [&](int heads) {
-    return static_cast<size_t>(heads * p.points) * sizeof(Real) % kCacheLine == 0;
+    return static_cast<size_t>(heads * p.points) * sizeof(Acc) % kCacheLine == 0;
   };
   return starts_one(grads.locations) && starts_one(grads.weights) && ends_one(p.heads) &&
          ends_one(own.first_head) && ends_one(own.last_head);
@@ -111,24 +111,23 @@ DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t firs
 
 template <typename T, typename Weight>
 void backward_share(const Inputs& in, const Gradients& grads, const Share& own, void* scratch) {
-  using Real = typename RealOf<T>::type;
+  using Acc = typename AccOf<T>::type;
   const Problem& p = in.problem;
   const int heads = own.last_head - own.first_head;
   const int count = heads * p.points;
-  const bool is_layer = in.layer.reference != nullptr;
+  const bool is_fused = in.fused.reference != nullptr;
   Arena arena(scratch);
   const PointLevels levels(arena, in, heads);
-  PointSource<Real> source(arena, in, heads);
-  Pair<Real> pair(arena, count, true);
-  const PointGradients<Real> point_grads(arena, count);
+  PointSource<Acc> source(arena, in, heads);
+  Pair<Acc> pair(arena, count, true);
+  const PointGradients<Acc> point_grads(arena, count);
 
   const T* value = static_cast<const T*>(in.value) + p.value_at(own.batch, 0, own.first_head);
   const bool adds = grads.value != nullptr, partial = own.bands > 1 || !adds;
-  Real* grad_value =
-      adds ? static_cast<Real*>(grads.value) + p.value_at(own.batch, 0, own.first_head) : nullptr;
-  const bool streams = grads.past_caches && !partial &&
-                       (is_layer || std::is_same_v<Weight, Real>) &&
-                       fills_lines<Real>(p, grads, own);
+  Acc* grad_value =
+      adds ? static_cast<Acc*>(grads.value) + p.value_at(own.batch, 0, own.first_head) : nullptr;
+  const bool streams = grads.past_caches && !partial && (is_fused || std::is_same_v<Weight, Acc>) &&
+                       fills_lines<Acc>(p, grads, own);
   Visits visits(in);
   const int64_t blocks = blocks_of(in);
   int64_t block = 0;
@@ -140,12 +139,12 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     if (heads == p.heads) return true;
     const int64_t at = p.point_at(own.batch, visits.query, own.first_head);
     const int64_t channel = p.output_at(own.batch, visits.query, own.first_head);
-    fetch_all<false>(in.locations, is_layer ? sizeof(Weight) : sizeof(Real), 2 * at, 2 * count);
+    fetch_all<false>(in.locations, is_fused ? sizeof(Weight) : sizeof(Acc), 2 * at, 2 * count);
     fetch_all<false>(in.weights, sizeof(Weight), at, count);
     fetch_all<false>(grads.output, sizeof(T), channel, heads * p.head_dim);
     if (streams) return true;
-    fetch_all<true>(grads.locations, sizeof(Real), 2 * at, 2 * count);
-    fetch_all<true>(grads.weights, is_layer ? sizeof(Real) : sizeof(Weight), at, count);
+    fetch_all<true>(grads.locations, sizeof(Acc), 2 * at, 2 * count);
+    fetch_all<true>(grads.weights, is_fused ? sizeof(Acc) : sizeof(Weight), at, count);
     return true;
   };
   bool more = advance();
@@ -154,7 +153,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     placed.query = visits.query;
     more = advance();
     source.template points<Weight>(in, own.batch, placed.query, own.first_head, heads,
-                                   [&](const Real* locations, const auto* weights) {
+                                   [&](const Acc* locations, const auto* weights) {
                                      placed.points.template place<true>(levels, locations, weights,
                                                                         count);
                                    });
@@ -167,10 +166,10 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     const int32_t* reach = partial ? now.points.reach : nullptr;
     for (int head = 0; head < heads; ++head) {
       const int first = head * p.points, channel = head * p.head_dim;
-      const Run<Real> run = {now.points.offset + first, now.points.share + first,
-                             next.points.offset + first, p.points};
-      for_channels<Real>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
-        visit_points<lanes.value, vecs.value, T, Real>(
+      const Run<Acc> run = {now.points.offset + first, now.points.share + first,
+                            next.points.offset + first, p.points};
+      for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
+        visit_points<lanes.value, vecs.value, T, Acc>(
             value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
             adds ? grad_value + channel + c : nullptr, point_grads.products + first, c == 0, some);
       });
@@ -178,11 +177,10 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     now.points.pull_back(levels, point_grads.products, point_grads.locations, point_grads.weights,
                          count);
     const int64_t at = p.point_at(own.batch, now.query, own.first_head);
-    Real* to_locations = static_cast<Real*>(grads.locations) + 2 * at;
+    Acc* to_locations = static_cast<Acc*>(grads.locations) + 2 * at;
     // a layer's are taken further by finish_queries, which rounds them
-    if (is_layer) {
-      point_grads.write(to_locations, static_cast<Real*>(grads.weights) + at, reach, count,
-                        streams);
+    if (is_fused) {
+      point_grads.write(to_locations, static_cast<Acc*>(grads.weights) + at, reach, count, streams);
     } else {
       point_grads.write(to_locations, static_cast<Weight*>(grads.weights) + at, reach, count,
                         streams);

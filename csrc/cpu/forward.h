@@ -1,7 +1,7 @@
 // The forward pass: sums in registers, pixels prefetched ahead.
 #pragma once
 
-#include "layer.h"
+#include "fused.h"
 #include "visits.h"
 
 namespace deform_attn::cpu {
@@ -10,10 +10,10 @@ namespace {  // compiled once for each instruction set, so never shared between 
 // The points of a head, and those that the same head has in the next query: their pixels are
 // fetched into the second cache, which is near enough for a processor that computes ahead, and holds
 // what a query reads. Fetched into the first one they would push out what is not yet used.
-template <typename Real>
+template <typename Acc>
 struct Run {
   const Quad<int64_t>* offset;
-  const Quad<Real>* share;
+  const Quad<Acc>* share;
   const Quad<int64_t>* next;
   int count;
 
@@ -57,10 +57,10 @@ DEFORM_ATTN_INLINE void store_channels(T* to, int some, const V (&from)[kVecs]) 
 
 // Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head; `value` and `next` are
 // theirs in this image and in that of the next query. `some`: as in load_channels.
-template <int kLanes, int kVecs, typename T, typename Real>
-DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Real>& run,
+template <int kLanes, int kVecs, typename T, typename Acc>
+DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc>& run,
                                    T* __restrict output, int some) {
-  using V = Vec<Real, kLanes>;
+  using V = Vec<Acc, kLanes>;
   V sums[2][kVecs] = {};  // two chains of additions, to keep both units busy
   for (int k = 0; k < run.count; ++k) {
     run.template fetch<kVecs * kLanes* int{sizeof(T)}>(next, k);
@@ -78,47 +78,47 @@ DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, con
   store_channels<kLanes, kVecs>(output, some, sums[0]);
 }
 
-// Calls `sum(first_channel, lanes, vecs, some)` with compile-time lanes and vecs until all channels
+// Calls `body(first_channel, lanes, vecs, some)` with compile-time lanes and vecs until all channels
 // are done: widest vectors first.
-template <typename Real, typename Sum>
-DEFORM_ATTN_INLINE void for_channels(int head_dim, const Sum& sum) {
-  constexpr int kLanes = kNativeLanes<Real>;
+template <typename Acc, typename Body>
+DEFORM_ATTN_INLINE void for_channels(int head_dim, const Body& body) {
+  constexpr int kLanes = kNativeLanes<Acc>;
   constexpr int kHalf = kLanes > 2 ? kLanes / 2 : kLanes;
   using std::integral_constant;
   int c = 0;
   for (; head_dim - c >= 4 * kLanes; c += 4 * kLanes) {
-    sum(c, integral_constant<int, kLanes>(), integral_constant<int, 4>(), 0);
+    body(c, integral_constant<int, kLanes>(), integral_constant<int, 4>(), 0);
   }
   if (head_dim - c >= 2 * kLanes) {
-    sum(c, integral_constant<int, kLanes>(), integral_constant<int, 2>(), 0);
+    body(c, integral_constant<int, kLanes>(), integral_constant<int, 2>(), 0);
     c += 2 * kLanes;
   }
   if (head_dim - c >= kLanes) {
-    sum(c, integral_constant<int, kLanes>(), integral_constant<int, 1>(), 0);
+    body(c, integral_constant<int, kLanes>(), integral_constant<int, 1>(), 0);
     c += kLanes;
   }
   if (kHalf < kLanes && head_dim - c >= kHalf) {
-    sum(c, integral_constant<int, kHalf>(), integral_constant<int, 1>(), 0);
+    body(c, integral_constant<int, kHalf>(), integral_constant<int, 1>(), 0);
     c += kHalf;
   }
   if (c < head_dim) {
-    sum(c, integral_constant<int, kHalf>(), integral_constant<int, 1>(), head_dim - c);
+    body(c, integral_constant<int, kHalf>(), integral_constant<int, 1>(), head_dim - c);
   }
 }
 
 // Two queries: the one that is visited, and the next one, placed already.
-template <typename Real>
+template <typename Acc>
 struct Pair {
   struct Placed {
     int64_t batch, query;
-    Points<Real> points;
+    Points<Acc> points;
   };
   Placed placed[2];
   int turn = 0;
 
   Pair(Arena& arena, int64_t points, bool backward)
-      : placed{{0, 0, Points<Real>(arena, points, backward)},
-               {0, 0, Points<Real>(arena, points, backward)}} {}
+      : placed{{0, 0, Points<Acc>(arena, points, backward)},
+               {0, 0, Points<Acc>(arena, points, backward)}} {}
 
   // Calls `visit(now, next)` for each query that `place(placed)` places until it returns false; the
   // last one is its own next one.
@@ -136,13 +136,13 @@ struct Pair {
 
 template <typename T, typename Weight>
 void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratch) {
-  using Real = typename RealOf<T>::type;
+  using Acc = typename AccOf<T>::type;
   const Problem& p = in.problem;
   const int count = p.heads * p.points;
   Arena arena(scratch);
   const PointLevels levels(arena, in, p.heads);
-  PointSource<Real> source(arena, in, p.heads);
-  Pair<Real> pair(arena, count, false);
+  PointSource<Acc> source(arena, in, p.heads);
+  Pair<Acc> pair(arena, count, false);
 
   Visits visits(in);
   int64_t block = 0, last = 0;
@@ -154,11 +154,10 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     if (!visits.next(take)) return false;
     placed.batch = visits.batch;
     placed.query = visits.query;
-    source.template points<Weight>(in, placed.batch, placed.query, 0, p.heads,
-                                   [&](const Real* locations, const auto* weights) {
-                                     placed.points.template place<false>(levels, locations, weights,
-                                                                         count);
-                                   });
+    source.template points<Weight>(
+        in, placed.batch, placed.query, 0, p.heads, [&](const Acc* locations, const auto* weights) {
+          placed.points.template place<false>(levels, locations, weights, count);
+        });
     return true;
   };
   pair.run(place, [&](const auto& now, const auto& next) {
@@ -167,11 +166,11 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     T* sums = static_cast<T*>(output) + p.output_at(now.batch, now.query, 0);
     for (int head = 0; head < p.heads; ++head) {
       const int first = head * p.points, channel = head * p.head_dim;
-      const Run<Real> run = {now.points.offset + first, now.points.share + first,
-                             next.points.offset + first, p.points};
-      for_channels<Real>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
-        sum_points<lanes.value, vecs.value, T, Real>(value + channel + c, next_value + channel + c,
-                                                     run, sums + channel + c, some);
+      const Run<Acc> run = {now.points.offset + first, now.points.share + first,
+                            next.points.offset + first, p.points};
+      for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
+        sum_points<lanes.value, vecs.value, T, Acc>(value + channel + c, next_value + channel + c,
+                                                    run, sums + channel + c, some);
       });
     }
   });

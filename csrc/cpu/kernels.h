@@ -15,27 +15,26 @@ struct Inputs {
   const int* first_point;  // [L + 1]: points first_point[l] .. first_point[l + 1] - 1 are level l's
   bool queries_are_pixels;  // query i is the i-th pixel of the levels in turn, as in an encoder
   Type value_type;
-  bool
-      weights_are_real;  // weights have the type of sums, else that of value; a layer's offsets too
+  bool weights_are_acc;  // weights have the type of sums, else that of value; a layer's offsets too
   const void* value;
   const void* locations;  // in the type of sums: double for double, else float
   const void* weights;
-  Layer layer;
+  Fused fused;
 };
 
 struct Gradients {
   const void* output;  // in: value's type
-  void* value;         // out, added to: in the type of sums, zero at first; null: not wanted
+  void* value;         // out, added to: in the type of sums, zero at first; null: not requested
   void* locations;     // out: in the locations' type
   void* weights;       // out: in the weights' type; in the type of sums for a layer
   bool past_caches;    // locations and weights are best written to memory, past the caches
 };
 
 // What `finish` makes of a layer's gradients of locations and weights.
-struct LayerGradients {
+struct FusedGradients {
   const void* locations;  // in: [B, Q, M, K, 2] in the type of sums
   const void* weights;    // in: [B, Q, M, K] in the type of sums
-  void* reference;        // out, as Layer::reference; null: not wanted
+  void* reference;        // out, as Fused::reference; null: not requested
   void* offsets;          // out, in the offsets' type; may be `locations`
   void* logits;           // out, in the logits' type; may be `weights`
 };
@@ -72,7 +71,7 @@ struct Kernels {
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
   // Queries first .. last - 1, counted over all images.
-  void (*finish)(const Inputs&, const LayerGradients&, int64_t first, int64_t last, void* scratch);
+  void (*finish)(const Inputs&, const FusedGradients&, int64_t first, int64_t last, void* scratch);
 };
 
 extern const Kernels kPortable;

@@ -28,9 +28,9 @@ class Arena {
 };
 
 // Arrays are filled a vector at a time: room for whole vectors.
-template <typename Real>
+template <typename Acc>
 int64_t padded(int64_t count) {
-  constexpr int64_t kLanes = kNativeLanes<Real>;
+  constexpr int64_t kLanes = kNativeLanes<Acc>;
   return (count + kLanes - 1) / kLanes * kLanes;
 }
 
@@ -86,30 +86,30 @@ template <typename Number>
 using Quad = Number[4];
 
 // The placed points of a query.
-template <typename Real>
+template <typename Acc>
 struct Points {
   // Of a pixel, in elements from pixel 0; [0] < 0: the point has no pixel. A pixel off the map has
   // the offset of one of the same point that is on it: it can be read, and its share of 0 leaves it
   // out.
   Quad<int64_t>* offset;
-  Quad<Real>* share;  // attention weight * bilinear weight
+  Quad<Acc>* share;  // attention weight * bilinear weight
 
   // for the backward pass alone
-  Real* right;  // fractions towards the next pixel
-  Real* down;
-  Real* weight;    // attention weight
+  Acc* right;  // fractions towards the next pixel
+  Acc* down;
+  Acc* weight;     // attention weight
   int32_t* on[4];  // all bits set: the pixel is on the map
   int32_t* top;    // row of the upper pixels, -1 .. height - 1
   int32_t* reach;  // where a share does not do all with all points: flags of Reach
 
   Points(Arena& arena, int64_t points, bool backward) {
-    const int64_t count = padded<Real>(points);
+    const int64_t count = padded<Acc>(points);
     offset = arena.take<Quad<int64_t>>(count);
-    share = arena.take<Quad<Real>>(count);
+    share = arena.take<Quad<Acc>>(count);
     if (!backward) return;
-    right = arena.take<Real>(count);
-    down = arena.take<Real>(count);
-    weight = arena.take<Real>(count);
+    right = arena.take<Acc>(count);
+    down = arena.take<Acc>(count);
+    weight = arena.take<Acc>(count);
     for (auto& pixel : on) pixel = arena.take<int32_t>(count);
     top = arena.take<int32_t>(count);
     reach = arena.take<int32_t>(count);
@@ -134,12 +134,12 @@ struct Points {
   }
 
   template <bool kBackward, typename Weight>
-  DEFORM_ATTN_INLINE void place(const PointLevels& levels, const Real* locations,
+  DEFORM_ATTN_INLINE void place(const PointLevels& levels, const Acc* locations,
                                 const Weight* weights, int count) {
-    constexpr int kLanes = kNativeLanes<Real>;
+    constexpr int kLanes = kNativeLanes<Acc>;
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
-    using Lanes = VectorNumbers<Real, kLanes>;
-    using V = typename Lanes::Real;
+    using Lanes = VectorNumbers<Acc, kLanes>;
+    using V = typename Lanes::Acc;
     using I = typename Lanes::Int;
     for (int i = 0; i < count; i += kLanes) {
       const int left = count - i;
@@ -158,11 +158,11 @@ struct Points {
       const I width = load_lanes<I, kLanes>(levels.width + i);
       const I start = load_lanes<I, kLanes>(levels.start + i);
       Footprint<V, Lanes> at;
-      const I hit = at.place(every_second<0, Real, kLanes>(first, second, kIndices),
-                             every_second<1, Real, kLanes>(first, second, kIndices), height, width);
+      const I hit = at.place(every_second<0, Acc, kLanes>(first, second, kIndices),
+                             every_second<1, Acc, kLanes>(first, second, kIndices), height, width);
       const V shares[4] = {at.weight(0) * attention, at.weight(1) * attention,
                            at.weight(2) * attention, at.weight(3) * attention};
-      store_quads<kLanes, Real>(share[i], shares);
+      store_quads<kLanes, Acc>(share[i], shares);
 
       const I zero{}, before = at.x < zero ? zero : at.x, above = at.y < zero ? zero : at.y;
       int32_t pixel[kLanes], beside[kLanes], below[kLanes];
@@ -197,12 +197,12 @@ struct Points {
 
   // From the products of the output's gradient with the pixels of `count` points: the gradients of
   // locations, x and y by turns, and of weights. Both have room for whole vectors.
-  DEFORM_ATTN_INLINE void pull_back(const PointLevels& levels, const Quad<Real>* products,
-                                    Real* grad_locations, Real* grad_weights, int count) const {
-    constexpr int kLanes = kNativeLanes<Real>;
+  DEFORM_ATTN_INLINE void pull_back(const PointLevels& levels, const Quad<Acc>* products,
+                                    Acc* grad_locations, Acc* grad_weights, int count) const {
+    constexpr int kLanes = kNativeLanes<Acc>;
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
-    using Lanes = VectorNumbers<Real, kLanes>;
-    using V = typename Lanes::Real;
+    using Lanes = VectorNumbers<Acc, kLanes>;
+    using V = typename Lanes::Acc;
     using I = typename Lanes::Int;
     for (int i = 0; i < count; i += kLanes) {
       Footprint<V, Lanes> at;
@@ -212,11 +212,11 @@ struct Points {
         at.on[corner] = load_lanes<I, kLanes>(on[corner] + i);
       }
       V product[4], sample, by_x, by_y;
-      load_quads<kLanes, Real>(products[i], product);
+      load_quads<kLanes, Acc>(products[i], product);
       at.pull_back(product, sample, by_x, by_y);
       const V attention = load<kLanes>(weight + i);
-      by_x *= attention * Lanes::real(load_lanes<I, kLanes>(levels.width + i));
-      by_y *= attention * Lanes::real(load_lanes<I, kLanes>(levels.height + i));
+      by_x *= attention * Lanes::to_acc(load_lanes<I, kLanes>(levels.width + i));
+      by_y *= attention * Lanes::to_acc(load_lanes<I, kLanes>(levels.height + i));
       store<kLanes>(grad_weights + i, sample);
       store<kLanes>(grad_locations + 2 * i, zipped<false>(by_x, by_y, kIndices));
       store<kLanes>(grad_locations + 2 * i + kLanes, zipped<true>(by_x, by_y, kIndices));

@@ -1,10 +1,10 @@
 // Vectors of the compiler's own (no intrinsics but for 16-bit floats), so that one source serves
 // AVX-512, AVX2, SSE2 and NEON.
 //
-//   Vec<Real, kLanes>     a vector; arithmetic works on it as on a number
+//   Vec<Acc, kLanes>     a vector; arithmetic works on it as on a number
 //   VectorNumbers         what bilinear.h needs to know of vectors
 //   each                  a loop over 0 .. kCount - 1 that is no loop when it runs
-//   load, store           kLanes elements of T to and from Real
+//   load, store           kLanes elements of T to and from Acc
 //   load_some, store_some the first `count` of them
 //   load_pair, store_pair 2 * kLanes of them as two vectors, in the order that is cheapest
 //   store_quads, load_quads   four vectors, lane by lane: as four numbers a lane in memory
@@ -39,15 +39,15 @@ constexpr int kVectorBytes = 16;
 
 constexpr size_t kCacheLine = 64;  // bytes
 
-template <typename Real>
-constexpr int kNativeLanes = kVectorBytes / static_cast<int>(sizeof(Real));
+template <typename Acc>
+constexpr int kNativeLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
 
-template <typename Real, int kLanes>
+template <typename Acc, int kLanes>
 struct VecOf {
-  typedef Real type __attribute__((vector_size(kLanes * sizeof(Real))));
+  typedef Acc type __attribute__((vector_size(kLanes * sizeof(Acc))));
 };
-template <typename Real, int kLanes>
-using Vec = typename VecOf<Real, kLanes>::type;
+template <typename Acc, int kLanes>
+using Vec = typename VecOf<Acc, kLanes>::type;
 
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
 constexpr bool kLittleEndian = true;
@@ -64,11 +64,11 @@ struct Half {
 
 // The type that sums have.
 template <typename T>
-struct RealOf {
+struct AccOf {
   using type = float;
 };
 template <>
-struct RealOf<double> {
+struct AccOf<double> {
   using type = double;
 };
 
@@ -84,8 +84,8 @@ DEFORM_ATTN_INLINE void each(const Body& body) {
 }
 
 // x in every lane: x - 0 is x, of either sign, and costs nothing.
-template <typename V, typename Real>
-DEFORM_ATTN_INLINE V splat(Real x) {
+template <typename V, typename Acc>
+DEFORM_ATTN_INLINE V splat(Acc x) {
   return x - V{};
 }
 
@@ -99,12 +99,12 @@ DEFORM_ATTN_INLINE To bits_as(const From& from) {
 
 // One element.
 
-DEFORM_ATTN_INLINE double to_real(double x) { return x; }
-DEFORM_ATTN_INLINE float to_real(float x) { return x; }
-DEFORM_ATTN_INLINE float to_real(BFloat16 x) {
+DEFORM_ATTN_INLINE double to_acc(double x) { return x; }
+DEFORM_ATTN_INLINE float to_acc(float x) { return x; }
+DEFORM_ATTN_INLINE float to_acc(BFloat16 x) {
   return bits_as<float>(static_cast<uint32_t>(x.bits) << 16);
 }
-DEFORM_ATTN_INLINE float to_real(Half x) {
+DEFORM_ATTN_INLINE float to_acc(Half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
@@ -121,15 +121,15 @@ DEFORM_ATTN_INLINE float to_real(Half x) {
 #endif
 }
 
-DEFORM_ATTN_INLINE void from_real(double x, double& to) { to = x; }
-DEFORM_ATTN_INLINE void from_real(float x, float& to) { to = x; }
-DEFORM_ATTN_INLINE void from_real(float x, BFloat16& to) {
+DEFORM_ATTN_INLINE void from_acc(double x, double& to) { to = x; }
+DEFORM_ATTN_INLINE void from_acc(float x, float& to) { to = x; }
+DEFORM_ATTN_INLINE void from_acc(float x, BFloat16& to) {
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint32_t even = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // round to nearest even
   const uint32_t nan = (bits >> 16) | 0x40u;
   to.bits = static_cast<uint16_t>(x != x ? nan : even);
 }
-DEFORM_ATTN_INLINE void from_real(float x, Half& to) {
+DEFORM_ATTN_INLINE void from_acc(float x, Half& to) {
 #if defined(__F16C__)
   to.bits = _cvtss_sh(x, 0);
 #else
@@ -154,10 +154,10 @@ DEFORM_ATTN_INLINE void from_real(float x, Half& to) {
 // kLanes elements.
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE Vec<typename RealOf<T>::type, kLanes> load(const T* from) {
-  using Real = typename RealOf<T>::type;
-  Vec<Real, kLanes> to;
-  if constexpr (std::is_same_v<T, Real>) {
+DEFORM_ATTN_INLINE Vec<typename AccOf<T>::type, kLanes> load(const T* from) {
+  using Acc = typename AccOf<T>::type;
+  Vec<Acc, kLanes> to;
+  if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(&to, from, sizeof(to));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     Vec<uint16_t, kLanes> bits;
@@ -180,20 +180,20 @@ DEFORM_ATTN_INLINE Vec<typename RealOf<T>::type, kLanes> load(const T* from) {
       return to;
     }
 #endif
-    for (int i = 0; i < kLanes; ++i) to[i] = to_real(from[i]);
+    for (int i = 0; i < kLanes; ++i) to[i] = to_acc(from[i]);
   }
   return to;
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void store(T* to, Vec<typename RealOf<T>::type, kLanes> from) {
-  using Real = typename RealOf<T>::type;
-  if constexpr (std::is_same_v<T, Real>) {
+DEFORM_ATTN_INLINE void store(T* to, Vec<typename AccOf<T>::type, kLanes> from) {
+  using Acc = typename AccOf<T>::type;
+  if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(to, &from, sizeof(from));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     using Bits = Vec<uint32_t, kLanes>;
     const Bits bits = bits_as<Bits>(from);
-    const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);  // as from_real
+    const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);  // as from_acc
     const Bits rounded = (from == from ? even : bits | 0x400000u) >> 16;
     const auto narrow = __builtin_convertvector(rounded, Vec<uint16_t, kLanes>);
     std::memcpy(to, &narrow, sizeof(narrow));
@@ -212,26 +212,26 @@ DEFORM_ATTN_INLINE void store(T* to, Vec<typename RealOf<T>::type, kLanes> from)
       return;
     }
 #endif
-    for (int i = 0; i < kLanes; ++i) from_real(from[i], to[i]);
+    for (int i = 0; i < kLanes; ++i) from_acc(from[i], to[i]);
   }
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE Vec<typename RealOf<T>::type, kLanes> load_some(const T* from, int count) {
-  Vec<typename RealOf<T>::type, kLanes> to = {};
-  for (int i = 0; i < count; ++i) to[i] = to_real(from[i]);
+DEFORM_ATTN_INLINE Vec<typename AccOf<T>::type, kLanes> load_some(const T* from, int count) {
+  Vec<typename AccOf<T>::type, kLanes> to = {};
+  for (int i = 0; i < count; ++i) to[i] = to_acc(from[i]);
   return to;
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void store_some(T* to, Vec<typename RealOf<T>::type, kLanes> from, int count) {
-  for (int i = 0; i < count; ++i) from_real(from[i], to[i]);
+DEFORM_ATTN_INLINE void store_some(T* to, Vec<typename AccOf<T>::type, kLanes> from, int count) {
+  for (int i = 0; i < count; ++i) from_acc(from[i], to[i]);
 }
 
 // Two arrays from pairs: lanes 0, 2, 4 .. and 1, 3, 5 .. of a and b one behind the other.
-template <int kFirst, typename Real, int kLanes, int... kIndex>
-DEFORM_ATTN_INLINE Vec<Real, kLanes> every_second(Vec<Real, kLanes> a, Vec<Real, kLanes> b,
-                                                  std::integer_sequence<int, kIndex...>) {
+template <int kFirst, typename Acc, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Acc, kLanes> every_second(Vec<Acc, kLanes> a, Vec<Acc, kLanes> b,
+                                                 std::integer_sequence<int, kIndex...>) {
   return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
 }
 
@@ -246,8 +246,8 @@ DEFORM_ATTN_INLINE V zipped(V a, V b, std::integer_sequence<int, kIndex...>) {
 // 2 * kLanes elements. Two 16-bit floats side by side are halves of a 32-bit number: bfloat16 comes
 // apart with a shift and a mask, elements 0, 2, 4 .. in one vector and 1, 3, 5 .. in the other.
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<typename RealOf<T>::type, kLanes>& first,
-                                  Vec<typename RealOf<T>::type, kLanes>& second) {
+DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<typename AccOf<T>::type, kLanes>& first,
+                                  Vec<typename AccOf<T>::type, kLanes>& second) {
   if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
     Vec<uint32_t, kLanes> both;
     std::memcpy(&both, from, sizeof(both));
@@ -260,8 +260,8 @@ DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<typename RealOf<T>::type, k
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void store_pair(T* to, Vec<typename RealOf<T>::type, kLanes> first,
-                                   Vec<typename RealOf<T>::type, kLanes> second) {
+DEFORM_ATTN_INLINE void store_pair(T* to, Vec<typename AccOf<T>::type, kLanes> first,
+                                   Vec<typename AccOf<T>::type, kLanes> second) {
   if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
     store<kLanes>(to, zipped<false>(first, second, kIndices));
@@ -304,15 +304,15 @@ DEFORM_ATTN_INLINE void load_quads(const Lane* from, Vec<Lane, kLanes> (&to)[4])
   to[3] = every_second<1, Lane, kLanes>(odd[0], odd[1], kIndices);
 }
 
-template <typename Real_, int kLanes>
+template <typename Acc_, int kLanes>
 struct VectorNumbers {
-  using Lane = Real_;
-  using Real = Vec<Lane, kLanes>;
+  using Lane = Acc_;
+  using Acc = Vec<Lane, kLanes>;
   using IntLane = std::conditional_t<sizeof(Lane) == 4, int32_t, int64_t>;
   using Int = Vec<IntLane, kLanes>;
   using Mask = Int;
 
-  static DEFORM_ATTN_INLINE Real multiply_add(Real a, Real b, Real c) {
+  static DEFORM_ATTN_INLINE Acc multiply_add(Acc a, Acc b, Acc c) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Lane, float> && kLanes == 16) return _mm512_fmadd_ps(a, b, c);
     if constexpr (std::is_same_v<Lane, double> && kLanes == 8) return _mm512_fmadd_pd(a, b, c);
@@ -320,17 +320,17 @@ struct VectorNumbers {
     if constexpr (std::is_same_v<Lane, float> && kLanes == 8) return _mm256_fmadd_ps(a, b, c);
     if constexpr (std::is_same_v<Lane, double> && kLanes == 4) return _mm256_fmadd_pd(a, b, c);
 #endif
-    Real sum;
+    Acc sum;
     for (int i = 0; i < kLanes; ++i) sum[i] = Numbers<Lane>::multiply_add(a[i], b[i], c[i]);
     return sum;
   }
   // Beyond the integers, and for NaN, some number that is on no map.
-  static DEFORM_ATTN_INLINE Real round_down(Real x) {
-    const Real towards_zero = real(whole(x));
+  static DEFORM_ATTN_INLINE Acc round_down(Acc x) {
+    const Acc towards_zero = to_acc(to_int(x));
     return towards_zero > x ? towards_zero - 1 : towards_zero;
   }
-  static DEFORM_ATTN_INLINE Int whole(Real x) { return __builtin_convertvector(x, Int); }
-  static DEFORM_ATTN_INLINE Real real(Int x) { return __builtin_convertvector(x, Real); }
+  static DEFORM_ATTN_INLINE Int to_int(Acc x) { return __builtin_convertvector(x, Int); }
+  static DEFORM_ATTN_INLINE Acc to_acc(Int x) { return __builtin_convertvector(x, Acc); }
   static DEFORM_ATTN_INLINE Mask mask(Mask compared) {
     // As plain integers: GCC joins AVX-512 comparisons bit by bit if it sees what they are.
 #if defined(__x86_64__)
@@ -338,23 +338,23 @@ struct VectorNumbers {
 #endif
     return compared;
   }
-  static DEFORM_ATTN_INLINE Real where(Mask mask, Real x) {
-    return bits_as<Real>(bits_as<Mask>(x) & mask);
+  static DEFORM_ATTN_INLINE Acc where(Mask mask, Acc x) {
+    return bits_as<Acc>(bits_as<Mask>(x) & mask);
   }
 };
 
 // The sums of four vectors: lane i * kLanes / 4 of the result is the sum of the i-th.
-template <typename Real, int kLanes, int... kIndex>
-DEFORM_ATTN_INLINE Vec<Real, kLanes> paired(Vec<Real, kLanes> a, Vec<Real, kLanes> b,
-                                            std::integer_sequence<int, kIndex...>) {
+template <typename Acc, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Acc, kLanes> paired(Vec<Acc, kLanes> a, Vec<Acc, kLanes> b,
+                                           std::integer_sequence<int, kIndex...>) {
   // a's upper half onto its lower half, b's lower half onto its upper half
   constexpr int kHalf = kLanes / 2;
   return __builtin_shufflevector(a, b, (kIndex < kHalf ? kIndex : kLanes + kIndex)...) +
          __builtin_shufflevector(a, b, (kIndex + kHalf)...);
 }
-template <typename Real, int kLanes, int... kIndex>
-DEFORM_ATTN_INLINE Vec<Real, kLanes> quartered(Vec<Real, kLanes> a, Vec<Real, kLanes> b,
-                                               std::integer_sequence<int, kIndex...>) {
+template <typename Acc, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Acc, kLanes> quartered(Vec<Acc, kLanes> a, Vec<Acc, kLanes> b,
+                                              std::integer_sequence<int, kIndex...>) {
   // a and b hold two sums each, a half a sum; the result holds four, a quarter a sum
   constexpr int kQuarter = kLanes / 4;
   return __builtin_shufflevector(a, b,
@@ -365,9 +365,9 @@ DEFORM_ATTN_INLINE Vec<Real, kLanes> quartered(Vec<Real, kLanes> a, Vec<Real, kL
              ((kIndex / kQuarter / 2) * kLanes + (kIndex / kQuarter % 2) * 2 * kQuarter + kQuarter +
               kIndex % kQuarter)...);
 }
-template <typename Real, int kLanes, int... kIndex>
-DEFORM_ATTN_INLINE Vec<Real, kLanes> rotated(Vec<Real, kLanes> a, int by,
-                                             std::integer_sequence<int, kIndex...>) {
+template <typename Acc, int kLanes, int... kIndex>
+DEFORM_ATTN_INLINE Vec<Acc, kLanes> rotated(Vec<Acc, kLanes> a, int by,
+                                            std::integer_sequence<int, kIndex...>) {
   // within quarters
   constexpr int kQuarter = kLanes / 4;
   if (by == 1) {
@@ -376,16 +376,16 @@ DEFORM_ATTN_INLINE Vec<Real, kLanes> rotated(Vec<Real, kLanes> a, int by,
   }
   return __builtin_shufflevector(a, a, (kIndex / kQuarter * kQuarter + (kIndex + 2) % kQuarter)...);
 }
-template <typename Real, int kLanes>
-DEFORM_ATTN_INLINE void four_sums(const Vec<Real, kLanes> (&from)[4], Real (&to)[4]) {
+template <typename Acc, int kLanes>
+DEFORM_ATTN_INLINE void four_sums(const Vec<Acc, kLanes> (&from)[4], Acc (&to)[4]) {
   if constexpr (kLanes >= 4) {
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
-    auto sums = quartered<Real, kLanes>(paired<Real, kLanes>(from[0], from[1], kIndices),
-                                        paired<Real, kLanes>(from[2], from[3], kIndices), kIndices);
-    if constexpr (kLanes >= 16) sums += rotated<Real, kLanes>(sums, 2, kIndices);
-    if constexpr (kLanes >= 8) sums += rotated<Real, kLanes>(sums, 1, kIndices);
+    auto sums = quartered<Acc, kLanes>(paired<Acc, kLanes>(from[0], from[1], kIndices),
+                                       paired<Acc, kLanes>(from[2], from[3], kIndices), kIndices);
+    if constexpr (kLanes >= 16) sums += rotated<Acc, kLanes>(sums, 2, kIndices);
+    if constexpr (kLanes >= 8) sums += rotated<Acc, kLanes>(sums, 1, kIndices);
     constexpr int kQuarter = kLanes / 4;
-    const Vec<Real, 4> four =
+    const Vec<Acc, 4> four =
         __builtin_shufflevector(sums, sums, 0, kQuarter, 2 * kQuarter, 3 * kQuarter);
     std::memcpy(to, &four, sizeof(four));
   } else {

@@ -1,6 +1,6 @@
 // Backward kernels: the gradients of value, points and weights from the gradient of the output.
 //
-//   backward_plain    a thread per channel, an atomic per channel and pixel: the design of 2020, kept
+//   backward_baseline    a thread per channel, an atomic per channel and pixel: the design of 2020, kept
 //                     as the yardstick and as the text to read first
 //   backward_teams    gradients of points and weights, or of a layer's offsets and logits, summed in
 //                     the lanes. Where kScatter, the gradient of value too, with the widest atomics
@@ -20,25 +20,25 @@ namespace deform_attn {
 
 // The gradients that a point's two coordinates and weight get, from the dot products of its four
 // pixels with the gradient of the output.
-template <typename Sum>
-__device__ Sample<Sum> point_gradient(const Footprint<Sum>& foot, const Level& level, Sum weight,
-                                      const Sum (&dot)[4]) {
-  Sample<Sum> gradient;
+template <typename Acc>
+__device__ Sample<Acc> point_gradient(const Footprint<Acc>& foot, const Level& level, Acc weight,
+                                      const Acc (&dot)[4]) {
+  Sample<Acc> gradient;
   foot.pull_back(dot, gradient.weight, gradient.x, gradient.y);
-  gradient.x *= weight * static_cast<Sum>(level.width);
-  gradient.y *= weight * static_cast<Sum>(level.height);
+  gradient.x *= weight * static_cast<Acc>(level.width);
+  gradient.y *= weight * static_cast<Acc>(level.height);
   return gradient;
 }
 
 // A block per (batch, query, head). The gradient of value is added to `grad_value`, zeros before.
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
-    backward_plain(Problem problem, LevelTable table, GivenPoints<T> points,
-                   const T* __restrict__ value, const T* __restrict__ grad_output,
-                   Real<T>* __restrict__ grad_value, GivenPointGradients<T> gradients) {
-  using Sum = Real<T>;
+    backward_baseline(Problem problem, LevelTable table, GivenPoints<T> points,
+                      const T* __restrict__ value, const T* __restrict__ grad_output,
+                      AccOf<T>* __restrict__ grad_value, GivenPointGradients<T> gradients) {
+  using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
-  __shared__ Sum dots[4][kBlock];
+  __shared__ Acc dots[4][kBlock];
   read_levels(table, problem, levels);
   const int64_t item = blockIdx.x;
   const int head = static_cast<int>(item % problem.heads);
@@ -46,18 +46,18 @@ __global__ void __launch_bounds__(kBlock)
   int level = 0;
   for (int k = 0; k < problem.points; ++k) {
     level = level_of(k, level, levels);
-    const Sample<Sum> sample = points.at({item * problem.points}, k, level, levels);
-    Footprint<Sum> foot;
+    const Sample<Acc> sample = points.at({item * problem.points}, k, level, levels);
+    Footprint<Acc> foot;
     foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
     const auto corner =
-        corner_of<Sum, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride());
-    Sum dot[4] = {0, 0, 0, 0};
+        corner_of<Acc, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride());
+    Acc dot[4] = {0, 0, 0, 0};
     for (int channel = threadIdx.x; channel < problem.head_dim; channel += blockDim.x) {
-      const Sum grad = static_cast<Sum>(grad_output[item * problem.head_dim + channel]);
+      const Acc grad = static_cast<Acc>(grad_output[item * problem.head_dim + channel]);
       for (int i = 0; i < 4; ++i) {
         if (!foot.on[i]) continue;
         const int64_t at = start + corner.at[i] + channel;
-        dot[i] += static_cast<Sum>(value[at]) * grad;
+        dot[i] += static_cast<Acc>(value[at]) * grad;
         atomicAdd(grad_value + at, corner.weight[i] * grad);
       }
     }
@@ -112,10 +112,10 @@ __device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
 #pragma unroll 1
         for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
           const auto along = points.along(query, k, l, levels, axis);
-          using Sum = std::decay_t<decltype(along)>;
+          using Acc = std::decay_t<decltype(along)>;
           int pixel;
-          Sum fraction;
-          if (!pixel_of<Numbers<Sum>>(along, size, pixel, fraction)) continue;
+          Acc fraction;
+          if (!pixel_of<Numbers<Acc>>(along, size, pixel, fraction)) continue;
           low = min(low, max(pixel, 0));
           high = max(high, min(pixel + 1, size - 1));
         }
@@ -141,21 +141,21 @@ __device__ __noinline__ void bound_queries_apart(Problem problem, const BlockLev
 }
 
 // Numbers of a layer's points that a warp keeps in shared memory.
-template <typename Sum>
-constexpr int kKept = sizeof(Sum) == 8 ? 32 : 128;
+template <typename Acc>
+constexpr int kKept = sizeof(Acc) == 8 ? 32 : 128;
 
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. All here and nothing
 // in registers, which the pixels and the gradient of the output need.
-template <typename Sum, typename Offset, typename Points>
+template <typename Acc, typename Offset, typename Points>
 struct Staged {
-  Corner<Sum, Offset> corner[kWarp];
-  Sum dot[kWarp]
+  Corner<Acc, Offset> corner[kWarp];
+  Acc dot[kWarp]
          [4];  // of the four pixels with the gradient of the output; then of a layer's point:
                // its gradients by x and y, and the same times its offset
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
-  Sum weight[Points::kLayer ? kWarp : 1];   // of a layer's points, an exponential each
-  Sum by_weight[Points::kLayer ? kKept<Sum> : 1];
+  Acc weight[Points::kFused ? kWarp : 1];   // of a layer's points, an exponential each
+  Acc by_weight[Points::kFused ? kKept<Acc> : 1];
 };
 
 // Adds the points of one pass, `first` to first + count of a query, to what the head adds to the
@@ -163,28 +163,28 @@ struct Staged {
 // each always the same.
 template <typename T, typename Shared>
 __device__ void add_reference_parts(const Problem& problem, const BlockLevels& levels,
-                                    const LayerPoints<T>& points, const Shared& staged,
+                                    const FusedPoints<T>& points, const Shared& staged,
                                     const Teams& teams, int head, int first, int count, int level,
-                                    Real<T>* parts) {
-  using Sum = Real<T>;
+                                    AccOf<T>* parts) {
+  using Acc = AccOf<T>;
   const int size = points.reference_size;
   const int64_t item = staged.query[teams.team()].item;
-  Sum* const row = parts + (item * problem.heads + head) * points.reference_levels * size;
+  Acc* const row = parts + (item * problem.heads + head) * points.reference_levels * size;
   const bool shared = points.reference_levels == 1;
   for (; level < problem.levels && levels.first_point[level] < first + count; ++level) {
     const int begin = max(levels.first_point[level], first);
     const int end = min(levels.first_point[level + 1], first + count);
     const bool begun = shared ? begin > 0 : levels.first_point[level] < first;
-    const Sum portion = points.portion(level, levels);
+    const Acc portion = points.portion(level, levels);
     for (int j = teams.channel_lane(); j < size; j += teams.lanes()) {
-      Sum sum = 0;
+      Acc sum = 0;
 #pragma unroll 1
       for (int k = begin; k < end; ++k) {
         sum += staged.dot[(k - first) * teams.count() + teams.team()][j];
       }
       if (levels.level[level].height == 0) sum = 0;
       if (j >= 2) sum *= portion;
-      Sum* const to = row + (shared ? 0 : level * size) + j;
+      Acc* const to = row + (shared ? 0 : level * size) + j;
       if (begin < end) *to = begun ? *to + sum : sum;
     }
   }
@@ -196,14 +196,14 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 template <typename T, int kVec, typename Offset, bool kScatter, typename Points>
 __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
     backward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
-                   const T* __restrict__ grad_output, Real<T>* __restrict__ grad_value,
+                   const T* __restrict__ grad_output, AccOf<T>* __restrict__ grad_value,
                    typename Points::Gradients gradients, Rectangle* __restrict__ bounds, int run,
                    int positions, int lane_bits) {
-  using Sum = Real<T>;
-  constexpr int kWidth = kAtomicWidth<Sum, kVec>;
+  using Acc = AccOf<T>;
+  constexpr int kWidth = kAtomicWidth<Acc, kVec>;
   __shared__ BlockLevels levels;
   __shared__ Part part;
-  __shared__ Staged<Sum, Offset, Points> all_staged[kBlock / kWarp];
+  __shared__ Staged<Acc, Offset, Points> all_staged[kBlock / kWarp];
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, positions, problem.head_dim);
   read_levels(table, problem, levels);
 
@@ -224,16 +224,16 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
           staged_query < 0 ? 0 : problem.output_at(part.batch, staged_query, part.head);
     }
     // The place of the gradient by the weight of a point that this lane stages.
-    [[maybe_unused]] const auto by_weight = [&](int k) -> Sum& {
-      if constexpr (Points::kLayer) {
-        if (problem.points * teams.count() > kKept<Sum>) {
+    [[maybe_unused]] const auto by_weight = [&](int k) -> Acc& {
+      if constexpr (Points::kFused) {
+        if (problem.points * teams.count() > kKept<Acc>) {
           return gradients.by_weight[staged.query[teams.lane % teams.count()].first_point + k];
         }
       }
       return staged.by_weight[k * teams.count() + teams.lane % teams.count()];
     };
     int level = 0;
-    [[maybe_unused]] Sum mean = 0;  // of a layer: of the gradients by weight, weighted
+    [[maybe_unused]] Acc mean = 0;  // of a layer: of the gradients by weight, weighted
     for (int first = 0; first < problem.points; first += teams.lanes()) {
       const int k_staged = first + teams.lane / teams.count();
       __syncwarp();
@@ -241,12 +241,12 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       const bool stages = query.first_point >= 0 && k_staged < problem.points;
       if (stages) {
         level = level_of(k_staged, level, levels);
-        const Sample<Sum> sample = points.at(query, k_staged, level, levels);
-        Footprint<Sum> foot;
+        const Sample<Acc> sample = points.at(query, k_staged, level, levels);
+        Footprint<Acc> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
         staged.corner[teams.lane] =
-            corner_of<Sum, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
-        if constexpr (Points::kLayer) staged.weight[teams.lane] = sample.weight;
+            corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
+        if constexpr (Points::kFused) staged.weight[teams.lane] = sample.weight;
 #pragma unroll
         for (int i = 0; i < 4; ++i) staged.dot[teams.lane][i] = 0;
       }
@@ -268,15 +268,15 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
             const Offset at = active ? staged.corner[entry].at[i] : Offset{-1};
             pixel[i] = load_if<kVec>(at >= 0, source + at);
           }
-          Sum dot[4] = {};
+          Acc dot[4] = {};
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
 #pragma unroll
             for (int c = 0; c < kVec; ++c) {
-              dot[i] += static_cast<Sum>(grad.at[c]) * static_cast<Sum>(pixel[i].at[c]);
+              dot[i] += static_cast<Acc>(grad.at[c]) * static_cast<Acc>(pixel[i].at[c]);
             }
           }
-          const Sum sum = sum_four_ways(dot, teams.lane, teams.lanes());
+          const Acc sum = sum_four_ways(dot, teams.lane, teams.lanes());
           if (mine < part.count && teams.channel_lane() < 4) {
             staged.dot[entry][teams.channel_lane()] += sum;
           }
@@ -296,21 +296,21 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) grad.at[c + j] = some.at[j];
         }
-        Sum* const target = grad_value + problem.value_at(part.batch, 0, part.head);
+        Acc* const target = grad_value + problem.value_at(part.batch, 0, part.head);
 #pragma unroll 1
         for (int k = 0; k < count; ++k) {
           const auto& corner = staged.corner[k * teams.count() + teams.team()];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             if (corner.at[i] < 0) continue;
-            Sum* const to = target + corner.at[i];
+            Acc* const to = target + corner.at[i];
 #pragma unroll
             for (int c = 0; c < kVec; c += kWidth) {
               if (channel_of(c) >= problem.head_dim) break;
-              Sum term[kWidth];
+              Acc term[kWidth];
 #pragma unroll
               for (int j = 0; j < kWidth; ++j) {
-                term[j] = corner.weight[i] * static_cast<Sum>(grad.at[c + j]);
+                term[j] = corner.weight[i] * static_cast<Acc>(grad.at[c + j]);
               }
               atomic_add<kWidth>(to + channel_of(c), term);
             }
@@ -320,21 +320,21 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       __syncwarp();
       if (stages) {  // the point once more: registers are few, its numbers are in the cache
         const auto location = points.location(query, k_staged, level, levels);
-        const Sum weight =
-            Points::kLayer ? staged.weight[teams.lane] : points.weight(query, k_staged);
-        Footprint<Sum> foot;
+        const Acc weight =
+            Points::kFused ? staged.weight[teams.lane] : points.weight(query, k_staged);
+        Footprint<Acc> foot;
         foot.place(location.at[0], location.at[1], levels.level[level].height,
                    levels.level[level].width);
         const auto gradient =
             point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane]);
         const int64_t point = query.first_point + k_staged;
-        if constexpr (Points::kLayer) {
+        if constexpr (Points::kFused) {
           const bool empty = levels.level[level].height == 0;
-          const Sum across = points.step_of(query.item, level, levels, 0);
-          const Sum along = points.step_of(query.item, level, levels, 1);
+          const Acc across = points.step_of(query.item, level, levels, 0);
+          const Acc along = points.step_of(query.item, level, levels, 1);
           const auto moved = points.offset(point);
-          gradients.set_offset(point, empty ? Sum(0) : gradient.x * across,
-                               empty ? Sum(0) : gradient.y * along);
+          gradients.set_offset(point, empty ? Acc(0) : gradient.x * across,
+                               empty ? Acc(0) : gradient.y * along);
           staged.dot[teams.lane][0] = gradient.x;
           staged.dot[teams.lane][1] = gradient.y;
           staged.dot[teams.lane][2] = gradient.x * moved.at[0];
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
           gradients.set(point, gradient);
         }
       }
-      if constexpr (Points::kLayer) {
+      if constexpr (Points::kFused) {
         __syncwarp();
         if (mine < part.count && gradients.reference_parts) {
           add_reference_parts(problem, levels, points, staged, teams, part.head, first, count,
@@ -353,7 +353,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         }
       }
     }
-    if constexpr (Points::kLayer) {  // the softmax: each lane has staged the same points as above
+    if constexpr (Points::kFused) {  // the softmax: each lane has staged the same points as above
       for (int step = teams.count(); step < kWarp; step *= 2) {
         mean += __shfl_xor_sync(kAllLanes, mean, step);
       }
@@ -457,10 +457,10 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
     backward_gather(Problem problem, LevelTable table, Points points,
                     const T* __restrict__ grad_output, const Rectangle* __restrict__ bounds,
                     T* __restrict__ grad_value, int run) {
-  using Sum = Real<T>;
+  using Acc = AccOf<T>;
   constexpr int kWidth = kTileWidth<T>;
   __shared__ BlockLevels levels;
-  __shared__ Sum sums[kGatherWarps][kTileHeight * kWidth][kWarp];
+  __shared__ Acc sums[kGatherWarps][kTileHeight * kWidth][kWarp];
   __shared__ Tile tile;
   __shared__ int64_t batch;
   __shared__ int head, first_channel;
@@ -484,7 +484,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
     const int64_t step = int64_t{gridDim.x / planes} * kGatherWarps;
     for (int64_t row = int64_t{blockIdx.x / planes} * kGatherWarps + warp; row < problem.rows;
          row += step) {
-      if (on && !in_a_level(row, levels, table.count)) *row_of(row) = static_cast<T>(Sum(0));
+      if (on && !in_a_level(row, levels, table.count)) *row_of(row) = static_cast<T>(Acc(0));
     }
   }
   for (unsigned index = blockIdx.x / planes;; index += gridDim.x / planes) {
@@ -511,7 +511,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
         for (int item = lane; item - lane < total; item += kWarp) {
           // This lane's point: which pixels of the tile it touches, -1 for those outside.
           int slot[4] = {-1, -1, -1, -1};
-          Sum share[4] = {};
+          Acc share[4] = {};
           bool hit = false;
           int64_t output_at = 0;
           const int place = item / count;
@@ -526,7 +526,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
             const int k = levels.first_point[l] + item % count;
             const auto location =
                 points.location(points.find(problem, batch, query, head), k, l, levels);
-            Footprint<Sum> foot;
+            Footprint<Acc> foot;
             foot.place(location.at[0], location.at[1], levels.level[l].height,
                        levels.level[l].width);
 #pragma unroll
@@ -536,7 +536,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
               hit = hit || slot[i] >= 0;
             }
             if (hit) {  // of most points nothing but the location is read
-              const Sum weight = points.weight(points.reopen(problem, batch, query, head), k);
+              const Acc weight = points.weight(points.reopen(problem, batch, query, head), k);
               // not `weight`, which takes more registers: without a slot it is not added anyway
 #pragma unroll
               for (int i = 0; i < 4; ++i) share[i] = foot.weight_on_map(i) * weight;
@@ -545,12 +545,12 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
           for (unsigned hits = __ballot_sync(kAllLanes, hit); hits; hits &= hits - 1) {
             const int from = __ffs(hits) - 1;
             const int64_t source = __shfl_sync(kAllLanes, output_at, from);
-            const Sum grad =
-                on ? static_cast<Sum>(grad_output[source + first_channel + lane]) : Sum(0);
+            const Acc grad =
+                on ? static_cast<Acc>(grad_output[source + first_channel + lane]) : Acc(0);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               const int to = __shfl_sync(kAllLanes, slot[i], from);
-              const Sum part = __shfl_sync(kAllLanes, share[i], from);
+              const Acc part = __shfl_sync(kAllLanes, share[i], from);
               if (to >= 0) sums[warp][to][lane] += part * grad;
             }
           }
@@ -561,7 +561,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
     for (int i = warp; i < kTileHeight * kWidth; i += kGatherWarps) {
       const int64_t row = owned_row<kWidth>(tile, i, levels);
       if (row < 0 || !on) continue;
-      Sum sum = 0;
+      Acc sum = 0;
       for (int w = 0; w < kGatherWarps; ++w) sum += sums[w][i][lane];
       *row_of(row) = static_cast<T>(sum);
     }
@@ -571,18 +571,18 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
 
 // parts [B, Q, M, L or 1, size] to grad_reference [B, Q, L or 1, size]: a thread per number. A level
 // without points has no part.
-template <typename Sum>
+template <typename Acc>
 __global__ void __launch_bounds__(kBlock)
-    sum_heads(Problem problem, LevelTable table, const Sum* __restrict__ parts,
-              Sum* __restrict__ grad_reference, int reference_levels, int size) {
+    sum_heads(Problem problem, LevelTable table, const Acc* __restrict__ parts,
+              Acc* __restrict__ grad_reference, int reference_levels, int size) {
   const int row = reference_levels * size;
   const int64_t total = problem.batch * problem.queries * row;
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
     const int at = static_cast<int>(i % row), l = at / size;
     const bool none = reference_levels > 1 && table.first_point[l] == table.first_point[l + 1];
-    const Sum* const first = parts + i / row * problem.heads * row + at;
-    Sum sum = 0;
+    const Acc* const first = parts + i / row * problem.heads * row + at;
+    Acc sum = 0;
     for (int head = 0; head < problem.heads && !none; ++head) sum += first[int64_t{head} * row];
     grad_reference[i] = sum;
   }

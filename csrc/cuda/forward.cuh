@@ -1,6 +1,6 @@
 // Forward kernels: the output from value, points and weights.
 //
-//   forward_plain   a thread per output number: the design of 2020, kept as the yardstick and as
+//   forward_baseline   a thread per output number: the design of 2020, kept as the yardstick and as
 //                   the text to read first
 //   forward_teams   16-byte loads; each point's coordinates are computed once a query and head and
 //                   shared by its lanes; neighbouring queries of an encoder run together
@@ -25,9 +25,9 @@ constexpr int kLeastBlocks = 4;
 
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
-    forward_plain(Problem problem, LevelTable table, GivenPoints<T> points,
-                  const T* __restrict__ value, T* __restrict__ output) {
-  using Sum = Real<T>;
+    forward_baseline(Problem problem, LevelTable table, GivenPoints<T> points,
+                     const T* __restrict__ value, T* __restrict__ output) {
+  using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
   read_levels(table, problem, levels);
   const int64_t total = problem.batch * problem.queries * problem.row_stride();
@@ -38,17 +38,17 @@ __global__ void __launch_bounds__(kBlock)
     const int head = static_cast<int>(item % problem.heads);
     const int64_t batch = item / problem.heads / problem.queries;
     const T* const source = value + problem.value_at(batch, 0, head) + channel;
-    Sum sum = 0;
+    Acc sum = 0;
     for (int l = 0; l < table.count; ++l) {
       const Level level = levels.level[l];
       for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-        const Sample<Sum> sample = points.at({item * problem.points}, k, l, levels);
-        Footprint<Sum> foot;
+        const Sample<Acc> sample = points.at({item * problem.points}, k, l, levels);
+        Footprint<Acc> foot;
         foot.place(sample.x, sample.y, level.height, level.width);
         const auto corner =
-            corner_of<Sum, int64_t>(foot, level, sample.weight, problem.row_stride());
+            corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
         for (int j = 0; j < 4; ++j) {
-          if (foot.on[j]) sum += corner.weight[j] * static_cast<Sum>(source[corner.at[j]]);
+          if (foot.on[j]) sum += corner.weight[j] * static_cast<Acc>(source[corner.at[j]]);
         }
       }
     }
@@ -63,17 +63,17 @@ template <typename T, int kVec, typename Offset, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
     forward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                   T* __restrict__ output, int positions, int lane_bits) {
-  using Sum = Real<T>;
+  using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
   __shared__ Part part;  // here and not in registers, which the pixels need
-  __shared__ Corner<Sum, Offset> all_corners[kBlock / kWarp][kStaged<Sum>];
+  __shared__ Corner<Acc, Offset> all_corners[kBlock / kWarp][kStaged<Acc>];
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, positions, kVec << lane_bits);
   read_levels(table, problem, levels);
 
   const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const Teams teams = {lane_bits, static_cast<int>(threadIdx.x % kWarp)};
-  Corner<Sum, Offset>* const corners = all_corners[warp];
-  const int slots = kStaged<Sum> / teams.count();  // points of a query in one pass
+  Corner<Acc, Offset>* const corners = all_corners[warp];
+  const int slots = kStaged<Acc> / teams.count();  // points of a query in one pass
   const int channel = part.channel + teams.channel_lane() * kVec;
   const T* const source = value + problem.value_at(part.batch, 0, part.head) + channel;
 
@@ -85,25 +85,25 @@ __global__ void __launch_bounds__(kBlock, 4)
                     part.head, teams.count());
     const int mine = turn + teams.team();
     const bool active = mine < part.count && channel < problem.head_dim;
-    Sum sum[kVec] = {};
+    Acc sum[kVec] = {};
     int level = 0;
     for (int first = 0; first < problem.points; first += slots) {
       __syncwarp();
-      for (int entry = teams.lane; entry < kStaged<Sum>; entry += kWarp) {
+      for (int entry = teams.lane; entry < kStaged<Acc>; entry += kWarp) {
         const int k = first + entry / teams.count();
         if (query.first_point < 0 || k >= problem.points) break;
         level = level_of(k, level, levels);
-        const Sample<Sum> sample = points.at(query, k, level, levels);
-        Footprint<Sum> foot;
+        const Sample<Acc> sample = points.at(query, k, level, levels);
+        Footprint<Acc> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
         corners[entry] =
-            corner_of<Sum, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
+            corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
       }
       __syncwarp();
       const int count = active ? min(slots, problem.points - first) : 0;
 #pragma unroll(sizeof(T) == 4 && sizeof(Offset) == 4 ? 2 : 1)
       for (int k = 0; k < count; ++k) {
-        const Corner<Sum, Offset> corner = corners[k * teams.count() + teams.team()];
+        const Corner<Acc, Offset> corner = corners[k * teams.count() + teams.team()];
         Pack<T, kVec> pixel[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kBlock, 4)
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
           for (int c = 0; c < kVec; ++c) {
-            sum[c] += corner.weight[i] * static_cast<Sum>(pixel[i].at[c]);
+            sum[c] += corner.weight[i] * static_cast<Acc>(pixel[i].at[c]);
           }
         }
       }

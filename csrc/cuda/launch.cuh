@@ -1,10 +1,10 @@
 // From a call to launches: which kernels, with what dtype, vectors and offsets, in which blocks.
 //
 //   Inputs, Device              what a call is about, and where it runs
-//   Shape                       the blocks of `forward_teams` and `backward_teams`
+//   LaunchConfig                       the blocks of `forward_teams` and `backward_teams`
 //   check_launch                an error that names the kernel, and what to do about it
 //   forward_call                launches a forward kernel
-//   chosen_way, plan_backward   whether to scatter or to gather, and the memory that it takes
+//   choose_backward, plan_backward   whether to scatter or to gather, and the memory that it takes
 //   backward_call               launches the backward kernels
 //
 // Free of torch: the emulator's tests and the extension call the same functions.
@@ -22,12 +22,12 @@ namespace deform_attn {
 struct Inputs {
   Problem problem;
   LevelTable levels;
-  Type type;              // of value, output and their gradients
-  bool weights_are_real;  // weights have the dtype of locations, not that of value
+  Type type;             // of value, output and their gradients
+  bool weights_are_acc;  // weights have the dtype of locations, not that of value
   const void* value;
   const void* locations;  // of a layer: offsets, in the dtype of weights
   const void* weights;    // of a layer: logits
-  Layer layer;
+  Fused fused;
 };
 
 struct Device {
@@ -37,17 +37,17 @@ struct Device {
   bool long_offsets = false;  // int64_t offsets where int would do: for tests
 };
 
-// Calls body with where the points come from. `statistics`: of LayerPoints.
+// Calls body with where the points come from. `statistics`: of FusedPoints.
 template <typename T, typename Body>
 void with_points(const Inputs& in, void* statistics, const Body& body) {
-  if (!in.layer.reference) {
+  if (!in.fused.reference) {
     return body(
-        GivenPoints<T>{static_cast<const Real<T>*>(in.locations), in.weights, in.weights_are_real});
+        GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights, in.weights_are_acc});
   }
-  body(LayerPoints<T>{static_cast<const Real<T>*>(in.layer.reference), in.locations, in.weights,
-                      static_cast<Real<T>*>(statistics),
-                      static_cast<Real<T>>(in.layer.offset_scale), in.layer.levels, in.layer.size,
-                      in.weights_are_real});
+  body(FusedPoints<T>{static_cast<const AccOf<T>*>(in.fused.reference), in.locations, in.weights,
+                      static_cast<AccOf<T>*>(statistics),
+                      static_cast<AccOf<T>>(in.fused.offset_scale), in.fused.levels, in.fused.size,
+                      in.weights_are_acc});
 }
 
 // Calls body with a null T* for the dtype.
@@ -84,7 +84,7 @@ void with_access(const Problem& problem, bool aligned, bool long_offsets, const 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // The blocks of `forward_teams` and `backward_teams`.
-struct Shape {
+struct LaunchConfig {
   int lane_bits;  // of the lanes that work on one query
   int positions;  // queries of a block
   unsigned threads;
@@ -93,8 +93,8 @@ struct Shape {
 
 // Big problems get blocks of 64 queries, a tile of an encoder's map; small ones get smaller blocks
 // until every multiprocessor has two.
-inline Shape shape_of(const Problem& problem, int vec, int least_lane_bits, bool split_channels,
-                      int processors) {
+inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
+                                  bool split_channels, int processors) {
   int lane_bits = least_lane_bits;
   while (lane_bits < 5 && (vec << lane_bits) < problem.head_dim) ++lane_bits;
   const int64_t pieces =
@@ -138,7 +138,8 @@ inline unsigned grid_striding(int64_t threads) {
 }
 
 // output [B, Q, M, D]; every element is written.
-inline void forward_call(const Inputs& in, void* output, const Device& device, bool plain = false) {
+inline void forward_call(const Inputs& in, void* output, const Device& device,
+                         bool baseline = false) {
   const Problem& problem = in.problem;
   const int64_t numbers = problem.batch * problem.queries * problem.row_stride();
   if (numbers == 0) return;
@@ -146,82 +147,83 @@ inline void forward_call(const Inputs& in, void* output, const Device& device, b
     using T = std::remove_pointer_t<decltype(type)>;
     const T* const value = static_cast<const T*>(in.value);
     T* const to = static_cast<T*>(output);
-    if (plain) {
-      const GivenPoints<T> points = {static_cast<const Real<T>*>(in.locations), in.weights,
-                                     in.weights_are_real};
-      LAUNCH(forward_plain<T>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+    if (baseline) {
+      const GivenPoints<T> points = {static_cast<const AccOf<T>*>(in.locations), in.weights,
+                                     in.weights_are_acc};
+      LAUNCH(forward_baseline<T>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
              points, value, to);
-      return check_launch("forward_plain", device);
+      return check_launch("forward_baseline", device);
     }
     with_points<T>(in, nullptr, [&](const auto& points) {
       using Points = std::decay_t<decltype(points)>;
       with_access<T>(problem, aligned(value) && aligned(to), device.long_offsets, [&](auto access) {
         using A = decltype(access);
-        const Shape shape = shape_of(problem, A::kVec, 0, true, device.processors);
+        const LaunchConfig config = launch_config(problem, A::kVec, 0, true, device.processors);
         LAUNCH((forward_teams<T, A::kVec, typename A::Offset, Points>),
-               grid_of("forward_teams", shape.blocks), shape.threads, device.stream, problem,
-               in.levels, points, value, to, shape.positions, shape.lane_bits);
+               grid_of("forward_teams", config.blocks), config.threads, device.stream, problem,
+               in.levels, points, value, to, config.positions, config.lane_bits);
         check_launch("forward_teams", device);
       });
     });
   });
 }
 
-// kPlain: as in 2020. kScatter: one kernel, atomics. kGather: no atomics, the same bits every time.
-enum class Way { kPlain, kScatter, kGather };
+// kBaseline: as in 2020. kScatter: one kernel, atomics. kGather: no atomics, the same bits every time.
+enum class BackwardAlgorithm { kBaseline, kScatter, kGather };
 
 // Gathering costs a look at every tile of the maps, scattering an atomic for every pixel of a point:
 // gather where a pixel of value is hit at least once on average. Before sm_90 an atomic adds one
 // float at a time, 126 a point on rtdetr_decoder_640; gathering moves fewer bytes through L2 there
 // (855 a point against 1123; dino_decoder_900q 791 against 1047), though more through L1: gather.
 // From sm_90 on an atomic adds four. By `make traffic`, an estimate until a GPU has timed it.
-inline Way chosen_way(const Problem& problem, bool deterministic, const Device& device) {
+inline BackwardAlgorithm choose_backward(const Problem& problem, bool deterministic,
+                                         const Device& device) {
   const bool dense = problem.queries * problem.points >= problem.rows;
   const bool gathers = deterministic || dense || device.capability < 90;
-  return gathers ? Way::kGather : Way::kScatter;
+  return gathers ? BackwardAlgorithm::kGather : BackwardAlgorithm::kScatter;
 }
 
 // Gradients that take work of their own; the others always come.
-struct Wanted {
+struct OutputMask {
   bool value = true, reference = true;
 };
 
 // Working memory, in bytes.
 struct BackwardPlan {
-  Way way;
+  BackwardAlgorithm algorithm;
   bool zeros;         // the gradient of value must be zeros before; else every element is written
   size_t sums;        // zeros: the gradient of a 16-bit value in float, to be rounded once
   size_t bounds;      // of backward_gather
-  size_t statistics;  // of LayerPoints
-  size_t by_weight;   // of LayerPointGradients
-  size_t parts;       // of LayerPointGradients
+  size_t statistics;  // of FusedPoints
+  size_t by_weight;   // of FusedPointGradients
+  size_t parts;       // of FusedPointGradients
 };
 
 // Queries that share a rectangle of pixels that they reach: those of a block where they may be the
 // pixels of the maps, neighbours then, and each its own elsewhere.
-inline int run_of(const Problem& problem, const Shape& shape) {
-  return problem.queries == problem.rows ? shape.positions : 1;
+inline int run_of(const Problem& problem, const LaunchConfig& config) {
+  return problem.queries == problem.rows ? config.positions : 1;
 }
 
 inline bool nothing_to_do(const Problem& problem) {
   return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
 }
 
-inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& device,
-                                  const Wanted& wanted = {}) {
+inline BackwardPlan plan_backward(const Inputs& in, BackwardAlgorithm algorithm,
+                                  const Device& device, const OutputMask& output_mask = {}) {
   const Problem& problem = in.problem;
   const bool narrow = in.type == Type::kHalf || in.type == Type::kBFloat16;
-  const int64_t real = in.type == Type::kDouble ? sizeof(double) : sizeof(float);
+  const int64_t acc_bytes = in.type == Type::kDouble ? sizeof(double) : sizeof(float);
   const int64_t items = problem.batch * problem.queries * problem.heads;
-  const auto bytes = [&](int64_t numbers) { return static_cast<size_t>(numbers * real); };
-  BackwardPlan plan = {way, true, 0, 0, 0, 0, 0};
+  const auto bytes = [&](int64_t numbers) { return static_cast<size_t>(numbers * acc_bytes); };
+  BackwardPlan plan = {algorithm, true, 0, 0, 0, 0, 0};
   if (nothing_to_do(problem)) return plan;
-  if (!wanted.value) {
+  if (!output_mask.value) {
     plan.zeros = false;
-  } else if (way == Way::kGather) {
+  } else if (algorithm == BackwardAlgorithm::kGather) {
     plan.zeros = false;
     // no access has more runs than that number by number
-    const int run = run_of(problem, shape_of(problem, 1, 2, false, device.processors));
+    const int run = run_of(problem, launch_config(problem, 1, 2, false, device.processors));
     const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
                   sizeof(Rectangle);
@@ -229,21 +231,22 @@ inline BackwardPlan plan_backward(const Inputs& in, Way way, const Device& devic
     plan.zeros = false;
     plan.sums = bytes(problem.batch * problem.rows * problem.row_stride());
   }
-  if (in.layer.reference) {
-    if (wanted.value && way == Way::kGather) plan.statistics = bytes(2 * items);
-    if (problem.points * kWarp / 4 > (real == 8 ? kKept<double> : kKept<float>)) {
+  if (in.fused.reference) {
+    if (output_mask.value && algorithm == BackwardAlgorithm::kGather)
+      plan.statistics = bytes(2 * items);
+    if (problem.points * kWarp / 4 > (acc_bytes == 8 ? kKept<double> : kKept<float>)) {
       plan.by_weight = bytes(items * problem.points);
     }
-    if (wanted.reference) plan.parts = bytes(items * in.layer.levels * in.layer.size);
+    if (output_mask.reference) plan.parts = bytes(items * in.fused.levels * in.fused.size);
   }
   return plan;
 }
 
 struct Outputs {
-  void* value;      // [B, S, M, D]; null: not wanted
+  void* value;      // [B, S, M, D]; null: not requested
   void* locations;  // [B, Q, M, K, 2]; of a layer: of its offsets
   void* weights;    // [B, Q, M, K]; of a layer: of its logits
-  void* reference;  // of a layer; null: not wanted
+  void* reference;  // of a layer; null: not requested
   void* sums;       // this and what follows: as planned
   void* bounds;
   void* statistics;
@@ -254,12 +257,12 @@ struct Outputs {
 // Where the gradients of these points go.
 template <typename T>
 GivenPointGradients<T> gradients_of(const GivenPoints<T>& points, const Outputs& out) {
-  return {static_cast<Real<T>*>(out.locations), out.weights, points.wide};
+  return {static_cast<AccOf<T>*>(out.locations), out.weights, points.wide};
 }
 template <typename T>
-LayerPointGradients<T> gradients_of(const LayerPoints<T>& points, const Outputs& out) {
-  return {out.locations, out.weights, static_cast<Real<T>*>(out.parts),
-          static_cast<Real<T>*>(out.by_weight), points.wide};
+FusedPointGradients<T> gradients_of(const FusedPoints<T>& points, const Outputs& out) {
+  return {out.locations, out.weights, static_cast<AccOf<T>*>(out.parts),
+          static_cast<AccOf<T>*>(out.by_weight), points.wide};
 }
 
 template <typename T, typename Points>
@@ -293,44 +296,45 @@ inline void backward_call(const Inputs& in, const void* grad_output, const Outpu
   if (nothing_to_do(problem)) return;
   with_type(in.type, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    using Sum = Real<T>;
+    using Acc = AccOf<T>;
     const T* const value = static_cast<const T*>(in.value);
     const T* const grad = static_cast<const T*>(grad_output);
-    Sum* const sums = static_cast<Sum*>(plan.sums ? out.sums : out.value);
-    if (plan.way == Way::kPlain) {
-      const GivenPoints<T> points = {static_cast<const Sum*>(in.locations), in.weights,
-                                     in.weights_are_real};
+    Acc* const sums = static_cast<Acc*>(plan.sums ? out.sums : out.value);
+    if (plan.algorithm == BackwardAlgorithm::kBaseline) {
+      const GivenPoints<T> points = {static_cast<const Acc*>(in.locations), in.weights,
+                                     in.weights_are_acc};
       const int64_t items = problem.batch * problem.queries * problem.heads;
       const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
-      LAUNCH(backward_plain<T>, grid_of("backward_plain", items),
+      LAUNCH(backward_baseline<T>, grid_of("backward_baseline", items),
              static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream, problem,
              in.levels, points, value, grad, sums, gradients_of(points, out));
-      check_launch("backward_plain", device);
+      check_launch("backward_baseline", device);
     } else {
       with_points<T>(in, out.statistics, [&](const auto& points) {
         using Points = std::decay_t<decltype(points)>;
         const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
         with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
           using A = decltype(access);
-          const Shape shape = shape_of(problem, A::kVec, 2, false, device.processors);
+          const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
           const auto launch = [&](auto scatter) {
             LAUNCH(
                 (backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points>),
-                grid_of("backward_teams", shape.blocks), shape.threads, device.stream, problem,
+                grid_of("backward_teams", config.blocks), config.threads, device.stream, problem,
                 in.levels, points, value, grad, sums, gradients_of(points, out),
-                static_cast<Rectangle*>(out.bounds), run_of(problem, shape), shape.positions,
-                shape.lane_bits);
+                static_cast<Rectangle*>(out.bounds), run_of(problem, config), config.positions,
+                config.lane_bits);
             check_launch("backward_teams", device);
           };
-          if (out.value && plan.way == Way::kScatter) return launch(std::true_type());
+          if (out.value && plan.algorithm == BackwardAlgorithm::kScatter)
+            return launch(std::true_type());
           launch(std::false_type());
-          if (out.value) gather_value<T>(in, points, grad, out, run_of(problem, shape), device);
+          if (out.value) gather_value<T>(in, points, grad, out, run_of(problem, config), device);
         });
-        if (Points::kLayer && out.reference) {
-          const int64_t numbers = problem.batch * problem.queries * in.layer.levels * in.layer.size;
-          LAUNCH(sum_heads<Sum>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
-                 static_cast<const Sum*>(out.parts), static_cast<Sum*>(out.reference),
-                 in.layer.levels, in.layer.size);
+        if (Points::kFused && out.reference) {
+          const int64_t numbers = problem.batch * problem.queries * in.fused.levels * in.fused.size;
+          LAUNCH(sum_heads<Acc>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+                 static_cast<const Acc*>(out.parts), static_cast<Acc*>(out.reference),
+                 in.fused.levels, in.fused.size);
           check_launch("sum_heads", device);
         }
       });

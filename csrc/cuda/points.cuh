@@ -2,7 +2,7 @@
 //
 //   Sample        location and weight of one point
 //   GivenPoints   points as the caller's locations and weights
-//   LayerPoints   points as the caller's reference points, offsets and logits
+//   FusedPoints   points as the caller's reference points, offsets and logits
 //   Teams         which (query, head) a lane works for, and on which of its channels
 //   Part          which queries, head and channels a block works on
 //   Corner        the four pixels of a point and what each counts for
@@ -13,9 +13,9 @@
 
 namespace deform_attn {
 
-template <typename Sum>
+template <typename Acc>
 struct Sample {
-  Sum x, y, weight;
+  Acc x, y, weight;
 };
 
 // A source of points answers, for a query of a head:
@@ -33,14 +33,14 @@ struct Sample {
 // Where the gradients of given points go.
 template <typename T>
 struct GivenPointGradients {
-  Real<T>* locations;
+  AccOf<T>* locations;
   void* weights;
   bool wide;
 
-  __device__ void set(int64_t point, const Sample<Real<T>>& gradient) const {
-    *reinterpret_cast<Pack<Real<T>, 2>*>(locations + 2 * point) = {gradient.x, gradient.y};
+  __device__ void set(int64_t point, const Sample<AccOf<T>>& gradient) const {
+    *reinterpret_cast<Pack<AccOf<T>, 2>*>(locations + 2 * point) = {gradient.x, gradient.y};
     if (wide) {
-      static_cast<Real<T>*>(weights)[point] = gradient.weight;
+      static_cast<AccOf<T>*>(weights)[point] = gradient.weight;
     } else {
       static_cast<T*>(weights)[point] = static_cast<T>(gradient.weight);
     }
@@ -49,26 +49,26 @@ struct GivenPointGradients {
 
 // Where those of a layer go.
 template <typename T>
-struct LayerPointGradients {
-  using Sum = Real<T>;
+struct FusedPointGradients {
+  using Acc = AccOf<T>;
   void* offsets;
   void* logits;
-  Sum* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the reference points';
+  Acc* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the reference points';
                          // null: nobody wants them
-  Sum* by_weight;        // [B, Q, M, K]: working memory, where shared memory is too small for it
+  Acc* by_weight;        // [B, Q, M, K]: working memory, where shared memory is too small for it
   bool wide;             // offsets and logits have the dtype of the sums
 
-  __device__ void set_offset(int64_t point, Sum x, Sum y) const {
+  __device__ void set_offset(int64_t point, Acc x, Acc y) const {
     if (wide) {
-      *reinterpret_cast<Pack<Sum, 2>*>(static_cast<Sum*>(offsets) + 2 * point) = {x, y};
+      *reinterpret_cast<Pack<Acc, 2>*>(static_cast<Acc*>(offsets) + 2 * point) = {x, y};
     } else {
       *reinterpret_cast<Pack<T, 2>*>(static_cast<T*>(offsets) + 2 * point) = {static_cast<T>(x),
                                                                               static_cast<T>(y)};
     }
   }
-  __device__ void set_logit(int64_t point, Sum number) const {
+  __device__ void set_logit(int64_t point, Acc number) const {
     if (wide) {
-      static_cast<Sum*>(logits)[point] = number;
+      static_cast<Acc*>(logits)[point] = number;
     } else {
       static_cast<T*>(logits)[point] = static_cast<T>(number);
     }
@@ -79,11 +79,11 @@ struct LayerPointGradients {
 // `wide`.
 template <typename T>
 struct GivenPoints {
-  static constexpr bool kLayer = false;
+  static constexpr bool kFused = false;
   using Gradients = GivenPointGradients<T>;
 
-  const Real<T>* locations;  // [B, Q, M, K, 2]
-  const void* weights;       // [B, Q, M, K]
+  const AccOf<T>* locations;  // [B, Q, M, K, 2]
+  const void* weights;        // [B, Q, M, K]
   bool wide;
 
   struct Query {
@@ -99,19 +99,19 @@ struct GivenPoints {
   __device__ Query find(const Problem& problem, int64_t batch, int64_t query, int head) const {
     return {problem.point_at(batch, query, head)};
   }
-  __device__ Pack<Real<T>, 2> location(const Query& query, int k, int, const BlockLevels&) const {
+  __device__ Pack<AccOf<T>, 2> location(const Query& query, int k, int, const BlockLevels&) const {
     return load<2>(locations + 2 * (query.first_point + k));
   }
-  __device__ Real<T> along(const Query& query, int k, int, const BlockLevels&, int axis) const {
+  __device__ AccOf<T> along(const Query& query, int k, int, const BlockLevels&, int axis) const {
     return locations[2 * (query.first_point + k) + axis];
   }
-  __device__ Real<T> weight(const Query& query, int k) const {
+  __device__ AccOf<T> weight(const Query& query, int k) const {
     const int64_t point = query.first_point + k;
-    return wide ? static_cast<const Real<T>*>(weights)[point]
-                : static_cast<Real<T>>(static_cast<const T*>(weights)[point]);
+    return wide ? static_cast<const AccOf<T>*>(weights)[point]
+                : static_cast<AccOf<T>>(static_cast<const T*>(weights)[point]);
   }
-  __device__ Sample<Real<T>> at(const Query& query, int k, int level,
-                                const BlockLevels& levels) const {
+  __device__ Sample<AccOf<T>> at(const Query& query, int k, int level,
+                                 const BlockLevels& levels) const {
     const auto place = location(query, k, level, levels);
     return {place.at[0], place.at[1], weight(query, k)};
   }
@@ -121,16 +121,16 @@ struct GivenPoints {
 // over all points of a query and head are the weights. Neither locations nor weights are written to
 // memory.
 template <typename T>
-struct LayerPoints {
-  static constexpr bool kLayer = true;
-  using Gradients = LayerPointGradients<T>;
-  using Sum = Real<T>;
+struct FusedPoints {
+  static constexpr bool kFused = true;
+  using Gradients = FusedPointGradients<T>;
+  using Acc = AccOf<T>;
 
-  const Sum* reference;  // [B, Q, L or 1, 2 or 4]: (x, y), or (x, y, width, height)
+  const Acc* reference;  // [B, Q, L or 1, 2 or 4]: (x, y), or (x, y, width, height)
   const void* offsets;   // [B, Q, M, K, 2]: in pixels, or in parts of the box
   const void* logits;    // [B, Q, M, K]
-  Sum* statistics;       // [B, Q, M, 2], for `reopen`; null: nobody will
-  Sum offset_scale;
+  Acc* statistics;       // [B, Q, M, 2], for `reopen`; null: nobody will
+  Acc offset_scale;
   int reference_levels;
   int reference_size;
   bool wide;  // offsets and logits have the dtype of the sums
@@ -138,42 +138,42 @@ struct LayerPoints {
   struct Query {
     int64_t first_point;       // -1: none
     int64_t item;              // batch * queries + query
-    Sum largest, inverse_sum;  // of the logits, and of their exponentials
+    Acc largest, inverse_sum;  // of the logits, and of their exponentials
   };
 
-  __device__ Sum logit(int64_t point) const {
-    return wide ? static_cast<const Sum*>(logits)[point]
-                : static_cast<Sum>(static_cast<const T*>(logits)[point]);
+  __device__ Acc logit(int64_t point) const {
+    return wide ? static_cast<const Acc*>(logits)[point]
+                : static_cast<Acc>(static_cast<const T*>(logits)[point]);
   }
-  __device__ Pack<Sum, 2> offset(int64_t point) const {
-    if (wide) return load<2>(static_cast<const Sum*>(offsets) + 2 * point);
+  __device__ Pack<Acc, 2> offset(int64_t point) const {
+    if (wide) return load<2>(static_cast<const Acc*>(offsets) + 2 * point);
     const auto narrow = load<2>(static_cast<const T*>(offsets) + 2 * point);
-    return {static_cast<Sum>(narrow.at[0]), static_cast<Sum>(narrow.at[1])};
+    return {static_cast<Acc>(narrow.at[0]), static_cast<Acc>(narrow.at[1])};
   }
-  __device__ Sum weight(const Query& query, int k) const {
+  __device__ Acc weight(const Query& query, int k) const {
     using std::exp;
     return exp(logit(query.first_point + k) - query.largest) * query.inverse_sum;
   }
   // The query's reference point or box of a level.
-  __device__ const Sum* reference_of(int64_t item, int level) const {
+  __device__ const Acc* reference_of(int64_t item, int level) const {
     const int64_t row = item * reference_levels + (reference_levels > 1 ? level : 0);
     return reference + row * reference_size;
   }
   // Of a box's side, the length of one offset.
-  __device__ Sum portion(int level, const BlockLevels& levels) const {
+  __device__ Acc portion(int level, const BlockLevels& levels) const {
     const int points = levels.first_point[level + 1] - levels.first_point[level];
-    return offset_scale / static_cast<Sum>(max(points, 1));
+    return offset_scale / static_cast<Acc>(max(points, 1));
   }
   // How far an offset of one moves a location along an axis.
-  __device__ Sum step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
+  __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
     if (reference_size == 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
     const Level& map = levels.level[level];
-    return Sum(1) / static_cast<Sum>(axis ? map.height : map.width);
+    return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
   // A coordinate, rounded once: the same bits wherever it is inlined.
-  __device__ Sum moved(int64_t item, int level, const BlockLevels& levels, int axis,
-                       Sum offset) const {
-    return Numbers<Sum>::multiply_add(offset, step_of(item, level, levels, axis),
+  __device__ Acc moved(int64_t item, int level, const BlockLevels& levels, int axis,
+                       Acc offset) const {
+    return Numbers<Acc>::multiply_add(offset, step_of(item, level, levels, axis),
                                       reference_of(item, level)[axis]);
   }
 
@@ -193,16 +193,16 @@ struct LayerPoints {
     for (int step = teams; step < kWarp; step *= 2) {
       opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
     }
-    Sum sum = 0;
+    Acc sum = 0;
 #pragma unroll 1
     for (int k = lane / teams; k < count; k += kWarp / teams) {
       sum += exp(logit(opened.first_point + k) - opened.largest);
     }
     for (int step = teams; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-    opened.inverse_sum = Sum(1) / sum;
+    opened.inverse_sum = Acc(1) / sum;
     if (statistics && query >= 0 && lane < teams) {
       const int64_t at = 2 * (opened.item * problem.heads + head);
-      *reinterpret_cast<Pack<Sum, 2>*>(statistics + at) = {opened.largest, opened.inverse_sum};
+      *reinterpret_cast<Pack<Acc, 2>*>(statistics + at) = {opened.largest, opened.inverse_sum};
     }
     return opened;
   }
@@ -217,30 +217,30 @@ struct LayerPoints {
     return {problem.point_at(batch, query, head), batch * problem.queries + query, 0, 0};
   }
   // step_of is written out here: called, it makes registers of the float64 kernels spill.
-  __device__ Pack<Sum, 2> location(const Query& query, int k, int level,
+  __device__ Pack<Acc, 2> location(const Query& query, int k, int level,
                                    const BlockLevels& levels) const {
-    const Sum* const from = reference_of(query.item, level);
-    Pack<Sum, 2> step;
+    const Acc* const from = reference_of(query.item, level);
+    Pack<Acc, 2> step;
     if (reference_size == 4) {
-      const Sum part = portion(level, levels);
+      const Acc part = portion(level, levels);
       step = {from[2] * part, from[3] * part};
     } else {
-      step = {Sum(1) / static_cast<Sum>(levels.level[level].width),
-              Sum(1) / static_cast<Sum>(levels.level[level].height)};
+      step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
+              Acc(1) / static_cast<Acc>(levels.level[level].height)};
     }
-    const Pack<Sum, 2> by = offset(query.first_point + k);
-    return {Numbers<Sum>::multiply_add(by.at[0], step.at[0], from[0]),
-            Numbers<Sum>::multiply_add(by.at[1], step.at[1], from[1])};
+    const Pack<Acc, 2> by = offset(query.first_point + k);
+    return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),
+            Numbers<Acc>::multiply_add(by.at[1], step.at[1], from[1])};
   }
-  __device__ Sum along(const Query& query, int k, int level, const BlockLevels& levels,
+  __device__ Acc along(const Query& query, int k, int level, const BlockLevels& levels,
                        int axis) const {
     const int64_t at = 2 * (query.first_point + k) + axis;
-    const Sum by = wide ? static_cast<const Sum*>(offsets)[at]
-                        : static_cast<Sum>(static_cast<const T*>(offsets)[at]);
+    const Acc by = wide ? static_cast<const Acc*>(offsets)[at]
+                        : static_cast<Acc>(static_cast<const T*>(offsets)[at]);
     return moved(query.item, level, levels, axis, by);
   }
-  __device__ Sample<Sum> at(const Query& query, int k, int level, const BlockLevels& levels) const {
-    const Pack<Sum, 2> place = location(query, k, level, levels);
+  __device__ Sample<Acc> at(const Query& query, int k, int level, const BlockLevels& levels) const {
+    const Pack<Acc, 2> place = location(query, k, level, levels);
     return {place.at[0], place.at[1], weight(query, k)};
   }
 };
@@ -281,14 +281,14 @@ __device__ inline Part part_of(int64_t block, const Problem& problem, int positi
 }
 
 // Points that a warp shares at a time.
-template <typename Sum>
-constexpr int kStaged = sizeof(Sum) == 8 ? 32 : 64;
+template <typename Acc>
+constexpr int kStaged = sizeof(Acc) == 8 ? 32 : 64;
 
 // Offset: int where every offset into `value` fits, int64_t elsewhere.
-template <typename Sum, typename Offset>
+template <typename Acc, typename Offset>
 struct alignas(16) Corner {
   Offset at[4];   // of the pixel's first channel; -1: not on the map
-  Sum weight[4];  // bilinear weight times attention weight
+  Acc weight[4];  // bilinear weight times attention weight
 };
 
 // The level of point k of a query, given the level of an earlier point.
@@ -297,10 +297,10 @@ __device__ inline int level_of(int k, int level, const BlockLevels& levels) {
   return level;
 }
 
-template <typename Sum, typename Offset>
-__device__ Corner<Sum, Offset> corner_of(const Footprint<Sum>& foot, const Level& level, Sum weight,
+template <typename Acc, typename Offset>
+__device__ Corner<Acc, Offset> corner_of(const Footprint<Acc>& foot, const Level& level, Acc weight,
                                          int64_t row_stride) {
-  Corner<Sum, Offset> corner;
+  Corner<Acc, Offset> corner;
   const Offset left =
       static_cast<Offset>(level.start) + static_cast<Offset>(foot.y) * level.width + foot.x;
 #pragma unroll

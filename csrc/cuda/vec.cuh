@@ -1,6 +1,6 @@
 // What the hardware does for several numbers or several lanes at once.
 //
-//   Real             what a dtype is summed in: float, or double for double
+//   AccOf            what a dtype is summed in: float, or double for double
 //   Pack             kVec neighbouring numbers, one load or store of up to 16 bytes
 //   atomic_add       kWidth neighbouring numbers, one atomic where the architecture has it
 //   sum_four_ways    four sums over the lanes of a group in fewer shuffles than four sums take
@@ -22,7 +22,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 template <typename T>
-using Real = std::conditional_t<std::is_same_v<T, double>, double, float>;
+using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T, int kVec>
 struct alignas(sizeof(T) * kVec) Pack {
@@ -63,12 +63,12 @@ constexpr int kAtomicFloats = 4;
 #endif
 
 // How many of the kVec numbers of a lane one atomic adds.
-template <typename Sum, int kVec>
+template <typename Acc, int kVec>
 constexpr int kAtomicWidth =
-    std::is_same_v<Sum, float> && kVec % kAtomicFloats == 0 ? kAtomicFloats : 1;
+    std::is_same_v<Acc, float> && kVec % kAtomicFloats == 0 ? kAtomicFloats : 1;
 
-template <int kWidth, typename Sum>
-__device__ void atomic_add(Sum* to, const Sum* term) {
+template <int kWidth, typename Acc>
+__device__ void atomic_add(Acc* to, const Acc* term) {
   if constexpr (kWidth == 4) {
     atomicAdd(reinterpret_cast<float4*>(to), make_float4(term[0], term[1], term[2], term[3]));
   } else {
@@ -79,14 +79,14 @@ __device__ void atomic_add(Sum* to, const Sum* term) {
 // Sums of term[0..3] over the `lanes` lanes of a group (a power of two, 4 to 32). Lane j < 4 of
 // the group gets the sum of term[j]; the other lanes' results are of no use. Each step of the
 // first two halves how many sums a lane still carries.
-template <typename Sum>
-__device__ Sum sum_four_ways(const Sum (&term)[4], int lane, int lanes) {
+template <typename Acc>
+__device__ Acc sum_four_ways(const Acc (&term)[4], int lane, int lanes) {
   const bool odd = lane & 1, high = lane & 2;
-  Sum low_pair = odd ? term[1] : term[0];
-  Sum high_pair = odd ? term[3] : term[2];
+  Acc low_pair = odd ? term[1] : term[0];
+  Acc high_pair = odd ? term[3] : term[2];
   low_pair += __shfl_xor_sync(kAllLanes, odd ? term[0] : term[1], 1);
   high_pair += __shfl_xor_sync(kAllLanes, odd ? term[2] : term[3], 1);
-  Sum sum = high ? high_pair : low_pair;
+  Acc sum = high ? high_pair : low_pair;
   sum += __shfl_xor_sync(kAllLanes, high ? low_pair : high_pair, 2);
   for (int step = 4; step < lanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
   return sum;

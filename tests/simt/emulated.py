@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simt import build
+from tests.simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-WAYS = ("plain", "scatter", "gather", "planned")
+WAYS = ("baseline", "scatter", "gather", "planned")
 NAN = float("nan")
 PROCESSORS = 132  # multiprocessors of the GPU that block sizes are chosen for
 
@@ -53,7 +53,7 @@ class Emulated:
         sampling_locations: Tensor,  # [B, Q, M, L, P, 2] or [B, Q, M, K, 2]
         attention_weights: Tensor,
         num_points: Sequence[int] | None = None,
-        plain: bool = False,
+        baseline: bool = False,
         output: Tensor | None = None,  # to be written to
     ) -> Tensor:
         """The output, [B, Q, M * D]."""
@@ -69,7 +69,7 @@ class Emulated:
         if output is None:
             output = value.new_full((B, sampling_locations.shape[1], M * D), NAN)
         self.module.forward(
-            call.fields, output.data_ptr(), plain, self.processors, self.long_offsets
+            call.fields, output.data_ptr(), baseline, self.processors, self.long_offsets
         )
         return output
 
@@ -138,7 +138,7 @@ class Emulated:
             *(self.processors, self.long_offsets),
         )
 
-    def layer_forward(
+    def fused_forward(
         self,
         value: Tensor,
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
@@ -163,7 +163,7 @@ class Emulated:
         )
         return output
 
-    def layer_backward(
+    def fused_backward(
         self,
         grad_output: Tensor,
         value: Tensor,
@@ -238,7 +238,7 @@ class _Call:
             "sizes": [] if on_device else [(int(h), int(w)) for h, w in spatial_shapes],
             "first_point": [0, *itertools.accumulate(counts)],
             "type": TYPES[value.dtype],
-            "weights_are_real": attention_weights.dtype == real,
+            "weights_are_acc": attention_weights.dtype == real,
             "value": value.data_ptr(),
             "locations": sampling_locations.data_ptr(),
             "weights": attention_weights.data_ptr(),

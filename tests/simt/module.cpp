@@ -43,11 +43,11 @@ Inputs inputs_of(const py::dict& call) {
   const auto first_point = call["first_point"].cast<std::vector<int>>();
   std::copy(first_point.begin(), first_point.end(), in.levels.first_point);
   in.type = static_cast<Type>(number("type"));
-  in.weights_are_real = call["weights_are_real"].cast<bool>();
+  in.weights_are_acc = call["weights_are_acc"].cast<bool>();
   in.value = at(call["value"].cast<uintptr_t>());
   in.locations = at(call["locations"].cast<uintptr_t>());
   in.weights = at(call["weights"].cast<uintptr_t>());
-  in.layer = {at(call["reference"].cast<uintptr_t>()), static_cast<int>(number("reference_levels")),
+  in.fused = {at(call["reference"].cast<uintptr_t>()), static_cast<int>(number("reference_levels")),
               static_cast<int>(number("reference_size")), call["offset_scale"].cast<double>()};
   return in;
 }
@@ -57,15 +57,18 @@ Device device(int processors, bool long_offsets) {
 }
 
 BackwardPlan plan(const Inputs& in, const std::string& name, const Device& device,
-                  const Wanted& wanted) {
-  const Way way = name == "plain"     ? Way::kPlain
-                  : name == "scatter" ? Way::kScatter
-                                      : chosen_way(in.problem, name == "gather", device);
-  return plan_backward(in, way, device, wanted);
+                  const OutputMask& output_mask) {
+  const BackwardAlgorithm algorithm = name == "baseline" ? BackwardAlgorithm::kBaseline
+                                      : name == "scatter"
+                                          ? BackwardAlgorithm::kScatter
+                                          : choose_backward(in.problem, name == "gather", device);
+  return plan_backward(in, algorithm, device, output_mask);
 }
 
-const char* name_of(Way way) {
-  return way == Way::kPlain ? "plain" : way == Way::kScatter ? "scatter" : "gather";
+const char* name_of(BackwardAlgorithm algorithm) {
+  return algorithm == BackwardAlgorithm::kBaseline  ? "baseline"
+         : algorithm == BackwardAlgorithm::kScatter ? "scatter"
+                                                    : "gather";
 }
 
 }  // namespace
@@ -74,32 +77,32 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   module.attr("atomic_floats") = kAtomicFloats;
   module.attr("max_levels") = kMaxLevels;
 
-  module.def("forward", [](const py::dict& call, uintptr_t output, bool plain, int processors,
+  module.def("forward", [](const py::dict& call, uintptr_t output, bool baseline, int processors,
                            bool long_offsets) {
     const Inputs in = inputs_of(call);
     const py::gil_scoped_release release;
-    forward_call(in, at(output), device(processors, long_offsets), plain);
+    forward_call(in, at(output), device(processors, long_offsets), baseline);
   });
-  // the way, and bytes of working memory in the order of Outputs
-  module.def("plan", [](const py::dict& call, const std::string& way, int processors, bool value,
+  // the algorithm, and bytes of working memory in the order of Outputs
+  module.def("plan", [](const py::dict& call, const std::string& name, int processors, bool value,
                         bool reference) {
     const BackwardPlan it =
-        plan(inputs_of(call), way, device(processors, false), {value, reference});
+        plan(inputs_of(call), name, device(processors, false), {value, reference});
     return py::make_tuple(
-        name_of(it.way), it.zeros,
+        name_of(it.algorithm), it.zeros,
         py::make_tuple(it.sums, it.bounds, it.statistics, it.by_weight, it.parts));
   });
   module.def("backward", [](const py::dict& call, uintptr_t grad_output, const py::tuple& outputs,
-                            const std::string& way, int processors, bool long_offsets) {
+                            const std::string& name, int processors, bool long_offsets) {
     const Inputs in = inputs_of(call);
     const auto address = [&](size_t i) { return at(outputs[i].cast<uintptr_t>()); };
     const Outputs out = {address(0), address(1), address(2), address(3), address(4),
                          address(5), address(6), address(7), address(8)};
-    const Device here = device(processors, long_offsets);
+    const Device on = device(processors, long_offsets);
     const BackwardPlan planned =
-        plan(in, way, here, {out.value != nullptr, out.reference != nullptr});
+        plan(in, name, on, {out.value != nullptr, out.reference != nullptr});
     const py::gil_scoped_release release;
-    backward_call(in, at(grad_output), out, planned, here);
+    backward_call(in, at(grad_output), out, planned, on);
   });
   module.def("set_order", [](const std::string& order, unsigned seed) {
     simt::options.order = order == "reversed"   ? simt::Order::kReversed

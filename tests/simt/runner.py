@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cases import Inputs
-from runners import Runner
 from torch import Tensor
 
-from simt import build
-from simt.emulated import Emulated
+from deform_attn.testing import OpInputs
+from tests.runners import Runner
+from tests.simt import build
+from tests.simt.emulated import Emulated
 
 LARGEST_WORK = 300  # of a case: a fiber a thread takes its time
 
 
 def _runner(name: str, kernels: Emulated, way: str) -> Runner:
-    def forward(inputs: Inputs) -> Tensor:
+    def forward(inputs: OpInputs) -> Tensor:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
-        return kernels.forward(*inputs.arguments, inputs.num_points, plain=way == "plain")
+        return kernels.forward(*inputs.arguments, inputs.num_points, baseline=way == "baseline")
 
-    def backward(inputs: Inputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
         return kernels.backward(grad_output, *inputs.arguments, inputs.num_points, way=way)
 
@@ -38,4 +38,4 @@ def runners() -> Iterator[Runner]:
     yield _runner("emulated/gather", Emulated(), "gather")
     yield _runner("emulated/scatter", Emulated(), "scatter")
     yield _runner("emulated/scatter_before_sm_90", Emulated(atomic_floats=1), "scatter")
-    yield _runner("emulated/plain", Emulated(), "plain")
+    yield _runner("emulated/baseline", Emulated(), "baseline")

@@ -1,7 +1,7 @@
 // A program that runs kernels under the emulator, to be built with a sanitizer.
 //
-//   sanitized kernels    all kernels on small hostile calls; each against forward_plain or
-//                        backward_plain on the same call, fused layers too; then each kernel's name
+//   sanitized kernels    all kernels on small hostile calls; each against forward_baseline or
+//                        backward_baseline on the same call, fused layers too; then each kernel's name
 //                        and the number of cases that reach it
 //   sanitized able       what the emulator can do
 //   sanitized NAME       one kernel of selftest.h with its fault
@@ -86,29 +86,30 @@ bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
 template <typename T>
 struct Gradients {
   std::vector<T> value;
-  std::vector<Real<T>> locations, wide, reference;
+  std::vector<AccOf<T>> locations, wide, reference;
   std::vector<T> narrow_offsets, narrow;
 };
 
 template <typename T>
-Gradients<T> backward(const Inputs& in, const T* grad, Way way, const Device& device) {
+Gradients<T> backward(const Inputs& in, const T* grad, BackwardAlgorithm algorithm,
+                      const Device& device) {
   const Problem& problem = in.problem;
   const size_t numbers = static_cast<size_t>(problem.batch * problem.rows * problem.row_stride());
   const size_t queries = static_cast<size_t>(problem.batch * problem.queries);
   const size_t points = queries * static_cast<size_t>(problem.heads * problem.points);
-  const BackwardPlan plan = plan_backward(in, way, device);
+  const BackwardPlan plan = plan_backward(in, algorithm, device);
   Gradients<T> found;
   found.value.assign(numbers, static_cast<T>(plan.zeros ? 0.0f : NAN));
   found.locations.resize(2 * points);
   found.narrow_offsets.resize(2 * points);
   found.wide.resize(points);
   found.narrow.resize(points);
-  found.reference.resize(queries * static_cast<size_t>(in.layer.levels * in.layer.size));
+  found.reference.resize(queries * static_cast<size_t>(in.fused.levels * in.fused.size));
   std::vector<unsigned char> sums(plan.sums), work[4];
   const size_t sizes[] = {plan.bounds, plan.statistics, plan.by_weight, plan.parts};
   for (int i = 0; i < 4; ++i) work[i].assign(sizes[i], 0xff);
-  const bool wide = in.weights_are_real;
-  const bool narrow_offsets = in.layer.reference && !wide;
+  const bool wide = in.weights_are_acc;
+  const bool narrow_offsets = in.fused.reference && !wide;
   const Outputs out = {
       found.value.data(),
       narrow_offsets ? static_cast<void*>(found.narrow_offsets.data()) : found.locations.data(),
@@ -123,11 +124,11 @@ Gradients<T> backward(const Inputs& in, const T* grad, Way way, const Device& de
   return found;
 }
 
-// A layer against the plain kernels on the locations and weights that it stands for.
+// A fused call against the baseline kernels on the locations and weights that it stands for.
 template <typename T>
-void run_layer(Inputs in, const Case& test, size_t index, const std::string& name, double tolerance,
+void run_fused(Inputs in, const Case& test, size_t index, const std::string& name, double tolerance,
                const std::vector<T>& grad, const Device& device) {
-  using Sum = Real<T>;
+  using Acc = AccOf<T>;
   const Problem& problem = in.problem;
   std::mt19937 random(static_cast<unsigned>(index));
   const size_t queries = static_cast<size_t>(problem.batch * problem.queries);
@@ -135,28 +136,28 @@ void run_layer(Inputs in, const Case& test, size_t index, const std::string& nam
   const size_t count = static_cast<size_t>(problem.points), points = queries * heads * count;
   const int size = index % 3 == 0 ? 4 : 2, levels = index % 2 ? problem.levels : 1;
   const double scale = 0.5;
-  const auto reference = drawn<Sum>(queries * static_cast<size_t>(levels * size), random, 0.2f, 1);
+  const auto reference = drawn<Acc>(queries * static_cast<size_t>(levels * size), random, 0.2f, 1);
   const auto narrow_offsets = drawn<T>(2 * points, random, -2, 2);
   const auto narrow_logits = drawn<T>(points, random, -2, 2);
-  const std::vector<Sum> offsets(narrow_offsets.begin(), narrow_offsets.end());
-  const std::vector<Sum> logits(narrow_logits.begin(), narrow_logits.end());
+  const std::vector<Acc> offsets(narrow_offsets.begin(), narrow_offsets.end());
+  const std::vector<Acc> logits(narrow_logits.begin(), narrow_logits.end());
 
-  std::vector<Sum> locations(2 * points), weights(points), steps(2 * points);
+  std::vector<Acc> locations(2 * points), weights(points), steps(2 * points);
   for (size_t i = 0; i < queries * heads; ++i) {
-    Sum sum = 0;
+    Acc sum = 0;
     for (size_t k = 0; k < count; ++k) sum += std::exp(logits[i * count + k]);
     for (size_t k = 0; k < count; ++k) {
       const int l = level_of_point(in, static_cast<int>(k));
       const size_t point = i * count + k;
-      const Sum* const from = reference.data() + (i / heads * static_cast<size_t>(levels) +
+      const Acc* const from = reference.data() + (i / heads * static_cast<size_t>(levels) +
                                                   static_cast<size_t>(levels > 1 ? l : 0)) *
                                                      static_cast<size_t>(size);
       weights[point] = std::exp(logits[point]) / sum;
       for (size_t j = 0; j < 2; ++j) {
         const auto [height, width] = test.levels[static_cast<size_t>(l)];
         steps[2 * point + j] =
-            size == 4 ? static_cast<Sum>(from[2 + j] * scale / test.counts[static_cast<size_t>(l)])
-                      : Sum(1) / static_cast<Sum>(j ? height : width);
+            size == 4 ? static_cast<Acc>(from[2 + j] * scale / test.counts[static_cast<size_t>(l)])
+                      : Acc(1) / static_cast<Acc>(j ? height : width);
         locations[2 * point + j] = from[j] + offsets[2 * point + j] * steps[2 * point + j];
       }
     }
@@ -164,61 +165,62 @@ void run_layer(Inputs in, const Case& test, size_t index, const std::string& nam
   Inputs given = in;
   given.locations = locations.data();
   given.weights = weights.data();
-  given.weights_are_real = true;
-  in.locations = in.weights_are_real ? static_cast<const void*>(offsets.data())
-                                     : static_cast<const void*>(narrow_offsets.data());
-  in.weights = in.weights_are_real ? static_cast<const void*>(logits.data())
-                                   : static_cast<const void*>(narrow_logits.data());
-  in.layer = {reference.data(), levels, size, scale};
+  given.weights_are_acc = true;
+  in.locations = in.weights_are_acc ? static_cast<const void*>(offsets.data())
+                                    : static_cast<const void*>(narrow_offsets.data());
+  in.weights = in.weights_are_acc ? static_cast<const void*>(logits.data())
+                                  : static_cast<const void*>(narrow_logits.data());
+  in.fused = {reference.data(), levels, size, scale};
 
   std::vector<T> plain(grad.size()), output(grad.size());
   forward_call(given, plain.data(), device, true);
   forward_call(in, output.data(), device);
   const auto alike = [&](const auto& a, const auto& b, const char* what) {
-    expect(test.lies || close(a, b, tolerance), name + "layer, " + what);
+    expect(test.lies || close(a, b, tolerance), name + "fused, " + what);
   };
   alike(plain, output, "forward");
-  const Gradients<T> by_given = backward(given, grad.data(), Way::kPlain, device);
-  std::vector<Sum> by_offset(2 * points), by_logit(points), by_reference(reference.size());
+  const Gradients<T> by_given = backward(given, grad.data(), BackwardAlgorithm::kBaseline, device);
+  std::vector<Acc> by_offset(2 * points), by_logit(points), by_reference(reference.size());
   for (size_t i = 0; i < queries * heads; ++i) {
-    Sum mean = 0;
+    Acc mean = 0;
     for (size_t k = i * count; k < (i + 1) * count; ++k) mean += weights[k] * by_given.wide[k];
     for (size_t k = 0; k < count; ++k) {
       const int l = level_of_point(in, static_cast<int>(k));
       const size_t point = i * count + k;
-      Sum* const to = by_reference.data() + (i / heads * static_cast<size_t>(levels) +
+      Acc* const to = by_reference.data() + (i / heads * static_cast<size_t>(levels) +
                                              static_cast<size_t>(levels > 1 ? l : 0)) *
                                                 static_cast<size_t>(size);
       by_logit[point] = weights[point] * (by_given.wide[point] - mean);
       for (size_t j = 0; j < 2; ++j) {
-        const Sum by = by_given.locations[2 * point + j];
+        const Acc by = by_given.locations[2 * point + j];
         by_offset[2 * point + j] = by * steps[2 * point + j];
         to[j] += by;
         if (size == 4) {
-          to[2 + j] += static_cast<Sum>(by * offsets[2 * point + j] * scale /
+          to[2 + j] += static_cast<Acc>(by * offsets[2 * point + j] * scale /
                                         test.counts[static_cast<size_t>(l)]);
         }
       }
     }
   }
-  for (const Way way : {Way::kScatter, Way::kGather}) {
-    const Gradients<T> found = backward(in, grad.data(), way, device);
+  for (const BackwardAlgorithm algorithm :
+       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kGather}) {
+    const Gradients<T> found = backward(in, grad.data(), algorithm, device);
     alike(by_given.value, found.value, "value");
     alike(by_reference, found.reference, "reference points");
-    if (in.weights_are_real) {
+    if (in.weights_are_acc) {
       alike(by_offset, found.locations, "offsets");
       alike(by_logit, found.wide, "logits");
     } else {
-      alike(by_offset, std::vector<Sum>(found.narrow_offsets.begin(), found.narrow_offsets.end()),
+      alike(by_offset, std::vector<Acc>(found.narrow_offsets.begin(), found.narrow_offsets.end()),
             "offsets");
-      alike(by_logit, std::vector<Sum>(found.narrow.begin(), found.narrow.end()), "logits");
+      alike(by_logit, std::vector<Acc>(found.narrow.begin(), found.narrow.end()), "logits");
     }
   }
 }
 
 template <typename T>
 void run(const Case& test, Type type, size_t index) {
-  using Sum = Real<T>;
+  using Acc = AccOf<T>;
   Inputs in = {};
   Problem& problem = in.problem;
   std::vector<int64_t> shapes, starts = test.starts;
@@ -242,7 +244,7 @@ void run(const Case& test, Type type, size_t index) {
   problem.heads = test.heads;
   problem.head_dim = test.head_dim;
   in.type = type;
-  in.weights_are_real = index % 2;
+  in.weights_are_acc = index % 2;
 
   std::mt19937 random(static_cast<unsigned>(index));
   const size_t width = static_cast<size_t>(problem.row_stride());
@@ -251,15 +253,15 @@ void run(const Case& test, Type type, size_t index) {
                         static_cast<size_t>(problem.heads * problem.points);
   const auto value = drawn<T>(static_cast<size_t>(problem.batch * rows) * width, random, -1, 1);
   const auto grad = drawn<T>(outputs, random, -1, 1);
-  auto locations = drawn<Sum>(2 * points, random, -0.3f, 1.3f);
+  auto locations = drawn<Acc>(2 * points, random, -0.3f, 1.3f);
   for (size_t i = 0; i < locations.size(); i += 11) {
-    locations[i] = i % 3 ? NAN : static_cast<Sum>(1e30);
+    locations[i] = i % 3 ? NAN : static_cast<Acc>(1e30);
   }
   const auto narrow = drawn<T>(points, random, 0, 1);
-  const std::vector<Sum> wide(narrow.begin(), narrow.end());
+  const std::vector<Acc> wide(narrow.begin(), narrow.end());
   in.value = value.data();
   in.locations = locations.data();
-  in.weights = in.weights_are_real ? static_cast<const void*>(wide.data()) : narrow.data();
+  in.weights = in.weights_are_acc ? static_cast<const void*>(wide.data()) : narrow.data();
 
   const double tolerance = sizeof(T) == 2 ? 2e-2 : sizeof(T) == 4 ? 1e-5 : 1e-13;
   const std::string name =
@@ -270,16 +272,18 @@ void run(const Case& test, Type type, size_t index) {
   forward_call(in, output.data(), device);
   expect(close(plain, output, tolerance), name + "forward");
 
-  const Gradients<T> expected = backward(in, grad.data(), Way::kPlain, device);
-  for (const Way way : {Way::kScatter, Way::kGather}) {
-    const Gradients<T> result = backward(in, grad.data(), way, device);
-    const std::string what = name + (way == Way::kScatter ? "scatter" : "gather");
+  const Gradients<T> expected = backward(in, grad.data(), BackwardAlgorithm::kBaseline, device);
+  for (const BackwardAlgorithm algorithm :
+       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kGather}) {
+    const Gradients<T> result = backward(in, grad.data(), algorithm, device);
+    const std::string what =
+        name + (algorithm == BackwardAlgorithm::kScatter ? "scatter" : "gather");
     expect(close(expected.value, result.value, tolerance), what + ", value");
     expect(close(expected.locations, result.locations, tolerance), what + ", locations");
     expect(close(expected.wide, result.wide, tolerance), what + ", weights");
     expect(close(expected.narrow, result.narrow, tolerance), what + ", weights");
   }
-  run_layer(in, test, index, name, tolerance, grad, device);
+  run_fused(in, test, index, name, tolerance, grad, device);
 }
 
 void kernels() {

@@ -12,15 +12,22 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Inputs
-from tolerances import RESULTS, check_results, grad_output_for
 from torch import Tensor
 
-from simt import build
-from simt.emulated import WAYS, Emulated
+from deform_attn.testing import (
+    CASES,
+    DTYPES,
+    RESULTS,
+    Case,
+    OpInputs,
+    check_results,
+    grad_output_for,
+    oracle,
+)
+from tests.simt import build
+from tests.simt.emulated import WAYS, Emulated
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
@@ -36,14 +43,14 @@ def usual_order() -> Iterator[None]:
         kernels.set_order("forward")
 
 
-def run(inputs: Inputs, grad_output: Tensor, kernels: Emulated, way: str) -> tuple[Tensor, ...]:
+def run(inputs: OpInputs, grad_output: Tensor, kernels: Emulated, way: str) -> tuple[Tensor, ...]:
     """The four RESULTS."""
     arguments = (*inputs.arguments, inputs.num_points)
-    output = kernels.forward(*arguments, plain=way == "plain")
+    output = kernels.forward(*arguments, baseline=way == "baseline")
     return output, *kernels.backward(grad_output, *arguments, way=way)
 
 
-def tried(inputs: Inputs, kernels: Emulated = KERNELS, way: str = "planned") -> None:
+def tried(inputs: OpInputs, kernels: Emulated = KERNELS, way: str = "planned") -> None:
     grad_output = grad_output_for(inputs)
     check_results(run(inputs, grad_output, kernels, way), inputs, grad_output)
 
@@ -158,7 +165,7 @@ def test_small_gradients_are_not_lost() -> None:
     weights = torch.full((B, Q, M, 1, 1), 2.0**-12)
     weights[:, 0] = 1
     grad_output = torch.ones(B, Q, M * D, dtype=torch.bfloat16)
-    for way in ("scatter", "gather", "plain"):
+    for way in ("scatter", "gather", "baseline"):
         grad = KERNELS.backward(grad_output, value, [(2, 2)], None, locations, weights, way=way)[0]
         assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), way
 
@@ -211,7 +218,7 @@ def test_errors_name_the_kernel() -> None:
     assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
 
 
-def run_layer(inputs: Inputs, kernels: Emulated, way: str) -> None:
+def run_fused(inputs: OpInputs, kernels: Emulated, way: str) -> None:
     """The fused kernels on the same maps; test_layer_kernels.py tries what they compute."""
     B, Q = inputs.sampling_locations.shape[:2]
     reference = inputs.sampling_locations.new_full((B, Q, 1, 2), 0.5)
@@ -220,8 +227,8 @@ def run_layer(inputs: Inputs, kernels: Emulated, way: str) -> None:
         inputs.sampling_locations.to(inputs.attention_weights.dtype),
         *(inputs.attention_weights, inputs.num_points, 1.0),
     )
-    kernels.layer_forward(*arguments)
-    kernels.layer_backward(grad_output_for(inputs), *arguments, way=way)
+    kernels.fused_forward(*arguments)
+    kernels.fused_backward(grad_output_for(inputs), *arguments, way=way)
 
 
 def test_every_kernel_is_reached(record_property: Any) -> None:
@@ -240,7 +247,7 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
                 for kernels in (KERNELS, Emulated(long_offsets=True)):
                     run(inputs, grad_output_for(inputs), kernels, way)
                     if way in ("scatter", "gather"):
-                        run_layer(inputs, kernels, way)
+                        run_fused(inputs, kernels, way)
             here = [re.search(r"deform_attn::(\w+)<(\w+)", name) for name in launched() - before]
             cases.update({match[1] for match in here})
             for match in here:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES
 from torch import Tensor
 
 from deform_attn import composite
 from deform_attn.operands import FusedOperands
-from simt import build
-from simt.emulated import Emulated
+from deform_attn.testing import DTYPES
+from tests.simt import build
+from tests.simt.emulated import Emulated
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
@@ -87,8 +87,8 @@ def test_layer(
     kernels = Emulated(long_offsets=size == 4)
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     found = (
-        kernels.layer_forward(*arguments),
-        *kernels.layer_backward(grad_output, *arguments, way=way),
+        kernels.fused_forward(*arguments),
+        *kernels.fused_backward(grad_output, *arguments, way=way),
     )
     check(found, tensors, counts)
 
@@ -101,8 +101,8 @@ def test_wide_projections(dtype: str) -> None:
     value, grad_output = (t.to(DTYPES[dtype].value) for t in (value, grad_output))
     arguments = (value, list(LEVELS), None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    found = kernels.layer_forward(*arguments)
-    grads = kernels.layer_backward(grad_output, *arguments)
+    found = kernels.fused_forward(*arguments)
+    grads = kernels.fused_backward(grad_output, *arguments)
     check((found, *grads), (value, reference, offsets, logits, grad_output), counts)
     assert grads[2].dtype == grads[3].dtype == torch.float32
 
@@ -112,11 +112,11 @@ def test_deterministic() -> None:
     value, reference, offsets, logits, grad_output = drawn(torch.float32, ROWS, 32, counts, 3, 2)
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    first = kernels.layer_backward(grad_output, *arguments, way="gather")
+    first = kernels.fused_backward(grad_output, *arguments, way="gather")
     try:
         for seed in range(3):
             kernels.set_order("shuffled", seed)
-            again = kernels.layer_backward(grad_output, *arguments, way="gather")
+            again = kernels.fused_backward(grad_output, *arguments, way="gather")
             assert all(torch.equal(one, two) for one, two in zip(first, again))
     finally:
         kernels.set_order("forward")
@@ -132,8 +132,8 @@ def test_gradients_that_nobody_wants(dtype: str, way: str, wanted: tuple[bool, b
     levels = torch.tensor(LEVELS)
     arguments = (value, levels, None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    full = kernels.layer_backward(grad_output, *arguments, way=way)
-    found = kernels.layer_backward(grad_output, *arguments, way=way, wanted=wanted)
+    full = kernels.fused_backward(grad_output, *arguments, way=way)
+    found = kernels.fused_backward(grad_output, *arguments, way=way, wanted=wanted)
     for flag, one, other in zip((*wanted, True, True), found, full):
         torch.testing.assert_close(one, other if flag else torch.empty(0))
     planned = kernels.targets(
@@ -153,8 +153,8 @@ def test_level_that_does_not_fit() -> None:
     starts = torch.tensor([0, 108, 138])
     kernels = Emulated()
     arguments = (value, lie, starts, reference, offsets, logits, counts, SCALE)
-    output = kernels.layer_forward(*arguments)
-    grads = kernels.layer_backward(grad_output, *arguments)
+    output = kernels.fused_forward(*arguments)
+    grads = kernels.fused_backward(grad_output, *arguments)
     assert all(tensor.isfinite().all() for tensor in (output, *grads))
     assert (grads[2][..., 2:4, :] == 0).all()
     assert (grads[1][:, :, 1] == 0).all()

@@ -160,7 +160,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* number, cudaDeviceAttr which, int
 #define __CUDACC_VER_MAJOR__ 0
 #define __CUDACC_VER_MINOR__ 0
 #define __CUDACC_VER_BUILD__ 0
-#include "cuda/ms_deform_attn.cu"
+#include "cuda/ops.cu"
 
 TORCH_LIBRARY(two_gpus, library) {
   simt::on_launch = note;

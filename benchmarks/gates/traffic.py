@@ -1,6 +1,6 @@
 """Counts what the CUDA kernels move, without a GPU: sectors, instructions, atomics and bytes.
 
-    python -m benchmarks.traffic [--json traffic.json] [--check tests/simt/traffic.json]
+    python -m benchmarks.gates.traffic [--json traffic.json] [--check tests/simt/traffic.json]
 
 Every named workload runs at its full size under the emulator of tests/simt, on some multiprocessors
 of an H100; each access is counted and scaled up to all of them. Beside our kernels stands the
@@ -25,11 +25,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from simt.emulated import Emulated
+from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
+from tests.simt.emulated import Emulated
 
 KERNELS = Emulated(counting=True)
 BEFORE_SM_90 = Emulated(atomic_floats=1)  # counts nothing
@@ -111,9 +108,9 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         tensors = tensors | {"output": output}
         found[f"forward {name}"] = counter.run(tensors, lambda: call(output))
 
-    forward("plain", sources, lambda to: KERNELS.forward(*given, plain=True, output=to))
+    forward("baseline", sources, lambda to: KERNELS.forward(*given, baseline=True, output=to))
     forward("teams", sources, lambda to: KERNELS.forward(*given, output=to))
-    forward("fused", layer_sources, lambda to: KERNELS.layer_forward(*layer, output=to))
+    forward("fused", layer_sources, lambda to: KERNELS.fused_forward(*layer, output=to))
 
     def backward(way: str, fused: bool = False, reference: bool = True) -> Counts:
         arguments: tuple[Any, ...] = given
@@ -128,7 +125,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
             filled.append(targets[0])
         written = {f"target {i}": target for i, target in enumerate(targets)}
         tensors = (layer_sources if fused else sources) | {"grad": inputs.grad_output} | written
-        run = KERNELS.layer_backward if fused else KERNELS.backward
+        run = KERNELS.fused_backward if fused else KERNELS.backward
         call = layer if fused else given
 
         def once() -> None:
@@ -144,7 +141,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         figures["least_bytes"] += zeros
         return figures
 
-    for way in ("plain", "scatter", "gather"):
+    for way in ("baseline", "scatter", "gather"):
         found[f"backward {way}"] = backward(way)
     way = KERNELS.way_of(*given)
     found[f"backward {way} fused"] = backward(way, fused=True)
@@ -158,14 +155,14 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     return found
 
 
-def _arguments(inputs: Inputs) -> tuple[Any, ...]:
+def _arguments(inputs: WorkloadInputs) -> tuple[Any, ...]:
     return (
         *(inputs.value, inputs.spatial_shapes, inputs.level_start_index),
         *(inputs.sampling_locations, inputs.attention_weights, inputs.num_points),
     )
 
 
-def _layer_arguments(inputs: Inputs) -> tuple[Any, ...]:
+def _layer_arguments(inputs: WorkloadInputs) -> tuple[Any, ...]:
     """A layer that samples at the same points: offsets in pixels from their mean."""
     shapes = inputs.spatial_shapes
     locations = inputs.sampling_locations
@@ -188,7 +185,7 @@ def _layer_arguments(inputs: Inputs) -> tuple[Any, ...]:
     )
 
 
-def fill_bounds(inputs: Inputs, bounds: Tensor) -> None:
+def fill_bounds(inputs: WorkloadInputs, bounds: Tensor) -> None:
     """What `backward_teams` leaves for `backward_gather`: blocks that do not run leave nothing."""
     shapes = inputs.spatial_shapes.tolist()
     B, Q, M = inputs.sampling_locations.shape[:3]
@@ -287,7 +284,7 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
     others = Bar("backward, elsewhere: atomic sectors", 1)
     gathered = Bar("deterministic backward: sectors, of the atomic one", 3)
     for case, found in counts.items():
-        plain, ours = found["forward plain"], found["forward teams"]
+        plain, ours = found["forward baseline"], found["forward teams"]
         loads.add(ours["loads"] / plain["loads"], case)
         if case.endswith("f32"):
             if WORKLOADS[case.split()[0]].head_dim == 32:
@@ -297,7 +294,7 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
             narrow.add(ours["read"] / wide["read"], case)
         if "encoder" in case:
             missed.add(ours["l1_missed"] / plain["l1_missed"], case)
-        plain = found["backward plain"]
+        plain = found["backward baseline"]
         for chosen, bar in (("chosen", atomics), ("chosen before sm_90", older)):
             (way,) = found[chosen]
             ours = found[f"backward {way}"]
@@ -344,7 +341,7 @@ def table_of(all_counts: dict[str, dict[str, Counts]]) -> Table:
         for kernel, figures in counts.items():
             if kernel.startswith("chosen"):
                 continue
-            plain = counts[kernel.split()[0] + " plain"]
+            plain = counts[kernel.split()[0] + " baseline"]
             cells = []
             for column in columns:
                 share = f" {figures[column] / plain[column]:4.2f}x" if plain[column] else ""

@@ -20,7 +20,7 @@ DEFORM_ATTN_INLINE Vec<float, kLanes> exponential(Vec<float, kLanes> x) {
   for (const float coefficient : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) {
     sum = sum * rest + coefficient;
   }
-  const auto exponent = (N::whole(whole) + 127) << 23;
+  const auto exponent = (N::to_int(whole) + 127) << 23;
   return sum * bits_as<V>(exponent);
 }
 template <int kLanes>
@@ -30,17 +30,17 @@ DEFORM_ATTN_INLINE Vec<double, kLanes> exponential(Vec<double, kLanes> x) {
 }
 
 // weights[0 .. count - 1] = softmax of logits; a NaN among them makes all of them NaN.
-template <typename Real, typename T>
-DEFORM_ATTN_INLINE void softmax(const T* logits, Real* weights, int count) {
-  constexpr int kLanes = kNativeLanes<Real>;
-  using V = Vec<Real, kLanes>;
+template <typename Acc, typename T>
+DEFORM_ATTN_INLINE void softmax(const T* logits, Acc* weights, int count) {
+  constexpr int kLanes = kNativeLanes<Acc>;
+  using V = Vec<Acc, kLanes>;
   if (count == 0) return;
-  Real largest = to_real(logits[0]);
+  Acc largest = to_acc(logits[0]);
   for (int i = 0; i < count; ++i) {
-    weights[i] = to_real(logits[i]);
+    weights[i] = to_acc(logits[i]);
     largest = weights[i] > largest || weights[i] != weights[i] ? weights[i] : largest;
   }
-  Real sum = 0;
+  Acc sum = 0;
   for (int i = 0; i < count; i += kLanes) {
     const int left = count - i;
     V power = left < kLanes ? load_some<kLanes>(weights + i, left) : load<kLanes>(weights + i);
@@ -61,35 +61,35 @@ DEFORM_ATTN_INLINE void softmax(const T* logits, Real* weights, int count) {
 // of a query. From a point: origin + offset / extent, divided and not multiplied by the inverse: an
 // encoder starts with whole offsets from pixel centres, and its locations must not slip off the knot
 // to either side. From a box: origin + offset * extent.
-template <typename Real>
+template <typename Acc>
 struct Steps {
-  Real *origin, *extent;  // [2 * points]
+  Acc *origin, *extent;  // [2 * points]
   bool from_box;
 
   Steps(Arena& arena, const Inputs& in) {
-    origin = arena.take<Real>(2 * int64_t{in.problem.points});
-    extent = arena.take<Real>(2 * int64_t{in.problem.points});
-    from_box = in.layer.size == 4;
+    origin = arena.take<Acc>(2 * int64_t{in.problem.points});
+    extent = arena.take<Acc>(2 * int64_t{in.problem.points});
+    from_box = in.fused.size == 4;
   }
 
   // The query's reference point or box of a level.
-  static const Real* reference(const Inputs& in, int64_t batch, int64_t query, int level) {
-    const Layer& layer = in.layer;
+  static const Acc* reference(const Inputs& in, int64_t batch, int64_t query, int level) {
+    const Fused& fused = in.fused;
     const int64_t at =
-        (batch * in.problem.queries + query) * layer.levels + (layer.levels > 1 ? level : 0);
-    return static_cast<const Real*>(layer.reference) + at * layer.size;
+        (batch * in.problem.queries + query) * fused.levels + (fused.levels > 1 ? level : 0);
+    return static_cast<const Acc*>(fused.reference) + at * fused.size;
   }
   // Of a box's side, the length of one offset.
-  static Real portion(const Inputs& in, int level) {
+  static Acc portion(const Inputs& in, int level) {
     const int points = in.first_point[level + 1] - in.first_point[level];
-    return static_cast<Real>(in.layer.offset_scale / (points > 0 ? points : 1));
+    return static_cast<Acc>(in.fused.offset_scale / (points > 0 ? points : 1));
   }
 
   void of_query(const Inputs& in, int64_t batch, int64_t query) {
     for (int l = 0; l < in.problem.levels; ++l) {
-      const Real* from = reference(in, batch, query, l);
-      Real across = static_cast<Real>(in.levels[l].width);
-      Real along = static_cast<Real>(in.levels[l].height);
+      const Acc* from = reference(in, batch, query, l);
+      Acc across = static_cast<Acc>(in.levels[l].width);
+      Acc along = static_cast<Acc>(in.levels[l].height);
       if (from_box) {
         across = from[2] * portion(in, l);
         along = from[3] * portion(in, l);
@@ -104,23 +104,23 @@ struct Steps {
   }
 
   template <typename T>
-  DEFORM_ATTN_INLINE void locate(const T* offsets, Real* locations, int count) const {
+  DEFORM_ATTN_INLINE void locate(const T* offsets, Acc* locations, int count) const {
     if (from_box) {
-      for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_real(offsets[i]) * extent[i];
+      for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_acc(offsets[i]) * extent[i];
     } else {
-      for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_real(offsets[i]) / extent[i];
+      for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_acc(offsets[i]) / extent[i];
     }
   }
 };
 
 // Locations and weights of some heads of a query: given, or made from a layer.
-template <typename Real>
+template <typename Acc>
 class PointSource {
  public:
   PointSource(Arena& arena, const Inputs& in, int heads)
       : steps_(arena, in),
-        locations_(arena.take<Real>(2 * int64_t{heads} * in.problem.points)),
-        weights_(arena.take<Real>(int64_t{heads} * in.problem.points)) {}
+        locations_(arena.take<Acc>(2 * int64_t{heads} * in.problem.points)),
+        weights_(arena.take<Acc>(int64_t{heads} * in.problem.points)) {}
 
   // Calls `use(locations, weights)`. Narrow: the type of weights, and of a layer's offsets.
   template <typename Narrow, typename Use>
@@ -128,73 +128,72 @@ class PointSource {
                                  int heads, const Use& use) {
     const int64_t at = in.problem.point_at(batch, query, first_head);
     const Narrow* weights = static_cast<const Narrow*>(in.weights) + at;
-    if (in.layer.reference == nullptr) {
-      return use(static_cast<const Real*>(in.locations) + 2 * at, weights);
+    if (in.fused.reference == nullptr) {
+      return use(static_cast<const Acc*>(in.locations) + 2 * at, weights);
     }
     const Narrow* offsets = static_cast<const Narrow*>(in.locations) + 2 * at;
     const int count = in.problem.points;
     steps_.of_query(in, batch, query);
     for (int head = 0; head < heads; ++head) {
       const Narrow* from = offsets + int64_t{2} * head * count;
-      Real* to = locations_ + int64_t{2} * head * count;
+      Acc* to = locations_ + int64_t{2} * head * count;
       steps_.locate(from, to, 2 * count);
       softmax(weights + int64_t{head} * count, weights_ + int64_t{head} * count, count);
     }
-    use(static_cast<const Real*>(locations_), static_cast<const Real*>(weights_));
+    use(static_cast<const Acc*>(locations_), static_cast<const Acc*>(weights_));
   }
 
  private:
-  Steps<Real> steps_;
-  Real *locations_, *weights_;
+  Steps<Acc> steps_;
+  Acc *locations_, *weights_;
 };
 
 // From the gradients of locations and weights to those of reference points, offsets and logits.
-template <typename Real, typename Narrow>
-void finish_queries(const Inputs& in, const LayerGradients& grads, int64_t first, int64_t last,
+template <typename Acc, typename Narrow>
+void finish_queries(const Inputs& in, const FusedGradients& grads, int64_t first, int64_t last,
                     void* scratch) {
   const Problem& p = in.problem;
   Arena arena(scratch);
-  Steps<Real> steps(arena, in);
-  Real* weights = arena.take<Real>(p.points);
-  const Layer& layer = in.layer;
+  Steps<Acc> steps(arena, in);
+  Acc* weights = arena.take<Acc>(p.points);
+  const Fused& fused = in.fused;
   for (int64_t item = first; item < last; ++item) {
     const int64_t b = item / p.queries, query = item % p.queries;
     steps.of_query(in, b, query);
-    Real* to_reference = nullptr;
+    Acc* to_reference = nullptr;
     if (grads.reference) {
-      to_reference =
-          static_cast<Real*>(grads.reference) + item * layer.levels * int64_t{layer.size};
-      std::memset(to_reference, 0, sizeof(Real) * static_cast<size_t>(layer.levels * layer.size));
+      to_reference = static_cast<Acc*>(grads.reference) + item * fused.levels * int64_t{fused.size};
+      std::memset(to_reference, 0, sizeof(Acc) * static_cast<size_t>(fused.levels * fused.size));
     }
     for (int head = 0; head < p.heads; ++head) {
       const int64_t at = p.point_at(b, query, head);
       const Narrow* offsets = static_cast<const Narrow*>(in.locations) + 2 * at;
-      const Real* by_location = static_cast<const Real*>(grads.locations) + 2 * at;
-      const Real* by_weight = static_cast<const Real*>(grads.weights) + at;
+      const Acc* by_location = static_cast<const Acc*>(grads.locations) + 2 * at;
+      const Acc* by_weight = static_cast<const Acc*>(grads.weights) + at;
       for (int l = 0; l < p.levels && to_reference; ++l) {
-        Real sums[4] = {};
+        Acc sums[4] = {};
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
           for (int i = 0; i < 2; ++i) {
             sums[i] += by_location[2 * k + i];
-            sums[2 + i] += by_location[2 * k + i] * to_real(offsets[2 * k + i]);
+            sums[2 + i] += by_location[2 * k + i] * to_acc(offsets[2 * k + i]);
           }
         }
-        Real* to = to_reference + (layer.levels > 1 ? l * layer.size : 0);
-        const Real portion = Steps<Real>::portion(in, l);
-        for (int i = 0; i < layer.size; ++i) to[i] += i < 2 ? sums[i] : sums[i] * portion;
+        Acc* to = to_reference + (fused.levels > 1 ? l * fused.size : 0);
+        const Acc portion = Steps<Acc>::portion(in, l);
+        for (int i = 0; i < fused.size; ++i) to[i] += i < 2 ? sums[i] : sums[i] * portion;
       }
       softmax(static_cast<const Narrow*>(in.weights) + at, weights, p.points);
-      Real mean = 0;
+      Acc mean = 0;
       for (int k = 0; k < p.points; ++k) mean += weights[k] * by_weight[k];
       Narrow* to_offsets = static_cast<Narrow*>(grads.offsets) + 2 * at;
       Narrow* to_logits = static_cast<Narrow*>(grads.logits) + at;
       for (int i = 0; i < 2 * p.points; ++i) {
-        from_real(
+        from_acc(
             steps.from_box ? by_location[i] * steps.extent[i] : by_location[i] / steps.extent[i],
             to_offsets[i]);
       }
       for (int k = 0; k < p.points; ++k) {
-        from_real(weights[k] * (by_weight[k] - mean), to_logits[k]);
+        from_acc(weights[k] * (by_weight[k] - mean), to_logits[k]);
       }
     }
   }

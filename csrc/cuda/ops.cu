@@ -1,8 +1,8 @@
 // The CUDA library: registers the CUDA kernels through torch's stable ABI.
 //
-//   Here              the device and stream of a call, entered for as long as it lasts
+//   CallContext              the device and stream of a call, entered for as long as it lasts
 //   level_table       the levels as kernels take them: never waits for the device
-//   forward, backward, layer_forward, layer_backward
+//   forward, backward, fused_forward, fused_backward
 //   forward_by, backward_by       the first two by kernels that are named, to time them
 //   build                         what this library was built with
 
@@ -11,7 +11,6 @@
 #include <torch/csrc/stable/library.h>
 
 #include <memory>
-#include <mutex>
 #include <tuple>
 
 #include "../checks.h"
@@ -34,9 +33,9 @@ int attribute(cudaDeviceAttr which, int device) {
 }
 
 // Makes the tensor's device current, so that a tensor on a second GPU runs there.
-class Here {
+class CallContext {
  public:
-  explicit Here(const Tensor& tensor) : guard_(tensor.get_device()) {
+  explicit CallContext(const Tensor& tensor) : guard_(tensor.get_device()) {
     const int index = tensor.get_device();
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
@@ -111,13 +110,13 @@ Inputs inputs_of(const Call& call, const Levels& levels, const Tensor& locations
   in.problem = call.problem;
   in.levels = levels.table;
   in.type = type_of(call.type);
-  in.weights_are_real = call.weights_are_real;
+  in.weights_are_acc = call.weights_are_acc;
   in.value = call.value.const_data_ptr();
   in.locations = locations.const_data_ptr();
   in.weights = call.weights.const_data_ptr();
-  in.layer = {};
+  in.fused = {};
   if (call.reference) {
-    in.layer = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
+    in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};
   }
   return in;
@@ -129,44 +128,45 @@ Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
                : torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
-Tensor gradient_of_value(const Tensor& value, bool wanted, const BackwardPlan& plan) {
-  if (!wanted) return Tensor();
+Tensor grad_value_like(const Tensor& value, bool requested, const BackwardPlan& plan) {
+  if (!requested) return Tensor();
   return plan.zeros ? torch::stable::new_zeros(value, value.sizes())
                     : torch::stable::new_empty(value, value.sizes());
 }
 
-Tensor forward_with(bool plain, const Tensor& value, const MaybeTensor& spatial_shapes,
+Tensor forward_with(bool baseline, const Tensor& value, const MaybeTensor& spatial_shapes,
                     const MaybeTensor& level_start_index, const Tensor& sampling_locations,
                     const Tensor& attention_weights, const MaybeSizes& level_sizes,
                     const MaybeSizes& num_points) {
-  const Here here(value);
+  const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
   Tensor output = torch::stable::new_empty(call.value, call.output_shape());
-  forward_call(inputs_of(call, levels, locations), output.mutable_data_ptr(), here.device, plain);
+  forward_call(inputs_of(call, levels, locations), output.mutable_data_ptr(), context.device,
+               baseline);
   return output;
 }
 
-// way_of: Problem, Device -> Way
+// algorithm_of: Problem, Device -> BackwardAlgorithm
 template <typename Choice>
-Gradients backward_with(const Choice& way_of, const Tensor& grad_output, const Tensor& value,
+Gradients backward_with(const Choice& algorithm_of, const Tensor& grad_output, const Tensor& value,
                         const MaybeTensor& spatial_shapes, const MaybeTensor& level_start_index,
                         const Tensor& sampling_locations, const Tensor& attention_weights,
                         const MaybeSizes& level_sizes, const MaybeSizes& num_points,
-                        const Flags& wanted) {
-  const Here here(value);
+                        const Flags& output_mask) {
+  const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
-  const Tensor gradient = call.checked_gradient(grad_output, wanted);
+  const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   const Inputs in = inputs_of(call, levels, locations);
   const BackwardPlan plan =
-      plan_backward(in, way_of(in.problem, here.device), here.device, {wanted[0]});
+      plan_backward(in, algorithm_of(in.problem, context.device), context.device, {output_mask[0]});
 
-  Tensor grad_value = gradient_of_value(call.value, wanted[0], plan);
+  Tensor grad_value = grad_value_like(call.value, output_mask[0], plan);
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
   Tensor grad_weights = torch::stable::new_empty(call.weights, call.weights.sizes());
   const Tensor sums = bytes_of(call.value, plan.sums, true);
@@ -177,8 +177,9 @@ Gradients backward_with(const Choice& way_of, const Tensor& grad_output, const T
   out.weights = grad_weights.mutable_data_ptr();
   out.sums = sums.mutable_data_ptr();
   out.bounds = bounds.mutable_data_ptr();
-  backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
-  return {grad_value, if_wanted(wanted[1], grad_locations), if_wanted(wanted[2], grad_weights)};
+  backward_call(in, gradient.const_data_ptr(), out, plan, context.device);
+  return {grad_value, if_requested(output_mask[1], grad_locations),
+          if_requested(output_mask[2], grad_weights)};
 }
 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -192,72 +193,74 @@ Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
 Gradients backward(const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
                    const MaybeTensor level_start_index, const Tensor sampling_locations,
                    const Tensor attention_weights, const MaybeSizes level_sizes,
-                   const MaybeSizes num_points, bool deterministic, const Flags wanted) {
-  const auto way_of = [&](const Problem& problem, const Device& device) {
-    return chosen_way(problem, deterministic, device);
+                   const MaybeSizes num_points, bool deterministic, const Flags output_mask) {
+  const auto algorithm_of = [&](const Problem& problem, const Device& device) {
+    return choose_backward(problem, deterministic, device);
   };
-  return backward_with(way_of, grad_output, value, spatial_shapes, level_start_index,
-                       sampling_locations, attention_weights, level_sizes, num_points, wanted);
+  return backward_with(algorithm_of, grad_output, value, spatial_shapes, level_start_index,
+                       sampling_locations, attention_weights, level_sizes, num_points, output_mask);
 }
 
-Way named(const std::string& way) {
-  if (way == "plain") return Way::kPlain;
-  if (way == "scatter") return Way::kScatter;
-  if (way == "gather") return Way::kGather;
-  throw std::runtime_error("way: expected plain, scatter or gather, got " + way);
+BackwardAlgorithm named(const std::string& name) {
+  if (name == "baseline") return BackwardAlgorithm::kBaseline;
+  if (name == "scatter") return BackwardAlgorithm::kScatter;
+  if (name == "gather") return BackwardAlgorithm::kGather;
+  throw std::runtime_error("algorithm: expected baseline, scatter or gather, got " + name);
 }
 
-Tensor forward_by(const std::string way, const Tensor value, const MaybeTensor spatial_shapes,
+Tensor forward_by(const std::string algorithm, const Tensor value, const MaybeTensor spatial_shapes,
                   const MaybeTensor level_start_index, const Tensor sampling_locations,
                   const Tensor attention_weights, const MaybeSizes level_sizes,
                   const MaybeSizes num_points) {
-  return forward_with(named(way) == Way::kPlain, value, spatial_shapes, level_start_index,
-                      sampling_locations, attention_weights, level_sizes, num_points);
+  return forward_with(named(algorithm) == BackwardAlgorithm::kBaseline, value, spatial_shapes,
+                      level_start_index, sampling_locations, attention_weights, level_sizes,
+                      num_points);
 }
 
-Gradients backward_by(const std::string way, const Tensor grad_output, const Tensor value,
+Gradients backward_by(const std::string algorithm, const Tensor grad_output, const Tensor value,
                       const MaybeTensor spatial_shapes, const MaybeTensor level_start_index,
                       const Tensor sampling_locations, const Tensor attention_weights,
                       const MaybeSizes level_sizes, const MaybeSizes num_points) {
-  return backward_with([&](const Problem&, const Device&) { return named(way); }, grad_output,
+  return backward_with([&](const Problem&, const Device&) { return named(algorithm); }, grad_output,
                        value, spatial_shapes, level_start_index, sampling_locations,
                        attention_weights, level_sizes, num_points, {true, true, true});
 }
 
-Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
+Tensor fused_forward(const Tensor value, const MaybeTensor spatial_shapes,
                      const MaybeTensor level_start_index, const Tensor reference_points,
                      const Tensor sampling_offsets, const Tensor attention_logits,
                      const MaybeSizes level_sizes, const MaybeSizes num_points,
                      double offset_scale) {
-  const Here here(value);
+  const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
                   attention_logits, level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
   Tensor output = torch::stable::new_empty(call.value, call.output_shape());
   forward_call(inputs_of(call, levels, offsets, offset_scale), output.mutable_data_ptr(),
-               here.device);
+               context.device);
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor reference_points,
     const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
-    const MaybeSizes num_points, double offset_scale, bool deterministic, const Flags wanted) {
-  const Here here(value);
+    const MaybeSizes num_points, double offset_scale, bool deterministic, const Flags output_mask) {
+  const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
                   attention_logits, level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
-  const Tensor gradient = call.checked_gradient(grad_output, wanted);
+  const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   const Inputs in = inputs_of(call, levels, offsets, offset_scale);
-  const BackwardPlan plan = plan_backward(in, chosen_way(in.problem, deterministic, here.device),
-                                          here.device, {wanted[0], wanted[1]});
+  const BackwardPlan plan =
+      plan_backward(in, choose_backward(in.problem, deterministic, context.device), context.device,
+                    {output_mask[0], output_mask[1]});
 
-  Tensor grad_value = gradient_of_value(call.value, wanted[0], plan);
+  Tensor grad_value = grad_value_like(call.value, output_mask[0], plan);
   Tensor grad_reference;
-  if (wanted[1]) {  // zeros: a call without points has none of the gradients below written
+  if (output_mask[1]) {  // zeros: a call without points has none of the gradients below written
     grad_reference = torch::stable::new_zeros(*call.reference, call.reference->sizes());
   }
   Tensor grad_offsets = torch::stable::new_empty(call.locations, call.locations.sizes());
@@ -276,9 +279,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
                        statistics.mutable_data_ptr(),
                        by_weight.mutable_data_ptr(),
                        parts.mutable_data_ptr()};
-  backward_call(in, gradient.const_data_ptr(), out, plan, here.device);
-  return {grad_value, grad_reference, if_wanted(wanted[2], grad_offsets),
-          if_wanted(wanted[3], grad_logits)};
+  backward_call(in, gradient.const_data_ptr(), out, plan, context.device);
+  return {grad_value, grad_reference, if_requested(output_mask[2], grad_offsets),
+          if_requested(output_mask[3], grad_logits)};
 }
 
 std::string build() {
@@ -297,19 +300,19 @@ std::string build() {
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CUDA, library) {
   library.impl("ms_deform_attn", TORCH_BOX(&forward));
   library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
-  library.impl("ms_deform_attn_fused", TORCH_BOX(&layer_forward));
-  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&layer_backward));
+  library.impl("ms_deform_attn_fused", TORCH_BOX(&fused_forward));
+  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&fused_backward));
   library.impl("ms_deform_attn_by", TORCH_BOX(&forward_by));
   library.impl("ms_deform_attn_by_backward", TORCH_BOX(&backward_by));
 }
 
-// Private: benchmarks compare the kernels of a call with the others, and with the plain ones.
+// Private: benchmarks compare the kernels of a call with the others, and with the baseline.
 STABLE_TORCH_LIBRARY_FRAGMENT(deform_attn, library) {
 #define DEFORM_ATTN_INPUTS                                            \
   "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, " \
   "Tensor sampling_locations, Tensor attention_weights, int[]? level_sizes, int[]? num_points"
-  library.def("ms_deform_attn_by(str way, " DEFORM_ATTN_INPUTS ") -> Tensor");
-  library.def("ms_deform_attn_by_backward(str way, Tensor grad_output, " DEFORM_ATTN_INPUTS
+  library.def("ms_deform_attn_by(str algorithm, " DEFORM_ATTN_INPUTS ") -> Tensor");
+  library.def("ms_deform_attn_by_backward(str algorithm, Tensor grad_output, " DEFORM_ATTN_INPUTS
               ") -> (Tensor, Tensor, Tensor)");
 }
 

@@ -4,7 +4,7 @@
 //   Scratch          a thread's working memory
 //   empty, clear     results, and results to be added to
 //   run_forward, run_backward
-//   forward, backward, layer_forward, layer_backward, build
+//   forward, backward, fused_forward, fused_backward, build
 
 #include <torch/csrc/stable/library.h>
 
@@ -18,8 +18,8 @@
 #include <new>
 #include <tuple>
 
-#include "checks.h"
-#include "cpu/kernels.h"
+#include "../checks.h"
+#include "kernels.h"
 
 namespace deform_attn {
 namespace {
@@ -41,15 +41,15 @@ const Kernels& choose_kernels() {
   }
 #endif
   usable.push_back(&cpu::kPortable);
-  const char* wanted = std::getenv("DEFORM_ATTN_CPU");
-  if (wanted == nullptr || *wanted == '\0') return *usable.front();
+  const char* forced = std::getenv("DEFORM_ATTN_CPU");
+  if (forced == nullptr || *forced == '\0') return *usable.front();
   std::string names;
   for (const Kernels* kernels : usable) {
-    if (std::string(kernels->name) == wanted) return *kernels;
+    if (std::string(kernels->name) == forced) return *kernels;
     names += std::string(names.empty() ? "" : ", ") + kernels->name;
   }
   throw std::runtime_error("DEFORM_ATTN_CPU: expected one of " + names +
-                           " on this processor, got " + wanted);
+                           " on this processor, got " + forced);
 }
 
 const Kernels& chosen_kernels() {
@@ -88,13 +88,13 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.first_point = call.first_point.data();
   in.queries_are_pixels = queries_are_pixels(call.problem, levels);
   in.value_type = type_of(call.type);
-  in.weights_are_real = call.weights_are_real;
+  in.weights_are_acc = call.weights_are_acc;
   in.value = call.value.const_data_ptr();
   in.locations = call.locations.const_data_ptr();
   in.weights = call.weights.const_data_ptr();
-  in.layer = {};
+  in.fused = {};
   if (call.reference) {
-    in.layer = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
+    in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};
   }
   return in;
@@ -133,9 +133,9 @@ Tensor empty(const Shape& shape, ScalarType type) {
   }
   AtenTensorHandle handle;
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()),
-                                                         sizes.data(), strides.data(), dtype,
-                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                  strides.data(), dtype,
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   const Tensor tensor(handle);
   ask_for_pages(tensor.mutable_data_ptr(),
                 static_cast<size_t>(tensor.numel()) * tensor.element_size());
@@ -198,16 +198,16 @@ std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Leve
 // Gradients of points of this many bytes have left the caches before anyone reads them.
 constexpr int64_t kPastCaches = int64_t{8} << 20;
 
-// Returns the gradient of value, undefined where it is not wanted; those of the points go to
+// Returns the gradient of value, undefined where it is not requested; those of the points go to
 // `locations` and `weights`.
 Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<Level>& levels,
-                    const Tensor& grad_output, const Flags& wanted, const Tensor& locations,
+                    const Tensor& grad_output, const Flags& output_mask, const Tensor& locations,
                     const Tensor& weights) {
-  const Tensor gradient = call.checked_gradient(grad_output, wanted);
+  const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   Tensor grad_value;
-  if (wanted[0]) {
+  if (output_mask[0]) {
     // sums of a 16-bit value's gradient are float32
-    grad_value = empty(call.value.sizes(), call.real_type());
+    grad_value = empty(call.value.sizes(), call.acc_dtype());
     clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
   }
   if (call.problem.batch > 0) {
@@ -227,7 +227,7 @@ Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<L
         });
   }
   const ScalarType type = call.type;
-  if (!wanted[0] || call.real_type() == type) return grad_value;
+  if (!output_mask[0] || call.acc_dtype() == type) return grad_value;
   return torch::stable::to(grad_value, type);
 }
 
@@ -247,18 +247,19 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor sampling_locations,
     const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
-    bool /*deterministic: always*/, const Flags wanted) {
+    bool /*deterministic: always*/, const Flags output_mask) {
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
                   level_sizes, num_points);
   const std::vector<Level> levels = levels_on_host(call);
-  const Tensor locations = empty(call.locations.sizes(), call.real_type());
+  const Tensor locations = empty(call.locations.sizes(), call.acc_dtype());
   const Tensor weights = empty(call.weights.sizes(), call.weights.scalar_type());
-  const Tensor grad_value =
-      run_backward(call, inputs_of(call, levels), levels, grad_output, wanted, locations, weights);
-  return {grad_value, if_wanted(wanted[1], locations), if_wanted(wanted[2], weights)};
+  const Tensor grad_value = run_backward(call, inputs_of(call, levels), levels, grad_output,
+                                         output_mask, locations, weights);
+  return {grad_value, if_requested(output_mask[1], locations),
+          if_requested(output_mask[2], weights)};
 }
 
-Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
+Tensor fused_forward(const Tensor value, const MaybeTensor spatial_shapes,
                      const MaybeTensor level_start_index, const Tensor reference_points,
                      const Tensor sampling_offsets, const Tensor attention_logits,
                      const MaybeSizes level_sizes, const MaybeSizes num_points,
@@ -271,29 +272,30 @@ Tensor layer_forward(const Tensor value, const MaybeTensor spatial_shapes,
   return output;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor reference_points,
     const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
     const MaybeSizes num_points, double offset_scale, bool /*deterministic: always*/,
-    const Flags wanted) {
+    const Flags output_mask) {
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
                   attention_logits, level_sizes, num_points);
   const std::vector<Level> levels = levels_on_host(call);
   const cpu::Inputs in = inputs_of(call, levels, offset_scale);
   // The kernels give the gradients of locations and weights; `finish` turns them, in place where
   // the dtype allows it, into those of offsets and logits.
-  const ScalarType real = call.real_type();
-  const Tensor locations = empty(call.locations.sizes(), real);
-  const Tensor weights = empty(call.weights.sizes(), real);
-  const Tensor grad_value = run_backward(call, in, levels, grad_output, wanted, locations, weights);
-  const Tensor grad_reference = wanted[1] ? empty(call.reference->sizes(), real) : Tensor();
+  const ScalarType acc = call.acc_dtype();
+  const Tensor locations = empty(call.locations.sizes(), acc);
+  const Tensor weights = empty(call.weights.sizes(), acc);
+  const Tensor grad_value =
+      run_backward(call, in, levels, grad_output, output_mask, locations, weights);
+  const Tensor grad_reference = output_mask[1] ? empty(call.reference->sizes(), acc) : Tensor();
   Tensor grad_offsets = locations, grad_logits = weights;
-  if (!call.weights_are_real) {
+  if (!call.weights_are_acc) {
     grad_offsets = empty(call.locations.sizes(), call.type);
     grad_logits = empty(call.weights.sizes(), call.type);
   }
-  const cpu::LayerGradients grads{locations.const_data_ptr(), weights.const_data_ptr(),
+  const cpu::FusedGradients grads{locations.const_data_ptr(), weights.const_data_ptr(),
                                   data_of(grad_reference), grad_offsets.mutable_data_ptr(),
                                   grad_logits.mutable_data_ptr()};
   const Kernels& kernels = chosen_kernels();
@@ -302,8 +304,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_backward(
     const Scratch scratch(kernels.scratch_bytes(in));
     kernels.finish(in, grads, first, last, scratch.get());
   });
-  return {grad_value, grad_reference, if_wanted(wanted[2], grad_offsets),
-          if_wanted(wanted[3], grad_logits)};
+  return {grad_value, grad_reference, if_requested(output_mask[2], grad_offsets),
+          if_requested(output_mask[3], grad_logits)};
 }
 
 std::string build() {
@@ -317,8 +319,8 @@ std::string build() {
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CPU, library) {
   library.impl("ms_deform_attn", TORCH_BOX(&forward));
   library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
-  library.impl("ms_deform_attn_fused", TORCH_BOX(&layer_forward));
-  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&layer_backward));
+  library.impl("ms_deform_attn_fused", TORCH_BOX(&fused_forward));
+  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&fused_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {

@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel for every architecture, and shows what it takes of each.
 
-    python -m benchmarks.kernels [--architectures 75 90] [--json kernels.json]
+    python -m benchmarks.gates.kernels [--architectures 75 90] [--json kernels.json]
 
 No GPU and no torch is needed: nvcc compiles csrc/cuda/launch.cuh, which launches every kernel with
 every dtype. Fails where a kernel spills registers, takes more of them than its limit, or leaves a
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from build_tools.toolchain import NotFound, find_cuda
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = {"double": "f64", "float": "f32", "__half": "f16", "__nv_bfloat16": "bf16"}
 JOBS = 2
@@ -82,7 +82,7 @@ int main() {
 """
 
 
-class Limited:
+class KernelResources:
     """What a kernel takes of a multiprocessor, and what it may take."""
 
     architecture: int
@@ -101,7 +101,7 @@ class Limited:
 
 
 @dataclasses.dataclass
-class Kernel(Limited):
+class Kernel(KernelResources):
     """What ptxas says of one kernel on one architecture."""
 
     architecture: int
@@ -133,7 +133,7 @@ def parse(demangled: str, architecture: int) -> Kernel:
         variant.append("int32" if arguments[2] == "int" else "int64")
     if name == "backward_teams":
         variant.append("scatter" if arguments[3] == "true" else "points only")
-    if "LayerPoints" in demangled:
+    if "FusedPoints" in demangled:
         variant.append("layer")
     return Kernel(architecture, name, dtype, ", ".join(variant))
 
@@ -173,7 +173,7 @@ def compile_for(architecture: int, toolkit: Path, folder: Path) -> list[Kernel]:
     return kernels
 
 
-def fill_occupancy(kernels: Sequence[Limited]) -> None:
+def fill_occupancy(kernels: Sequence[KernelResources]) -> None:
     """Asks CUDA's own occupancy calculator, on the host."""
     includes = [f"-I{path}" for path in find_cuda().include_folders]
     with tempfile.TemporaryDirectory() as folder:
