@@ -480,11 +480,11 @@ def _probe_function(core: Core, module: nn.Module | None) -> Core | str:
         return f"{core.name} does not compute deformable attention on a probe: {fault}"
     discrete = None
     if "method" in core.options:
-        _, call, sample = accepted[0]
+        _, again, sample = accepted[0]
         for clamp in (True, False):
             with contextlib.suppress(Exception):
                 expected = sample.expected(method="discrete", official_clamp=clamp)
-                if _agrees(call(method="discrete"), expected):
+                if _agrees(again(method="discrete"), expected):
                     discrete = clamp
     rows_last = any(form == "[B, M, D, S]" for form, *_ in accepted)
     return replace(core, rows_last=rows_last, discrete=discrete)
