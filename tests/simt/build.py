@@ -10,19 +10,15 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from build_tools.toolchain import NotFound, find_cuda
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FOLDER = ROOT / "build" / "simt"
-
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from build_tools.toolchain import NotFound, find_cuda  # noqa: E402
 
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ("-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-class-memaccess", "-pthread")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simt import build
+from tests.simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 WAYS = ("baseline", "scatter", "gather", "planned")

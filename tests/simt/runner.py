@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cases import Inputs
-from runners import Runner
 from torch import Tensor
 
-from simt import build
-from simt.emulated import Emulated
+from deform_attn.testing import OpInputs
+from tests.runners import Runner
+from tests.simt import build
+from tests.simt.emulated import Emulated
 
 LARGEST_WORK = 300  # of a case: a fiber a thread takes its time
 
 
 def _runner(name: str, kernels: Emulated, way: str) -> Runner:
-    def forward(inputs: Inputs) -> Tensor:
+    def forward(inputs: OpInputs) -> Tensor:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
         return kernels.forward(*inputs.arguments, inputs.num_points, baseline=way == "baseline")
 
-    def backward(inputs: Inputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
         return kernels.backward(grad_output, *inputs.arguments, inputs.num_points, way=way)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from simt import build
+from tests.simt import build
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 

@@ -12,15 +12,22 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Inputs
-from tolerances import RESULTS, check_results, grad_output_for
 from torch import Tensor
 
-from simt import build
-from simt.emulated import WAYS, Emulated
+from deform_attn.testing import (
+    CASES,
+    DTYPES,
+    RESULTS,
+    Case,
+    OpInputs,
+    check_results,
+    grad_output_for,
+    oracle,
+)
+from tests.simt import build
+from tests.simt.emulated import WAYS, Emulated
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
@@ -36,14 +43,14 @@ def usual_order() -> Iterator[None]:
         kernels.set_order("forward")
 
 
-def run(inputs: Inputs, grad_output: Tensor, kernels: Emulated, way: str) -> tuple[Tensor, ...]:
+def run(inputs: OpInputs, grad_output: Tensor, kernels: Emulated, way: str) -> tuple[Tensor, ...]:
     """The four RESULTS."""
     arguments = (*inputs.arguments, inputs.num_points)
     output = kernels.forward(*arguments, baseline=way == "baseline")
     return output, *kernels.backward(grad_output, *arguments, way=way)
 
 
-def tried(inputs: Inputs, kernels: Emulated = KERNELS, way: str = "planned") -> None:
+def tried(inputs: OpInputs, kernels: Emulated = KERNELS, way: str = "planned") -> None:
     grad_output = grad_output_for(inputs)
     check_results(run(inputs, grad_output, kernels, way), inputs, grad_output)
 
@@ -211,7 +218,7 @@ def test_errors_name_the_kernel() -> None:
     assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
 
 
-def run_fused(inputs: Inputs, kernels: Emulated, way: str) -> None:
+def run_fused(inputs: OpInputs, kernels: Emulated, way: str) -> None:
     """The fused kernels on the same maps; test_layer_kernels.py tries what they compute."""
     B, Q = inputs.sampling_locations.shape[:2]
     reference = inputs.sampling_locations.new_full((B, Q, 1, 2), 0.5)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import DTYPES
 from torch import Tensor
 
 from deform_attn import composite
-from simt import build
-from simt.emulated import Emulated
+from deform_attn.testing import DTYPES
+from tests.simt import build
+from tests.simt.emulated import Emulated
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 

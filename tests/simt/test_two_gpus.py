@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from simt import build
+from tests.simt import build
 
 pytestmark = [
     pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())),
@@ -36,9 +36,14 @@ def library() -> Path:
 
 
 def run(**environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(build.HERE / "two_gpus.py"), str(library())]
+    command = [sys.executable, "-m", "tests.simt.two_gpus", str(library())]
     return subprocess.run(
-        command, env=os.environ | environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=build.ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
 
 
