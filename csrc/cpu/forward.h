@@ -67,7 +67,9 @@ template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc>& run,
                                    T* __restrict output, int some) {
   using V = Vec<Acc, kLanes>;
-  V sums[2][kVecs] = {};  // two chains of dependent additions
+  // Additions to a sum depend on each other: with few sums, each is split into two.
+  constexpr int kChains = kVecs < 8 ? 2 : 1;
+  V sums[kChains][kVecs] = {};
   for (int k = 0; k < run.count; ++k) {
     run.template fetch<kVecs * kLanes* int{sizeof(T)}>(next, k);
     const Quad<int64_t>& offset = run.offset[k];
@@ -77,10 +79,13 @@ DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, con
       const V share = splat<V>(run.share[k][i]);
       V channels[kVecs];
       load_channels<kLanes, kVecs>(pixel, some, channels);
-      each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[i / 2][v] += share * channels[v]; });
+      each<kVecs>([&](auto v)
+                      DEFORM_ATTN_INLINED { sums[i * kChains / 4][v] += share * channels[v]; });
     });
   }
-  each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[0][v] += sums[1][v]; });
+  if constexpr (kChains == 2) {
+    each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[0][v] += sums[1][v]; });
+  }
   store_channels<kLanes, kVecs>(output, some, sums[0]);
 }
 
@@ -92,8 +97,12 @@ DEFORM_ATTN_INLINE void for_channels(int head_dim, const Body& body) {
   constexpr int kHalf = kLanes > 2 ? kLanes / 2 : kLanes;
   using std::integral_constant;
   int c = 0;
-  for (; head_dim - c >= 4 * kLanes; c += 4 * kLanes) {
+  for (; head_dim - c >= kMostVecs * kLanes; c += kMostVecs * kLanes) {
+    body(c, integral_constant<int, kLanes>(), integral_constant<int, kMostVecs>(), 0);
+  }
+  if (kMostVecs > 4 && head_dim - c >= 4 * kLanes) {
     body(c, integral_constant<int, kLanes>(), integral_constant<int, 4>(), 0);
+    c += 4 * kLanes;
   }
   if (head_dim - c >= 2 * kLanes) {
     body(c, integral_constant<int, kLanes>(), integral_constant<int, 2>(), 0);

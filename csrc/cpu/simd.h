@@ -27,6 +27,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#define DEFORM_ATTN_NEON 1
 #endif
 
 #include "../bilinear.h"
@@ -36,7 +39,9 @@
 
 namespace deform_attn::cpu {
 
-#if defined(__AVX512F__)
+#if defined(DEFORM_ATTN_VECTOR_BYTES)  // for tests that compare instruction sets at the same width
+constexpr int kVectorBytes = DEFORM_ATTN_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
@@ -48,6 +53,14 @@ constexpr size_t kCacheLine = 64;  // bytes
 
 template <typename Acc>
 constexpr int kNativeLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
+
+// The most vectors of channels that a pass over the points of a head works on. A pixel of 32 channels
+// takes 8 NEON vectors, and NEON has registers for their sums; SSE2 has not.
+#if defined(DEFORM_ATTN_NEON)
+constexpr int kMostVecs = 8;
+#else
+constexpr int kMostVecs = 4;
+#endif
 
 template <typename Acc, int kLanes>
 struct VecOf {
@@ -108,6 +121,8 @@ DEFORM_ATTN_INLINE float to_acc(BFloat16 x) {
 DEFORM_ATTN_INLINE float to_acc(Half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(DEFORM_ATTN_NEON)
+  return bits_as<__fp16>(x.bits);
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
@@ -133,6 +148,8 @@ DEFORM_ATTN_INLINE void from_acc(float x, BFloat16& to) {
 DEFORM_ATTN_INLINE void from_acc(float x, Half& to) {
 #if defined(__F16C__)
   to.bits = _cvtss_sh(x, 0);
+#elif defined(DEFORM_ATTN_NEON)
+  to.bits = bits_as<uint16_t>(static_cast<__fp16>(x));
 #else
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
@@ -157,7 +174,7 @@ DEFORM_ATTN_INLINE void from_acc(float x, Half& to) {
 template <int kLanes, typename T>
 DEFORM_ATTN_INLINE Vec<AccOf<T>, kLanes> load(const T* from) {
   using Acc = AccOf<T>;
-  Vec<Acc, kLanes> to;
+  Vec<Acc, kLanes> to = {};
   if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(&to, from, sizeof(to));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -179,6 +196,18 @@ DEFORM_ATTN_INLINE Vec<AccOf<T>, kLanes> load(const T* from) {
       const __m256 wide = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
       std::memcpy(&to, &wide, sizeof(to));
       return to;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 4) {
+      __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+      return bits_as<Vec<Acc, kLanes>>(_mm_cvtph_ps(half));
+    }
+#elif defined(DEFORM_ATTN_NEON)
+    if constexpr (kLanes == 4) {
+      uint16x4_t half;
+      std::memcpy(&half, from, sizeof(half));
+      return bits_as<Vec<Acc, kLanes>>(vcvt_f32_f16(vreinterpret_f16_u16(half)));
     }
 #endif
     for (int i = 0; i < kLanes; ++i) to[i] = to_acc(from[i]);
@@ -209,6 +238,19 @@ DEFORM_ATTN_INLINE void store(T* to, Vec<AccOf<T>, kLanes> from) {
 #if defined(__F16C__)
     if constexpr (kLanes == 8) {
       const __m128i narrow = _mm256_cvtps_ph(bits_as<__m256>(from), 0);
+      std::memcpy(to, &narrow, sizeof(narrow));
+      return;
+    }
+#endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 4) {
+      const __m128i narrow = _mm_cvtps_ph(bits_as<__m128>(from), 0);
+      std::memcpy(to, &narrow, kLanes * sizeof(T));
+      return;
+    }
+#elif defined(DEFORM_ATTN_NEON)
+    if constexpr (kLanes == 4) {
+      const uint16x4_t narrow = vreinterpret_u16_f16(vcvt_f16_f32(bits_as<float32x4_t>(from)));
       std::memcpy(to, &narrow, sizeof(narrow));
       return;
     }
@@ -254,7 +296,19 @@ DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<AccOf<T>, kLanes>& first,
     std::memcpy(&both, from, sizeof(both));
     first = bits_as<Vec<float, kLanes>>(both << 16);
     second = bits_as<Vec<float, kLanes>>(both & 0xffff0000u);
-  } else {
+    return;
+  }
+#if defined(DEFORM_ATTN_NEON)
+  if constexpr (std::is_same_v<T, Half> && kLanes == 4) {
+    uint16x8_t both;
+    std::memcpy(&both, from, sizeof(both));
+    const float16x8_t halves = vreinterpretq_f16_u16(both);
+    first = bits_as<Vec<float, kLanes>>(vcvt_f32_f16(vget_low_f16(halves)));
+    second = bits_as<Vec<float, kLanes>>(vcvt_high_f32_f16(halves));
+    return;
+  }
+#endif
+  if constexpr (!std::is_same_v<T, BFloat16> || !kLittleEndian) {
     first = load<kLanes>(from);
     second = load<kLanes>(from + kLanes);
   }
@@ -319,7 +373,17 @@ struct VectorNumbers {
     if constexpr (std::is_same_v<Lane, double> && kLanes == 8) return _mm512_fmadd_pd(a, b, c);
 #elif defined(__AVX2__) && defined(__FMA__)
     if constexpr (std::is_same_v<Lane, float> && kLanes == 8) return _mm256_fmadd_ps(a, b, c);
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 4) return _mm_fmadd_ps(a, b, c);
     if constexpr (std::is_same_v<Lane, double> && kLanes == 4) return _mm256_fmadd_pd(a, b, c);
+#elif defined(DEFORM_ATTN_NEON)
+    if constexpr (std::is_same_v<Acc, Vec<float, 4>>) {
+      return bits_as<Acc>(
+          vfmaq_f32(bits_as<float32x4_t>(c), bits_as<float32x4_t>(a), bits_as<float32x4_t>(b)));
+    }
+    if constexpr (std::is_same_v<Acc, Vec<double, 2>>) {
+      return bits_as<Acc>(
+          vfmaq_f64(bits_as<float64x2_t>(c), bits_as<float64x2_t>(a), bits_as<float64x2_t>(b)));
+    }
 #endif
     Acc sum;
     for (int i = 0; i < kLanes; ++i) sum[i] = Numbers<Lane>::multiply_add(a[i], b[i], c[i]);
