@@ -15,6 +15,7 @@ from pathlib import Path
 from toolchain import (
     ROOT,
     TORCH_FLOOR,
+    CudaToolkit,
     NotFound,
     Torch,
     cuda_architectures,
@@ -107,31 +108,40 @@ def build(name: str, library: Path, scratch: Path, version: str) -> str:
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(_compile, steps))
-    _run([*link, "-o", str(library.absolute())])
+    run([*link, "-o", str(library.absolute())])
     return how
 
 
 def _plan_cpu(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
     torch, cxx = find_torch(), find_cxx()
-    machine = platform.machine().lower().replace("amd64", "x86_64")
-    kernels = INSTRUCTION_SETS.get(machine, INSTRUCTION_SETS["other"])
-    every = {file for files in INSTRUCTION_SETS.values() for file in files}
-    # Files without special instructions come first: where two objects hold the same inline
-    # function, the linker keeps the first, which every processor must be able to run.
-    sources = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in every]
-    sources += [Path("csrc/cpu") / file for file in sorted(kernels, key=lambda f: bool(kernels[f]))]
-
-    common = [*cxx, *DEFINES, *_facts(torch.version, version), *CXX_FLAGS, *_prefix_maps(torch)]
-    common += shlex.split(os.environ.get("CXXFLAGS", ""))
-    steps = [
-        _step(scratch, source, [*common, *kernels.get(source.name, "").split()], torch)
-        for source in sources
-    ]
+    steps = cpu_steps(torch, cxx, scratch, version)
     link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
     if sys.platform != "darwin":
         # An undefined symbol is an error of the build, not of a user's import.
         link += ["-Wl,--as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
+    kernels = [s.source.name for s in steps if s.source.name in _kernel_files()]
     return steps, link, f"torch {torch.version}, {' '.join(cxx)}, {' '.join(kernels)}"
+
+
+def cpu_steps(torch: Torch, cxx: list[str], scratch: Path, version: str) -> list[Step]:
+    """The object files of the CPU library."""
+    machine = platform.machine().lower().replace("amd64", "x86_64")
+    kernels = INSTRUCTION_SETS.get(machine, INSTRUCTION_SETS["other"])
+    # Files without special instructions come first: where two objects hold the same inline
+    # function, the linker keeps the first, which every processor must be able to run.
+    sources = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in _kernel_files()]
+    sources += [Path("csrc/cpu") / file for file in sorted(kernels, key=lambda f: bool(kernels[f]))]
+
+    common = [*cxx, *DEFINES, *_facts(torch.version, version), *CXX_FLAGS, *_prefix_maps(torch)]
+    common += shlex.split(os.environ.get("CXXFLAGS", ""))
+    return [
+        _step(scratch, source, [*common, *kernels.get(source.name, "").split()], torch)
+        for source in sources
+    ]
+
+
+def _kernel_files() -> set[str]:
+    return {file for files in INSTRUCTION_SETS.values() for file in files}
 
 
 def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
@@ -145,10 +155,27 @@ def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]
         )
     cuda, cxx = find_cuda(), find_cxx()
     architectures = cuda_architectures(cuda)
+    steps = cuda_steps(torch, cuda, cxx, architectures, scratch, version)
+    # With the static runtime, a user needs only a driver; none of its symbols is exported.
+    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
+    link += [f"-L{cuda.library_folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    link += ["-Wl,--exclude-libs,ALL"]
+    how = f"CUDA {cuda.version} in {cuda.home}, for {' '.join(architectures)}"
+    return steps, link, how
+
+
+def cuda_steps(
+    torch: Torch,
+    cuda: CudaToolkit,
+    cxx: list[str],
+    architectures: list[str],
+    scratch: Path,
+    version: str,
+) -> list[Step]:
+    """The object files of the CUDA library."""
     sources = _sources("csrc/cuda/*.cu")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = os.environ.get("NVCC_THREADS") or str(max(1, jobs // max(1, len(sources))))
-
     host = [f for f in CXX_FLAGS if f.startswith("-f")] + _prefix_maps(torch)
     common = [
         cuda.nvcc,
@@ -159,14 +186,7 @@ def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]
     ]
     common += [f"-Xcompiler={flag}" for flag in host]
     common += [*gencode_flags(architectures), f"--threads={threads}"]
-    steps = [_step(scratch, source, common, torch) for source in sources]
-
-    # With the static runtime, a user needs only a driver; none of its symbols is exported.
-    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
-    link += [f"-L{cuda.library_folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    link += ["-Wl,--exclude-libs,ALL"]
-    how = f"CUDA {cuda.version} in {cuda.home}, for {' '.join(architectures)}"
-    return steps, link, how
+    return [_step(scratch, source, common, torch) for source in sources]
 
 
 def _sources(pattern: str) -> list[Path]:
@@ -204,7 +224,7 @@ def _compile(step: Step) -> None:
         return
     print(f"  {step.source}", flush=True)
     record.unlink(missing_ok=True)
-    _run(step.command)
+    run(step.command)
     record.write_text(command, encoding="utf-8")
 
 
@@ -222,7 +242,8 @@ def _is_fresh(step: Step, record: Path, command: str) -> bool:
         return False
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Runs a compiler in ROOT and prints its warnings; raises BuildError where it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError as error:
