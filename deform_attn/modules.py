@@ -472,15 +472,15 @@ class MSDeformableAttention(_Attention):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
         """The buffer must say what ``num_points`` says, from which locations are computed."""
         super()._load_from_state_dict(state_dict, prefix, *others)
-        name, wanted = prefix + "num_points_scale", self._portions()
+        name, expected = prefix + "num_points_scale", self._portions()
         scale, errors = state_dict.get(name), others[-1]
         if (
             not isinstance(scale, Tensor)
-            or scale.shape != wanted.shape
+            or scale.shape != expected.shape
             or not readable(scale.cpu())
         ):
             return
-        if not torch.allclose(scale.float().cpu(), wanted, rtol=1e-2):
+        if not torch.allclose(scale.float().cpu(), expected, rtol=1e-2):
             errors.append(
                 f"{name}: expected 1 / points for num_points {self.num_points_list}, "
                 f"got {scale.tolist()}"

@@ -66,11 +66,11 @@ def test_value_and_gradients(runner: Runner, dtypes: Dtypes, case: Case, officia
         inputs.value.abs(), inputs.sampling_locations, inputs.attention_weights.abs()
     )
     terms = exact_results(absolute, grad_output.abs(), official)
-    real = torch.promote_types(dtypes.value, torch.float32)
+    dtype = torch.promote_types(dtypes.value, torch.float32)
     for one, e, sum_of_terms, like in zip(found, exact, terms, (value, value, weights)):
         assert (one.shape, one.dtype) == (e.shape, like.dtype)
         limit = torch.finfo(one.dtype).eps / 2 * largest(e)
-        limit += ROUNDINGS_OF_SUMS * torch.finfo(real).eps * largest(sum_of_terms)
+        limit += ROUNDINGS_OF_SUMS * torch.finfo(dtype).eps * largest(sum_of_terms)
         assert error_of(one, e) <= limit
 
 
@@ -106,8 +106,10 @@ def test_which_pixel(
     pixel: tuple[int, int],
     official: tuple[int, int],
 ) -> None:
-    for wanted, clamp in ((pixel, False), (official, True)):
-        assert call(one_point(shape, *location), clamp).item() == wanted[1] * shape[1] + wanted[0]
+    for expected, clamp in ((pixel, False), (official, True)):
+        assert (
+            call(one_point(shape, *location), clamp).item() == expected[1] * shape[1] + expected[0]
+        )
 
 
 def test_neighbours_have_no_part_in_a_point() -> None:
@@ -131,13 +133,13 @@ def test_fused_is_the_composition(size: int, backend: str) -> None:
     sizes = torch.tensor(SHAPES)
     points = composite.unfused(FusedOperands(value, sizes, None, *rest, None, [3, 0, 2]))[3:5]
     options = {"num_points": [3, 0, 2], "method": "discrete", "backend": backend}
-    wanted = ms_deform_attn(value, SHAPES, None, *points, **options)
-    got = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
-    assert torch.equal(got, wanted)
-    grads = torch.autograd.grad(got.sum(), inputs, allow_unused=True)
+    expected = ms_deform_attn(value, SHAPES, None, *points, **options)
+    found = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
+    assert torch.equal(found, expected)
+    grads = torch.autograd.grad(found.sum(), inputs, allow_unused=True)
     assert [grad is not None for grad in grads] == [True, False, False, True]
     assert not torch.equal(
-        got, ms_deform_attn_fused(value, SHAPES, None, *rest, num_points=[3, 0, 2])
+        found, ms_deform_attn_fused(value, SHAPES, None, *rest, num_points=[3, 0, 2])
     )
 
 

@@ -246,8 +246,8 @@ def test_rt_detr_of_transformers(form: str) -> None:
     detector = Detector(accelerate(stock)[0]).eval()
     model = export(detector, (pixels,), form=form, verbose=False).model_proto
     assert counts(model)["GridSample"] == (6 if form == "grid_sample" else 0)
-    for output, wanted in zip(run(model, (pixels,)), expected, strict=True):
-        assert difference(output, wanted) <= 5e-5
+    for output, other in zip(run(model, (pixels,)), expected, strict=True):
+        assert difference(output, other) <= 5e-5
 
 
 def test_what_is_exported_already() -> None:
