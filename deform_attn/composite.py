@@ -51,7 +51,7 @@ def attention(operands: Operands) -> Tensor:
     right, down = (pixel - corner).to(dtype).unbind(-1)  # [B, Q, M, K]
     left_x, upper_y = corner.long().unbind(-1)
 
-    pixels = value.to(dtype).reshape(B * S * M, D)
+    pixels = value.to(dtype).flatten(0, 2)
     output = pixels.new_zeros((B, Q, M, D))
     for dy in (0, 1):
         for dx in (0, 1):
@@ -107,9 +107,10 @@ def discrete(operands: DiscreteOperands) -> Tensor:
     rounding error. Level sizes on a GPU stay there, and numbers are not copied to it.
     """
     value = operands.value
-    B, S, M, D = value.shape
-    pixels = value.to(acc_dtype(value.dtype)).reshape(B * S * M, D)
-    output = pixels.new_zeros((B, operands.sampling_locations.shape[1], M, D))
+    M, D = value.shape[2:]
+    B, Q = operands.sampling_locations.shape[:2]
+    pixels = value.to(acc_dtype(value.dtype)).flatten(0, 2)
+    output = pixels.new_zeros((B, Q, M, D))
     for index, weight in _picked(operands):
         output = output + (weight[..., None] * _gather(pixels, index)).sum(3)
     return output.flatten(2).to(value.dtype)
@@ -135,7 +136,7 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
     dtype = acc_dtype(value.dtype)
     B, S, M, D = value.shape
     grad = grad_output.to(dtype).view(B, grad_output.shape[1], M, 1, D)
-    pixels = value.to(dtype).reshape(B * S * M, D)
+    pixels = value.to(dtype).flatten(0, 2)
     grad_pixels = torch.zeros_like(pixels) if output_mask[0] else None
     grad_weights = []
     for index, weight in _picked(operands):
@@ -152,8 +153,9 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
 def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
     """For each level: position of each point's pixel in all of value's, and the point's weight."""
     value, dtype = operands.value, acc_dtype(operands.value.dtype)
-    B, S, M, _ = value.shape
-    Q, sizes = operands.sampling_locations.shape[1], level_pairs(operands)
+    S, M = value.shape[1:3]
+    B, Q = operands.sampling_locations.shape[:2]
+    sizes = level_pairs(operands)
     starts: Any = operands.level_start_index
     starts = None if starts is None else starts.to(value.device, torch.int64)
     counts = count_points(operands.sampling_locations, len(sizes), operands.num_points)
@@ -171,7 +173,9 @@ def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
             x = x.clamp(max=height - 1)
         row = start + _nearest(location[..., 1], height) * width + x
         if isinstance(end, Tensor):  # its number is not read: a level that does not fit is empty
-            fits = (height > 0) & (width > 0) & (start >= 0) & (end <= S)
+            fits = (height > 0) & (width > 0) & (end <= S)
+            if starts is not None:
+                fits = fits & (start >= 0)
             row, weight = torch.where(fits, row, 0), torch.where(fits, weight, 0)
         yield _positions(value, row), weight
 

@@ -35,8 +35,8 @@ def forward(*inputs: Any) -> Tensor:
 def sample(operands: Operands) -> Tensor:
     """Deformable DETR (arXiv 2010.04159), section 4.1, with ``grid_sample``."""
     value = operands.value
-    B, _, M, D = value.shape
-    Q = operands.sampling_locations.shape[1]
+    M, D = value.shape[2:]
+    B, Q = operands.sampling_locations.shape[:2]
     output = value.new_zeros((B * M, D, Q), dtype=acc_dtype(value.dtype))
     for _, level, grid, weights in _levels(operands):
         # not in place: this is exported to ONNX, too
@@ -95,8 +95,8 @@ def _levels(operands: Operands) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """For each level: first row, map ``[B*M, D, h, w]``, grid ``[B*M, Q, P, 2]``, weights."""
     value, locations = operands.value, operands.sampling_locations
     dtype = acc_dtype(value.dtype)
-    B, _, M, D = value.shape
-    Q = locations.shape[1]
+    M, D = value.shape[2:]
+    B, Q = locations.shape[:2]
     levels = read_levels(operands)
     counts = count_points(locations, len(levels), operands.num_points)
     grids = 2 * locations.masked_fill(~_near(locations), -1) - 1
