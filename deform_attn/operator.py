@@ -109,7 +109,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     class Backward(_SingleLevelFunction):
         @staticmethod
         def forward(*inputs: Any) -> Any:
-            return backward_op(*inputs)
+            return _below_autograd(backward_op, inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -142,7 +142,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     class Forward(_SingleLevelFunction):
         @staticmethod
         def forward(*inputs: Any) -> Any:
-            return forward_op(*inputs)
+            return _below_autograd(forward_op, inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -251,6 +251,18 @@ def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
             return op(*inputs)
 
     return under_autograd
+
+
+def _below_autograd(op: Any, inputs: tuple[Any, ...]) -> Any:
+    """The operator without this level's autograd; ``torch.func`` may have levels below it.
+
+    A Function's forward runs with gradients disabled, which must not reach those.
+    """
+    if torch._C._are_functorch_transforms_active():
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
 
 
 def _over_batch(op: Any, batched: set[int]) -> Callable[..., Any]:

@@ -1,7 +1,8 @@
 """MSDA with grid_sample, as frameworks ship it: the backend that runs wherever PyTorch does.
 
 Sums are float32 at least. Close to a pixel's centre a location gradient may come from the wrong
-side, because grid_sample maps locations to [-1, 1] and back.
+side, because grid_sample maps locations to [-1, 1] and back. On devices of ``GATHERING`` pixels are
+gathered instead.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deform_attn import composite
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import count_points, read_levels
 from deform_attn.operands import Operands, acc_dtype
 
 __all__ = ["backward", "forward", "sample", "why_not"]
+
+# Device types on which grid_sample's backward is slow or missing.
+GATHERING = {"mps"}
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -29,6 +34,8 @@ def forward(*inputs: Any) -> Tensor:
     """The kernel of ``ms_deform_attn_reference``."""
     operands = Operands(*inputs)
     check_operands(operands)
+    if operands.value.device.type in GATHERING:
+        return composite.attention(operands)
     return sample(operands)
 
 
@@ -50,6 +57,8 @@ def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     operands = Operands(*call)
     check_operands(operands)
     check_gradient(grad_output, operands, output_mask, 3)
+    if operands.value.device.type in GATHERING:
+        return composite.attention_backward(grad_output, operands, output_mask)
     value, locations, weights = (
         operands.value,
         operands.sampling_locations,
