@@ -522,8 +522,9 @@ class MSDeformableAttention(_Attention):
     def reset_parameters(self) -> None:
         """As in the other modules; the buffer ``num_points_scale`` is set, too."""
         super().reset_parameters()
-        if hasattr(self, "num_points_scale"):
-            self.num_points_scale.copy_(self._portions(self.num_points_scale.device))
+        scale = getattr(self, "num_points_scale", None)
+        if scale is not None:
+            scale.copy_(self._portions(scale.device))
 
     def _portions(self, device: torch.device | None = None) -> Tensor:
         """1 / points of its level for each point: what the buffer ``num_points_scale`` holds."""

@@ -216,7 +216,7 @@ def _is_plain_eager() -> bool:
     """
     return not (
         torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
     )
@@ -224,7 +224,7 @@ def _is_plain_eager() -> bool:
 
 def _observed(op: Operator, record: type[AnyOperands], inputs: tuple[Any, ...]) -> Tensor:
     """A call that is not plain eager."""
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         onnx = sys.modules.get("torch.onnx")  # imported by an export
         if onnx is not None and onnx.is_in_onnx_export():
             from deform_attn.integrations.onnx import standard

@@ -53,7 +53,7 @@ def _define_backends() -> dict[str, Backend]:
     kernels: list[tuple[str, Any, str, str]] = [
         (f"{attention}_reference", reference, "CompositeExplicitAutograd", "")
     ]
-    for key in ("CUDA", "CPU"):  # the CPU's are interpreted, for tests
+    for key in ("CUDA", "XPU", "CPU"):  # the CPU's are interpreted, for tests
         kernels.append((f"{attention}_triton", triton_launcher, key, ""))
         kernels.append((f"{fused}_triton", triton_launcher, key, "fused_"))
     for name, module, key, prefix in kernels:
