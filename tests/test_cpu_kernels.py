@@ -68,13 +68,13 @@ def test_kernels_run_clean(tmp_path: Path, sanitizer: str, file: str) -> None:
         *SANITIZERS[sanitizer].split(),
         *("tests/cpu_kernels.cpp", f"csrc/cpu/{file}", "-o", str(program)),
     )
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=1800)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("10 cases\n")
 
     # and would not, were there something to find
     fault, report = ("twice", "data race") if sanitizer == "thread" else ("short", "heap-buffer-")
-    done = subprocess.run([program, fault], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program, fault], capture_output=True, text=True, timeout=1800)
     assert done.returncode != 0
     assert report in done.stderr
 
