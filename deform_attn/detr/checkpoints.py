@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 Rules = list[tuple[str, str]]
@@ -176,3 +178,22 @@ def load_official(model: nn.Module, system: str, state: Mapping[str, Tensor]) ->
         if name not in given and id(tensor) in named:  # shared with a tensor of the checkpoint
             given[name] = given[named[id(tensor)]]
     model.load_state_dict(given, strict=True)
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """Content of a checkpoint, with the weights on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or not a checkpoint; the message names it.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises RuntimeError, EOFError, UnpicklingError, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: expected a checkpoint, got {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a dict, got {type(content).__name__}")
+    return content
