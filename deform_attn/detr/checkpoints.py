@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-Rules = list[tuple[str, str]]
+Rules = list[tuple[str, Any]]  # pattern, and replacement as re.sub takes it
 
 # Names inside layers.
 _LAYERS: Rules = [
@@ -128,6 +128,40 @@ _MR_DETR: Rules = [
     (r"\.ffns\.0\.layers\.1\.(?:linear\.)?", ".ffn.linear2."),
     *_OTHERS,
 ]
+
+# Names of official backbones, in those of the library.
+_NORM = (r"\.(?:norm|bn)\.", ".normalization.")
+_CONV = (r"\.conv\.", ".convolution.")
+BACKBONES: dict[str, Rules] = {
+    "resnet": [  # torchvision's, in a body or not
+        (r"^backbone\.(?:0\.body\.|0\.)?", "backbone.body."),
+        (r"\.body\.conv1\.", ".body.embedder.embedder.convolution."),
+        (r"\.body\.bn1\.", ".body.embedder.embedder.normalization."),
+        (r"\.layer([1-4])\.(\d+)\.", lambda m: f".encoder.stages.{int(m[1]) - 1}.layers.{m[2]}."),
+        (r"\.downsample\.0\.", ".shortcut.convolution."),
+        (r"\.downsample\.1\.", ".shortcut.normalization."),
+        (r"\.conv([1-3])\.", lambda m: f".layer.{int(m[1]) - 1}.convolution."),
+        (r"\.bn([1-3])\.", lambda m: f".layer.{int(m[1]) - 1}.normalization."),
+    ],
+    "resnet_vd": [  # RT-DETR's
+        (
+            r"^backbone\.conv1\.conv1_(\d)\.",
+            lambda m: f"backbone.body.embedder.embedder.{int(m[1]) - 1}.",
+        ),
+        (r"^backbone\.res_layers\.(\d)\.blocks\.", r"backbone.body.encoder.stages.\1.layers."),
+        (r"\.branch2([a-c])\.", lambda m: f".layer.{'abc'.index(m[1])}."),
+        (r"\.short\.conv\.(conv|norm)\.", r".shortcut.1.\1."),
+        (r"\.short\.", ".shortcut."),
+        _CONV,
+        _NORM,
+    ],
+    "hgnetv2": [  # D-FINE's and RT-DETR's
+        (r"^backbone\.stem\.", "backbone.body.embedder."),
+        (r"^backbone\.stages\.", "backbone.body.encoder.stages."),
+        _CONV,
+        _NORM,
+    ],
+}
 
 # Buffers of RT-DETRv2 and D-FINE that depend on the size of the images; here they are computed.
 _DERIVED = ("decoder.anchors", "decoder.valid_mask")

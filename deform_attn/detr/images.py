@@ -11,7 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-RESIZE = ("stretch", "fit")
+RESIZE = ("stretch", "fit", "shortest")
+LONGEST = 1333 / 800  # of the longer side to the shorter one
 
 
 def read_image(source: Any) -> Image.Image:
@@ -88,19 +89,27 @@ def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def as_tensor(image: Image.Image, size: int, resize: str = "stretch") -> Tensor:
+def as_tensor(
+    image: Image.Image,
+    size: int,
+    resize: str = "stretch",
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Tensor:
     """An RGB image as a tensor ``[3, h, w]`` in [0, 1].
 
     Args:
         image: as :func:`read_image` gives it.
-        size: of the longer side, in pixels.
-        resize: "stretch" to a square, or "fit": keep the ratio of the sides.
+        size: in pixels, of the sides that ``resize`` names.
+        resize: "stretch" to a square; "fit" the longer side, and keep the ratio; or "shortest":
+            the shorter side has that size, unless the longer one exceeds 1333/800 of it (DETR).
+        resample: interpolation; the official models were trained with BILINEAR.
     """
     width = height = size
-    if resize == "fit":
-        scale = size / max(image.size)
+    if resize != "stretch":
+        long, short = max(image.size), min(image.size)
+        scale = size / long if resize == "fit" else min(size / short, LONGEST * size / long)
         width, height = (max(1, round(side * scale)) for side in image.size)
-    resized = image.resize((width, height))
+    resized = image.resize((width, height), resample)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 

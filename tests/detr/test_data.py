@@ -173,7 +173,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     ),
     "not an image": (
         lambda c: c["images"][1].update(file_name="../annotations"),
-        r"image 3: expected an image in .*annotations, got .*directory",
+        r"image 3: expected an image in .*annotations', got .*directory",
     ),
     "other size": (
         lambda c: c["images"][1].update(width=41),
