@@ -96,7 +96,7 @@ class LibraryBackbone(nn.Module):
 
     def __init__(
         self,
-        body: nn.Module,
+        body: Any,
         *,
         mean: Sequence[float] = (0.0, 0.0, 0.0),
         std: Sequence[float] = (1.0, 1.0, 1.0),
