@@ -1,20 +1,21 @@
-"""Multi-scale deformable attention as functions: the contract, whichever backend serves it."""
+"""Multi-scale deformable attention as functions: what a call means, on every backend."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from deform_attn.backends import Backend, choose_backend
-from deform_attn.checks import acc_dtype, check, check_fused, check_method
-from deform_attn.composite import discrete, fused_points, on_device
-from deform_attn.levels import Levels
+from deform_attn.backends import choose_backend
+from deform_attn.checks import check, check_method, converted, explained
+from deform_attn.composite import unfused
+from deform_attn.levels import Levels, level_operands
+from deform_attn.operands import FusedOperands, Operands, acc_dtype
+from deform_attn.operator import call_discrete
 
-__all__ = ["ms_deform_attn", "ms_deform_attn_fused"]
+__all__ = ["gradients", "ms_deform_attn", "ms_deform_attn_fused"]
 
 
 def ms_deform_attn(
@@ -85,19 +86,8 @@ def ms_deform_attn(
         sampling_locations,
         attention_weights,
         num_points,
-        method,
-        official_clamp,
-        backend,
     )
-    if torch.compiler.is_compiling():
-        return _attention(*arguments)
-    try:
-        return _attention(*arguments)
-    except (RuntimeError, ValueError, TypeError, AttributeError):
-        # Kernels refuse what does not fit; which argument is at fault is looked for only then,
-        # because looking costs as much as a small call.
-        check(*arguments[:6])
-        raise
+    return explained(_attention, _check_attention, arguments, method, official_clamp, backend)
 
 
 def ms_deform_attn_fused(
@@ -160,17 +150,16 @@ def ms_deform_attn_fused(
         torch.Size([2, 5, 64])
     """
     arguments = (
-        *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
-        *(attention_logits, num_points),
+        value,
+        spatial_shapes,
+        level_start_index,
+        reference_points,
+        sampling_offsets,
+        attention_logits,
+        num_points,
     )
-    options = (offset_scale, method, official_clamp, backend)
-    if torch.compiler.is_compiling():
-        return _layer(*arguments, *options)
-    try:
-        return _layer(*arguments, *options)
-    except (RuntimeError, ValueError, TypeError, AttributeError):
-        check_fused(*arguments)
-        raise
+    options = offset_scale, method, official_clamp, backend
+    return explained(_fused, _check_fused, arguments, *options)
 
 
 def gradients(
@@ -181,126 +170,107 @@ def gradients(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of value, sampling_locations and attention_weights: for callers that have autograd's part."""
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    chosen, operands = _settled(*inputs, None, None)
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    try:
-        grads = chosen.backward(grad_output.contiguous(), *operands, deterministic, [True] * 3)
-    except (RuntimeError, ValueError, TypeError, AttributeError):
-        check(*inputs, None)
-        raise
-    of_value, of_locations, of_weights = grads
-    return (
-        of_value,
-        of_locations.to(sampling_locations.dtype),
-        of_weights.to(attention_weights.dtype),
+    """Gradients of value, sampling_locations and attention_weights of :func:`ms_deform_attn`.
+
+    For callers with an ``autograd.Function`` of their own; arguments as in :func:`ms_deform_attn`.
+    """
+    arguments = (
+        value,
+        spatial_shapes,
+        level_start_index,
+        sampling_locations,
+        attention_weights,
+        None,
     )
+    return explained(_gradients, _check_attention, arguments, grad_output)
 
 
 def _attention(
-    value: Tensor,
-    spatial_shapes: Levels,
-    level_start_index: Tensor | Sequence[int] | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: Sequence[int] | None,
-    method: str,
-    official_clamp: bool,
-    backend: str | None,
+    arguments: tuple[Any, ...], method: str, official_clamp: bool, backend: str | None
 ) -> Tensor:
-    check_method(method)
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    chosen, operands = _settled(*inputs, num_points, backend)
-    if method == "default":
-        return chosen.call(*operands)
-    if not torch.compiler.is_compiling():
-        # composing broadcasts what does not fit, so what is at fault is looked for first
-        check(*inputs, num_points)
-    _, _, _, locations, weights, _, counts = operands
-    return discrete(
-        *(value, spatial_shapes, level_start_index, locations, weights, counts, official_clamp)
-    )
-
-
-def _settled(
-    value: Tensor,
-    spatial_shapes: Levels,
-    level_start_index: Tensor | Sequence[int] | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: Sequence[int] | None,
-    backend: str | None,
-) -> tuple[Backend, tuple[Any, ...]]:
-    """The backend of a call, and the operands that it takes."""
+    value = arguments[0]
     chosen = choose_backend(value.device.type, value.dtype, backend)
-    dtype = value.dtype
-    real = acc_dtype(dtype)
-    if sampling_locations.dtype is not real:
-        sampling_locations = _converted("sampling_locations", sampling_locations, real)
-    if attention_weights.dtype is not real and attention_weights.dtype is not dtype:
-        attention_weights = _converted("attention_weights", attention_weights, real)
-    shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
-    counts = None if num_points is None else list(num_points)
-    return chosen, (value, shapes, starts, sampling_locations, attention_weights, sizes, counts)
+    check_method(method)
+    operands = _as_operands(*arguments)
+    if method == "discrete":
+        return call_discrete(*operands, official_clamp)
+    return chosen.call(*operands)
 
 
-def _layer(
+def _gradients(arguments: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    value, _, _, locations, weights, *_ = arguments
+    chosen = choose_backend(value.device.type, value.dtype)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    grad_value, grad_locations, grad_weights = chosen.backward(
+        grad_output.contiguous(), *_as_operands(*arguments), deterministic, [True] * 3
+    )
+    return grad_value, grad_locations.to(locations.dtype), grad_weights.to(weights.dtype)
+
+
+def _as_operands(
     value: Tensor,
-    spatial_shapes: Levels,
-    level_start_index: Tensor | Sequence[int] | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
+    shapes: Levels,
+    starts: Tensor | Sequence[int] | None,
+    locations: Tensor,
+    weights: Tensor,
     num_points: Sequence[int] | None,
+) -> tuple[Any, ...]:
+    """The arguments as the operator takes them; a record would cost as much as all the rest."""
+    dtype = acc_dtype(value.dtype)
+    if locations.dtype is not dtype:
+        locations = converted("sampling_locations", locations, dtype)
+    if weights.dtype is not dtype and weights.dtype is not value.dtype:
+        weights = converted("attention_weights", weights, dtype)
+    spatial_shapes, level_start_index, level_sizes = level_operands(shapes, starts)
+    counts = None if num_points is None else list(num_points)
+    return value, spatial_shapes, level_start_index, locations, weights, level_sizes, counts
+
+
+def _fused(
+    arguments: tuple[Any, ...],
     offset_scale: float,
     method: str,
     official_clamp: bool,
     backend: str | None,
 ) -> Tensor:
+    value, shapes, starts, reference, offsets, logits, num_points = arguments
     chosen = choose_backend(value.device.type, value.dtype, backend)
-    real = acc_dtype(value.dtype)
-    reference_points = _converted("reference_points", reference_points, real)
-    if sampling_offsets.dtype != attention_logits.dtype or sampling_offsets.dtype != value.dtype:
-        sampling_offsets = _converted("sampling_offsets", sampling_offsets, real)
-        attention_logits = _converted("attention_logits", attention_logits, real)
     check_method(method)
-    if chosen.call_fused is not None and method == "default":
-        shapes, starts, sizes = _levels(spatial_shapes, level_start_index)
-        counts = None if num_points is None else list(num_points)
-        return chosen.call_fused(
-            *(value, shapes, starts, reference_points, sampling_offsets, attention_logits),
-            *(sizes, counts, offset_scale),
-        )
-    if not torch.compiler.is_compiling():
-        # composing broadcasts what does not fit, so what is at fault is looked for first
-        check_fused(
-            *(value, spatial_shapes, level_start_index, reference_points, sampling_offsets),
-            *(attention_logits, num_points),
-        )
-    locations, weights = fused_points(
-        on_device(spatial_shapes, value.device),
-        *(reference_points, sampling_offsets, attention_logits, num_points, offset_scale),
+    kernel = chosen.call_fused if method == "default" else None
+    if kernel is None and not torch.compiler.is_compiling():
+        _check_fused(arguments)  # broadcasting would accept operands that do not fit
+    dtype = acc_dtype(value.dtype)
+    if reference.dtype is not dtype:
+        reference = converted("reference_points", reference, dtype)
+    if offsets.dtype is not logits.dtype or offsets.dtype is not value.dtype:
+        offsets = converted("sampling_offsets", offsets, dtype)
+        logits = converted("attention_logits", logits, dtype)
+    shapes, starts, level_sizes = level_operands(shapes, starts)
+    counts = None if num_points is None else list(num_points)
+    operands = (
+        value,
+        shapes,
+        starts,
+        reference,
+        offsets,
+        logits,
+        level_sizes,
+        counts,
+        offset_scale,
     )
-    return _attention(
-        *(value, spatial_shapes, level_start_index, locations, weights, num_points),
-        *(method, official_clamp, chosen.name),
-    )
+    if kernel is not None:
+        return kernel(*operands)
+    composed = unfused(FusedOperands(*operands))
+    if method == "discrete":
+        return call_discrete(*composed, official_clamp)
+    return chosen.call(*composed)
 
 
-def _levels(
-    spatial_shapes: Levels, level_start_index: Tensor | Sequence[int] | None
-) -> tuple[Tensor | None, Tensor | None, list[int] | None]:
-    """Levels as the operators take them: shapes and starts as tensors, or sizes as numbers."""
-    starts = level_start_index
-    if starts is not None and not isinstance(starts, Tensor):
-        starts = torch.tensor([index(start) for start in starts])
-    if isinstance(spatial_shapes, Tensor):
-        return spatial_shapes, starts, None
-    return None, starts, [side for height, width in spatial_shapes for side in (height, width)]
+def _check_attention(arguments: tuple[Any, ...]) -> None:
+    *tensors, num_points = arguments
+    check(Operands(*tensors)._replace(num_points=num_points))
 
 
-def _converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.dtype.is_floating_point:
-        raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-    return tensor.to(dtype)
+def _check_fused(arguments: tuple[Any, ...]) -> None:
+    *tensors, num_points = arguments
+    check(FusedOperands(*tensors)._replace(num_points=num_points))

@@ -8,16 +8,20 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from deform_attn.checks import check_method
+from deform_attn.checks import check_method, check_tensor, explained
 from deform_attn.functional import ms_deform_attn_fused
 from deform_attn.levels import Levels, readable
 
 __all__ = ["MSDeformAttn", "MSDeformableAttention", "MultiScaleDeformableAttention"]
+
+
+# query, reference_points, value, spatial_shapes, level_start_index, mask
+_Arguments: TypeAlias = tuple[Tensor, Tensor, Tensor, Levels, Tensor | None, Tensor | None]
 
 
 class _Attention(nn.Module):
@@ -25,7 +29,7 @@ class _Attention(nn.Module):
 
     value_name, shapes_name, mask_name = "value", "spatial_shapes", "key_padding_mask"
     mask_keeps = False  # whether True in a mask is for pixels, not for padding
-    layout = ""  # of query and value, where it is not [batch, rows, channels]
+    layout = ""  # of query and value, if not [batch, rows, channels]
     offset_scale, method, official_clamp = 0.5, "default", False
 
     def __init__(
@@ -33,7 +37,8 @@ class _Attention(nn.Module):
     ) -> None:
         """``points`` of each level; ``value_channels`` None: value and output as they are."""
         super().__init__()
-        self._heads, self._points = heads, list(points)
+        self._channels, self._heads, self._points = channels, heads, list(points)
+        self._head_dim = (channels if value_channels is None else value_channels) // heads
         total = heads * sum(points)
         # drawn in this order, so that a seed gives the weights that it gives the peers
         self.sampling_offsets = nn.Linear(channels, total * 2)
@@ -71,7 +76,11 @@ class _Attention(nn.Module):
         mask: Tensor | None,
     ) -> Tensor:
         """``[batch, queries, channels]`` from query and value of that form, batch first."""
-        self._check(query, reference_points, value, spatial_shapes)
+        arguments = query, reference_points, value, spatial_shapes, level_start_index, mask
+        return explained(self._attention, self._check, arguments)
+
+    def _attention(self, arguments: _Arguments) -> Tensor:
+        query, reference_points, value, spatial_shapes, level_start_index, mask = arguments
         value = self.value_proj(value)
         if mask is not None:
             value = value.masked_fill(self._padding(mask, value)[..., None], 0)
@@ -80,7 +89,7 @@ class _Attention(nn.Module):
         points = (B, Q, self._heads, *((len(counts), counts[0]) if uniform else (sum(counts),)))
         output: Tensor = self.output_proj(
             ms_deform_attn_fused(
-                value.unflatten(-1, (self._heads, -1)),
+                value.unflatten(-1, (self._heads, self._head_dim)),
                 spatial_shapes,
                 level_start_index,
                 reference_points,
@@ -94,10 +103,13 @@ class _Attention(nn.Module):
         )
         return output
 
-    def _check(
-        self, query: Tensor, reference_points: Tensor, value: Tensor, spatial_shapes: Levels
-    ) -> None:
-        channels, levels = self.sampling_offsets.in_features, len(self._points)
+    def _check(self, arguments: _Arguments) -> None:
+        """What the operator does not check, or names otherwise; called after a failure."""
+        query, reference_points, value, spatial_shapes, _, _ = arguments
+        channels, levels = self._channels, len(self._points)
+        tensors = {self.value_name: value, "query": query, "reference_points": reference_points}
+        for name, tensor in tensors.items():
+            check_tensor(name, tensor)
         if value.dim() != 3 or value.shape[-1] != channels:
             raise ValueError(
                 f"{self.value_name}: expected shape [batch, rows, {channels}]{self.layout}, "
@@ -114,25 +126,13 @@ class _Attention(nn.Module):
                 f"{self.shapes_name}: expected {levels} levels as the module was made for, "
                 f"got {len(spatial_shapes)}"
             )
-        Q, width = query.shape[1], reference_points.shape[-1]
-        if width not in (2, 4) or reference_points.shape not in (
-            (B, Q, levels, width),
-            (B, Q, 1, width),
-        ):
-            raise ValueError(
-                f"reference_points: expected shape [{B}, {Q}, {levels} or 1, 2] of points (x, y) "
-                f"or [{B}, {Q}, {levels} or 1, 4] of boxes (cx, cy, w, h), "
-                f"got {tuple(reference_points.shape)}"
-            )
-        device = self.sampling_offsets.weight.device
-        for name, tensor in (
-            (self.value_name, value),
-            ("query", query),
-            ("reference_points", reference_points),
-        ):
-            if tensor.device != device:
+        # offloaded parameters are on "meta" until they are used, quantized ones are none
+        devices = {parameter.device for parameter in self.parameters()} - {torch.device("meta")}
+        for name, tensor in tensors.items():
+            if devices and tensor.device not in devices:
+                expected = " or ".join(map(str, devices))
                 raise ValueError(
-                    f"{name}: expected on the module's device ({device}), got {tensor.device}"
+                    f"{name}: expected on the module's device ({expected}), got {tensor.device}"
                 )
 
     def _padding(self, mask: Tensor, value: Tensor) -> Tensor:
