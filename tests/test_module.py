@@ -500,7 +500,7 @@ def test_bad_masks_are_named(name: str) -> None:
         (nothing.float(), "float32"),
         (nothing[:, :48], r"\(2, 48\)"),
         (nothing.to("meta"), "meta"),
-        (~nothing, "other polarity"),
+        (~nothing, "opposite meaning"),
     ):
         with pytest.raises(ValueError, match=f"^{mask_name}: expected .*{says}"):
             module(**call, **{mask_name: bad})
