@@ -1,7 +1,7 @@
 """The contestants of a benchmark: backends of deform_attn and other implementations of the op.
 
 PEERS maps a name to a loader. `loader(workload, device)` returns `op(inputs) -> output`, or raises
-Missing with the reason why the contestant cannot take part. Implementations that want one dtype for
+Missing with the reason why the contestant cannot take part. Implementations that need one dtype for
 all tensors get 16-bit inputs converted to float32, and their output is converted back: rounding the
 locations to 16 bits instead would move the samples.
 """
@@ -178,7 +178,7 @@ def _hub_kernel(workload: Workload, device: str) -> Op:
     kernels = _import("kernels")
     try:
         module = kernels.get_kernel("kernels-community/deformable-detr")
-    except Exception as error:  # whatever a download may end in
+    except Exception as error:  # a failed download raises many types
         raise Missing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     _equal_points(workload)
     return _steps(_differentiable(module))
@@ -220,7 +220,7 @@ def _only_cuda(device: str, reason: str) -> None:
 
 def _equal_points(workload: Workload) -> None:
     if workload.num_points is not None:
-        raise Missing("wants the same number of points in each level")
+        raise Missing("needs the same number of points in each level")
 
 
 def _in_one_dtype(x: WorkloadInputs) -> tuple[Tensor, Tensor, Tensor]:

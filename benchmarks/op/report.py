@@ -48,7 +48,7 @@ def find(rows: Iterable[Row], **fields: Any) -> Row | None:
 
 
 def speedup(rows: Sequence[Row], row: Row, phase: str, contestant: str = BASELINE) -> float | None:
-    """How many times as fast as a contestant in float32 with as many threads; median of pairs."""
+    """Speed-up over a contestant in float32 with the same number of threads; median of pairs."""
     base = find(
         rows,
         contestant=contestant,
@@ -70,7 +70,7 @@ def phases_of(row: Row) -> list[str]:
 
 
 def seconds(value: float) -> str:
-    """Three digits and a unit."""
+    """A time with three digits and a unit."""
     unit, scale = ("s", 1) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("us", 1e6)
     number = value * scale
     digits = 2 if number < 10 else 1 if number < 100 else 0
@@ -105,7 +105,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
 
 
 def print_environment(console: Console, results: dict[str, Any]) -> None:
-    """One line on the machine, one on the software."""
+    """The machine and the software."""
     facts = results["environment"]
     where = facts["gpu"]["name"] if results["device"] == "cuda" else facts["cpu"]
     console.print(
@@ -181,7 +181,7 @@ def _apart(handover: Sequence[float] | None) -> str:
 
 
 def print_cost(console: Console, costs: Sequence[Row]) -> None:
-    """Microseconds of a call on a tiny problem."""
+    """Overhead: microseconds of a call on a tiny problem."""
     table = Table(title="cost of a call (tiny problem)", title_justify="left", title_style="bold")
     table.add_column("contestant")
     for heading in ("no_grad", "recording gradients", "with its backward"):
@@ -212,7 +212,7 @@ def print_model(console: Console, model: Row) -> None:
 
 
 def print_missing(console: Console, rows: Sequence[Row]) -> None:
-    """Who could not take part, and why."""
+    """The contestants that could not take part, and why."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] == "missing":
@@ -231,7 +231,7 @@ def print_missing(console: Console, rows: Sequence[Row]) -> None:
 
 
 def print_comparison(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """How many times as fast the second run is, row by row."""
+    """Speed-up of the second run over the first, row by row."""
     for name, results in (("A", before), ("B", after)):
         facts = results["environment"]
         console.print(
@@ -423,7 +423,7 @@ def chart(results: dict[str, Any], file: Path) -> None:
 
 
 def _bars(rows: Sequence[Row]) -> list[Row]:
-    """A bar for each float32 row that has a baseline: where it stands, how long it is."""
+    """A bar per float32 row that has a baseline: its position and length."""
     bars: list[Row] = []
     y, group = 0.0, None
     order = list(COLORS)

@@ -28,7 +28,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 
 def steps(folder: Path) -> list[str]:
-    """A line for each step: what came of it, how long it took of the time it had."""
+    """A row per step: its result, its duration and its limit."""
     results = {"0": "passed", "124": "**timed out**", "137": "**timed out**"}
     rows = []
     for line in (folder / "steps.tsv").read_text().splitlines():
@@ -38,7 +38,7 @@ def steps(folder: Path) -> list[str]:
 
 
 def tests(report_file: Path) -> list[str]:
-    """Counts of a JUnit report, and the first names of what did not pass."""
+    """Counts of a JUnit report, and the first tests that did not pass."""
     if not report_file.exists():
         return ["Tests: no report."]
     suite = next(ElementTree.parse(report_file).getroot().iter("testsuite"))
@@ -55,7 +55,7 @@ def tests(report_file: Path) -> list[str]:
 
 
 def sanitizers(folder: Path) -> list[str]:
-    """The last words of each tool; one that never came to a summary says so."""
+    """The last summary line of each tool, or that there is none."""
     lines = []
     for tool in SANITIZERS:
         log = folder / f"{tool}.log"
@@ -79,7 +79,7 @@ def _factors(found: Sequence[float | None]) -> str:
 
 
 def times(rows: Sequence[Row]) -> list[str]:
-    """Two tables: times of all that ran, and how many times as fast the compiled kernels are."""
+    """Two tables: times of all contestants, and the speed-up of the compiled kernels."""
     timed = [row for row in rows if "times" in row]
     names = [name for name in PEERS if any(row["contestant"] == name for row in timed)]
     absolute, relative = [], []
@@ -113,7 +113,7 @@ def _cell(row: Row | None) -> str:
 
 
 def verdicts(rows: Sequence[Row]) -> list[str]:
-    """What the times settle: where another choice than the one made would have been faster."""
+    """Where another backend or algorithm than the chosen one was faster."""
     lines = []
     for name, settles in (
         (OURS[1], "the order of the backends in deform_attn/backends/__init__.py"),
@@ -127,13 +127,13 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
                 if factor is not None and factor < 0.97:  # 3 %: less is noise
                     slower.append(f"{row['workload']} {row['dtype']} ({1 / factor:.2f}x)")
         lines.append(
-            f"- `{name}` beats what is chosen (see {settles}): {', '.join(slower) or 'nowhere'}"
+            f"- `{name}` was faster than the choice of {settles}: {', '.join(slower) or 'nowhere'}"
         )
     return lines
 
 
 def page(folder: Path) -> str:
-    """The whole page, of as much as there is."""
+    """The whole page, from the files that exist."""
     bench = folder / "bench.json"
     results: dict[str, Any] | None = json.loads(bench.read_text()) if bench.exists() else None
     title = "# No benchmark ran"
