@@ -115,14 +115,14 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     forward("teams", sources, lambda to: KERNELS.forward(*given, output=to))
     forward("fused", layer_sources, lambda to: KERNELS.fused_forward(*layer, output=to))
 
-    def backward(way: str, fused: bool = False, reference: bool = True) -> Counts:
+    def backward(algorithm: str, fused: bool = False, reference: bool = True) -> Counts:
         arguments: tuple[Any, ...] = given
         if fused:
             value, shapes, starts, anchors, *rest = layer
             arguments = (value, shapes, starts, *rest[:3], anchors, rest[3])
-        targets = KERNELS.targets(*arguments, way=way, wanted=(True, reference))
+        targets = KERNELS.targets(*arguments, algorithm=algorithm, output_mask=(True, reference))
         filled = [targets[4]]  # with zeros, by PyTorch
-        if way == "gather":
+        if algorithm == "gather":
             fill_bounds(inputs, targets[5])
         elif targets[4].numel() == 0:
             filled.append(targets[0])
@@ -132,10 +132,10 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         call = layer if fused else given
 
         def once() -> None:
-            run(inputs.grad_output, *call, way=way, targets=targets)
+            run(inputs.grad_output, *call, algorithm=algorithm, targets=targets)
 
         figures = counter.run(tensors, once)
-        if way != "gather" and not workload.encoder:
+        if algorithm != "gather" and not workload.encoder:
             # the blocks that are sampled hold other queries in another kernel: atomics of all
             sums = {"sums": filled[-1]}
             figures["atomics"] = counter.run(sums, once, every=True)["atomics"]
@@ -144,16 +144,16 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         figures["least_bytes"] += zeros
         return figures
 
-    for way in ("baseline", "scatter", "gather"):
-        found[f"backward {way}"] = backward(way)
-    way = KERNELS.way_of(*given)
-    found[f"backward {way} fused"] = backward(way, fused=True)
-    found[f"backward {way} fused, {FIXED}"] = backward(way, fused=True, reference=False)
+    for algorithm in ("baseline", "scatter", "gather"):
+        found[f"backward {algorithm}"] = backward(algorithm)
+    algorithm = KERNELS.way_of(*given)
+    found[f"backward {algorithm} fused"] = backward(algorithm, fused=True)
+    found[f"backward {algorithm} fused, {FIXED}"] = backward(algorithm, fused=True, reference=False)
     found = {
         kernel: {name: round(figure, 4) for name, figure in figures.items()}
         for kernel, figures in found.items()
     }
-    found["chosen"] = {way: 1.0}
+    found["chosen"] = {algorithm: 1.0}
     found["chosen before sm_90"] = {BEFORE_SM_90.way_of(*given): 1.0}
     return found
 
@@ -244,15 +244,15 @@ def torch_bytes(workload: Workload) -> dict[str, Counts]:
 def layer_table(counts: dict[str, Counts]) -> dict[str, tuple[float, float]]:
     """Bytes per point of the layer of FUSED: {what: (fused, not fused)}."""
     torch_moves = {name: sum(b.values()) for name, b in torch_bytes(WORKLOADS[FUSED]).items()}
-    (way,) = counts["chosen"]
+    (algorithm,) = counts["chosen"]
     rows = {}
     for measure in ("least_bytes", "l2_bytes"):
         fused, plain = counts["forward fused"][measure], counts["forward teams"][measure]
         plain += torch_moves["forward"]
         rows[f"forward, {measure}"] = (fused, plain)
-        plain += counts[f"backward {way}"][measure] + torch_moves["backward"]
+        plain += counts[f"backward {algorithm}"][measure] + torch_moves["backward"]
         for which, summed in (("", torch_moves["reference"]), (f", {FIXED}", 0.0)):
-            moved = fused + counts[f"backward {way} fused{which}"][measure]
+            moved = fused + counts[f"backward {algorithm} fused{which}"][measure]
             rows[f"forward + backward{which}, {measure}"] = (moved, plain + summed)
     return rows
 
@@ -299,16 +299,19 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
             missed.add(ours["l1_missed"] / plain["l1_missed"], case)
         plain = found["backward baseline"]
         for chosen, bar in (("chosen", atomics), ("chosen before sm_90", older)):
-            (way,) = found[chosen]
-            ours = found[f"backward {way}"]
+            (algorithm,) = found[chosen]
+            ours = found[f"backward {algorithm}"]
             # one float at a time before sm_90, which only gathering is counted for
-            assert chosen == "chosen" or way == "gather"
-            bar.add(ours["atomics"] / plain["atomics"], f"{case}: {way}")
+            assert chosen == "chosen" or algorithm == "gather"
+            bar.add(ours["atomics"] / plain["atomics"], f"{case}: {algorithm}")
             sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
-            (encoder if "encoder" in case else others).add(sectors, f"{case}: {way}")
+            (encoder if "encoder" in case else others).add(sectors, f"{case}: {algorithm}")
         moved = [
-            sum(found[f"backward {way}"][kind] for kind in ("read", "written", "atomic_sectors"))
-            for way in ("gather", "scatter")
+            sum(
+                found[f"backward {algorithm}"][kind]
+                for kind in ("read", "written", "atomic_sectors")
+            )
+            for algorithm in ("gather", "scatter")
         ]
         gathered.add(moved[0] / moved[1], case)
     found_bars = [loads, read, narrow, missed, atomics, older, encoder, others, gathered]

@@ -157,7 +157,6 @@ def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]
         *_facts(torch.version, version),
         *NVCC_FLAGS,
     ]
-    common += [f'-DDEFORM_ATTN_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
     common += [f"-Xcompiler={flag}" for flag in host]
     common += [*gencode_flags(architectures), f"--threads={threads}"]
     steps = [_step(scratch, source, common, torch) for source in sources]

@@ -16,7 +16,7 @@ from torch import Tensor
 from simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-WAYS = ("baseline", "scatter", "gather", "planned")
+ALGORITHMS = ("baseline", "scatter", "gather", "planned")
 NAN = float("nan")
 PROCESSORS = 132  # multiprocessors of the GPU that block sizes are chosen for
 
@@ -82,12 +82,12 @@ class Emulated:
         sampling_locations: Tensor,
         attention_weights: Tensor,
         num_points: Sequence[int] | None = None,
-        way: str = "planned",
+        algorithm: str = "planned",
         targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
-        wanted: tuple[bool, bool] = (True, True),  # as there
+        output_mask: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of value, sampling_locations and attention_weights."""
-        assert way in WAYS
+        assert algorithm in ALGORITHMS
         call = _Call(
             value,
             spatial_shapes,
@@ -100,41 +100,41 @@ class Emulated:
             targets = self.targets(
                 *(value, spatial_shapes, level_start_index),
                 *(sampling_locations, attention_weights, num_points),
-                way=way,
-                wanted=wanted,
+                algorithm=algorithm,
+                output_mask=output_mask,
             )
-        self._backward(call, grad_output, targets, way)
+        self._backward(call, grad_output, targets, algorithm)
         return targets[0], targets[1], targets[2]
 
     def targets(
-        self, *arguments: Any, way: str, wanted: tuple[bool, bool] = (True, True)
+        self, *arguments: Any, algorithm: str, output_mask: tuple[bool, bool] = (True, True)
     ) -> tuple[Tensor, ...]:
         """What the kernels write, as it must be before the call, in the order of Outputs.
 
         The arguments are those of a call. Gradients of value, locations (offsets), weights (logits)
-        and reference points come first, then working memory. `wanted`: those of value and of
+        and reference points come first, then working memory. `output_mask`: those of value and of
         reference points, empty where not.
         """
         call = _Call(*arguments)
-        _, zeros, sizes = self.module.plan(call.fields, way, self.processors, *wanted)
+        _, zeros, sizes = self.module.plan(call.fields, algorithm, self.processors, *output_mask)
         value, locations, weights, reference = call.tensors
         sums, *others = sizes
         nothing = torch.empty(0)
-        of_value = torch.zeros_like(value) if zeros else torch.full_like(value, NAN)
+        grad_value = torch.zeros_like(value) if zeros else torch.full_like(value, NAN)
         return (
-            of_value if wanted[0] else nothing,
+            grad_value if output_mask[0] else nothing,
             torch.full_like(locations, NAN),
             torch.full_like(weights, NAN),
-            nothing if reference is None or not wanted[1] else torch.full_like(reference, NAN),
+            nothing if reference is None or not output_mask[1] else torch.full_like(reference, NAN),
             torch.zeros(sums, dtype=torch.uint8),
             *(torch.full((size,), 255, dtype=torch.uint8) for size in others),
         )
 
     def _backward(
-        self, call: _Call, grad_output: Tensor, targets: tuple[Tensor, ...], way: str
+        self, call: _Call, grad_output: Tensor, targets: tuple[Tensor, ...], algorithm: str
     ) -> None:
         self.module.backward(
-            *(call.fields, grad_output.data_ptr(), tuple(t.data_ptr() for t in targets), way),
+            *(call.fields, grad_output.data_ptr(), tuple(t.data_ptr() for t in targets), algorithm),
             *(self.processors, self.long_offsets),
         )
 
@@ -174,9 +174,9 @@ class Emulated:
         attention_logits: Tensor,
         num_points: Sequence[int] | None,
         offset_scale: float,
-        way: str = "planned",
+        algorithm: str = "planned",
         targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
-        wanted: tuple[bool, bool] = (True, True),  # as there
+        output_mask: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of value, reference_points, sampling_offsets and attention_logits."""
         arguments = (
@@ -184,8 +184,8 @@ class Emulated:
             *(num_points, reference_points, offset_scale),
         )
         if targets is None:
-            targets = self.targets(*arguments, way=way, wanted=wanted)
-        self._backward(_Call(*arguments), grad_output, targets, way)
+            targets = self.targets(*arguments, algorithm=algorithm, output_mask=output_mask)
+        self._backward(_Call(*arguments), grad_output, targets, algorithm)
         return targets[0], targets[3], targets[1], targets[2]
 
     def way_of(self, *arguments: Any) -> str:

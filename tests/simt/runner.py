@@ -14,21 +14,25 @@ from simt.emulated import Emulated
 LARGEST_WORK = 300  # of a case: a fiber a thread takes its time
 
 
-def _runner(name: str, kernels: Emulated, way: str) -> Runner:
+def _runner(name: str, kernels: Emulated, algorithm: str) -> Runner:
     def forward(inputs: Inputs) -> Tensor:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
-        return kernels.forward(*inputs.arguments, inputs.num_points, baseline=way == "baseline")
+        return kernels.forward(
+            *inputs.arguments, inputs.num_points, baseline=algorithm == "baseline"
+        )
 
     def backward(inputs: Inputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
-        return kernels.backward(grad_output, *inputs.arguments, inputs.num_points, way=way)
+        return kernels.backward(
+            grad_output, *inputs.arguments, inputs.num_points, algorithm=algorithm
+        )
 
     return Runner.from_kernels(
         name,
         forward,
         backward,
         why_not=lambda dtypes: build.why_not(),
-        deterministic=way == "gather",
+        deterministic=algorithm == "gather",
         largest_work=LARGEST_WORK,
     )
 

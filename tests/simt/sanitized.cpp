@@ -61,7 +61,7 @@ std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) 
   return numbers;
 }
 
-int level_of_point(const Inputs& in, int k) {
+int level_of_point(const KernelCall& in, int k) {
   int l = 0;
   while (k >= in.levels.first_point[l + 1]) ++l;
   return l;
@@ -91,7 +91,7 @@ struct Gradients {
 };
 
 template <typename T>
-Gradients<T> backward(const Inputs& in, const T* grad, BackwardAlgorithm algorithm,
+Gradients<T> backward(const KernelCall& in, const T* grad, BackwardAlgorithm algorithm,
                       const Device& device) {
   const Problem& problem = in.problem;
   const size_t numbers = static_cast<size_t>(problem.batch * problem.rows * problem.row_stride());
@@ -126,7 +126,7 @@ Gradients<T> backward(const Inputs& in, const T* grad, BackwardAlgorithm algorit
 
 // A fused call against the baseline kernels on the locations and weights that it stands for.
 template <typename T>
-void run_fused(Inputs in, const Case& test, size_t index, const std::string& name, double tolerance,
+void run_fused(KernelCall in, const Case& test, size_t index, const std::string& name, double tolerance,
                const std::vector<T>& grad, const Device& device) {
   using Acc = AccOf<T>;
   const Problem& problem = in.problem;
@@ -162,7 +162,7 @@ void run_fused(Inputs in, const Case& test, size_t index, const std::string& nam
       }
     }
   }
-  Inputs given = in;
+  KernelCall given = in;
   given.locations = locations.data();
   given.weights = weights.data();
   given.weights_are_acc = true;
@@ -221,7 +221,7 @@ void run_fused(Inputs in, const Case& test, size_t index, const std::string& nam
 template <typename T>
 void run(const Case& test, Type type, size_t index) {
   using Acc = AccOf<T>;
-  Inputs in = {};
+  KernelCall in = {};
   Problem& problem = in.problem;
   std::vector<int64_t> shapes, starts = test.starts;
   int64_t rows = 0;

@@ -11,8 +11,6 @@ import pytest
 
 from simt import build
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-
 SANITIZERS = {
     "plain": ("-O1",),
     "asan_ubsan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),

@@ -20,9 +20,7 @@ from tolerances import RESULTS, check_results, grad_output_for
 from torch import Tensor
 
 from simt import build
-from simt.emulated import WAYS, Emulated
-
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+from simt.emulated import ALGORITHMS, Emulated
 
 KERNELS = Emulated()
 OLD = Emulated(atomic_floats=1)
@@ -36,38 +34,40 @@ def usual_order() -> Iterator[None]:
         kernels.set_order("forward")
 
 
-def run(inputs: Inputs, grad_output: Tensor, kernels: Emulated, way: str) -> tuple[Tensor, ...]:
+def run(
+    inputs: Inputs, grad_output: Tensor, kernels: Emulated, algorithm: str
+) -> tuple[Tensor, ...]:
     """The four RESULTS."""
     arguments = (*inputs.arguments, inputs.num_points)
-    output = kernels.forward(*arguments, baseline=way == "baseline")
-    return output, *kernels.backward(grad_output, *arguments, way=way)
+    output = kernels.forward(*arguments, baseline=algorithm == "baseline")
+    return output, *kernels.backward(grad_output, *arguments, algorithm=algorithm)
 
 
-def tried(inputs: Inputs, kernels: Emulated = KERNELS, way: str = "planned") -> None:
+def check(inputs: Inputs, kernels: Emulated = KERNELS, algorithm: str = "planned") -> None:
     grad_output = grad_output_for(inputs)
-    check_results(run(inputs, grad_output, kernels, way), inputs, grad_output)
+    check_results(run(inputs, grad_output, kernels, algorithm), inputs, grad_output)
 
 
 @pytest.mark.parametrize("head_dim", [1, 4, 8, 16, 30, 32, 64, 71, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-def test_head_dims(head_dim: int, dtype: str, way: str) -> None:
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
     """Queries that are the pixels, so that tiles, bands and shared pixels are all at work."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
-    tried(case.make(DTYPES[dtype]), way=way)
+    check(case.make(DTYPES[dtype]), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", WAYS)
-def test_encoder(dtype: str, way: str) -> None:
-    tried(ENCODER.make(DTYPES[dtype]), way=way)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_encoder(dtype: str, algorithm: str) -> None:
+    check(ENCODER.make(DTYPES[dtype]), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-def test_long_offsets(dtype: str, way: str) -> None:
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+def test_long_offsets(dtype: str, algorithm: str) -> None:
     """The kernels for tensors of 2**31 elements and more, on small ones."""
-    tried(ENCODER.make(DTYPES[dtype]), Emulated(long_offsets=True), way)
+    check(ENCODER.make(DTYPES[dtype]), Emulated(long_offsets=True), algorithm)
 
 
 def untouched(*shape: int) -> Tensor:
@@ -93,10 +93,12 @@ def test_tensor_of_more_than_2_31_elements() -> None:
         starts,
         *small.tensors[1:],
     )  # sizes that the host knows: few tiles
-    _, *targets = KERNELS.targets(*small.arguments, way="gather")
+    _, *targets = KERNELS.targets(*small.arguments, algorithm="gather")
     found = (
         KERNELS.forward(*arguments),
-        *KERNELS.backward(grad_output, *arguments, way="gather", targets=(grad_value, *targets)),
+        *KERNELS.backward(
+            grad_output, *arguments, algorithm="gather", targets=(grad_value, *targets)
+        ),
     )
     expected = run(small, grad_output, KERNELS, "gather")
     assert torch.equal(found[1][:, start:], expected[1])
@@ -105,12 +107,12 @@ def test_tensor_of_more_than_2_31_elements() -> None:
 
 
 @pytest.mark.parametrize("processors", [1, 1000])
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-def test_block_sizes(processors: int, way: str) -> None:
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+def test_block_sizes(processors: int, algorithm: str) -> None:
     """A GPU of one multiprocessor gets the largest blocks, one of a thousand the smallest."""
     for name in ("shared_among_threads", "listed_points", "head_dim_64"):
         case = CASES[name].smaller(400)
-        tried(case.make(DTYPES["f32"]), Emulated(processors=processors), way)
+        check(case.make(DTYPES["f32"]), Emulated(processors=processors), algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -141,13 +143,13 @@ def test_scattered_sums_depend_on_the_order() -> None:
     assert len(found) > 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("kernels", [KERNELS, OLD], ids=["sm_90", "before_sm_90"])
-def test_orders_of_threads(kernels: Emulated, way: str) -> None:
+def test_orders_of_threads(kernels: Emulated, algorithm: str) -> None:
     inputs = ENCODER.make(DTYPES["f32"])
     for order in ("reversed", "shuffled"):
         kernels.set_order(order, seed=3)
-        tried(inputs, kernels, way)
+        check(inputs, kernels, algorithm)
 
 
 def test_small_gradients_are_not_lost() -> None:
@@ -158,8 +160,10 @@ def test_small_gradients_are_not_lost() -> None:
     weights = torch.full((B, Q, M, 1, 1), 2.0**-12)
     weights[:, 0] = 1
     grad_output = torch.ones(B, Q, M * D, dtype=torch.bfloat16)
-    for way in ("scatter", "gather", "baseline"):
-        grad = KERNELS.backward(grad_output, value, [(2, 2)], None, locations, weights, way=way)[0]
+    for algorithm in ("scatter", "gather", "baseline"):
+        grad = KERNELS.backward(
+            grad_output, value, [(2, 2)], None, locations, weights, algorithm=algorithm
+        )[0]
         assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), way
 
 
@@ -190,11 +194,11 @@ def test_levels_that_lie(lie: str, starts: tuple[int, ...] | None) -> None:
     truthful = inputs.replace(level_start_index=torch.tensor(starts))
     grad_output = grad_output_for(inputs)
     exact = (oracle.ms_deform_attn(truthful), *oracle.gradients(truthful, grad_output))
-    for way in WAYS:
-        found = run(inputs.replace(level_start_index=given), grad_output, KERNELS, way)
+    for algorithm in ALGORITHMS:
+        found = run(inputs.replace(level_start_index=given), grad_output, KERNELS, algorithm)
         for name, one, true in zip(RESULTS, found, exact):
             error = (one.double() - true).abs().max().item()
-            assert error <= 1e-4 * true.abs().max().clamp(min=1).item(), f"{way}: {name}"
+            assert error <= 1e-4 * true.abs().max().clamp(min=1).item(), f"{algorithm}: {name}"
 
 
 def test_errors_name_the_kernel() -> None:
@@ -205,13 +209,13 @@ def test_errors_name_the_kernel() -> None:
         KERNELS.forward(*arguments)
     KERNELS.module.plant_error(209)  # cudaErrorNoKernelImageForDevice
     with pytest.raises(RuntimeError) as caught:
-        KERNELS.backward(grad_output_for(inputs), *arguments, way="scatter")
+        KERNELS.backward(grad_output_for(inputs), *arguments, algorithm="scatter")
     text = str(caught.value)
     assert "backward_teams was not built for this GPU, which has compute capability 9.0" in text
     assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
 
 
-def run_fused(inputs: Inputs, kernels: Emulated, way: str) -> None:
+def run_fused(inputs: Inputs, kernels: Emulated, algorithm: str) -> None:
     """The fused kernels on the same maps; test_layer_kernels.py tries what they compute."""
     B, Q = inputs.sampling_locations.shape[:2]
     reference = inputs.sampling_locations.new_full((B, Q, 1, 2), 0.5)
@@ -221,7 +225,7 @@ def run_fused(inputs: Inputs, kernels: Emulated, way: str) -> None:
         *(inputs.attention_weights, inputs.num_points, 1.0),
     )
     kernels.fused_forward(*arguments)
-    kernels.fused_backward(grad_output_for(inputs), *arguments, way=way)
+    kernels.fused_backward(grad_output_for(inputs), *arguments, algorithm=algorithm)
 
 
 def test_every_kernel_is_reached(record_property: Any) -> None:
@@ -236,11 +240,11 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
         for name in ("non_square", "head_dim_32", "head_dim_71"):
             inputs = CASES[name].make(DTYPES[dtype])
             before = launched()
-            for way in WAYS:
+            for algorithm in ALGORITHMS:
                 for kernels in (KERNELS, Emulated(long_offsets=True)):
-                    run(inputs, grad_output_for(inputs), kernels, way)
-                    if way in ("scatter", "gather"):
-                        run_fused(inputs, kernels, way)
+                    run(inputs, grad_output_for(inputs), kernels, algorithm)
+                    if algorithm in ("scatter", "gather"):
+                        run_fused(inputs, kernels, algorithm)
             here = [re.search(r"deform_attn::(\w+)<(\w+)", name) for name in launched() - before]
             cases.update({match[1] for match in here})
             for match in here:

@@ -15,8 +15,6 @@ import torch
 from simt import build
 from simt.emulated import Emulated
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-
 COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; the rest is for `make traffic`
 TRIED = ("deformable_detr_encoder_800x1333 f32", "rtdetr_decoder_640 f32")
@@ -80,8 +78,8 @@ def test_bounds_of_blocks_that_do_not_run(encoder: bool) -> None:
         *(inputs.value, inputs.spatial_shapes, inputs.level_start_index),
         *(inputs.sampling_locations, inputs.attention_weights),
     )
-    targets = kernels.targets(*arguments, None, way="gather")
-    kernels.backward(inputs.grad_output, *arguments, way="gather", targets=targets)
+    targets = kernels.targets(*arguments, None, algorithm="gather")
+    kernels.backward(inputs.grad_output, *arguments, algorithm="gather", targets=targets)
     made = torch.empty_like(targets[5])
     traffic.fill_bounds(inputs, made)
     assert torch.equal(targets[5], made)

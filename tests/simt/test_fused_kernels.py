@@ -11,8 +11,6 @@ from deform_attn import composite
 from simt import build
 from simt.emulated import Emulated
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-
 LEVELS = ((9, 12), (5, 6), (3, 3))
 ROWS = sum(height * width for height, width in LEVELS)
 NAMES = ("output", "value", "reference_points", "sampling_offsets", "attention_logits")
@@ -65,7 +63,7 @@ def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["scatter", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("levels", [1, 3], ids=["shared_reference", "reference_a_level"])
 @pytest.mark.parametrize(
@@ -74,7 +72,13 @@ def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[i
     ids=["pixels", "counts", "many_points"],
 )
 def test_layer(
-    dtype: str, way: str, size: int, levels: int, queries: int, head_dim: int, counts: list[int]
+    dtype: str,
+    algorithm: str,
+    size: int,
+    levels: int,
+    queries: int,
+    head_dim: int,
+    counts: list[int],
 ) -> None:
     value_dtype = DTYPES[dtype].value
     if queries == ROWS and (levels, size) != (3, 2):
@@ -85,7 +89,7 @@ def test_layer(
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     found = (
         kernels.fused_forward(*arguments),
-        *kernels.fused_backward(grad_output, *arguments, way=way),
+        *kernels.fused_backward(grad_output, *arguments, algorithm=algorithm),
     )
     check(found, tensors, counts)
 
@@ -109,37 +113,43 @@ def test_deterministic() -> None:
     value, reference, offsets, logits, grad_output = drawn(torch.float32, ROWS, 32, counts, 3, 2)
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    first = kernels.fused_backward(grad_output, *arguments, way="gather")
+    first = kernels.fused_backward(grad_output, *arguments, algorithm="gather")
     try:
         for seed in range(3):
             kernels.set_order("shuffled", seed)
-            again = kernels.fused_backward(grad_output, *arguments, way="gather")
+            again = kernels.fused_backward(grad_output, *arguments, algorithm="gather")
             assert all(torch.equal(one, two) for one, two in zip(first, again))
     finally:
         kernels.set_order("forward")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
-def test_gradients_that_nobody_wants(dtype: str, way: str, wanted: tuple[bool, bool]) -> None:
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+@pytest.mark.parametrize("output_mask", [(True, False), (False, True), (False, False)], ids=str)
+def test_gradients_that_nobody_wants(
+    dtype: str, algorithm: str, output_mask: tuple[bool, bool]
+) -> None:
     """They take no memory, and the others are the same without them."""
     counts = [3, 0, 2]
     value, reference, offsets, logits, grad_output = drawn(DTYPES[dtype].value, 9, 32, counts, 3, 2)
     levels = torch.tensor(LEVELS)
     arguments = (value, levels, None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    full = kernels.fused_backward(grad_output, *arguments, way=way)
-    found = kernels.fused_backward(grad_output, *arguments, way=way, wanted=wanted)
-    for flag, one, other in zip((*wanted, True, True), found, full):
+    full = kernels.fused_backward(grad_output, *arguments, algorithm=algorithm)
+    found = kernels.fused_backward(
+        grad_output, *arguments, algorithm=algorithm, output_mask=output_mask
+    )
+    for flag, one, other in zip((*output_mask, True, True), found, full):
         torch.testing.assert_close(one, other if flag else torch.empty(0))
     planned = kernels.targets(
-        *(value, levels, None, offsets, logits, counts, reference, SCALE), way=way, wanted=wanted
+        *(value, levels, None, offsets, logits, counts, reference, SCALE),
+        algorithm=algorithm,
+        output_mask=output_mask,
     )
     sums, bounds, statistics, _, parts = (tensor.numel() for tensor in planned[4:])
-    assert (parts > 0) == wanted[1]
-    assert (bounds + statistics > 0) == (wanted[0] and way == "gather")
-    assert (sums > 0) == (wanted[0] and way == "scatter" and dtype == "bf16")
+    assert (parts > 0) == output_mask[1]
+    assert (bounds + statistics > 0) == (output_mask[0] and algorithm == "gather")
+    assert (sums > 0) == (output_mask[0] and algorithm == "scatter" and dtype == "bf16")
 
 
 def test_level_that_does_not_fit() -> None:
