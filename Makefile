@@ -65,21 +65,21 @@ demo: .venv/detr build  ## The shipped detector finds digits on a photograph, wi
 	$(PY) -m examples.detect_digits --out $(OUT)
 
 bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, and a whole Deformable DETR
-	$(PY) -m benchmarks.run --out $(OUT)
+	$(PY) -m benchmarks.op --out $(OUT)
 
 peers: .venv/bench  ## Install what can be compared on a CPU and comes from PyPI (compiles for minutes)
 	$(PIP) --constraint .venv/constraints.txt --no-deps --no-build-isolation torch-ms-deform-attn
 
 kernels: .venv/dev .venv/cuda  ## Compile the CUDA kernels for every architecture: registers, spills, shared memory
 	@mkdir -p $(OUT)
-	$(PY) -m benchmarks.kernels --json $(OUT)/kernels.json
-	$(PY) -m benchmarks.triton_kernels --json $(OUT)/triton_kernels.json
+	$(PY) -m benchmarks.gates.kernels --json $(OUT)/kernels.json
+	$(PY) -m benchmarks.gates.triton_kernels --json $(OUT)/triton_kernels.json
 
 emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator runs, also under sanitizers
 	$(PY) -m pytest tests/simt
 
 traffic: .venv/dev .venv/cuda  ## Sectors that the CUDA kernels move, counted, against the committed table
-	$(PY) -m benchmarks.traffic --check tests/simt/traffic.json
+	$(PY) -m benchmarks.gates.traffic --check tests/simt/traffic.json
 
 gpu:  ## On a machine with a GPU, with its own torch and without a network: build, test, sanitize, time
 	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)

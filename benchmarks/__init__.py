@@ -1,1 +1,1 @@
-"""Benchmarks of deform_attn: named workloads, peers, whole models and the machine's own limits."""
+"""Benchmarks in four subjects: the operator, static gates, the machine, the detectors."""

@@ -25,8 +25,8 @@ from hypothesis import HealthCheck, settings
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
 
-from cases import CASES, DTYPES, MIXED_DTYPES
-from runners import Runner, all_runners, unavailable
+from deform_attn.testing import CASES, DTYPES, MIXED_DTYPES
+from tests.runners import Runner, all_runners, unavailable
 
 ALL_DTYPES = DTYPES | MIXED_DTYPES
 

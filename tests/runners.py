@@ -15,16 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from cases import DTYPES, Case, Dtypes, Inputs
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deform_attn
 from deform_attn.backends import BACKENDS
+from deform_attn.testing import DTYPES, Case, Dtypes, OpInputs
 
-Forward = Callable[[Inputs], Tensor]
+Forward = Callable[[OpInputs], Tensor]
 Gradients = tuple[Tensor, Tensor, Tensor]
-Backward = Callable[[Inputs, Tensor], Gradients]  # inputs, grad_output [B, Q, M * D]
+Backward = Callable[[OpInputs, Tensor], Gradients]  # inputs, grad_output [B, Q, M * D]
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,14 @@ class Runner:
             **({"any_layout": False, "settles_dtypes": False} | fields),
         )
 
-    def forward(self, inputs: Inputs) -> Tensor:
+    def __call__(self, inputs: OpInputs) -> Tensor:
+        return self.call(inputs)
+
+    def forward(self, inputs: OpInputs) -> Tensor:
         with torch.no_grad():
             return self.call(inputs)
 
-    def gradients(self, inputs: Inputs, grad_output: Tensor) -> Gradients:
+    def gradients(self, inputs: OpInputs, grad_output: Tensor) -> Gradients:
         leaves = inputs.leaves()
         grads = torch.autograd.grad(self.call(leaves), leaves.tensors, grad_output)
         return grads[0], grads[1], grads[2]
@@ -81,7 +84,7 @@ class _Kernels(torch.autograd.Function):
     """Bare kernels as one differentiable call."""
 
     @staticmethod
-    def forward(ctx: Any, forward: Forward, backward: Backward, inputs: Inputs, *tensors: Tensor):
+    def forward(ctx: Any, forward: Forward, backward: Backward, inputs: OpInputs, *tensors: Tensor):
         ctx.kernel, ctx.inputs = backward, inputs.replace_tensors(*tensors)
         return forward(ctx.inputs)
 
@@ -92,7 +95,7 @@ class _Kernels(torch.autograd.Function):
 
 
 def package_runner(backend: str, device: str, **fields: Any) -> Runner:
-    def call(inputs: Inputs) -> Tensor:
+    def call(inputs: OpInputs) -> Tensor:
         return deform_attn.ms_deform_attn(
             *inputs.arguments, num_points=inputs.num_points, backend=backend
         )
@@ -115,8 +118,8 @@ def all_runners() -> Iterator[Runner]:
     else:
         # interpreted: a second or two a case
         yield package_runner("triton", "cpu", largest_work=12)
-    if importlib.util.find_spec("simt") and importlib.util.find_spec("simt.runner"):
-        yield from importlib.import_module("simt.runner").runners()
+    if importlib.util.find_spec("tests.simt"):  # not beside an installed wheel
+        yield from importlib.import_module("tests.simt.runner").runners()
 
 
 def unavailable() -> dict[str, str]:

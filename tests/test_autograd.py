@@ -5,22 +5,25 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
-import oracle
 import pytest
 import torch
-from cases import CASES, Case, Dtypes, Inputs
-from runners import Recorder, Runner, operators, package
-from tolerances import (
-    RESULTS,
-    check_results,
-    error_of,
-    grad_output_for,
-    results,
-    truth,
-)
 from torch import Tensor
 
 from deform_attn import ms_deform_attn
+from deform_attn.testing import (
+    CASES,
+    RESULTS,
+    Case,
+    Dtypes,
+    OpInputs,
+    check_results,
+    error_of,
+    exact_results,
+    grad_output_for,
+    oracle,
+    results,
+)
+from tests.runners import Recorder, Runner, operators, package
 
 TINY = [
     Case("uniform", levels=((3, 4), (2, 1)), batch=1, queries=2, heads=2, head_dim=3, points=2),
@@ -40,12 +43,12 @@ tiny = pytest.mark.parametrize("small", TINY, ids=lambda case: case.name)
 f64_only = pytest.mark.only(dtypes=["f64"])
 
 
-def without_nan(inputs: Inputs) -> Inputs:
+def without_nan(inputs: OpInputs) -> OpInputs:
     """Rows between levels are NaN elsewhere; gradcheck would take differences of them."""
     return inputs.replace(value=inputs.value.nan_to_num())
 
 
-def as_function(runner: Runner, inputs: Inputs) -> Callable[..., Tensor]:
+def as_function(runner: Runner, inputs: OpInputs) -> Callable[..., Tensor]:
     return lambda *tensors: runner.call(inputs.replace_tensors(*tensors))
 
 
@@ -441,7 +444,7 @@ def test_an_input_without_a_gradient(
 def test_exact_results_are_not_trivial(dtypes: Dtypes, case: Case) -> None:
     """The cases try something: the truth is not zero wherever there is something to sample."""
     inputs = case.make(dtypes)
-    exact = truth(inputs, grad_output_for(inputs))
+    exact = exact_results(inputs, grad_output_for(inputs))
     assert all(e.isfinite().all() for e in exact)
     empty = {"no_batch", "no_queries", "no_points", "listed_points_all_zero", "nothing_on_the_map"}
     for name, e in zip(RESULTS, exact):

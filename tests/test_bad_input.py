@@ -8,13 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Dtypes, Inputs
-from runners import Runner, operators, package
-from tolerances import grad_output_for
 
 import deform_attn
+from deform_attn.testing import CASES, DTYPES, Dtypes, OpInputs, grad_output_for
+from tests.runners import Runner, operators, package
 
-Edit = Callable[[Inputs], dict[str, Any]]  # what of a good call to replace
+Edit = Callable[[OpInputs], dict[str, Any]]  # what of a good call to replace
 
 
 @dataclass(frozen=True)

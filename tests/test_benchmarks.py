@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import check, kernels, measure, models, peers, report, roofline, run
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw, scaled
+from benchmarks.gates import kernels
+from benchmarks.machine import roofline
+from benchmarks.op import check, measure, models, peers, report, run
+from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw, scaled
 
 SMALL = scaled(WORKLOADS["rtdetr_decoder_640"], 0.1)
 
@@ -87,7 +89,7 @@ def faulty(fault: str) -> peers.Loader:
     def load(workload: Workload, device: str) -> peers.Op:
         op = right(workload, device)
 
-        def wrong(x: Inputs) -> torch.Tensor:
+        def wrong(x: WorkloadInputs) -> torch.Tensor:
             if fault == "output":
                 return op(x) * 1.001
             if fault == "shifted":  # half a pixel of the finest level
@@ -194,7 +196,7 @@ def test_a_gradient_that_is_lost_outside_the_subset_is_found(
     keep = torch.ones(1, SMALL.queries, 1)
     keep[:, unasked] = 0
 
-    def loses(x: Inputs) -> torch.Tensor:
+    def loses(x: WorkloadInputs) -> torch.Tensor:
         through = op(x.map(lambda t: t.detach() if t is x.value else t))
         full = op(x)
         return torch.where(keep.bool(), full, through)
@@ -223,7 +225,7 @@ def test_a_race_is_interleaved_and_paired() -> None:
     op = right(SMALL, "cpu")
 
     def named(name: str) -> peers.Op:
-        def call(x: Inputs) -> torch.Tensor:
+        def call(x: WorkloadInputs) -> torch.Tensor:
             order.append(name)
             return op(x)
 
@@ -266,7 +268,7 @@ def test_ratios_are_taken_round_by_round() -> None:
 def test_peak_memory_sees_what_was_freed_again() -> None:
     x = draw(SMALL)
 
-    def hungry(x: Inputs) -> torch.Tensor:
+    def hungry(x: WorkloadInputs) -> torch.Tensor:
         scratch = torch.ones(8 << 20)  # 32 MiB
         return right(SMALL, "cpu")(x) + 0 * scratch[0]
 

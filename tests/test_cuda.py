@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases import CASES, Dtypes, Inputs
-from runners import Runner
-from tolerances import check, grad_output_for, results
+
+from deform_attn.testing import CASES, Dtypes, OpInputs, check, grad_output_for, results
+from tests.runners import Runner
 
 
 def kernels(runner: Runner) -> bool:
     return runner.device == "cuda" and runner.backend in ("compiled", "triton")
 
 
-def drawn(dtypes: Dtypes) -> Inputs:
+def drawn(dtypes: Dtypes) -> OpInputs:
     inputs = CASES["head_dim_32"].make(dtypes, "cuda")
     return inputs.replace_tensors(inputs.value.nan_to_num(0.5), *inputs.tensors[1:])
 

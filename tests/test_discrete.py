@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import math
 
-import oracle
 import pytest
 import torch
-from cases import CASES, Case, Dtypes, Inputs
-from runners import Runner
-from tolerances import ROUNDINGS_OF_SUMS, error_of, grad_output_for, largest
 from torch import Tensor
 
 from deform_attn import ms_deform_attn, ms_deform_attn_fused
+from deform_attn.testing import (
+    CASES,
+    ROUNDINGS_OF_SUMS,
+    Case,
+    Dtypes,
+    OpInputs,
+    error_of,
+    grad_output_for,
+    largest,
+    oracle,
+)
+from tests.runners import Runner
 
 # the same code whichever backend is chosen: one for each device
 each_device = pytest.mark.only(runners=lambda runner: runner.backend == "reference")
 clamps = pytest.mark.parametrize("official", [False, True], ids=["", "official_clamp"])
 
 
-def call(inputs: Inputs, official: bool = False, backend: str | None = None) -> Tensor:
+def call(inputs: OpInputs, official: bool = False, backend: str | None = None) -> Tensor:
     return ms_deform_attn(
         *inputs.arguments,
         num_points=inputs.num_points,
@@ -29,7 +37,7 @@ def call(inputs: Inputs, official: bool = False, backend: str | None = None) -> 
     )
 
 
-def exact_results(inputs: Inputs, grad_output: Tensor, official: bool) -> tuple[Tensor, ...]:
+def exact_results(inputs: OpInputs, grad_output: Tensor, official: bool) -> tuple[Tensor, ...]:
     """Output, gradients of value and weights in float64."""
     value, locations, weights = oracle.settle(inputs).tensors
     leaves = [tensor.double().requires_grad_() for tensor in (value, weights)]
@@ -65,12 +73,12 @@ def test_value_and_gradients(runner: Runner, dtypes: Dtypes, case: Case, officia
         assert error_of(one, e) <= limit
 
 
-def one_point(shape: tuple[int, int], x: float, y: float) -> Inputs:
+def one_point(shape: tuple[int, int], x: float, y: float) -> OpInputs:
     """Value holds each pixel's row."""
     height, width = shape
     value = torch.arange(float(height * width)).view(1, -1, 1, 1)
     location = torch.tensor([x, y]).view(1, 1, 1, 1, 1, 2)
-    return Inputs(value, torch.tensor([shape]), None, location, torch.ones(1, 1, 1, 1, 1))
+    return OpInputs(value, torch.tensor([shape]), None, location, torch.ones(1, 1, 1, 1, 1))
 
 
 INF, NAN = math.inf, math.nan
@@ -115,9 +123,8 @@ def test_neighbours_have_no_part_in_a_point() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_fused_is_the_composition(size: int, backend: str) -> None:
-    from test_fused import SHAPES, draw
-
     from deform_attn.composite import fused_points
+    from tests.test_fused import SHAPES, draw
 
     inputs = [t.requires_grad_() for t in draw(torch.float32, size=size, num_points=[3, 0, 2])]
     value, *rest = inputs

@@ -6,12 +6,12 @@ import math
 
 import pytest
 import torch
-from cases import Dtypes
-from runners import Recorder, Runner, package
 from torch import Tensor
 
 import deform_attn
 from deform_attn import composite, ms_deform_attn_fused
+from deform_attn.testing import Dtypes
+from tests.runners import Recorder, Runner, package
 
 SHAPES = [(7, 5), (3, 4), (1, 1)]
 SIZES = [side for shape in SHAPES for side in shape]

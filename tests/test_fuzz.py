@@ -10,24 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    DTYPES,
-    INF,
-    MIXED_DTYPES,
-    NAN,
-    Case,
-    Dtypes,
-    Inputs,
-    around_the_map,
-    chosen_from,
-    far_outside,
-    lay_out,
-)
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from runners import Runner, operators, package
-from tolerances import check, check_results, grad_output_for
+
+from deform_attn.testing import (
+    CASES,
+    DTYPES,
+    MIXED_DTYPES,
+    Case,
+    Dtypes,
+    OpInputs,
+    check,
+    check_results,
+    grad_output_for,
+)
+from deform_attn.testing.cases import INF, NAN, chosen_from, far_outside, lay_out
+from tests.runners import Runner, operators, package
 
 ALL_DTYPES = DTYPES | MIXED_DTYPES
 ARGUMENTS = (
@@ -51,7 +49,6 @@ def examples(runner: Runner, count: int) -> int:
 
 side = st.integers(1, 8)
 LOCATIONS = (
-    around_the_map,
     far_outside,
     chosen_from(0.0, 1.0, -0.0, 0.31, 2.0, -1.0),
     chosen_from(NAN, INF, -INF, 0.37, 0.61, 3e38),
@@ -166,7 +163,7 @@ def test_lying_levels(runner: Runner) -> None:
     assert answered > 0  # the example above at least
 
 
-def wrapped(inputs: Inputs) -> Inputs:
+def wrapped(inputs: OpInputs) -> OpInputs:
     """Starts as the operators count them: sums of products that may pass 2**63 hold no level."""
     if inputs.level_start_index is not None:
         return inputs
@@ -240,7 +237,7 @@ def test_operands_that_do_not_fit(runner: Runner, direct: bool) -> None:
         grad_output = grad_output_for(inputs)
         for which, *damage in damages:
             tensors[which] = broken(tensors[which], *damage)
-        damaged = Inputs(*tensors, inputs.num_points)
+        damaged = OpInputs(*tensors, inputs.num_points)
         if direct:
             output = outcome(lambda: forward(*damaged.arguments, None, damaged.num_points))
         else:

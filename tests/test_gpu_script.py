@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import torch
-from simt import build
-from simt.emulated import Emulated
 
 import deform_attn
-from benchmarks import check, measure, peers, report, summary
-from benchmarks.workloads import WORKLOADS, draw, scaled
+from benchmarks.op import check, measure, peers, report, summary
+from benchmarks.op.workloads import WORKLOADS, draw, scaled
+from tests.simt import build
+from tests.simt.emulated import Emulated
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -47,7 +47,7 @@ elif "tests -k cuda" in words:
 elif "--runners compiled/cuda" in words:
     assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
     real(*(argument.replace("compiled/cuda", "compiled/cpu") for argument in arguments))
-elif "benchmarks.run" in words:
+elif "benchmarks.op" in words:
     if "bench" in failing:
         sys.exit("planted")
     at = arguments.index("--device")

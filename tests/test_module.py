@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from family import CHANNELS, FAMILY, lively, tensors_of, with_tensors
-from runners import Runner, package
-from test_torch_integration import module_arguments
 from torch import Tensor, nn
 
 import deform_attn
 from deform_attn import MSDeformableAttention, MSDeformAttn, MultiScaleDeformableAttention
+from tests.family import CHANNELS, FAMILY, lively, tensors_of, with_tensors
+from tests.runners import Runner, package
+from tests.test_torch_integration import module_arguments
 
 # max|a - b| / max|b|, as the recorded values were compared with a re-implementation
 OUTPUT_LIMIT = 2e-6

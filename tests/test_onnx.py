@@ -11,15 +11,21 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from cases import Case, Dtypes, Inputs
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
-from tolerances import check_results, grad_output_for, truth
 from torch import Tensor, nn
 
 import deform_attn
 from deform_attn import MSDeformAttn, ms_deform_attn
 from deform_attn.integrations.onnx import FORMS, OPSET, decompositions, export
+from deform_attn.testing import (
+    Case,
+    Dtypes,
+    OpInputs,
+    check_results,
+    exact_results,
+    grad_output_for,
+)
 
 LARGEST_DIFFERENCE = 2e-6  # of a layer's float32 outputs, over their largest number
 LEVELS = [(5, 7), (3, 4), (2, 1)]
@@ -50,7 +56,7 @@ def symbolic(name: str, inputs: Any, attributes: Any, *, shape: Any, **options: 
     return output
 
 
-def arguments(inputs: Inputs, form: str) -> tuple[Any, ...]:
+def arguments(inputs: OpInputs, form: str) -> tuple[Any, ...]:
     """Of the operator; "grid_sample" needs level sizes as numbers."""
     shapes, starts, sizes = inputs.spatial_shapes, inputs.level_start_index, None
     if form == "grid_sample" or not isinstance(shapes, Tensor):
@@ -87,7 +93,7 @@ def test_each_form_is_the_operator(
     output = decomposed(*given)
     assert output.dtype == dtypes.value
     grad_output = grad_output_for(inputs)
-    exact = truth(inputs, grad_output)
+    exact = exact_results(inputs, grad_output)
     check_results((output, *exact[1:]), inputs, grad_output, names=("output",))
 
 
@@ -220,9 +226,8 @@ def test_level_sizes_in_a_tensor(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["grid_sample", "gather"])
 def test_rt_detr_of_transformers(form: str) -> None:
     pytest.importorskip("transformers")
-    from transformers_models import SMALL, build, inputs_of
-
     from deform_attn.integrations.transformers import accelerate
+    from tests.transformers_models import SMALL, build, inputs_of
 
     class Detector(nn.Module):
         def __init__(self, model: nn.Module) -> None:

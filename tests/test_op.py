@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DTYPES, MIXED_DTYPES, Case, Dtypes, Inputs
-from runners import Runner, package
-from tolerances import (
-    REFERENCE,
+
+from deform_attn.testing import (
+    CASES,
+    DTYPES,
+    MIXED_DTYPES,
+    Case,
+    Dtypes,
+    OpInputs,
     check,
     error_of,
+    exact_results,
     grad_output_for,
     largest,
+    oracle,
     results,
     roundings,
-    truth,
 )
+from deform_attn.testing.comparison import reference
+from tests.runners import Runner, package
 
 SOME_CASES = ["non_square", "listed_points", "not_finite", "head_dim_30", "strided"]
 
@@ -72,7 +78,7 @@ def test_inputs_are_left_as_they_are(runner: Runner, dtypes: Dtypes) -> None:
 # ---------------------------------------------------------------------------------------- knots
 
 
-def knot_inputs(size: tuple[int, int], dtypes: Dtypes, count: int = 40) -> Inputs:
+def knot_inputs(size: tuple[int, int], dtypes: Dtypes, count: int = 40) -> OpInputs:
     """One query a point: the locations nearest to pixel centres, and two steps to either side."""
     height, width = size
     generator = torch.Generator().manual_seed(height * width)
@@ -91,7 +97,7 @@ def knot_inputs(size: tuple[int, int], dtypes: Dtypes, count: int = 40) -> Input
     xy = torch.stack((near_centres(width), near_centres(height)), -1)
     Q = xy.shape[0]
     value = torch.rand(1, height * width, 1, 8, generator=generator, dtype=torch.float64)
-    return Inputs(
+    return OpInputs(
         value.to(dtypes.value),
         torch.tensor([[height, width]]),
         torch.tensor([0]),
@@ -121,7 +127,7 @@ def test_the_known_knot(runner: Runner, dtypes: Dtypes) -> None:
     assert location.double()[0].item() * 64 - 0.5 == 7.9999990463256836
     value = torch.zeros(1, 64, 1, 4, dtype=dtypes.value)
     value[0, 7], value[0, 8], value[0, 9] = 1, 3, -20
-    inputs = Inputs(
+    inputs = OpInputs(
         value,
         torch.tensor([[1, 64]]),
         torch.tensor([0]),
@@ -147,7 +153,7 @@ def test_right_hand_slope_on_a_pixel(runner: Runner, dtypes: Dtypes) -> None:
     """On pixel 2 of 4 the slope is pixel 3 - pixel 2; on the last pixel it is 0 - pixel 3."""
     for pixel, slope in ((2, 5 - 3), (3, 0 - 5), (-1, 1 - 0), (0, 2 - 1)):
         value = torch.tensor([1.0, 2, 3, 5], dtype=dtypes.value).reshape(1, 4, 1, 1)
-        inputs = Inputs(
+        inputs = OpInputs(
             value,
             torch.tensor([[1, 4]]),
             torch.tensor([0]),
@@ -171,7 +177,7 @@ def test_reference_error_is_small(dtypes: Dtypes, case: Case) -> None:
     """
     inputs = case.make(dtypes)
     grad_output = grad_output_for(inputs)
-    found, exact = results(REFERENCE, inputs, grad_output), truth(inputs, grad_output)
+    found, exact = results(reference, inputs, grad_output), exact_results(inputs, grad_output)
     side = max(max(pair) for pair in case.levels)
     moved = side * torch.finfo(oracle.settle(inputs).sampling_locations.dtype).eps
     for result, e, limit in zip(found, exact, roundings(inputs, grad_output, exact)):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Dtypes, Inputs, on_pixels
+
+from deform_attn.testing import CASES, DTYPES, Case, Dtypes, OpInputs, oracle
+from deform_attn.testing.cases import on_pixels
 
 
-def rational(inputs: Inputs) -> torch.Tensor:
+def rational(inputs: OpInputs) -> torch.Tensor:
     """The definition, point by point, in fractions."""
     inputs = oracle.settle(inputs)
     B, S, M, D = inputs.value.shape

@@ -4,44 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DTYPES, Dtypes, Inputs
-from runners import Gradients, Runner
-from test_op import knot_inputs
-from tolerances import check
 
-Fault = tuple[Callable[[Inputs], torch.Tensor], Callable[[Inputs, torch.Tensor], Gradients]]
+from deform_attn.testing import CASES, DTYPES, Dtypes, OpInputs, check, oracle
+from tests.runners import Gradients, Runner
+from tests.test_op import knot_inputs
+
+Fault = tuple[Callable[[OpInputs], torch.Tensor], Callable[[OpInputs, torch.Tensor], Gradients]]
 
 
-def forward(inputs: Inputs) -> torch.Tensor:
+def forward(inputs: OpInputs) -> torch.Tensor:
     return oracle.ms_deform_attn(inputs).to(inputs.value.dtype)
 
 
-def backward(inputs: Inputs, grad_output: torch.Tensor) -> Gradients:
+def backward(inputs: OpInputs, grad_output: torch.Tensor) -> Gradients:
     grads = oracle.gradients(inputs, grad_output)
     value, locations, weights = (g.to(t.dtype) for g, t in zip(grads, inputs.tensors))
     return value, locations, weights
 
 
-def with_levels_of(change: Callable[[Inputs], Inputs]) -> Fault:
+def with_levels_of(change: Callable[[OpInputs], OpInputs]) -> Fault:
     return lambda i: forward(change(i)), lambda i, g: backward(change(i), g)
 
 
-def swapped_sides(inputs: Inputs) -> Inputs:
+def swapped_sides(inputs: OpInputs) -> OpInputs:
     return inputs.replace(spatial_shapes=inputs.spatial_shapes.flip(-1))
 
 
-def swapped_coordinates(inputs: Inputs) -> Inputs:
+def swapped_coordinates(inputs: OpInputs) -> OpInputs:
     return inputs.replace(sampling_locations=inputs.sampling_locations.flip(-1))
 
 
-def moved_by(step: float) -> Callable[[Inputs], Inputs]:
+def moved_by(step: float) -> Callable[[OpInputs], OpInputs]:
     return lambda i: i.replace(sampling_locations=i.sampling_locations + step)
 
 
-def rounded_locations(inputs: Inputs) -> Inputs:
+def rounded_locations(inputs: OpInputs) -> OpInputs:
     return inputs.replace(
         sampling_locations=inputs.sampling_locations.bfloat16().to(inputs.sampling_locations.dtype)
     )
@@ -50,7 +49,7 @@ def rounded_locations(inputs: Inputs) -> Inputs:
 def edit(which: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Fault:
     """One gradient changed; the rest is right."""
 
-    def faulty(inputs: Inputs, grad_output: torch.Tensor) -> Gradients:
+    def faulty(inputs: OpInputs, grad_output: torch.Tensor) -> Gradients:
         grads = list(backward(inputs, grad_output))
         grads[which] = change(grads[which])
         return grads[0], grads[1], grads[2]
@@ -65,13 +64,13 @@ def one_lost(grad: torch.Tensor) -> torch.Tensor:
     return flat.view(grad.shape)
 
 
-def last_query_unwritten(inputs: Inputs) -> torch.Tensor:
+def last_query_unwritten(inputs: OpInputs) -> torch.Tensor:
     output = forward(inputs)
     output[-1, -1, -1] = torch.nan
     return output
 
 
-def wrong_by_eight_roundings(inputs: Inputs) -> torch.Tensor:
+def wrong_by_eight_roundings(inputs: OpInputs) -> torch.Tensor:
     output = forward(inputs)
     return output + 8 * torch.finfo(output.dtype).eps * output.abs().max()
 
@@ -113,21 +112,21 @@ def test_fault_is_found(name: str, dtypes: Dtypes) -> None:
         check(runner_of(FAULTS[name]), CASES["non_square"].make(dtypes))
 
 
-def rounded_pixel(inputs: Inputs) -> Inputs:
+def rounded_pixel(inputs: OpInputs) -> OpInputs:
     """location * size - 1/2 rounded in float32 before its floor, as a plain kernel does."""
     sizes = inputs.spatial_shapes.flip(-1).float()
     pixel = inputs.sampling_locations * sizes - 0.5
     return as_float64(inputs, (pixel.double() + 0.5) / sizes)
 
 
-def mapped_location(inputs: Inputs) -> Inputs:
+def mapped_location(inputs: OpInputs) -> OpInputs:
     """The location mapped to [-1, 1] and back in float32, as grid_sample has it."""
     sizes = inputs.spatial_shapes.flip(-1).float()
     pixel = ((2 * inputs.sampling_locations - 1 + 1) * sizes - 1) / 2
     return as_float64(inputs, (pixel.double() + 0.5) / sizes)
 
 
-def as_float64(inputs: Inputs, locations: torch.Tensor) -> Inputs:
+def as_float64(inputs: OpInputs, locations: torch.Tensor) -> OpInputs:
     return inputs.replace_tensors(
         inputs.value.double(), locations, inputs.attention_weights.double()
     )
@@ -138,12 +137,12 @@ def as_float64(inputs: Inputs, locations: torch.Tensor) -> Inputs:
     ("fault", "size"), [(rounded_pixel, (100, 167)), (mapped_location, (64, 64))]
 )
 def test_wrong_side_of_a_knot_is_found(
-    fault: Callable[[Inputs], Inputs], size: tuple[int, int], dtypes: Dtypes
+    fault: Callable[[OpInputs], OpInputs], size: tuple[int, int], dtypes: Dtypes
 ) -> None:
-    def faulty_forward(inputs: Inputs) -> torch.Tensor:
+    def faulty_forward(inputs: OpInputs) -> torch.Tensor:
         return forward(fault(inputs)).to(inputs.value.dtype)
 
-    def faulty_backward(inputs: Inputs, grad_output: torch.Tensor) -> Gradients:
+    def faulty_backward(inputs: OpInputs, grad_output: torch.Tensor) -> Gradients:
         grads = oracle.gradients(fault(inputs), grad_output)
         value, locations, weights = (g.to(t.dtype) for g, t in zip(grads, inputs.tensors))
         return value, locations, weights

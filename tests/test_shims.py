@@ -15,12 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Dtypes, Inputs
-from runners import Runner, package
-from tolerances import check_results, grad_output_for
 
 import deform_attn
 from deform_attn.integrations import install_shims
+from deform_attn.testing import CASES, DTYPES, Dtypes, OpInputs, check_results, grad_output_for
+from tests.runners import Runner, package
 
 FUNCTION = """
 import torch
@@ -150,7 +149,7 @@ def test_function_of_the_extension(name: str) -> None:
     assert all(g is not None for g in torch.autograd.grad(output.sum(), inputs.tensors))
 
 
-def mixed(inputs: Inputs) -> Inputs:
+def mixed(inputs: OpInputs) -> OpInputs:
     """The dtypes of autocast: value in 16 bits, locations in a wider dtype."""
     return inputs.replace(
         value=inputs.value.bfloat16(), sampling_locations=inputs.sampling_locations.double()

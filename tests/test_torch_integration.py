@@ -18,22 +18,29 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Dtypes, Inputs
-from family import FAMILY, lively, tensors_of, with_tensors
-from runners import Runner, operators, package
-from test_autograd import Recorder
-from tolerances import check_results, grad_output_for, results
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
 import deform_attn
 from deform_attn import MSDeformAttn
 from deform_attn.backends import BACKENDS
+from deform_attn.testing import (
+    CASES,
+    DTYPES,
+    Case,
+    Dtypes,
+    OpInputs,
+    check_results,
+    grad_output_for,
+    results,
+)
+from tests.family import FAMILY, lively, tensors_of, with_tensors
+from tests.runners import Recorder, Runner, operators, package
 
 FORMS = ["non_square", "listed_points", "list_metadata", "starts_omitted"]
 
 
-def op_arguments(inputs: Inputs) -> tuple[Any, ...]:
+def op_arguments(inputs: OpInputs) -> tuple[Any, ...]:
     """As the package calls its operator: list shapes become level_sizes."""
     shapes, starts, sizes = inputs.spatial_shapes, inputs.level_start_index, None
     if not isinstance(shapes, torch.Tensor):
@@ -459,7 +466,7 @@ DISTRIBUTED = """
 import copy, sys
 import torch
 import torch.distributed as dist
-from family import FAMILY, lively
+from tests.family import FAMILY, lively
 
 rank, store = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)

@@ -14,16 +14,6 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from transformers_matrix import LIMIT, OneGraph, compare, difference, kernelized
-from transformers_models import (
-    SMALL,
-    Small,
-    build,
-    default_dtype,
-    inputs_of,
-    tensors_of,
-    without_labels,
-)
 
 import deform_attn
 from deform_attn.integrations import transformers as integration
@@ -33,6 +23,22 @@ from deform_attn.integrations.transformers import (
     patch_transformers,
     register_kernels,
     restore,
+)
+from tests.transformers_matrix import (
+    LIMIT,
+    OneGraph,
+    compare,
+    difference,
+    kernelized,
+)
+from tests.transformers_models import (
+    SMALL,
+    Small,
+    build,
+    default_dtype,
+    inputs_of,
+    tensors_of,
+    without_labels,
 )
 
 

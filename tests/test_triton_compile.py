@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.triton_kernels import MOST_REGISTERS
+from benchmarks.gates.triton_kernels import MOST_REGISTERS
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 
@@ -51,7 +51,7 @@ TOO_LARGE: Kernel = ("forward", 90, "f32", {"head_dim": 128, "blocks": (32, 128,
 COMPILE = """
 import dataclasses, json, sys
 from concurrent.futures import ProcessPoolExecutor
-from benchmarks.triton_kernels import compile_kernel
+from benchmarks.gates.triton_kernels import compile_kernel
 from deform_attn.backends.triton import Blocks
 
 def compile(kernel):

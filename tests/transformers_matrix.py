@@ -1,6 +1,6 @@
 """A table of every accelerated model type of transformers, for several versions of it.
 
-    python tests/transformers_matrix.py --transformers 5.17.0 5.24.0
+    python -m tests.transformers_matrix --transformers 5.17.0 5.24.0
 
 Each version that is not installed is installed into a temporary folder at the front of the path,
 with its dependencies and the version of `kernels` that it accepts. The table has, for each model,
@@ -34,7 +34,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 1e-9  # of a relative difference in float64
 NEGLIGIBLE = 1e-4  # smaller gradients, relative to the largest, are compared as if this large
 RATE = 1e-3
@@ -51,7 +51,7 @@ class Result:
 
 
 def result_of(model: nn.Module, inputs: dict[str, Any], training: bool = True) -> Result:
-    from transformers_models import loss_of, tensors_of
+    from tests.transformers_models import loss_of, tensors_of
 
     model = copy.deepcopy(model)  # it may cache results, and its parameters change
     torch.manual_seed(3)
@@ -117,7 +117,7 @@ def sum_of_gradients(
     call: Any, model: nn.Module, inputs: dict[str, Any]
 ) -> tuple[list[Tensor], dict[str, Tensor]]:
     """Outputs of a call and the gradients of their sum with respect to the parameters."""
-    from transformers_models import tensors_of
+    from tests.transformers_models import tensors_of
 
     outputs = tensors_of(call(**inputs))
     model.zero_grad()
@@ -128,9 +128,8 @@ def sum_of_gradients(
 
 def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: bool = True) -> str:
     """The word "one graph", or the reason why not (the stock model may fail as well)."""
-    from transformers_models import build, inputs_of, without_labels
-
     from deform_attn.integrations.transformers import accelerate
+    from tests.transformers_models import build, inputs_of, without_labels
 
     inputs, model = without_labels(inputs_of(small, dtype)), build(small, dtype)
     if stock:
@@ -156,9 +155,8 @@ def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: 
 
 def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
     """(values, gradients, report): an accelerated model compared with the stock model."""
-    from transformers_models import build, default_dtype, inputs_of
-
     from deform_attn.integrations.transformers import accelerate
+    from tests.transformers_models import build, default_dtype, inputs_of
 
     with default_dtype(dtype):
         inputs, model = inputs_of(small, dtype), build(small, dtype)
@@ -176,10 +174,9 @@ def kernelized(small: Any) -> tuple[float, float]:
     """(values, gradients) of a model after ``from_pretrained(..., use_kernels=True)``."""
     from unittest import mock
 
-    from transformers_models import build, default_dtype, inputs_of
-
     import deform_attn
     from deform_attn.integrations import transformers as integration
+    from tests.transformers_models import build, default_dtype, inputs_of
 
     dtype = torch.float64
     with default_dtype(dtype):
@@ -196,7 +193,7 @@ def kernelized(small: Any) -> tuple[float, float]:
 
 
 def kernels_row() -> dict[str, Any]:
-    from transformers_models import SMALL
+    from tests.transformers_models import SMALL
 
     try:
         values, gradients = kernelized(SMALL["rt_detr"])
@@ -209,7 +206,8 @@ def kernels_row() -> dict[str, Any]:
 def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
     """The rows of the importable version of transformers."""
     import transformers
-    from transformers_models import SMALL, default_dtype
+
+    from tests.transformers_models import SMALL, default_dtype
 
     for small in [SMALL[name] for name in names or SMALL]:
         start = time.perf_counter()
@@ -296,12 +294,19 @@ def main() -> int:
     header = ("transformers", "model", "values", "gradients", "values f32", "gradients f32")
     print("| " + " | ".join((*header, "compile")) + " |")
     print("|" + "---|" * 7, flush=True)
-    command = [sys.executable, __file__, "--here", "--backend", arguments.backend]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.transformers_matrix",
+        "--here",
+        "--backend",
+        arguments.backend,
+    ]
     if arguments.models:
         command += ["--models", *arguments.models]
     for version in arguments.transformers:
         with tempfile.TemporaryDirectory(prefix="transformers-") as folder:
-            paths = [folder, str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+            paths = [folder, str(ROOT), os.environ.get("PYTHONPATH", "")]
             install(version, Path(folder))
             environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)

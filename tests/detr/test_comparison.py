@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import detr
+from benchmarks.detectors import study
 from deform_attn.detr.data import Shapes
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +25,7 @@ def test_the_table_shows_the_spread_and_fails_a_recipe_by_its_worst_seed() -> No
         "dino": {"0": curve(0.8, 90), "1": curve(0.4, 110), "2": curve(0.6, 100)},
         "stewart": {"0": curve(0.32)},
     }
-    rows = detr.table(curves, 800).splitlines()
+    rows = study.table(curves, 800).splitlines()
     assert rows[2] == (
         "| dino | 3 | 0.15 (0.10 to 0.20) | 0.60 (0.40 to 0.80) | 0.30 (0.20 to 0.40) | 100 "
         "| 0.45: NOT MET |"
@@ -36,26 +36,34 @@ def test_the_table_shows_the_spread_and_fails_a_recipe_by_its_worst_seed() -> No
 def test_the_page_shows_the_committed_curves() -> None:
     folder = ROOT / "benchmarks/results/detr"
     curves = json.loads((folder / "curves.json").read_text())
-    assert set(curves) <= set(detr.BARS)
-    assert (folder / "table.md").read_text() == detr.table(curves, 800)
-    assert detr.table(curves, 800) in (ROOT / "docs/detr/index.md").read_text()
+    assert set(curves) <= set(study.BARS)
+    assert (folder / "table.md").read_text() == study.table(curves, 800)
+    assert study.table(curves, 800) in (ROOT / "docs/detr/index.md").read_text()
 
 
 def test_what_is_finished_is_not_trained_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Shapes, "lengths", {"train": 32, "val": 8})
-    arguments = ["benchmarks.detr", "--out", str(tmp_path), "--recipes", "detr", "--steps", "8"]
+    arguments = [
+        "benchmarks.detectors",
+        "--out",
+        str(tmp_path),
+        "--recipes",
+        "detr",
+        "--steps",
+        "8",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
-    detr.main()
+    study.main()
     assert "detr, seed 0" in capsys.readouterr().out
     assert json.loads((tmp_path / "curves.json").read_text())["detr"]["0"]["ap"][-1]["step"] == 8
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "table.md").read_text().count("| detr, batch 64, layers 3 | 1 |") == 1
-    monkeypatch.setattr(detr, "train", None)
-    detr.main()
+    monkeypatch.setattr(study, "train", None)
+    study.main()
     assert "detr, seed 0" not in capsys.readouterr().out
     monkeypatch.setattr(sys, "argv", [*arguments[:-1], "800", "--report"])
     with pytest.raises(SystemExit):
-        detr.main()
+        study.main()
     assert "expected finished runs of 800 steps" in capsys.readouterr().err

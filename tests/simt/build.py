@@ -10,19 +10,15 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from build_tools.toolchain import NotFound, find_cuda
+
 ROOT = Path(__file__).resolve().parents[2]
 HERE = Path(__file__).resolve().parent
 FOLDER = ROOT / "build" / "simt"
-
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from build_tools.toolchain import NotFound, find_cuda  # noqa: E402
 
 COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ("-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-class-memaccess", "-pthread")
@@ -92,7 +88,7 @@ def _compile(source: str, target: Path, command: list[str], link: tuple[str, ...
         _run([*command, "-c", str(HERE / source), "-o", str(objects)])
         _run([COMPILER, *link, str(objects), "-o", str(unfinished), "-ldl"])
         objects.unlink()
-    unfinished.replace(target)  # at once: no half a file is ever taken for whole
+    unfinished.replace(target)  # atomic: an unfinished file is never used
 
 
 @functools.cache

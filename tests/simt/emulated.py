@@ -1,6 +1,6 @@
 """The emulated kernels as functions of torch tensors.
 
-Emulated   one build of the kernels: forward, backward, and what it was made to do
+Emulated   one build of the kernels: forward and backward
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simt import build
+from tests.simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
 ALGORITHMS = ("baseline", "scatter", "gather", "planned")
 NAN = float("nan")
-PROCESSORS = 132  # multiprocessors of the GPU that block sizes are chosen for
+PROCESSORS = 132  # multiprocessors of the emulated GPU
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Emulated:
 
     atomic_floats: int = 4
     processors: int = PROCESSORS
-    long_offsets: bool = False  # int64 offsets where int32 would do
+    long_offsets: bool = False  # int64 offsets where int32 suffices
 
     counting: bool = False  # a build that counts what the kernels access
 
@@ -83,7 +83,7 @@ class Emulated:
         attention_weights: Tensor,
         num_points: Sequence[int] | None = None,
         algorithm: str = "planned",
-        targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
+        targets: tuple[Tensor, ...] | None = None,  # from targets()
         output_mask: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of value, sampling_locations and attention_weights."""
@@ -109,11 +109,11 @@ class Emulated:
     def targets(
         self, *arguments: Any, algorithm: str, output_mask: tuple[bool, bool] = (True, True)
     ) -> tuple[Tensor, ...]:
-        """What the kernels write, as it must be before the call, in the order of Outputs.
+        """The tensors that the kernels write to, as needed before the call, in the order of Outputs.
 
-        The arguments are those of a call. Gradients of value, locations (offsets), weights (logits)
-        and reference points come first, then working memory. `output_mask`: those of value and of
-        reference points, empty where not.
+        The arguments are those of a call. First the gradients of value, locations (offsets),
+        weights (logits) and reference points, then working memory. `output_mask`: whether those of
+        value and of reference points are requested; else they are empty.
         """
         call = _Call(*arguments)
         _, zeros, sizes = self.module.plan(call.fields, algorithm, self.processors, *output_mask)
@@ -175,7 +175,7 @@ class Emulated:
         num_points: Sequence[int] | None,
         offset_scale: float,
         algorithm: str = "planned",
-        targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
+        targets: tuple[Tensor, ...] | None = None,  # from targets()
         output_mask: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of value, reference_points, sampling_offsets and attention_logits."""
@@ -188,13 +188,13 @@ class Emulated:
         self._backward(_Call(*arguments), grad_output, targets, algorithm)
         return targets[0], targets[3], targets[1], targets[2]
 
-    def way_of(self, *arguments: Any) -> str:
-        """The way that is chosen for a call."""
+    def chosen_algorithm(self, *arguments: Any) -> str:
+        """The algorithm that choose_backward takes for a call."""
         return self.module.plan(_Call(*arguments).fields, "planned", self.processors, True, True)[0]
 
 
 class _Call:
-    """The arguments as the module takes them, and the tensors that must live as long."""
+    """The arguments as the module takes them, and the tensors that must outlive the call."""
 
     def __init__(
         self,
@@ -219,11 +219,13 @@ class _Call:
             tensor.long().contiguous() if isinstance(tensor, Tensor) else None
             for tensor in (spatial_shapes, level_start_index)
         ]
-        real = torch.float64 if value.dtype == torch.float64 else torch.float32
-        layer = reference_points is not None
-        assert sampling_locations.dtype == (attention_weights.dtype if layer else real)
-        assert attention_weights.dtype in (real, value.dtype)
-        assert not layer or (reference_points.dtype == real and reference_points.is_contiguous())
+        acc_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        fused = reference_points is not None
+        assert sampling_locations.dtype == (attention_weights.dtype if fused else acc_dtype)
+        assert attention_weights.dtype in (acc_dtype, value.dtype)
+        assert not fused or (
+            reference_points.dtype == acc_dtype and reference_points.is_contiguous()
+        )
         B, S, M, D = value.shape
         self.fields = {
             "batch": B,
@@ -238,12 +240,12 @@ class _Call:
             "sizes": [] if on_device else [(int(h), int(w)) for h, w in spatial_shapes],
             "first_point": [0, *itertools.accumulate(counts)],
             "type": TYPES[value.dtype],
-            "weights_are_acc": attention_weights.dtype == real,
+            "weights_are_acc": attention_weights.dtype == acc_dtype,
             "value": value.data_ptr(),
             "locations": sampling_locations.data_ptr(),
             "weights": attention_weights.data_ptr(),
-            "reference": reference_points.data_ptr() if layer else 0,
-            "reference_levels": reference_points.shape[2] if layer else 0,
-            "reference_size": reference_points.shape[3] if layer else 0,
+            "reference": reference_points.data_ptr() if fused else 0,
+            "reference_levels": reference_points.shape[2] if fused else 0,
+            "reference_size": reference_points.shape[3] if fused else 0,
             "offset_scale": offset_scale,
         }

@@ -58,10 +58,9 @@ Device device(int processors, bool long_offsets) {
 
 BackwardPlan plan(const KernelCall& in, const std::string& name, const Device& device,
                   const OutputMask& output_mask) {
-  const BackwardAlgorithm algorithm = name == "baseline" ? BackwardAlgorithm::kBaseline
-                                      : name == "scatter"
-                                          ? BackwardAlgorithm::kScatter
-                                          : choose_backward(name == "gather");
+  const BackwardAlgorithm algorithm = name == "baseline"  ? BackwardAlgorithm::kBaseline
+                                      : name == "scatter" ? BackwardAlgorithm::kScatter
+                                                          : choose_backward(name == "gather");
   return plan_backward(in, algorithm, device, output_mask);
 }
 

@@ -1,27 +1,27 @@
-"""The emulated kernels as runners: every test body that tries the CPU kernel tries them too."""
+"""The emulated kernels as runners: every test of a backend runs with them too."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from cases import Inputs
-from runners import Runner
 from torch import Tensor
 
-from simt import build
-from simt.emulated import Emulated
+from deform_attn.testing import OpInputs
+from tests.runners import Runner
+from tests.simt import build
+from tests.simt.emulated import Emulated
 
-LARGEST_WORK = 300  # of a case: a fiber a thread takes its time
+LARGEST_WORK = 300  # of a case: emulation is slow
 
 
 def _runner(name: str, kernels: Emulated, algorithm: str) -> Runner:
-    def forward(inputs: Inputs) -> Tensor:
+    def forward(inputs: OpInputs) -> Tensor:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
         return kernels.forward(
             *inputs.arguments, inputs.num_points, baseline=algorithm == "baseline"
         )
 
-    def backward(inputs: Inputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
         return kernels.backward(
             grad_output, *inputs.arguments, inputs.num_points, algorithm=algorithm
@@ -38,7 +38,7 @@ def _runner(name: str, kernels: Emulated, algorithm: str) -> Runner:
 
 
 def runners() -> Iterator[Runner]:
-    """Each way to the gradient of value, with the atomics of new and old GPUs."""
+    """Each backward algorithm, with the atomics of new and old GPUs."""
     yield _runner("emulated/gather", Emulated(), "gather")
     yield _runner("emulated/scatter", Emulated(), "scatter")
     yield _runner("emulated/scatter_before_sm_90", Emulated(atomic_floats=1), "scatter")

@@ -1,6 +1,6 @@
-"""What only the CUDA kernels have: ways to one result, orders of threads, levels that lie.
+"""The CUDA kernels beyond the operator: algorithms, orders of threads, invalid levels.
 
-That they compute the operator is tried where every other backend is: see runner.py.
+test_op.py tests what they compute, through runner.py.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-import oracle
 import pytest
 import torch
-from cases import CASES, DTYPES, Case, Inputs
-from tolerances import RESULTS, check_results, grad_output_for
 from torch import Tensor
 
-from simt import build
-from simt.emulated import ALGORITHMS, Emulated
+from deform_attn.testing import (
+    CASES,
+    DTYPES,
+    RESULTS,
+    Case,
+    OpInputs,
+    check_results,
+    grad_output_for,
+    oracle,
+)
+from tests.simt import build
+from tests.simt.emulated import ALGORITHMS, Emulated
 
 KERNELS = Emulated()
 OLD = Emulated(atomic_floats=1)
@@ -35,7 +42,7 @@ def usual_order() -> Iterator[None]:
 
 
 def run(
-    inputs: Inputs, grad_output: Tensor, kernels: Emulated, algorithm: str
+    inputs: OpInputs, grad_output: Tensor, kernels: Emulated, algorithm: str
 ) -> tuple[Tensor, ...]:
     """The four RESULTS."""
     arguments = (*inputs.arguments, inputs.num_points)
@@ -43,7 +50,7 @@ def run(
     return output, *kernels.backward(grad_output, *arguments, algorithm=algorithm)
 
 
-def check(inputs: Inputs, kernels: Emulated = KERNELS, algorithm: str = "planned") -> None:
+def check_call(inputs: OpInputs, kernels: Emulated = KERNELS, algorithm: str = "planned") -> None:
     grad_output = grad_output_for(inputs)
     check_results(run(inputs, grad_output, kernels, algorithm), inputs, grad_output)
 
@@ -52,22 +59,22 @@ def check(inputs: Inputs, kernels: Emulated = KERNELS, algorithm: str = "planned
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ["scatter", "gather"])
 def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
-    """Queries that are the pixels, so that tiles, bands and shared pixels are all at work."""
+    """Queries that are the pixels, so that tiles, bands and shared pixels occur."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
-    check(case.make(DTYPES[dtype]), algorithm=algorithm)
+    check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_encoder(dtype: str, algorithm: str) -> None:
-    check(ENCODER.make(DTYPES[dtype]), algorithm=algorithm)
+    check_call(ENCODER.make(DTYPES[dtype]), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ["scatter", "gather"])
 def test_long_offsets(dtype: str, algorithm: str) -> None:
     """The kernels for tensors of 2**31 elements and more, on small ones."""
-    check(ENCODER.make(DTYPES[dtype]), Emulated(long_offsets=True), algorithm)
+    check_call(ENCODER.make(DTYPES[dtype]), Emulated(long_offsets=True), algorithm)
 
 
 def untouched(*shape: int) -> Tensor:
@@ -87,12 +94,8 @@ def test_tensor_of_more_than_2_31_elements() -> None:
     large[:, start:] = small.value
     starts = torch.tensor([start, start + 35])
     grad_output = grad_output_for(small)
-    arguments = (
-        large,
-        case.levels,
-        starts,
-        *small.tensors[1:],
-    )  # sizes that the host knows: few tiles
+    # level sizes from the host: few tiles
+    arguments = (large, case.levels, starts, *small.tensors[1:])
     _, *targets = KERNELS.targets(*small.arguments, algorithm="gather")
     found = (
         KERNELS.forward(*arguments),
@@ -109,10 +112,10 @@ def test_tensor_of_more_than_2_31_elements() -> None:
 @pytest.mark.parametrize("processors", [1, 1000])
 @pytest.mark.parametrize("algorithm", ["scatter", "gather"])
 def test_block_sizes(processors: int, algorithm: str) -> None:
-    """A GPU of one multiprocessor gets the largest blocks, one of a thousand the smallest."""
+    """With one multiprocessor the blocks are the largest, with a thousand the smallest."""
     for name in ("shared_among_threads", "listed_points", "head_dim_64"):
         case = CASES[name].smaller(400)
-        check(case.make(DTYPES["f32"]), Emulated(processors=processors), algorithm)
+        check_call(case.make(DTYPES["f32"]), Emulated(processors=processors), algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -131,7 +134,7 @@ def test_deterministic(dtype: str, metadata: str) -> None:
 
 
 def test_scattered_sums_depend_on_the_order() -> None:
-    """The test above can fail: with atomics the bits do change."""
+    """With atomics the bits change: test_deterministic can fail."""
     inputs = CASES["same_point"].make(DTYPES["f32"])
     inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
     grad_output = grad_output_for(inputs)
@@ -149,7 +152,7 @@ def test_orders_of_threads(kernels: Emulated, algorithm: str) -> None:
     inputs = ENCODER.make(DTYPES["f32"])
     for order in ("reversed", "shuffled"):
         kernels.set_order(order, seed=3)
-        check(inputs, kernels, algorithm)
+        check_call(inputs, kernels, algorithm)
 
 
 def test_small_gradients_are_not_lost() -> None:
@@ -164,10 +167,10 @@ def test_small_gradients_are_not_lost() -> None:
         grad = KERNELS.backward(
             grad_output, value, [(2, 2)], None, locations, weights, algorithm=algorithm
         )[0]
-        assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), way
+        assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), algorithm
 
 
-LIES = {
+INVALID = {
     "huge": [(2**40, 2**40), (4, 5), (3, 3)],
     "negative": [(-4, -5), (4, 5), (3, 3)],
     "zero": [(0, 5), (4, 0), (3, 3)],
@@ -177,23 +180,23 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("invalid", INVALID)
 @pytest.mark.parametrize("starts", [None, (0, 20, 40), (-1, 2**62, 49), (2**63 - 1, -(2**63), 7)])
-def test_levels_that_lie(lie: str, starts: tuple[int, ...] | None) -> None:
-    """Such a level counts as empty: the oracle's rule, and nothing outside is read or written."""
-    case = Case("lie", levels=((1, 1), (1, 1), (1, 1)), rows=49, batch=1, head_dim=4, queries=7)
-    shapes = torch.tensor(LIES[lie])
+def test_invalid_levels(invalid: str, starts: tuple[int, ...] | None) -> None:
+    """Such a level is empty, as in the oracle; nothing is read or written out of bounds."""
+    case = Case("invalid", levels=((1, 1), (1, 1), (1, 1)), rows=49, batch=1, head_dim=4, queries=7)
+    shapes = torch.tensor(INVALID[invalid])
     inputs = case.make(DTYPES["f32"]).replace(spatial_shapes=shapes)
     inputs = inputs.replace_tensors(inputs.value.nan_to_num(0.5), *inputs.tensors[1:])
-    if starts is None:  # as the kernels lay them out: a level that fits nowhere has no rows
-        areas = [h * w if h > 0 and w > 0 and h * w <= 49 else 0 for h, w in LIES[lie]]
+    if starts is None:  # the rule of the kernels: an invalid level has no rows
+        areas = [h * w if h > 0 and w > 0 and h * w <= 49 else 0 for h, w in INVALID[invalid]]
         starts = tuple(sum(areas[:i]) for i in range(3))
         given = None
     else:
         given = torch.tensor(starts)
-    truthful = inputs.replace(level_start_index=torch.tensor(starts))
+    explicit = inputs.replace(level_start_index=torch.tensor(starts))
     grad_output = grad_output_for(inputs)
-    exact = (oracle.ms_deform_attn(truthful), *oracle.gradients(truthful, grad_output))
+    exact = (oracle.ms_deform_attn(explicit), *oracle.gradients(explicit, grad_output))
     for algorithm in ALGORITHMS:
         found = run(inputs.replace(level_start_index=given), grad_output, KERNELS, algorithm)
         for name, one, true in zip(RESULTS, found, exact):
@@ -215,8 +218,8 @@ def test_errors_name_the_kernel() -> None:
     assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
 
 
-def run_fused(inputs: Inputs, kernels: Emulated, algorithm: str) -> None:
-    """The fused kernels on the same maps; test_layer_kernels.py tries what they compute."""
+def run_fused(inputs: OpInputs, kernels: Emulated, algorithm: str) -> None:
+    """The fused kernels on the same maps; test_fused_kernels.py tests what they compute."""
     B, Q = inputs.sampling_locations.shape[:2]
     reference = inputs.sampling_locations.new_full((B, Q, 1, 2), 0.5)
     arguments = (

@@ -2,7 +2,7 @@
 
 After a change that lowers counts, or that is worth what it costs:
 
-    python -m benchmarks.traffic --json tests/simt/traffic.json
+    python -m benchmarks.gates.traffic --json tests/simt/traffic.json
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import json
 import pytest
 import torch
 
-from simt import build
-from simt.emulated import Emulated
+from tests.simt import build
+from tests.simt.emulated import Emulated
 
 COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; the rest is for `make traffic`
@@ -33,7 +33,7 @@ NOT_MET = {
 
 @pytest.mark.parametrize("entry", TRIED)
 def test_counts_are_not_raised(entry: str) -> None:
-    from benchmarks import traffic
+    from benchmarks.gates import traffic
 
     name, dtype = entry.split()
     counts = {entry: traffic.count(traffic.WORKLOADS[name], dtype)}
@@ -41,7 +41,7 @@ def test_counts_are_not_raised(entry: str) -> None:
 
 
 def test_more_and_new_counts_are_told() -> None:
-    from benchmarks import traffic
+    from benchmarks.gates import traffic
 
     before = {"w f32": {"forward": {"loads": 2.0}}}
     assert not traffic.raised(before, before)
@@ -58,7 +58,7 @@ def test_more_and_new_counts_are_told() -> None:
 
 def test_bars() -> None:
     """What the kernels were designed for, against one thread per channel."""
-    from benchmarks import traffic
+    from benchmarks.gates import traffic
 
     assert {bar.text for bar in traffic.bars(COMMITTED) if not bar.met} == NOT_MET
 
@@ -66,7 +66,7 @@ def test_bars() -> None:
 @pytest.mark.parametrize("encoder", [False, True])
 def test_bounds_of_blocks_that_do_not_run(encoder: bool) -> None:
     """The rectangles that the benchmark makes are those of the kernel, up to rounding."""
-    from benchmarks import traffic
+    from benchmarks.gates import traffic
 
     levels = ((19, 12), (5, 6))
     small = traffic.Workload(

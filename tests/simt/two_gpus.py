@@ -1,6 +1,6 @@
 """Calls the operators on two emulated GPUs; a program, for the GPUs must be there before torch is.
 
-    python two_gpus.py LIBRARY
+    python -m tests.simt.two_gpus LIBRARY
 
 Prints a line for each call that ran where its tensors are; the first that did not ends it.
 """
@@ -24,12 +24,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from cases import CASES, DTYPES, Inputs
-from tolerances import check_results, grad_output_for
-
 import deform_attn  # noqa: F401 - defines the operators
+from deform_attn.testing import CASES, DTYPES, OpInputs, check_results, grad_output_for
 
 GPUS = torch.ops.two_gpus
 OPS = torch.ops.deform_attn
@@ -66,7 +62,7 @@ def ran_on(device: int, current: int) -> list[str]:
 
 
 def try_case(name: str, dtypes: str, device: int, current: int) -> None:
-    inputs: Inputs = CASES[name].make(DTYPES[dtypes])
+    inputs: OpInputs = CASES[name].make(DTYPES[dtypes])
     grad = grad_output_for(inputs)
     tensors = [*inputs.arguments, None, inputs.num_points]
     found = differentiated(OPS.ms_deform_attn, device, tensors, grad)

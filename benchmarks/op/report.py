@@ -17,8 +17,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.measure import AGAIN, PHASES, ratio, summary
-from benchmarks.peers import BASELINE, KERNELS, OURS, PLAIN
+from benchmarks.op.measure import AGAIN, PHASES, ratio, summary
+from benchmarks.op.peers import BASELINE, KERNELS, OURS, PLAIN
 
 Row = dict[str, Any]
 RIVAL = "torch-ms-deform-attn"

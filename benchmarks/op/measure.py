@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.peers import Op
-from benchmarks.workloads import Inputs
+from benchmarks.op.peers import Op
+from benchmarks.op.workloads import WorkloadInputs
 
 Cost = dict[str, list[float]]
 PHASES = ("forward", "backward", "forward_backward")
@@ -38,7 +38,7 @@ class Entrant:
     """
 
     op: Op
-    inputs: Sequence[Inputs]  # on a GPU several, larger than its L2 cache together
+    inputs: Sequence[WorkloadInputs]  # on a GPU several, larger than its L2 cache together
     threads: int = 1
     times: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     busy: list[float] = dataclasses.field(default_factory=list)
@@ -125,7 +125,7 @@ def ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
     return summary(ratios(slow, fast))
 
 
-def _times(op: Op, x: Inputs, y: Inputs) -> dict[str, float]:
+def _times(op: Op, x: WorkloadInputs, y: WorkloadInputs) -> dict[str, float]:
     """Forward without gradients on x, then forward and backward on y.
 
     Forward is timed after other ops, whose work has pushed its inputs out of a CPU's caches; and
@@ -178,7 +178,7 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def cost(ops: Sequence[Op], x: Inputs, calls: int = 200, rounds: int = 9) -> list[Cost]:
+def cost(ops: Sequence[Op], x: WorkloadInputs, calls: int = 200, rounds: int = 9) -> list[Cost]:
     """Seconds of a call that returns at once, op by op in turn, on one thread.
 
     `x` has to be tiny. Three kinds: a call under no_grad; the forward call where all three tensors
@@ -216,7 +216,7 @@ def cost(ops: Sequence[Op], x: Inputs, calls: int = 200, rounds: int = 9) -> lis
 # Memory ------------------------------------------------------------------------------------------
 
 
-def peaks(op: Op, x: Inputs) -> dict[str, float | None]:
+def peaks(op: Op, x: WorkloadInputs) -> dict[str, float | None]:
     """Peak memory in bytes above the inputs: of forward, and of forward + backward."""
     leaves = x.map(lambda tensor: tensor.detach().requires_grad_())
 

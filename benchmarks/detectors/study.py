@@ -1,6 +1,6 @@
 """AP against steps for every system of the line, on drawn shapes: table and chart.
 
-    python -m benchmarks.detr --out results/detr --seeds 3
+    python -m benchmarks.detectors --out results/detr --seeds 3
 
 trains each recipe with each seed (hours on one core) and writes ``table.md``, ``chart.png`` and
 ``curves.json``. Started again, it goes on where it was stopped; it reports what is finished.
@@ -111,7 +111,7 @@ def chart(curves: Curves, file: Path) -> None:
 
 def main() -> None:
     """Train what is not finished, then report."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.detr", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.detectors", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/detr"), help="folder of the runs")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
     parser.add_argument("--seeds", type=int, default=1, help="runs of each recipe")
@@ -143,7 +143,3 @@ def main() -> None:
     (folder / "table.md").write_text(table(curves, given.steps))
     chart(curves, folder / "chart.png")
     Console().print(Markdown(table(curves, given.steps)))
-
-
-if __name__ == "__main__":
-    main()

@@ -10,15 +10,13 @@ compared for a grad_output that is zero outside the subset. The full one, g, has
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from benchmarks.peers import Op
-from benchmarks.workloads import Inputs
+from benchmarks.op.peers import Op
+from benchmarks.op.workloads import WorkloadInputs
+from deform_attn.testing import OpInputs, oracle
 
 # Largest difference over largest magnitude of the truth. A float32 location of a 167 pixels wide
 # map is known to 1e-5 pixel; 16-bit outputs and gradients are rounded to 11 or 8 bits.
@@ -44,9 +42,8 @@ class Truth:
     smooth: Tensor  # [B, N, ..., 1] locations away from knots
 
 
-def truth_of(x: Inputs, seed: int = 0) -> Truth:
+def truth_of(x: WorkloadInputs, seed: int = 0) -> Truth:
     """Ask the oracle, on the CPU."""
-    oracle, cases = _tests()
     batch, queries = x.sampling_locations.shape[:2]
     points = x.attention_weights[0, 0].numel() * batch
     count = min(queries, max(1, SUBSET_POINTS // points))
@@ -56,7 +53,7 @@ def truth_of(x: Inputs, seed: int = 0) -> Truth:
         tensor.cpu()[:, chosen]
         for tensor in (x.sampling_locations, x.attention_weights, x.grad_output)
     )
-    call = cases.Inputs(
+    call = OpInputs(
         x.value.cpu(),
         x.spatial_shapes.cpu(),
         x.level_start_index.cpu(),
@@ -71,7 +68,7 @@ def truth_of(x: Inputs, seed: int = 0) -> Truth:
     )
 
 
-def errors_of(op: Op, x: Inputs, truth: Truth) -> dict[str, float]:
+def errors_of(op: Op, x: WorkloadInputs, truth: Truth) -> dict[str, float]:
     """Largest difference over largest magnitude, for the output and each gradient."""
     leaves = x.map(lambda tensor: tensor.detach().requires_grad_())
     output = op(leaves)
@@ -106,7 +103,7 @@ def _error(got: Tensor, truth: Tensor) -> float:
     return float(difference / truth.abs().max())  # NaN where either holds one
 
 
-def _linearity_error(op: Op, x: Inputs, of_value: Tensor) -> float:
+def _linearity_error(op: Op, x: WorkloadInputs, of_value: Tensor) -> float:
     with torch.no_grad():
         output = op(dataclasses.replace(x, value=of_value))
     square = of_value.double().square().sum()
@@ -114,20 +111,9 @@ def _linearity_error(op: Op, x: Inputs, of_value: Tensor) -> float:
     return float((product - square).abs() / square)
 
 
-def _away_from_knots(x: Inputs, locations: Tensor) -> Tensor:
+def _away_from_knots(x: WorkloadInputs, locations: Tensor) -> Tensor:
     counts = x.num_points or [locations.shape[4]] * len(x.spatial_shapes)
     sizes = x.spatial_shapes.cpu().flip(-1).repeat_interleave(torch.tensor(counts), 0)  # [K, 2]
     sizes = sizes.view(*locations.shape[3:])
     pixels = locations.double() * sizes - 0.5
     return ((pixels - pixels.round()).abs() > KNOT).all(-1, keepdim=True)
-
-
-def _tests() -> tuple[ModuleType, ModuleType]:
-    """The oracle and its input type; the tests lie beside this folder and import each other."""
-    folder = str(Path(__file__).resolve().parent.parent / "tests")
-    if folder not in sys.path:
-        sys.path.append(folder)
-    import cases
-    import oracle
-
-    return oracle, cases

@@ -1,9 +1,9 @@
 """Benchmarks of multi-scale deformable attention: check against the truth, then time.
 
-    python -m benchmarks.run [--preset quick|default|full] [options]   measure; see --help
-    python -m benchmarks.run compare A.json B.json                     ratio of each row
-    python -m benchmarks.run table A.json                              the README's tables
-    python -m benchmarks.run chart A.json                              draw the chart again
+    python -m benchmarks.op [--preset quick|default|full] [options]   measure; see --help
+    python -m benchmarks.op compare A.json B.json                     ratio of each row
+    python -m benchmarks.op table A.json                              the README's tables
+    python -m benchmarks.op chart A.json                              draw the chart again
 
 A contestant that is wrong gets a red line with its error, and no time.
 """
@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 import deform_attn
-from benchmarks import check, measure, probe, report
-from benchmarks.environment import all_cores, environment
-from benchmarks.peers import BASELINE, KERNELS, OURS, PEERS, Loader, Missing, Op
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
+from benchmarks.machine import probe
+from benchmarks.op import check, measure, report
+from benchmarks.op.environment import all_cores, environment
+from benchmarks.op.peers import BASELINE, KERNELS, OURS, PEERS, Loader, Missing, Op
+from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
 
 DTYPES = {
     "f64": torch.float64,
@@ -131,7 +132,7 @@ def measure_workload(
 ) -> list[dict[str, Any]]:
     """A row for each entry: check, peak memory, then a race of all that are right."""
     rows: list[dict[str, Any]] = []
-    inputs: dict[str, list[Inputs]] = {}
+    inputs: dict[str, list[WorkloadInputs]] = {}
     truths: dict[str, check.Truth] = {}
     right: list[tuple[dict[str, Any], measure.Entrant]] = []
     checked: dict[tuple[str, str], dict[str, Any]] = {}
@@ -193,7 +194,9 @@ def _scaling(
     return {"scaling": ratios, "handover": [ns for ns in handover if ns is not None]}
 
 
-def _inputs(workload: Workload, batch: int, dtype: str, device: str, seed: int) -> list[Inputs]:
+def _inputs(
+    workload: Workload, batch: int, dtype: str, device: str, seed: int
+) -> list[WorkloadInputs]:
     first = draw(workload, batch, DTYPES[dtype], device, seed)
     if device == "cpu":
         return [first]
@@ -206,7 +209,7 @@ def _inputs(workload: Workload, batch: int, dtype: str, device: str, seed: int) 
     ]
 
 
-def _examine(op: Op, x: Inputs, truth: check.Truth) -> dict[str, Any]:
+def _examine(op: Op, x: WorkloadInputs, truth: check.Truth) -> dict[str, Any]:
     """Status, errors and peak memory; an op that raises is wrong too."""
     try:
         errors = check.errors_of(op, x, truth)
@@ -288,7 +291,7 @@ def run(preset: Preset, device: str, seed: int, out: Path, console: Console) -> 
         report.print_cost(console, results["cost"])
         for model in preset.models:
             tick.begin(model)
-            from benchmarks import models  # transformers takes seconds to import
+            from benchmarks.op import models  # transformers takes seconds to import
 
             results["models"].append(
                 models.measure_model(model, device, rounds=preset.model_rounds, tick=tick)
@@ -414,7 +417,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         f"{results['seconds']:.0f} s; written: {args.out}/bench.json, bench.png, bench.txt"
     )
     return 1 if report.failures(results) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

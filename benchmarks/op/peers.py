@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import deform_attn
-from benchmarks.workloads import Inputs, Workload
+from benchmarks.op.workloads import Workload, WorkloadInputs
 
-Op = Callable[[Inputs], Tensor]
+Op = Callable[[WorkloadInputs], Tensor]
 Loader = Callable[[Workload, str], Op]
 
 BASELINE = "grid_sample"
@@ -40,7 +40,7 @@ def _backend(name: str) -> Loader:
         if reason is not None:
             raise Missing(reason)
 
-        def op(x: Inputs) -> Tensor:
+        def op(x: WorkloadInputs) -> Tensor:
             return deform_attn.ms_deform_attn(
                 x.value,
                 x.spatial_shapes,
@@ -79,7 +79,7 @@ def _kernels(way: str) -> Loader:
                 )
                 return None, of_value, None, None, of_locations, of_weights
 
-        def op(x: Inputs) -> Tensor:
+        def op(x: WorkloadInputs) -> Tensor:
             levels = x.spatial_shapes, x.level_start_index
             output: Tensor = Function.apply(
                 x.num_points, x.value, *levels, x.sampling_locations, x.attention_weights
@@ -100,7 +100,7 @@ def _grid_sample(workload: Workload, device: str) -> Op:
     levels, counts = list(workload.levels), list(workload.points)
     heads, dim = workload.heads, workload.head_dim
 
-    def op(x: Inputs) -> Tensor:
+    def op(x: WorkloadInputs) -> Tensor:
         value, locations, weights = _in_one_dtype(x)
         batch, queries = locations.shape[:2]
         grids = (2 * locations.reshape(batch, queries, heads, -1, 2) - 1).split(counts, 3)
@@ -124,7 +124,7 @@ def _torch_ms_deform_attn(workload: Workload, device: str) -> Op:
     module = _import("torch_ms_deform_attn")
     _equal_points(workload)
 
-    def op(x: Inputs) -> Tensor:
+    def op(x: WorkloadInputs) -> Tensor:
         value, locations, weights = _in_one_dtype(x)
         output = module.ms_deform_attn(
             value, x.spatial_shapes, x.level_start_index, locations, weights
@@ -153,7 +153,7 @@ def _deformops(workload: Workload, device: str) -> Op:
     function = _attribute(_import("deformops"), "deform2d_multiscale")
     _equal_points(workload)
 
-    def op(x: Inputs) -> Tensor:
+    def op(x: WorkloadInputs) -> Tensor:
         value, locations, weights = _in_one_dtype(x)
         output = function(value, x.spatial_shapes, x.level_start_index, locations, weights)
         return _like(output, x)
@@ -166,7 +166,7 @@ def _msda_triton(workload: Workload, device: str) -> Op:
     function = _attribute(_import("msda_triton"), "multi_scale_deformable_attention")
     _equal_points(workload)
 
-    def op(x: Inputs) -> Tensor:
+    def op(x: WorkloadInputs) -> Tensor:
         value, locations, weights = _in_one_dtype(x)
         return _like(function(value, x.spatial_shapes, None, locations, weights), x)
 
@@ -223,19 +223,19 @@ def _equal_points(workload: Workload) -> None:
         raise Missing("wants the same number of points in each level")
 
 
-def _in_one_dtype(x: Inputs) -> tuple[Tensor, Tensor, Tensor]:
+def _in_one_dtype(x: WorkloadInputs) -> tuple[Tensor, Tensor, Tensor]:
     dtype = x.sampling_locations.dtype
     return x.value.to(dtype), x.sampling_locations, x.attention_weights.to(dtype)
 
 
-def _like(output: Tensor, x: Inputs) -> Tensor:
+def _like(output: Tensor, x: WorkloadInputs) -> Tensor:
     return output.flatten(2).to(x.value.dtype) if output.dim() > 3 else output.to(x.value.dtype)
 
 
 def _steps(function: Callable[..., Tensor]) -> Op:
     """An op of the 2020 signature, which takes the batch in steps that must divide it."""
 
-    def op(x: Inputs) -> Tensor:
+    def op(x: WorkloadInputs) -> Tensor:
         value, locations, weights = _in_one_dtype(x)
         output = function(
             value, x.spatial_shapes, x.level_start_index, locations, weights, len(value)

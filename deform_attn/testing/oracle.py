@@ -10,14 +10,15 @@ import itertools
 import math
 
 import torch
-from cases import Inputs
 from torch import Tensor
+
+from .cases import OpInputs
 
 SPLITTER = 2.0**27 + 1  # splits a float64 into two halves whose products are exact (Veltkamp)
 LARGEST_SIDE = 2**26  # beyond it those products are not
 
 
-def settle(inputs: Inputs) -> Inputs:
+def settle(inputs: OpInputs) -> OpInputs:
     """The inputs in the dtypes that the operator computes from; levels as numbers."""
     value, weights = inputs.value, inputs.attention_weights
     real = torch.float64 if value.dtype is torch.float64 else torch.float32
@@ -28,7 +29,7 @@ def settle(inputs: Inputs) -> Inputs:
     )
 
 
-def level_table(inputs: Inputs) -> list[tuple[int, int, int]]:
+def level_table(inputs: OpInputs) -> list[tuple[int, int, int]]:
     """(height, width, start) of every level; (0, 0, 0) for one that does not fit into value."""
     shapes, starts = inputs.spatial_shapes, inputs.level_start_index
     sizes = shapes.tolist() if isinstance(shapes, Tensor) else [tuple(pair) for pair in shapes]
@@ -64,7 +65,7 @@ def pixel_of(location: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return torch.where(hit, left, 0).long(), past + slope_carrier, hit
 
 
-def ms_deform_attn(inputs: Inputs, *, all_rising: bool = False) -> Tensor:
+def ms_deform_attn(inputs: OpInputs, *, all_rising: bool = False) -> Tensor:
     """The output in float64, [B, Q, M * D]; gradients reach the tensors of `inputs`.
 
     ``all_rising`` turns falling slopes into rising ones, for `sums_of_absolute_terms`.
@@ -103,7 +104,7 @@ def ms_deform_attn(inputs: Inputs, *, all_rising: bool = False) -> Tensor:
     return output.reshape(B, Q, M * D)
 
 
-def discrete(inputs: Inputs, *, official_clamp: bool = False) -> Tensor:
+def discrete(inputs: OpInputs, *, official_clamp: bool = False) -> Tensor:
     """One pixel a point: ``method="discrete"``, in float64, point by point.
 
     The pixel is what comes out in the dtype of the locations; only that is rounded.
@@ -134,7 +135,7 @@ def discrete(inputs: Inputs, *, official_clamp: bool = False) -> Tensor:
 
 
 def gradients(
-    inputs: Inputs, grad_output: Tensor, *, all_rising: bool = False
+    inputs: OpInputs, grad_output: Tensor, *, all_rising: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, sampling_locations and attention_weights in float64."""
     leaves = [tensor.detach().double().requires_grad_() for tensor in settle(inputs).tensors]
@@ -146,7 +147,7 @@ def gradients(
     return grads[0], grads[1], grads[2]
 
 
-def sums_of_absolute_terms(inputs: Inputs, grad_output: Tensor) -> tuple[Tensor, ...]:
+def sums_of_absolute_terms(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, ...]:
     """Of the output and the three gradients: what the rounding errors of their sums grow with."""
     value, locations, weights = settle(inputs).tensors
     inputs = inputs.replace_tensors(

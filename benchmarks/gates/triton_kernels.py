@@ -1,6 +1,6 @@
 """Compiles every Triton kernel for every architecture, and shows what it takes of each.
 
-    python -m benchmarks.triton_kernels [--architectures 75 90] [--json triton_kernels.json]
+    python -m benchmarks.gates.triton_kernels [--architectures 75 90] [--json triton_kernels.json]
 
 No GPU is needed: Triton brings ptxas. Kernels are compiled with the block sizes that the backend
 launches for Deformable DETR's encoder and, with few queries, its decoder. Fails where one spills
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.kernels import KernelResources, fill_occupancy
+from benchmarks.gates.kernels import KernelResources, fill_occupancy
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 DTYPES = {"f32": ("float32", "*fp32"), "f16": ("float16", "*fp16"), "bf16": ("bfloat16", "*bf16")}

@@ -1,6 +1,6 @@
 """Small hostile calls: what the inputs are, in which dtypes, and how they lie in memory.
 
-Inputs   the arguments of one call
+OpInputs   the arguments of one call
 Dtypes   the dtypes of its three floating inputs
 Case     how to make such a call; CASES is the table that every kernel is tried on
 """
@@ -18,7 +18,9 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Inputs:
+class OpInputs:
+    """The arguments of one call of the operator."""
+
     value: Tensor  # [B, S, M, D]
     spatial_shapes: Any  # int tensor [L, 2] or list of (height, width)
     level_start_index: Any  # int tensor [L], list or None
@@ -28,10 +30,12 @@ class Inputs:
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """value, sampling_locations, attention_weights."""
         return self.value, self.sampling_locations, self.attention_weights
 
     @property
     def points_per_level(self) -> list[int]:
+        """Sampling points of each level."""
         if self.num_points is not None:
             return list(self.num_points)
         return [self.sampling_locations.shape[4]] * len(self.spatial_shapes)
@@ -41,13 +45,16 @@ class Inputs:
         """In the order of `deform_attn.ms_deform_attn`, without the keywords."""
         return (self.value, self.spatial_shapes, self.level_start_index, *self.tensors[1:])
 
-    def replace(self, **changes: Any) -> Inputs:
+    def replace(self, **changes: Any) -> OpInputs:
+        """The same call with other fields."""
         return dataclasses.replace(self, **changes)
 
-    def replace_tensors(self, value: Tensor, locations: Tensor, weights: Tensor) -> Inputs:
+    def replace_tensors(self, value: Tensor, locations: Tensor, weights: Tensor) -> OpInputs:
+        """The same call with other `tensors`."""
         return self.replace(value=value, sampling_locations=locations, attention_weights=weights)
 
-    def to(self, device: str) -> Inputs:
+    def to(self, device: str) -> OpInputs:
+        """The same call on another device."""
         moved = {
             field.name: tensor.to(device)
             for field in dataclasses.fields(self)
@@ -55,13 +62,15 @@ class Inputs:
         }
         return self.replace(**moved)
 
-    def leaves(self) -> Inputs:
+    def leaves(self) -> OpInputs:
         """The same call from tensors that collect a gradient; strides are kept."""
         return self.replace_tensors(*(t.detach().requires_grad_() for t in self.tensors))
 
 
 @dataclass(frozen=True)
 class Dtypes:
+    """The dtypes of value, sampling_locations and attention_weights."""
+
     name: str
     value: torch.dtype
     locations: torch.dtype
@@ -103,10 +112,12 @@ MIXED_DTYPES = {
 
 
 def uniform(shape: Sequence[int], generator: torch.Generator, low: float, high: float) -> Tensor:
+    """Float64 numbers between low and high."""
     return low + (high - low) * torch.rand(shape, generator=generator, dtype=f64)
 
 
 def around_the_map(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
+    """Locations on the map and up to a fifth of it outside."""
     return uniform(shape, generator, -0.2, 1.2)
 
 
@@ -148,6 +159,8 @@ NAN, INF = float("nan"), float("inf")
 
 @dataclass(frozen=True)
 class Case:
+    """How to make a call: sizes, metadata, memory layout and sampling locations."""
+
     name: str
     levels: tuple[tuple[int, int], ...] = ((5, 7), (3, 4), (2, 1))
     batch: int = 2
@@ -185,12 +198,13 @@ class Case:
 
     @property
     def level_starts(self) -> tuple[int, ...]:
+        """level_start_index."""
         if self.starts is not None:
             return self.starts
         ends = [sum(h * w for h, w in self.levels[: i + 1]) for i in range(len(self.levels))]
         return (0, *ends[:-1])
 
-    def make(self, dtypes: Dtypes, device: str = "cpu") -> Inputs:
+    def make(self, dtypes: Dtypes, device: str = "cpu") -> OpInputs:
         """The same numbers for every device; rounded to the dtypes."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         B, Q, M, D = self.batch, self.queries, self.heads, self.head_dim
@@ -220,7 +234,7 @@ class Case:
             shapes = torch.tensor(shapes, dtype=integer, device=device)
             if first_rows is not None:
                 first_rows = torch.tensor(first_rows, dtype=integer, device=device)
-        return Inputs(
+        return OpInputs(
             lay_out(value.to(device, dtypes.value), self.layout),
             shapes,
             first_rows,

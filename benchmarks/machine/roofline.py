@@ -1,6 +1,6 @@
 """How far is the CPU kernel from what the machine allows?
 
-    python -m benchmarks.roofline [--out results]
+    python -m benchmarks.machine.roofline [--out results]
 
 A sampling point reads four rows of head_dim numbers and does four multiply-adds a channel. A probe
 (probe.cpp, compiled here for this processor) measures on one core what a multiply-add costs, and
@@ -43,10 +43,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import measure, probe
-from benchmarks.environment import all_cores, environment
-from benchmarks.peers import PEERS, Op
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
+from benchmarks.machine import probe
+from benchmarks.op import measure
+from benchmarks.op.environment import all_cores, environment
+from benchmarks.op.peers import PEERS, Op
+from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
 
 ROW = 32  # floats in a row of the probe
 REPEATS = 5  # the fastest counts: a bound is what the machine can do at best
@@ -145,7 +146,7 @@ def _pointer(array: Any) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def bounds(machine: Machine, workload: Workload, x: Inputs) -> dict[str, float]:
+def bounds(machine: Machine, workload: Workload, x: WorkloadInputs) -> dict[str, float]:
     """Nanoseconds a point, and how many rows a point brings in from memory."""
     row_bytes = 4 * workload.head_dim
     share = workload.head_dim / ROW  # of the probe's row
@@ -170,7 +171,7 @@ def bounds(machine: Machine, workload: Workload, x: Inputs) -> dict[str, float]:
     }
 
 
-def _rows_touched(x: Inputs) -> int:
+def _rows_touched(x: WorkloadInputs) -> int:
     """Different rows (pixel and head) that a call reads."""
     batch, queries, heads = x.sampling_locations.shape[:3]
     locations = x.sampling_locations.reshape(batch, queries, heads, -1, 2)
@@ -215,7 +216,7 @@ def measure_workload(machine: Machine, workload: Workload, seconds: float) -> di
     }
 
 
-def _cold(op: Op, x: Inputs, seconds: float) -> float:
+def _cold(op: Op, x: WorkloadInputs, seconds: float) -> float:
     """Seconds of forward on one thread, its inputs and its output's pages in no cache."""
     taken: list[float] = []
     everything = torch.zeros(max(SETS.values()) // 4)

@@ -1,6 +1,6 @@
 """Compiles every CUDA kernel for every architecture, and shows what it takes of each.
 
-    python -m benchmarks.kernels [--architectures 75 90] [--json kernels.json]
+    python -m benchmarks.gates.kernels [--architectures 75 90] [--json kernels.json]
 
 No GPU and no torch is needed: nvcc compiles csrc/cuda/launch.cuh, which launches every kernel with
 every dtype. Fails where a kernel spills registers, takes more of them than its limit, or leaves a
@@ -26,7 +26,7 @@ from rich.table import Table
 
 from build_tools.toolchain import NotFound, find_cuda
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 ARCHITECTURES = (75, 80, 86, 89, 90, 100, 120)
 DTYPES = {"double": "f64", "float": "f32", "__half": "f16", "__nv_bfloat16": "bf16"}
 JOBS = 2

@@ -87,7 +87,7 @@ def scaled(workload: Workload, factor: float) -> Workload:
 
 
 @dataclasses.dataclass(frozen=True)
-class Inputs:
+class WorkloadInputs:
     """The tensors of a call, and the gradient that its backward starts from."""
 
     value: Tensor  # [B, S, M, D]
@@ -103,7 +103,7 @@ class Inputs:
         """The three tensors that have gradients."""
         return self.value, self.sampling_locations, self.attention_weights
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> Inputs:
+    def map(self, change: Callable[[Tensor], Tensor]) -> WorkloadInputs:
         """The same call with `change` applied to the three tensors that have gradients."""
         value, locations, weights = (change(tensor) for tensor in self.differentiable)
         return dataclasses.replace(
@@ -117,7 +117,7 @@ def draw(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     seed: int = 0,
-) -> Inputs:
+) -> WorkloadInputs:
     """Inputs as a model makes them: sampling points a few pixels round their reference points.
 
     Encoders have a reference point at the centre of each pixel, in the order of the maps; decoders
@@ -156,7 +156,7 @@ def draw(
     areas = torch.tensor([0, *(height * width for height, width in workload.levels)])
     location_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     width = heads * workload.head_dim
-    return Inputs(
+    return WorkloadInputs(
         value=normal(batch, workload.rows, heads, workload.head_dim).to(device, dtype),
         spatial_shapes=torch.tensor(workload.levels, device=device),
         level_start_index=areas.cumsum(0)[:-1].to(device),

@@ -1,6 +1,6 @@
 """Counts what the CUDA kernels move, without a GPU: sectors, instructions, atomics and bytes.
 
-    python -m benchmarks.traffic [--json traffic.json] [--check tests/simt/traffic.json]
+    python -m benchmarks.gates.traffic [--json traffic.json] [--check tests/simt/traffic.json]
 
 Every named workload runs at its full size under the emulator of tests/simt, on some multiprocessors
 of an H100; each access is counted and scaled up to all of them. Beside our kernels stands the
@@ -25,11 +25,8 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.workloads import WORKLOADS, Inputs, Workload, draw
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-
-from simt.emulated import Emulated
+from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
+from tests.simt.emulated import Emulated
 
 KERNELS = Emulated(counting=True)
 BEFORE_SM_90 = Emulated(atomic_floats=1)  # counts nothing
@@ -158,14 +155,14 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     return found
 
 
-def _arguments(inputs: Inputs) -> tuple[Any, ...]:
+def _arguments(inputs: WorkloadInputs) -> tuple[Any, ...]:
     return (
         *(inputs.value, inputs.spatial_shapes, inputs.level_start_index),
         *(inputs.sampling_locations, inputs.attention_weights, inputs.num_points),
     )
 
 
-def _layer_arguments(inputs: Inputs) -> tuple[Any, ...]:
+def _layer_arguments(inputs: WorkloadInputs) -> tuple[Any, ...]:
     """A layer that samples at the same points: offsets in pixels from their mean."""
     shapes = inputs.spatial_shapes
     locations = inputs.sampling_locations
@@ -188,7 +185,7 @@ def _layer_arguments(inputs: Inputs) -> tuple[Any, ...]:
     )
 
 
-def fill_bounds(inputs: Inputs, bounds: Tensor) -> None:
+def fill_bounds(inputs: WorkloadInputs, bounds: Tensor) -> None:
     """What `backward_teams` leaves for `backward_gather`: blocks that do not run leave nothing."""
     shapes = inputs.spatial_shapes.tolist()
     B, Q, M = inputs.sampling_locations.shape[:3]

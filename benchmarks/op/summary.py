@@ -1,6 +1,6 @@
 """One page on a run of `make gpu`: the device, each step, the tests, the sanitizers, the times.
 
-python -m benchmarks.summary FOLDER     reads what .ci/gpu wrote there, writes summary.md
+python -m benchmarks.op.summary FOLDER     reads what .ci/gpu wrote there, writes summary.md
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.measure import PHASES, ratio
-from benchmarks.peers import KERNELS, OURS, PEERS
-from benchmarks.report import KEY, Row
+from benchmarks.op import report
+from benchmarks.op.measure import PHASES, ratio
+from benchmarks.op.peers import KERNELS, OURS, PEERS
+from benchmarks.op.report import KEY, Row
 
 SANITIZERS = ("memcheck", "racecheck")
 SHOWN = (PHASES[0], PHASES[2])  # forward, forward + backward

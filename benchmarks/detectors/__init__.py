@@ -1,0 +1,1 @@
+"""The detectors compared: AP against steps. ``python -m benchmarks.detectors``."""

@@ -1,0 +1,5 @@
+"""``python -m benchmarks.detectors``."""
+
+from benchmarks.detectors.study import main
+
+main()

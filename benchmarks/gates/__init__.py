@@ -1,0 +1,1 @@
+"""Measured without a GPU: registers, occupancy and memory traffic of the GPU kernels."""

@@ -1,0 +1,1 @@
+"""The operator's benchmark: check every contestant, then time it. ``python -m benchmarks.op``."""
