@@ -29,11 +29,10 @@ from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
 from tests.simt.emulated import Emulated
 
 KERNELS = Emulated(counting=True)
-BEFORE_SM_90 = Emulated(atomic_floats=1)  # counts nothing
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SECTOR = 32
 FUSED = "deformable_detr_encoder_800x1333"  # where the bytes of a whole layer are held to a bar
-FIXED = "fixed reference"  # reference points whose gradient nobody wants
+FIXED = "fixed reference"  # reference points without a gradient
 Counts = dict[str, float]
 
 
@@ -92,7 +91,7 @@ class Counter:
 
 
 def count(workload: Workload, dtype: str) -> dict[str, Counts]:
-    """Counts of the forward kernels and of each way to the gradients."""
+    """Counts of the forward kernels and of each backward algorithm."""
     inputs = draw(workload, dtype=DTYPES[dtype])
     # of an encoder's two, which have half of the heads: looking along an axis, and not
     processors = [0, 33] if workload.encoder else list(range(0, KERNELS.processors, 3))
@@ -143,7 +142,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
 
     for algorithm in ("baseline", "scatter", "gather"):
         found[f"backward {algorithm}"] = backward(algorithm)
-    algorithm = KERNELS.way_of(*given)
+    algorithm = KERNELS.chosen_algorithm(*given)
     found[f"backward {algorithm} fused"] = backward(algorithm, fused=True)
     found[f"backward {algorithm} fused, {FIXED}"] = backward(algorithm, fused=True, reference=False)
     found = {
@@ -151,7 +150,6 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         for kernel, figures in found.items()
     }
     found["chosen"] = {algorithm: 1.0}
-    found["chosen before sm_90"] = {BEFORE_SM_90.way_of(*given): 1.0}
     return found
 
 
@@ -279,7 +277,6 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
     narrow = Bar("forward: sectors read in bf16, of f32", 0.6)
     missed = Bar("forward, encoder: sectors that miss the modelled L1", 0.5)
     atomics = Bar("backward: atomics, of one thread per channel", 1 / 4)
-    older = Bar("the same before sm_90", 1 / 4)
     encoder = Bar("backward, encoder: atomic sectors", 0.6)
     others = Bar("backward, elsewhere: atomic sectors", 1)
     gathered = Bar("deterministic backward: sectors, of the atomic one", 3)
@@ -295,14 +292,11 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
         if "encoder" in case:
             missed.add(ours["l1_missed"] / plain["l1_missed"], case)
         plain = found["backward baseline"]
-        for chosen, bar in (("chosen", atomics), ("chosen before sm_90", older)):
-            (algorithm,) = found[chosen]
-            ours = found[f"backward {algorithm}"]
-            # one float at a time before sm_90, which only gathering is counted for
-            assert chosen == "chosen" or algorithm == "gather"
-            bar.add(ours["atomics"] / plain["atomics"], f"{case}: {algorithm}")
-            sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
-            (encoder if "encoder" in case else others).add(sectors, f"{case}: {algorithm}")
+        (algorithm,) = found["chosen"]
+        ours = found[f"backward {algorithm}"]
+        atomics.add(ours["atomics"] / plain["atomics"], case)
+        sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
+        (encoder if "encoder" in case else others).add(sectors, case)
         moved = [
             sum(
                 found[f"backward {algorithm}"][kind]
@@ -311,7 +305,7 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
             for algorithm in ("gather", "scatter")
         ]
         gathered.add(moved[0] / moved[1], case)
-    found_bars = [loads, read, narrow, missed, atomics, older, encoder, others, gathered]
+    found_bars = [loads, read, narrow, missed, atomics, encoder, others, gathered]
     for what, (fused, unfused) in layer_table(counts[f"{FUSED} f32"]).items():
         limit = 0.5 if what.startswith("forward,") else 0.6
         found_bars.append(Bar(f"layer fused: {what}", limit, fused / unfused, FUSED))
@@ -339,10 +333,9 @@ def table_of(all_counts: dict[str, dict[str, Counts]]) -> Table:
         table.add_column(column.replace("_", " "), justify="right")
     for case, counts in all_counts.items():
         table.add_section()
-        chosen = [f"{key}: {min(ways)}" for key, ways in counts.items() if key.startswith("chosen")]
-        table.add_row(f"[bold]{case}[/bold] ({', '.join(chosen)})")
+        table.add_row(f"[bold]{case}[/bold] (chosen: {min(counts['chosen'])})")
         for kernel, figures in counts.items():
-            if kernel.startswith("chosen"):
+            if kernel == "chosen":
                 continue
             plain = counts[kernel.split()[0] + " baseline"]
             cells = []

@@ -109,7 +109,7 @@ class Emulated:
     def targets(
         self, *arguments: Any, algorithm: str, output_mask: tuple[bool, bool] = (True, True)
     ) -> tuple[Tensor, ...]:
-        """The tensors that the kernels write to, as needed before the call, in the order of Outputs.
+        """The tensors that the kernels write to, as before the call, in the order of Outputs.
 
         The arguments are those of a call. First the gradients of value, locations (offsets),
         weights (logits) and reference points, then working memory. `output_mask`: whether those of
