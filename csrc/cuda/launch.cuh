@@ -4,10 +4,10 @@
 //   Device                           where it runs
 //   LaunchConfig                     the blocks of forward_teams and backward_teams
 //   choose_backward, plan_backward   how the gradient of value is computed, and the memory that takes
-//   forward_call, backward_call      launch the kernels of a call
+//   launch_forward, launch_backward  launch the kernels of a call, for one dtype
 //
-// Free of torch: the extension and the emulator of the tests call the same functions. Each dtype and pass
-// is instantiated in a source of its own (forward_float.cu ...), which compile in parallel.
+// Each dtype and pass is instantiated in a source of its own (forward_float.cu ...), which compile in
+// parallel.
 //
 // After any edit: make kernels traffic
 #pragma once
@@ -324,36 +324,6 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
       check_launch("round_sums", device);
     }
   }
-}
-
-// Calls body with a null T* for the dtype.
-template <typename Body>
-void with_type(Type type, const Body& body) {
-  switch (type) {
-    case Type::kDouble:
-      return body(static_cast<double*>(nullptr));
-    case Type::kFloat:
-      return body(static_cast<float*>(nullptr));
-    case Type::kHalf:
-      return body(static_cast<__half*>(nullptr));
-    case Type::kBFloat16:
-      return body(static_cast<__nv_bfloat16*>(nullptr));
-  }
-}
-
-// Writes every element of output [B, Q, M, D].
-inline void forward_call(const KernelCall& in, void* output, const Device& device,
-                         bool baseline = false) {
-  with_type(in.type, [&](auto* type) {
-    launch_forward<std::remove_pointer_t<decltype(type)>>(in, output, device, baseline);
-  });
-}
-
-inline void backward_call(const KernelCall& in, const void* grad_output, const Outputs& out,
-                          const BackwardPlan& plan, const Device& device) {
-  with_type(in.type, [&](auto* type) {
-    launch_backward<std::remove_pointer_t<decltype(type)>>(in, grad_output, out, plan, device);
-  });
 }
 
 }  // namespace deform_attn

@@ -14,22 +14,12 @@
 #include <tuple>
 
 #include "../checks.h"
-#include "launch.cuh"
+#if defined(__CUDACC__)
+#define DEFORM_ATTN_SEPARATE
+#endif
+#include "dispatch.cuh"
 
 namespace deform_attn {
-
-#if defined( \
-    __CUDACC__)  // compiled in sources of their own; the emulator of the tests instantiates them
-#define DEFORM_ATTN_EXTERN(T)                                                             \
-  extern template void launch_forward<T>(const KernelCall&, void*, const Device&, bool);  \
-  extern template void launch_backward<T>(const KernelCall&, const void*, const Outputs&, \
-                                          const BackwardPlan&, const Device&);
-DEFORM_ATTN_EXTERN(double)
-DEFORM_ATTN_EXTERN(float)
-DEFORM_ATTN_EXTERN(__half)
-DEFORM_ATTN_EXTERN(__nv_bfloat16)
-#undef DEFORM_ATTN_EXTERN
-#endif
 
 namespace {
 

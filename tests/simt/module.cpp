@@ -6,7 +6,7 @@
 
 #include "simt.h"
 // after simt.h
-#include "cuda/launch.cuh"
+#include "cuda/dispatch.cuh"
 #if defined(SIMT_TRAFFIC)
 #include "traffic.h"
 #endif

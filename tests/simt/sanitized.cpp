@@ -14,7 +14,7 @@
 
 #include "simt.h"
 // after simt.h
-#include "cuda/launch.cuh"
+#include "cuda/dispatch.cuh"
 #include "selftest.h"
 
 using namespace deform_attn;

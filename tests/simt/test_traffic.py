@@ -18,8 +18,8 @@ from tests.simt.emulated import Emulated
 COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; `make traffic` counts the others
 TRIED = ("deformable_detr_encoder_800x1333 f32", "rtdetr_decoder_640 f32")
-# Fusing saves memory traffic and launches, not traffic through L2. The atomics of an encoder are those
-# of one thread per channel until they are merged within a block.
+# Fusing saves memory traffic and launches, not traffic through L2. The atomics of an encoder are
+# those of one thread per channel until they are merged within a block.
 NOT_MET = {
     "backward: atomics, of one thread per channel",
     "backward, encoder: atomic sectors",
