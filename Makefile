@@ -6,13 +6,16 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 # Where `make bench`, `make kernels` and `make gpu` write to.
 OUT ?= results
 
+# What `make versions` builds with; torch alone is the newest.
+VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 newest
+
 PY := .venv/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check
 BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build lint types format test demo bench peers kernels emulate traffic gpu wheels docs clean help
+.PHONY: setup build lint types format test demo bench peers kernels emulate traffic gpu versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -45,7 +48,9 @@ test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run h
 	@# The CUDA library too: it must compile, link and register, though this machine may not run it.
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(BUILD)
 	$(PY) -m pytest -n auto --maxprocesses 8
-	.venv/bin/torch-abi-audit --check torch deform_attn/*.so
+	$(PY) build_tools/headers.py lowest newest
+	@# Needs Python 3.11.
+	@test ! -x .venv/bin/torch-abi-audit || .venv/bin/torch-abi-audit --check torch deform_attn/*.so
 	$(MAKE) kernels docs
 
 lint: .venv/dev
@@ -87,8 +92,8 @@ gpu:  ## On a machine with a GPU, with its own torch and without a network: buil
 docs: .venv/docs  ## The documentation, a site in OUT/site; a broken link or name is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir $(abspath $(OUT))/site
 
-wheels: setup  ## One wheel on several versions of torch and Python (downloads gigabytes)
-	$(PY) tests/wheel_matrix.py --out $(OUT)
+versions: .venv/dev  ## Build from source and test the operator on each version of torch (downloads gigabytes)
+	$(PY) tests/install_matrix.py --torch $(VERSIONS) --out $(OUT)
 
 clean:  ## Remove all that was built or measured
 	rm -rf .venv build dist results .*_cache .hypothesis *.egg-info deform_attn/*.so deform_attn/_libraries.json

@@ -1,15 +1,15 @@
 """Builds the package: Python files, and two libraries that are compiled where that is possible.
 
-A library that cannot be compiled is left out, and the package says why: below, and later in
-`python -m deform_attn.info`. What steers a build:
+A library that cannot be compiled is left out; the build prints the reason, and
+`python -m deform_attn.info` shows it later. Environment variables of a build:
 
-    FORCE_CUDA=1 / 0          build the CUDA library in any case, or fail / never build it. Without
-                              it: where nvcc is found and torch is a CUDA build. A GPU is not needed
-    TORCH_CUDA_ARCH_LIST      default "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX", as far as nvcc knows them
+    FORCE_CUDA=1 / 0          build the CUDA library, or fail / do not build it. Default: build it
+                              where nvcc is found and torch is a CUDA build. No GPU is needed
+    TORCH_CUDA_ARCH_LIST      default "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX", those that nvcc supports
     CUDA_HOME, CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS
-    MAX_JOBS, NVCC_THREADS    files, and architectures of a file, compiled at a time
+    MAX_JOBS, NVCC_THREADS    files, and architectures of a file, compiled at the same time
     DEFORM_ATTN_REQUIRE_EXT=1 an error of a compiler fails the build
-    DEFORM_ATTN_SKIP_EXT=1    Python alone, nothing is compiled
+    DEFORM_ATTN_SKIP_EXT=1    compile nothing
 """
 
 from __future__ import annotations
@@ -20,41 +20,47 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
-from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
-
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
+from toolchain import TORCH_FLOOR, NotFound, require_setuptools  # noqa: E402
+
+require_setuptools()  # before anything that an older one lacks
+
 import libraries  # noqa: E402
-from toolchain import NotFound  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.errors import CompileError  # noqa: E402
 
 LIBRARIES = {"cpu": "deform_attn._C_cpu", "cuda": "deform_attn._C_cuda"}
-RECORD = Path("deform_attn") / "_libraries.json"  # library -> None, or why it is not there
+# Tells the package the file of each library, or why there is none, and the lowest torch.
+RECORD = Path("deform_attn") / "_libraries.json"
 
 
 class BuildLibraries(build_ext):
     """Compiles each library, or leaves it out and records why."""
 
     def run(self) -> None:
-        """Builds both, says loudly what is missing, and writes the record into the package."""
-        why_not: dict[str, str | None] = {}
+        """Builds both, prints what is missing, and writes the record into the package."""
+        built = {}
         for name, module in LIBRARIES.items():
-            why_not[name] = self.build_library(name, Path(self.get_ext_fullpath(module)))
+            file = Path(self.get_ext_fullpath(module))
+            missing = self.build_library(name, file)
+            built[name] = {"missing": missing} if missing else {"file": file.name}
         record = ROOT / RECORD if self.inplace else Path(self.build_lib) / RECORD
         record.parent.mkdir(parents=True, exist_ok=True)
-        record.write_text(json.dumps(why_not, indent=2) + "\n", encoding="utf-8")
+        facts = {"lowest_torch": TORCH_FLOOR, "libraries": built}
+        record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     def build_library(self, name: str, library: Path) -> str | None:
-        """None where the library was built, else why it was not."""
+        """Returns None where the library was built, else the reason."""
         print(f"deform_attn: compiling the {name} library", flush=True)
         try:
             version = self.distribution.get_version()
             how = libraries.build(name, library, Path(self.build_temp), version)
         except (NotFound, libraries.BuildError) as error:
-            library.unlink(missing_ok=True)  # one of an earlier build would be taken for this one
+            library.unlink(missing_ok=True)  # a file of an earlier build must not be packed
             failed = isinstance(error, libraries.BuildError)
             if libraries.is_forced(name, failed=failed):
                 raise CompileError(f"deform_attn: no {name} library: {error}") from error
@@ -65,7 +71,7 @@ class BuildLibraries(build_ext):
         return None
 
     def get_outputs(self) -> list[str]:
-        """The libraries that are there, for setuptools' own bookkeeping."""
+        """The libraries that were built, for setuptools."""
         paths = (self.get_ext_fullpath(module) for module in LIBRARIES.values())
         return [path for path in paths if Path(path).exists()]
 
@@ -74,13 +80,13 @@ class Wheel(bdist_wheel):
     """One wheel for every Python from 3.10 on; a pure one where no library was built."""
 
     def finalize_options(self) -> None:
-        """The libraries use no Python API at all, so any limited one does."""
-        if not sysconfig.get_config_var("Py_GIL_DISABLED"):  # those have no abi3
+        """The libraries use no Python API, so they satisfy the limited API of any version."""
+        if not sysconfig.get_config_var("Py_GIL_DISABLED"):  # free-threaded Pythons have no abi3
             self.py_limited_api = "cp310"
         super().finalize_options()
 
     def run(self) -> None:
-        """Starts from an empty folder: a library or file of an earlier build must not slip in."""
+        """Starts from an empty folder: files of an earlier build must not be packed."""
         shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         super().run()
 
@@ -93,7 +99,7 @@ class Wheel(bdist_wheel):
 
 
 setup(
-    # What they are compiled from and how is in build_tools/libraries.py.
+    # build_tools/libraries.py has their sources and flags.
     ext_modules=[Extension(name, [], py_limited_api=True) for name in LIBRARIES.values()],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

@@ -1,4 +1,4 @@
-"""The PEP 517 backend: setuptools', and torch as a build requirement only where none is found."""
+"""The PEP 517 backend: setuptools', with torch as a build requirement only if none is installed."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import os
 
 from setuptools import build_meta
 from setuptools.build_meta import *  # noqa: F403 - the hooks that are not changed here
-from toolchain import TORCH_FLOOR, NotFound, find_torch
+from toolchain import TORCH_FLOOR, NotFound, find_torch, require_setuptools
+
+require_setuptools()
 
 
 def _torch_if_missing() -> list[str]:
-    # pip's isolated build sees the torch of its environment, and must not download another. uv's
-    # does not, and an environment may have none yet: then only a download makes a compiled build.
+    # pip's isolated build finds the torch of its environment, and must not download another one.
+    # uv's does not find it, and an environment may have none: there a build needs a download.
     if os.environ.get("DEFORM_ATTN_SKIP_EXT") == "1":
         return []
     try:

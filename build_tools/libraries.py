@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolchain import (
+    ROOT,
+    TORCH_FLOOR,
+    CudaToolkit,
     NotFound,
     Torch,
     cuda_architectures,
@@ -22,10 +25,8 @@ from toolchain import (
     gencode_flags,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
-
-# One source of kernels is compiled once for each of these; cpu/ops.cpp picks one when it runs. A
-# processor that is not listed compiles the portable one alone.
+# The kernels are compiled once for each instruction set; cpu/ops.cpp chooses one at run time. Other
+# processors get the portable kernels only.
 INSTRUCTION_SETS = {
     "x86_64": {
         "kernels_avx512.cpp": (
@@ -37,10 +38,10 @@ INSTRUCTION_SETS = {
     "other": {"kernels_portable.cpp": ""},
 }
 
-# torch's stable ABI from 2.10 on: one binary serves every torch and Python from there.
-DEFINES = ["-DTORCH_TARGET_VERSION=0x020a000000000000"]
+# torch's stable ABI of the lowest version: one binary works with it and every later torch.
+DEFINES = ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_FLOOR)]
 
-# errno and floating-point traps are never read; everything else of IEEE 754 is relied on, so no
+# errno and floating-point traps are never read. The kernels rely on all else of IEEE 754: no
 # -ffast-math. Nothing is exported: the libraries register themselves when they are loaded.
 CXX_FLAGS = [
     "-std=c++17",
@@ -54,7 +55,7 @@ CXX_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
-# Compressed, the machine code of seven architectures takes a third of the space.
+# -compress-all: the machine code of seven architectures takes a third of the space.
 NVCC_FLAGS = [
     "-std=c++17",
     "-O3",
@@ -65,10 +66,10 @@ NVCC_FLAGS = [
 
 
 class BuildError(Exception):
-    """A compiler or the linker failed; the message holds its command and what it printed."""
+    """A compiler or the linker failed; the message holds its command and its output."""
 
     def summary(self) -> str:
-        """The first line that tells an error, without the command."""
+        """The first line of the output that reports an error."""
         _, *printed = str(self).splitlines()
         errors = [line for line in printed if "error" in line or "undefined reference" in line]
         return f"the compiler failed: {[*errors, *printed, 'no output'][0].strip()}"
@@ -78,23 +79,23 @@ class BuildError(Exception):
 class Step:
     """One object file."""
 
-    source: Path  # relative to ROOT, which keeps the machine's paths out of error messages
+    source: Path  # relative to ROOT: no path of the builder in the error messages of a library
     object: Path
     command: list[str]
 
 
 def is_forced(name: str, *, failed: bool) -> bool:
-    """Whether the build must fail because this library failed to compile, or was not possible."""
+    """Whether the build must fail: this library `failed` to compile, or cannot be built here."""
     if name == "cuda" and os.environ.get("FORCE_CUDA") == "1":
         return True
     return os.environ.get("DEFORM_ATTN_REQUIRE_EXT") == "1" and (failed or name == "cpu")
 
 
 def build(name: str, library: Path, scratch: Path, version: str) -> str:
-    """Compiles and links the library `name` ("cpu" or "cuda"); returns a line on how.
+    """Compiles and links the library `name` ("cpu" or "cuda"); returns one line on how.
 
-    Raises NotFound where something is missing or the library is not wanted, BuildError where a
-    compiler fails. An object file is kept until its command or a file it includes changes.
+    Raises NotFound where something is missing or the library is switched off, BuildError where a
+    compiler fails. An object file is kept until its command or a file that it includes changes.
     """
     if os.environ.get("DEFORM_ATTN_SKIP_EXT") == "1":
         raise NotFound("DEFORM_ATTN_SKIP_EXT=1")
@@ -107,31 +108,40 @@ def build(name: str, library: Path, scratch: Path, version: str) -> str:
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(_compile, steps))
-    _run([*link, "-o", str(library.absolute())])
+    run([*link, "-o", str(library.absolute())])
     return how
 
 
 def _plan_cpu(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
     torch, cxx = find_torch(), find_cxx()
+    steps = cpu_steps(torch, cxx, scratch, version)
+    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
+    if sys.platform != "darwin":
+        # An undefined symbol is an error of the build, not of a user's import.
+        link += ["-Wl,--as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
+    kernels = [s.source.name for s in steps if s.source.name in _kernel_files()]
+    return steps, link, f"torch {torch.version}, {' '.join(cxx)}, {' '.join(kernels)}"
+
+
+def cpu_steps(torch: Torch, cxx: list[str], scratch: Path, version: str) -> list[Step]:
+    """The object files of the CPU library."""
     machine = platform.machine().lower().replace("amd64", "x86_64")
     kernels = INSTRUCTION_SETS.get(machine, INSTRUCTION_SETS["other"])
-    every = {file for files in INSTRUCTION_SETS.values() for file in files}
-    # The files for the plainest processor come first: where two objects hold the same inline
-    # function, the linker keeps the first, and a later one may use instructions that are not there.
-    sources = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in every]
+    # Files without special instructions come first: where two objects hold the same inline
+    # function, the linker keeps the first, which every processor must be able to run.
+    sources = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in _kernel_files()]
     sources += [Path("csrc/cpu") / file for file in sorted(kernels, key=lambda f: bool(kernels[f]))]
 
     common = [*cxx, *DEFINES, *_facts(torch.version, version), *CXX_FLAGS, *_prefix_maps(torch)]
     common += shlex.split(os.environ.get("CXXFLAGS", ""))
-    steps = [
+    return [
         _step(scratch, source, [*common, *kernels.get(source.name, "").split()], torch)
         for source in sources
     ]
-    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
-    if sys.platform != "darwin":
-        # A symbol that no torch has is an error here, not when a user imports the package.
-        link += ["-Wl,--as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
-    return steps, link, f"torch {torch.version}, {' '.join(cxx)}, {' '.join(kernels)}"
+
+
+def _kernel_files() -> set[str]:
+    return {file for files in INSTRUCTION_SETS.values() for file in files}
 
 
 def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
@@ -140,15 +150,32 @@ def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]
     torch = find_torch()
     if torch.cuda is None and os.environ.get("FORCE_CUDA") != "1":
         raise NotFound(
-            f"torch {torch.version} is built without CUDA and could not use it (FORCE_CUDA=1 "
-            "builds it all the same)"
+            f"torch {torch.version} is built without CUDA and could not use the library "
+            "(FORCE_CUDA=1 builds it nevertheless)"
         )
     cuda, cxx = find_cuda(), find_cxx()
     architectures = cuda_architectures(cuda)
+    steps = cuda_steps(torch, cuda, cxx, architectures, scratch, version)
+    # With the static runtime, a user needs only a driver; none of its symbols is exported.
+    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
+    link += [f"-L{cuda.library_folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
+    link += ["-Wl,--exclude-libs,ALL"]
+    how = f"CUDA {cuda.version} in {cuda.home}, for {' '.join(architectures)}"
+    return steps, link, how
+
+
+def cuda_steps(
+    torch: Torch,
+    cuda: CudaToolkit,
+    cxx: list[str],
+    architectures: list[str],
+    scratch: Path,
+    version: str,
+) -> list[Step]:
+    """The object files of the CUDA library."""
     sources = _sources("csrc/cuda/*.cu")
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     threads = os.environ.get("NVCC_THREADS") or str(max(1, jobs // max(1, len(sources))))
-
     host = [f for f in CXX_FLAGS if f.startswith("-f")] + _prefix_maps(torch)
     common = [
         cuda.nvcc,
@@ -159,14 +186,7 @@ def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]
     ]
     common += [f"-Xcompiler={flag}" for flag in host]
     common += [*gencode_flags(architectures), f"--threads={threads}"]
-    steps = [_step(scratch, source, common, torch) for source in sources]
-
-    # A static runtime asks nothing of the machine but a driver; none of its symbols shows.
-    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
-    link += [f"-L{cuda.library_folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    link += ["-Wl,--exclude-libs,ALL"]
-    how = f"CUDA {cuda.version} in {cuda.home}, for {' '.join(architectures)}"
-    return steps, link, how
+    return [_step(scratch, source, common, torch) for source in sources]
 
 
 def _sources(pattern: str) -> list[Path]:
@@ -185,7 +205,7 @@ def _link_flags(torch: Torch) -> list[str]:
     flags = [f"-L{torch.folder / 'lib'}"]
     if sys.platform == "darwin":
         return [*flags, "-undefined", "dynamic_lookup"]
-    # The loader finds the shims of the stable ABI through this one name, already in the process.
+    # libtorch.so is loaded already; through it the loader finds the functions of the stable ABI.
     flags += ["-Wl,--no-as-needed", "-ltorch"]
     return flags + shlex.split(os.environ.get("LDFLAGS", ""))
 
@@ -204,7 +224,7 @@ def _compile(step: Step) -> None:
         return
     print(f"  {step.source}", flush=True)
     record.unlink(missing_ok=True)
-    _run(step.command)
+    run(step.command)
     record.write_text(command, encoding="utf-8")
 
 
@@ -222,7 +242,8 @@ def _is_fresh(step: Step, record: Path, command: str) -> bool:
         return False
 
 
-def _run(command: list[str]) -> None:
+def run(command: list[str]) -> None:
+    """Runs a compiler in ROOT and prints its warnings; raises BuildError where it fails."""
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError as error:

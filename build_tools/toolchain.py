@@ -1,4 +1,7 @@
-"""Finds what a build needs: torch's headers, a C++ compiler, a CUDA toolkit, its architectures."""
+"""Finds what a build needs: torch's headers, a C++ compiler, a CUDA toolkit, its architectures.
+
+python build_tools/toolchain.py        prints what was found; exit status 1 if something is missing
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,46 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-TORCH_FLOOR = (2, 10)
+ROOT = Path(__file__).resolve().parent.parent
 
-# Every generation from Turing on, and PTX of the newest for those to come.
+
+def lowest(requirement: str) -> tuple[int, ...]:
+    """The lowest version of a requirement that pyproject.toml accepts, such as (2, 10)."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    found = re.search(rf'"{requirement}>=([\d.]+)"', text)
+    if found is None:
+        raise LookupError(f"pyproject.toml: expected a requirement {requirement}>=VERSION")
+    return tuple(int(part) for part in found.group(1).split("."))
+
+
+TORCH_FLOOR = lowest("torch")
+
+# Every generation from Turing on, and PTX of the newest for later ones.
 DEFAULT_CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+PTX")
 
 
 class NotFound(Exception):
-    """Something a library needs is not here; the message says what, and how to get it."""
+    """A library cannot be built here; the message says what is missing and how to install it."""
+
+
+def require_setuptools() -> None:
+    """Exits with one sentence where setuptools is too old to read pyproject.toml."""
+    import setuptools
+
+    version = setuptools.__version__
+    floor = lowest("setuptools")
+    if tuple(int(part) for part in re.findall(r"\d+", version)[: len(floor)]) < floor:
+        needed = ".".join(map(str, floor))
+        raise SystemExit(
+            f"deform_attn: building needs setuptools {needed} or newer, this environment has "
+            f"{version}: pip install --upgrade 'setuptools>={needed}', or build without "
+            "--no-build-isolation"
+        )
 
 
 @dataclass(frozen=True)
 class Torch:
-    """A torch on disk. It is never imported: a build needs its headers and libtorch, no more."""
+    """A torch on disk. It is not imported: a build needs only its headers and libtorch."""
 
     folder: Path
     version: str
@@ -39,14 +69,21 @@ class Torch:
         return int(major), int(minor)
 
 
+def torch_in(folder: Path) -> Torch | None:
+    """The torch in a folder named "torch"; None where it has no headers of the stable ABI."""
+    if not (folder / "include" / "torch" / "csrc" / "stable").is_dir():
+        return None
+    facts = (folder / "version.py").read_text(encoding="utf-8")
+    return Torch(folder, _assigned(facts, "__version__") or "0.0", _assigned(facts, "cuda"))
+
+
 def find_torch() -> Torch:
     """The torch of the environment that is built for, also from inside pip's isolated build."""
     tried = []
     for folder in _torch_folders():
-        if not (folder / "include" / "torch" / "csrc" / "stable").is_dir():
+        torch = torch_in(folder)
+        if torch is None:
             continue
-        facts = (folder / "version.py").read_text(encoding="utf-8")
-        torch = Torch(folder, _assigned(facts, "__version__") or "0.0", _assigned(facts, "cuda"))
         if torch.release >= TORCH_FLOOR:
             return torch
         tried.append(f"{torch.version} in {folder}")
@@ -62,8 +99,8 @@ def _torch_folders() -> Iterator[Path]:
     spec = importlib.util.find_spec("torch")  # finds a top-level package without importing it
     if spec is not None and spec.origin:
         yield Path(spec.origin).parent
-    # pip's isolation hides site-packages from imports, but its interpreter is still the
-    # environment's own; uv's is a fresh one, and only the base interpreter is left to ask.
+    # pip's isolated build hides site-packages from imports, but runs the environment's
+    # interpreter; uv's runs a new one, of which only the base interpreter's folders are known.
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
     for paths in (sysconfig.get_paths(), sysconfig.get_paths(vars=base)):
         for kind in ("purelib", "platlib"):
@@ -84,7 +121,7 @@ def find_cxx() -> list[str]:
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
             return [name]
-    raise NotFound("no C++ compiler: none of $CXX, c++, g++, clang++ is here")
+    raise NotFound("no C++ compiler: $CXX is not set, and c++, g++, clang++ are not on PATH")
 
 
 @dataclass(frozen=True)
@@ -101,7 +138,7 @@ class CudaToolkit:
 
     @property
     def include_folders(self) -> list[Path]:
-        """For a C++ compiler that includes cuda_fp16.h, which includes nv/target."""
+        """Include folders for a C++ compiler; cuda_fp16.h includes nv/target, in the second."""
         include = self.home / "include"
         return [include, include / "cccl"]
 
@@ -113,7 +150,7 @@ class CudaToolkit:
         return with_cudart[0] if with_cudart else folders[0]
 
     def architectures(self) -> list[str]:
-        """What this nvcc compiles for, such as "9.0"."""
+        """The architectures that this nvcc compiles for, such as "9.0"."""
         listed = _output([self.nvcc, "--list-gpu-arch"])
         return [f"{n[:-1]}.{n[-1]}" for n in re.findall(r"compute_(\d+)\b", listed)]
 
@@ -124,7 +161,7 @@ def find_cuda() -> CudaToolkit:
         if os.environ.get(name):
             toolkit = _toolkit_of(Path(os.environ[name]) / "bin" / "nvcc")
             if toolkit is None:
-                raise NotFound(f"{name}={os.environ[name]} holds no bin/nvcc that runs")
+                raise NotFound(f"{name}={os.environ[name]}: expected a bin/nvcc there that runs")
             return toolkit
     candidates = [Path(nvcc) for nvcc in [shutil.which("nvcc")] if nvcc]
     candidates.append(Path("/usr/local/cuda/bin/nvcc"))
@@ -136,12 +173,12 @@ def find_cuda() -> CudaToolkit:
             return toolkit
     raise NotFound(
         "no CUDA toolkit: no nvcc in $CUDA_HOME, on PATH or in /usr/local/cuda; "
-        "pip install 'deform_attn[cuda]' brings one that compiles"
+        "pip install 'deform_attn[cuda]' installs one"
     )
 
 
 def _toolkit_of(nvcc: Path) -> CudaToolkit | None:
-    # nvcc itself says where its toolkit is: on PATH it is often a link or a wrapper script.
+    # nvcc prints where its toolkit is: on PATH it is often a link or a wrapper script.
     if not nvcc.is_file():
         return None
     plan = _output([str(nvcc), "--dryrun", "-x", "cu", "-c", os.devnull])
@@ -161,7 +198,7 @@ def _output(command: list[str]) -> str:
 
 
 def cuda_architectures(toolkit: CudaToolkit, environ: Mapping[str, str] = os.environ) -> list[str]:
-    """$TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), else those of the default that this nvcc knows."""
+    """$TORCH_CUDA_ARCH_LIST ("8.0 9.0+PTX"), else the default ones that this nvcc supports."""
     asked = environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
     for name in asked:
         if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", name):
@@ -170,15 +207,15 @@ def cuda_architectures(toolkit: CudaToolkit, environ: Mapping[str, str] = os.env
             )
     if asked:
         return asked
-    known = toolkit.architectures()
-    usable = [a for a in DEFAULT_CUDA_ARCHITECTURES if a.removesuffix("+PTX") in known]
+    supported = toolkit.architectures()
+    usable = [a for a in DEFAULT_CUDA_ARCHITECTURES if a.removesuffix("+PTX") in supported]
     if usable and not usable[-1].endswith("+PTX"):
         usable[-1] += "+PTX"
     return usable
 
 
 def gencode_flags(architectures: list[str]) -> list[str]:
-    """["8.0", "9.0+PTX"] as nvcc's options: machine code for each, PTX where asked."""
+    """Options of nvcc for ["8.0", "9.0+PTX"]: machine code for each, PTX where "+PTX"."""
     flags = []
     for name in architectures:
         number = name.removesuffix("+PTX").replace(".", "")

@@ -39,7 +39,7 @@ def call(inputs: OpInputs, official: bool = False, backend: str | None = None) -
 
 def exact_results(inputs: OpInputs, grad_output: Tensor, official: bool) -> tuple[Tensor, ...]:
     """Output, gradients of value and weights in float64."""
-    value, locations, weights = oracle.settle(inputs).tensors
+    value, locations, weights = oracle.operands(inputs).tensors
     leaves = [tensor.double().requires_grad_() for tensor in (value, weights)]
     output = oracle.discrete(
         inputs.replace_tensors(leaves[0], locations, leaves[1]), official_clamp=official

@@ -1,7 +1,9 @@
-"""The package around the operator: what a build finds, what it leaves out and says, and info."""
+"""Packaging: what a build finds, libraries that are missing or cannot be loaded, and info."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.metadata
 import json
 import os
 import re
@@ -38,27 +40,21 @@ def test_built_libraries_are_loaded() -> None:
     """A library that a build reports as made must serve its device."""
     file = PACKAGE / "_libraries.json"
     assert file.exists(), "nothing was built yet: python setup.py build_ext --inplace"
-    record = json.loads(file.read_text())
-    for device, why in record.items():
+    for device, built in json.loads(file.read_text())["libraries"].items():
         if device == "cuda" and torch.version.cuda is None:
             continue
-        loaded = compiled.why_not(device, torch.float32)
-        assert (loaded is None) == (why is None), f"{device}: built: {why}; loaded: {loaded}"
-
-
-def test_required_library_is_there() -> None:
-    if os.environ.get("DEFORM_ATTN_REQUIRE_EXT") == "1":
-        assert compiled.why_not("cpu", torch.float32) is None
+        reason = compiled.why_not(device, torch.float32)
+        assert (reason is None) == ("file" in built), f"{device}: {built}; not loaded: {reason}"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_library_is_of_this_version(device: str) -> None:
-    """One that an editable install forgot to compile again would serve old kernels."""
+    """Stale libraries of an editable install are noticed."""
     facts = compiled.build_facts(device)
     assert facts is None or facts["version"] == deform_attn.__version__
 
 
-def test_libraries_tell_no_path_of_their_builder() -> None:
+def test_libraries_hold_no_path_of_their_builder() -> None:
     for library in PACKAGE.glob("*.so"):
         strings = [s.decode() for s in re.findall(rb"/[\w.+/-]{5,}", library.read_bytes())]
         private = ("/home/", "/root/", "/tmp/", f"{ROOT}/", f"{sys.prefix}/")
@@ -80,7 +76,7 @@ print(torch.ops.deform_attn.cuda_build())
 @pytest.mark.skipif(not CUDA_LIBRARY.exists(), reason="no CUDA library (FORCE_CUDA=1 builds it)")
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this torch loads it by itself")
 def test_cuda_library_links_and_registers(tmp_path: Path) -> None:
-    """A torch without CUDA lacks one function that it needs; with a stand-in, the rest must fit."""
+    """A torch without CUDA lacks one function that it needs; a stand-in provides it."""
     stub = tmp_path / "stub.cpp"
     stub.write_text('extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }')
     library = stub.with_suffix(".so")
@@ -91,6 +87,40 @@ def test_cuda_library_links_and_registers(tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert facts["version"] == deform_attn.__version__
     assert facts["architectures"]
+
+
+# --- libraries that cannot be loaded
+
+
+@pytest.mark.parametrize(
+    ("record", "version", "reason"),
+    [
+        (None, "2.13.0", "nothing was compiled in this folder yet .pip install"),
+        ({"cpu": None}, "2.13.0", "_libraries.json is of an older deform_attn: compile again"),
+        ({"file": "_C.so"}, "2.13.0", "_C.so was built, but is no longer in .*: install deform_"),
+        ({"file": "text.so"}, "2.9.1+cu130", "text.so needs PyTorch 2.10 or newer.*2.9.1.cu130"),
+        ({"file": "text.so"}, "2.13.0", "text.so could not be loaded: .*(short|invalid)"),
+        ({"missing": "no compiler"}, "2.13.0", "the cpu library was not built: no compiler"),
+    ],
+)
+def test_library_that_cannot_be_loaded(
+    record: dict | None,
+    version: str,
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each gets a sentence with the next step."""
+    file = tmp_path / "_libraries.json"
+    if record is not None:
+        if "cpu" not in record:
+            record = {"lowest_torch": [2, 10], "libraries": {"cpu": record}}
+        file.write_text(json.dumps(record))
+    (tmp_path / "text.so").write_text("no library")
+    monkeypatch.setattr(compiled, "_FOLDER", tmp_path)
+    monkeypatch.setattr(compiled, "_RECORD", file)
+    monkeypatch.setattr(torch, "__version__", version)
+    assert re.match(reason, compiled._load("cpu"))
 
 
 # --- info
@@ -137,7 +167,7 @@ def test_info_shows_a_forced_backend_that_cannot_run() -> None:
 @pytest.fixture
 def toolchain(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "build_tools"))
-    return pytest.importorskip("toolchain")
+    return importlib.import_module("toolchain")
 
 
 def fake_toolkit(home: Path) -> Path:
@@ -155,6 +185,32 @@ def fake_toolkit(home: Path) -> Path:
     )
     nvcc.chmod(0o755)
     return home
+
+
+@needs_source
+def test_lowest_versions_are_written_once(toolchain) -> None:
+    """pyproject.toml has them; the build derives them, the Makefile repeats one."""
+    lowest = importlib.metadata.requires("deform_attn") or []
+    assert f"torch>={'.'.join(map(str, toolchain.TORCH_FLOOR))}" in lowest
+    record = json.loads((PACKAGE / "_libraries.json").read_text())
+    assert record["lowest_torch"] == list(toolchain.TORCH_FLOOR)
+    (setuptools,) = toolchain.lowest("setuptools")
+    assert f'"setuptools>={setuptools}"' in (ROOT / "Makefile").read_text()
+
+
+@needs_source
+@pytest.mark.parametrize("version", ["65.5.0", "70.0.0", "76.1.0"])
+@pytest.mark.parametrize(
+    "start", ["runpy.run_path('setup.py')", "importlib.import_module('backend')"]
+)
+def test_old_setuptools_is_refused_in_a_sentence(version: str, start: str) -> None:
+    """By pip without build isolation, and by setup.py."""
+    code = "import importlib, runpy, sys, setuptools; sys.path.insert(0, 'build_tools'); "
+    code += f"setuptools.__version__ = {version!r}; {start}"
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert done.returncode == 1
+    assert f"needs setuptools 77 or newer, this environment has {version}: pip" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @needs_source
@@ -239,9 +295,12 @@ def test_failing_compiler_leaves_a_pure_wheel_that_says_why(source: Path) -> Non
     package = source / "unpacked" / "deform_attn"  # not in a folder for one platform
     assert not list(package.glob("*.so"))
     record = json.loads((package / "_libraries.json").read_text())
-    assert record == {"cpu": "the compiler failed: no output", "cuda": "FORCE_CUDA=0"}
-    told = run(sys.executable, "-m", "deform_attn.info", "--json", cwd=package.parent)
-    facts = json.loads(told.stdout)
+    assert record["libraries"] == {
+        "cpu": {"missing": "the compiler failed: no output"},
+        "cuda": {"missing": "FORCE_CUDA=0"},
+    }
+    done = run(sys.executable, "-m", "deform_attn.info", "--json", cwd=package.parent)
+    facts = json.loads(done.stdout)
     assert "the compiler failed" in facts["libraries"]["cpu"]["missing"]
     assert "the compiler failed" in facts["backends"]["cpu"]["float32"]["why_not"]["compiled"]
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gates.kernels [--architectures 75 90] [--json kernels.json]
 
-No GPU and no torch is needed: nvcc compiles csrc/cuda/dispatch.cuh, which launches every kernel with
+Needs no GPU and no torch: nvcc compiles csrc/cuda/dispatch.cuh, which launches every kernel with
 every dtype. Fails where a kernel spills registers, takes more of them than its limit, or leaves a
 multiprocessor less than half full.
 """

@@ -1,4 +1,4 @@
-"""Results for people: tables on the terminal, Markdown for the README, a chart, a comparison.
+"""Presents results: tables on the terminal, Markdown for README and docs, a chart, a comparison.
 
 All of them read the dictionary that run.py writes as JSON:
 rows    a workload, batch, device, threads, contestant and dtype each: status, errors, memory, times
@@ -60,9 +60,13 @@ def speedup(rows: Sequence[Row], row: Row, phase: str, contestant: str = BASELIN
     return ratio(base["times"][phase], row["times"][phase])["median"]
 
 
+# The phases that the tables show, in this order.
+HEADINGS = {"forward": "forward", AGAIN: "forward again", "forward_backward": "forward + backward"}
+
+
 def phases_of(row: Row) -> list[str]:
-    """What the README shows of a row's times, in this order."""
-    return [phase for phase in ("forward", AGAIN, "forward_backward") if phase in row["times"]]
+    """The phases of a row that the tables show."""
+    return [phase for phase in HEADINGS if phase in row["times"]]
 
 
 def seconds(value: float) -> str:
@@ -170,10 +174,10 @@ def _scaling(rows: Sequence[Row]) -> list[str]:
 
 
 def _apart(handover: Sequence[float] | None) -> str:
-    """How near the cores are to each other: slow where they do not share a cache."""
+    """How far apart the cores are: the time grows if they share no cache."""
     if not handover:
         return ""
-    return f" (from core to core and back a cache line takes {max(handover):.0f} ns)"
+    return f" (a cache line takes {max(handover):.0f} ns to the other core and back)"
 
 
 def print_cost(console: Console, costs: Sequence[Row]) -> None:
@@ -273,39 +277,45 @@ def _memory_ratio(row: Row, other: Row) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The README's tables: every figure of it comes from here."""
+    """The tables of README and docs/benchmarks.md: one per phase, then threads and whole models."""
     facts, rows = results["environment"], results["rows"]
     cuda = results["device"] == "cuda"
     machine = facts["gpu"]["name"] if cuda else facts["cpu"]
     lines = [
         f"{machine}, torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}, "
-        f"{facts['date'][:10]}. float32, batch 1{'' if cuda else ', one thread'}; median of paired "
-        f"rounds, forward / {'' if cuda else 'forward again, at once / '}forward + backward.",
-        "",
-        f"| workload | {BASELINE} | {RIVAL} | deform_attn | against {BASELINE} | against {RIVAL} |",
-        "|---|---|---|---|---|---|",
+        f"{facts['date'][:10]}. float32, batch 1{'' if cuda else ', one thread'}; medians of "
+        "paired rounds. In brackets: how many times as fast deform_attn is.",
     ]
-    for workload in dict.fromkeys(row["workload"] for row in rows):
-        same = [row for row in rows if (row["workload"], row["batch"]) == (workload, 1)]
-        threads = min((row["threads"] for row in same), default=1)
-        wanted = {"dtype": "f32", "threads": threads}
-        ours = find(same, contestant=OURS[0], **wanted) or find(same, contestant=OURS[1], **wanted)
-        cells = [_cell(find(same, contestant=name, **wanted)) for name in (BASELINE, RIVAL)]
-        factors = [
-            " / ".join(_times(speedup(same, ours, phase, name)) for phase in phases_of(ours))
-            if ours and find(same, contestant=name, **wanted)
-            else "-"
-            for name in (BASELINE, RIVAL)
-        ]
-        lines.append(" | ".join(["| " + workload, *cells, _cell(ours), *factors]) + " |")
+    for phase, heading in HEADINGS.items():
+        table = _markdown_phase(rows, phase)
+        if table:
+            lines += [
+                "",
+                f"| {heading} | deform_attn | {BASELINE} | {RIVAL} |",
+                "|---|---|---|---|",
+            ]
+            lines += table
     lines += _markdown_scaling(rows) + _markdown_models(results["models"])
     return "\n".join(lines)
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "-"
-    return " / ".join(_cell_of(row, phase) for phase in phases_of(row))
+def _markdown_phase(rows: Sequence[Row], phase: str) -> list[str]:
+    """A line per workload: our time, and those of the others with our speed-up over them."""
+    lines = []
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        same = [row for row in rows if (row["workload"], row["batch"]) == (workload, 1)]
+        threads = min((row["threads"] for row in same), default=1)
+        fields = {"dtype": "f32", "threads": threads}
+        ours = find(same, contestant=OURS[0], **fields) or find(same, contestant=OURS[1], **fields)
+        if ours is None or phase not in ours["times"]:
+            continue
+        cells = [_cell_of(ours, phase)]
+        for name in (BASELINE, RIVAL):
+            row = find(same, contestant=name, **fields)
+            factor = speedup(same, ours, phase, name)
+            cells.append(f"{_cell_of(row, phase)} ({_times(factor)})" if row and factor else "-")
+        lines.append(" | ".join(["| " + workload, *cells]) + " |")
+    return lines
 
 
 def _markdown_scaling(rows: Sequence[Row]) -> list[str]:

@@ -11,34 +11,36 @@ import torch
 __all__ = ["build_facts", "load", "why_not"]
 
 _FOLDER = Path(__file__).resolve().parent.parent
-_LIBRARIES = {"cpu": _FOLDER / "_C_cpu.abi3.so", "cuda": _FOLDER / "_C_cuda.abi3.so"}
-_LOWEST_TORCH = (2, 10)
+_RECORD = _FOLDER / "_libraries.json"  # written by the build: files, reasons, the lowest torch
+_DEVICES = ("cpu", "cuda")
 
 
 def _load(device_type: str) -> str | None:
-    """Load the library of a device; the reason where that cannot be."""
-    library = _LIBRARIES[device_type]
+    """Load the library of a device; returns the reason where that fails."""
     if device_type == "cuda" and torch.version.cuda is None:
         return f"this PyTorch ({torch.__version__}) was built without CUDA"
+    if not _RECORD.exists():
+        return "nothing was compiled in this folder yet (pip install . does)"
+    record: dict[str, Any] = json.loads(_RECORD.read_text(encoding="utf-8"))
+    if "libraries" not in record:  # an editable install of an earlier revision
+        return f"{_RECORD.name} is of an older deform_attn: compile again (pip install .)"
+    built = record["libraries"][device_type]
+    if "missing" in built:
+        return f"the {device_type} library was not built: {built['missing']}"
+    library, lowest = _FOLDER / built["file"], record["lowest_torch"]
     if not library.exists():
-        return f"{library.name} was not built: {_why_not_built(device_type)}"
-    version = tuple(int(part) for part in torch.__version__.split(".")[:2])
-    if version < _LOWEST_TORCH:
-        return f"{library.name} needs PyTorch 2.10 or newer, this is {torch.__version__}"
+        return (
+            f"{library.name} was built, but is no longer in {_FOLDER}: install deform_attn again "
+            "(pip install --force-reinstall --no-deps)"
+        )
+    if [int(part) for part in torch.__version__.split(".")[:2]] < lowest:
+        needed = ".".join(map(str, lowest))
+        return f"{library.name} needs PyTorch {needed} or newer, this is {torch.__version__}"
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return f"{library.name} could not be loaded: {error}"
+        return f"{library.name} could not be loaded: {error.__cause__ or error}"
     return None
-
-
-def _why_not_built(device_type: str) -> str:
-    """What the build recorded beside the libraries."""
-    record = _FOLDER / "_libraries.json"
-    if not record.exists():
-        return "nothing was compiled in this folder yet (pip install . does)"
-    reasons: dict[str, str | None] = json.loads(record.read_text(encoding="utf-8"))
-    return reasons[device_type] or "it was, but the file is gone; install again"
 
 
 # Why a device's library is not there, None where it is; tracing ("meta") needs the schema alone.
@@ -47,7 +49,7 @@ _REASONS: dict[str, str | None] = {"meta": None}
 
 def load() -> None:
     """Load the libraries, once, when the operators' schemas are defined."""
-    for device_type in _LIBRARIES:
+    for device_type in _DEVICES:
         _REASONS[device_type] = _load(device_type)
 
 

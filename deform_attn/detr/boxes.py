@@ -1,6 +1,6 @@
-"""Boxes, their overlap, and the sines that stand for a position.
+"""Boxes, their overlap, and sine embeddings of positions.
 
-A box is ``(cx, cy, w, h)`` as fractions of the image; ``corners`` are ``(x0, y0, x1, y1)``.
+A box is ``(cx, cy, w, h)`` as fractions of the image; corners are ``(x0, y0, x1, y1)``.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import math
 import torch
 from torch import Tensor
 
-Named = dict[str, Tensor]  # predictions, proposals: whatever has boxes beside it
+Named = dict[str, Tensor]  # predictions or proposals: "logits", "boxes", ...
 
 
 def inverse_sigmoid(x: Tensor, eps: float) -> Tensor:
-    """Logit of ``x``, finite at 0 and 1; eps is 1e-3 or 1e-5, and papers' results depend on it."""
+    """Logit of ``x``, finite at 0 and 1; ``eps`` is 1e-3 or 1e-5, as in each official code."""
     x = x.clamp(0, 1)
     return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
 
@@ -56,28 +56,41 @@ def overlap(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return iou, iou - (hull - union) / hull.clamp(min=tiny)
 
 
-def sine(x: Tensor, dims: int, temperature: float = 1e4) -> Tensor:
-    """Each of n coordinates as ``dims`` sines and cosines: ``[..., n]`` to ``[..., n * dims]``."""
-    power = torch.arange(0, dims, 2, dtype=torch.float32, device=x.device) / dims
+def sine(x: Tensor, channels: int, temperature: float = 1e4) -> Tensor:
+    """``channels`` sines and cosines per coordinate: ``[..., n]`` to ``[..., n * channels]``.
+
+    Computed in the dtype of ``x``, half precision in float32.
+    """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    power = torch.arange(0, channels, 2, dtype=x.dtype, device=x.device) / channels
     angle = x[..., None] * (2 * math.pi) / temperature**power
     return torch.stack([angle.sin(), angle.cos()], -1).flatten(-3)
 
 
-def sine_of_box(box: Tensor, channels: int) -> Tensor:
-    """A box as ``2 * channels`` sines in the order of DAB-DETR and DINO: y, x, w, h."""
-    return sine(box[..., [1, 0, 2, 3]], channels // 2)
+def sine_of_box(box: Tensor, d_model: int) -> Tensor:
+    """A box as ``2 * d_model`` sines, in the order of DAB-DETR and DINO: y, x, w, h."""
+    return sine(box[..., [1, 0, 2, 3]], d_model // 2)
 
 
 def sine_of_pixels(
-    padding: Tensor, channels: int, temperature: float = 1e4, shift: float = 0.0
+    padding_mask: Tensor, x: Tensor, temperature: float = 1e4, shift: float = 0.0
 ) -> Tensor:
-    """Position of each pixel in the part of its image that is no padding, ``[B, channels, H, W]``.
+    """Positional embedding of the pixels of a map, relative to its unpadded part.
 
-    ``padding [B, H, W]`` is True where padded; half of the channels are for y, half for x. The
-    temperature is 10000 (DETR, Deformable DETR) or 20 (DAB-DETR and its line), the shift -0.5 for
-    pixel centres (Deformable DETR), 0 elsewhere.
+    Half of the channels are for y, half for x.
+
+    Args:
+        padding_mask: bool ``[B, H, W]``, True for padding.
+        x: the map ``[B, d_model, H, W]``, which gives channels and dtype.
+        temperature: 10000 (DETR, Deformable DETR) or 20 (DAB-DETR and its successors).
+        shift: -0.5 for pixel centres (Deformable DETR), 0 elsewhere.
+
+    Returns:
+        ``[B, d_model, H, W]``.
     """
-    y, x = (~padding).cumsum(1).float(), (~padding).cumsum(2).float()
-    y = (y + shift) / (y[:, -1:] + 1e-6)
-    x = (x + shift) / (x[:, :, -1:] + 1e-6)
-    return sine(torch.stack([y, x], -1), channels // 2, temperature).permute(0, 3, 1, 2)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    rows, columns = (~padding_mask).cumsum(1).to(dtype), (~padding_mask).cumsum(2).to(dtype)
+    rows = (rows + shift) / (rows[:, -1:] + 1e-6)
+    columns = (columns + shift) / (columns[:, :, -1:] + 1e-6)
+    sines = sine(torch.stack([rows, columns], -1), x.shape[1] // 2, temperature)
+    return sines.permute(0, 3, 1, 2).to(x.dtype)

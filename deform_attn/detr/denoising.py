@@ -1,8 +1,9 @@
-"""Denoising: extra queries made of noised objects, which know what they must become.
+"""Denoising: additional queries made of noised ground truth, with known targets.
 
-DN-DETR (arXiv 2203.01305) moves boxes a little; DINO (2203.03605, 3.3) adds, for each, one moved
-further, which must become nothing. Groups of noised queries do not see each other, and queries
-that are matched never see them: training alone has them.
+DN-DETR (arXiv 2203.01305) moves boxes a little; DINO (arXiv 2203.03605, section 3.3) adds, for each
+of them, a negative that is moved further and must be classified as background. Groups of noised
+queries do not attend to each other, and matched queries do not attend to them. Used in training
+only.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn.detr.boxes import from_corners, inverse_sigmoid, to_corners
-from deform_attn.detr.decoder import Queries
 from deform_attn.detr.matching import Pairs, Targets
+from deform_attn.detr.queries import Queries
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,10 @@ class Noised:
     """Noised objects of a batch, in groups of slots; slots without an object are padding.
 
     Attributes:
-        labels: ``[B, D]``, noised; -1 for padding.
-        boxes: ``[B, D, 4]``, noised, as logits; for padding 0, or with RT-DETR an empty box.
-        pairs: queries and the objects they must become.
-        groups: number of groups, all of D / groups slots.
+        labels: noised labels ``[B, slots]``; -1 for padding.
+        boxes: noised boxes as logits, ``[B, slots, 4]``; padding is 0, or an empty box (RT-DETR).
+        pairs: queries and the targets they were made of.
+        groups: number of groups, of ``slots / groups`` slots each.
     """
 
     labels: Tensor
@@ -34,11 +35,11 @@ class Noised:
     pairs: Pairs
     groups: int
 
-    def blocked(self, queries: int) -> Tensor:
-        """``[D + queries, D + queries]``, True where a query must not see another."""
+    def attn_mask(self, num_queries: int) -> Tensor:
+        """``[slots + num_queries] * 2``, True where a query must not attend to another."""
         slots = self.labels.shape[1]
         group = torch.arange(slots, device=self.labels.device) // (slots // self.groups)
-        group = F.pad(group, (0, queries), value=-1)  # -1: matched, which all may see
+        group = F.pad(group, (0, num_queries), value=-1)  # -1: matched queries, visible to all
         return (group[:, None] != group) & (group >= 0)
 
 
@@ -46,22 +47,23 @@ class Denoising(nn.Module):
     """Makes denoising queries.
 
     Args:
-        classes: number of classes.
-        d: width of the content.
-        contrastive: with negatives (DINO); else boxes moved a little alone, and the last channel of
-            the content tells noised queries, 1, from matched ones, 0 (DN-DETR).
-        number: of queries, of positives for DINO; groups are as many as fit.
-        groups: instead, a fixed number of them (DN-DETR).
-        label_noise: probability that a label is drawn anew.
-        box_noise: of half a box's size.
-        padding: padding has an embedding of its own and an empty box (RT-DETR), else zeros.
+        num_classes: number of classes.
+        d_model: channels of the content.
+        contrastive: with negatives (DINO). Otherwise without, and the last channel of the content
+            is 1 for noised and 0 for matched queries (DN-DETR).
+        number: of positive queries, in as many groups as fit.
+        groups: a fixed number of groups instead (DN-DETR).
+        label_noise: probability that a label is replaced by a random one.
+        box_noise: largest shift, as a fraction of half a box's side.
+        padding: padding slots have an embedding of their own and an empty box (RT-DETR), else
+            zeros.
         eps: of the inverse sigmoid of boxes.
     """
 
     def __init__(
         self,
-        classes: int,
-        d: int,
+        num_classes: int,
+        d_model: int,
         *,
         contrastive: bool = True,
         number: int = 100,
@@ -72,11 +74,11 @@ class Denoising(nn.Module):
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
-        self.classes, self.contrastive, self.padding = classes, contrastive, padding
+        self.num_classes, self.contrastive, self.padding = num_classes, contrastive, padding
         self.number, self.groups, self.eps = number, groups, eps
         self.label_noise, self.box_noise = label_noise, box_noise
-        channels, last = d if contrastive else d - 1, classes if padding else None
-        self.embed = nn.Embedding(classes + 1, channels, padding_idx=last)
+        channels, last = d_model if contrastive else d_model - 1, num_classes if padding else None
+        self.label_embed = nn.Embedding(num_classes + 1, channels, padding_idx=last)
 
     def noise(self, targets: Targets) -> Noised | None:
         """Noised objects; None where the batch has no object."""
@@ -86,25 +88,25 @@ class Denoising(nn.Module):
             return None
         groups = self.groups or max(1, self.number // most)
         signs = 2 if self.contrastive else 1  # positives, then negatives
-        B, device = len(targets), targets[0]["boxes"].device
-        labels = torch.full((B, groups, signs, most), -1, device=device)
-        nothing = float(inverse_sigmoid(torch.zeros(()), self.eps)) if self.padding else 0.0
-        boxes = torch.full((B, groups, signs, most, 4), nothing, device=device)
+        B, like = len(targets), targets[0]["boxes"]
+        labels = torch.full((B, groups, signs, most), -1, device=like.device)
+        empty = float(inverse_sigmoid(torch.zeros(()), self.eps)) if self.padding else 0.0
+        boxes = like.new_full((B, groups, signs, most, 4), empty)
         pairs = []
         for i, (n, target) in enumerate(zip(counts, targets)):
-            real = target["labels"].expand(groups, signs, n)
-            other = torch.randint_like(real, self.classes)
-            flip = torch.rand(real.shape, device=device) < self.label_noise
-            labels[i, ..., :n] = torch.where(flip, other, real)
+            own = target["labels"].expand(groups, signs, n)
+            other = torch.randint_like(own, self.num_classes)
+            flip = torch.rand(own.shape, device=like.device) < self.label_noise
+            labels[i, ..., :n] = torch.where(flip, other, own)
             moved = self._moved(target["boxes"].expand(groups, signs, n, 4))
             boxes[i, ..., :n, :] = inverse_sigmoid(moved, self.eps)
-            group = torch.arange(groups, device=device)[:, None] * (signs * most)
-            slot = torch.arange(n, device=device)
+            group = torch.arange(groups, device=like.device)[:, None] * (signs * most)
+            slot = torch.arange(n, device=like.device)
             pairs.append(((group + slot).flatten(), slot.repeat(groups)))
         return Noised(labels.flatten(1), boxes.flatten(1, 3), pairs, groups)
 
     def _moved(self, boxes: Tensor) -> Tensor:
-        """Boxes ``[groups, signs, n, 4]``, moved by up to, negatives by more than, a share."""
+        """Boxes ``[groups, signs, n, 4]`` with random shifts; negatives are shifted further."""
         half = boxes[..., 2:] / 2 * self.box_noise
         u = torch.rand_like(boxes)
         if not self.contrastive:
@@ -115,18 +117,19 @@ class Denoising(nn.Module):
         corners = to_corners(boxes) + sign * u * torch.cat([half, half], -1)
         return from_corners(corners.clamp(0, 1))
 
-    def before(self, matched: Queries, noised: Noised) -> Queries:
-        """Noised queries before the matched ones."""
-        assert matched.reference is not None, "denoising needs references"
+    def prepend(self, matched: Queries, noised: Noised) -> Queries:
+        """Noised queries, followed by the matched ones."""
+        assert matched.reference_points is not None, "denoising needs references"
         content = torch.cat([self.content(noised), matched.content], 1)
-        return Queries(content, torch.cat([noised.boxes.sigmoid(), matched.reference], 1))
+        boxes = noised.boxes.sigmoid().to(matched.reference_points.dtype)
+        return Queries(content, torch.cat([boxes, matched.reference_points], 1))
 
     def content(self, noised: Noised) -> Tensor:
-        """Embedded labels: ``[B, D, d]``."""
+        """Embedded labels: ``[B, slots, d_model]``."""
         real = noised.labels >= 0
-        content: Tensor = self.embed(noised.labels.where(real, self.classes))
+        content: Tensor = self.label_embed(noised.labels.where(real, self.num_classes))
         if not self.padding:
             content = content * real[..., None]
         if not self.contrastive:
-            content = torch.cat([content, real[..., None].float()], -1)
+            content = torch.cat([content, real[..., None].to(content.dtype)], -1)
         return content

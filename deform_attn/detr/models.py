@@ -1,85 +1,111 @@
-"""The systems: a function each, from a backbone, a number of classes and a size to a detector.
+"""The systems: functions that build a detector from a backbone, a number of classes and a size.
 
-The defaults are those of the papers.
+Defaults are those of the papers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from deform_attn.detr import decoder as dec
-from deform_attn.detr import encoder as enc
-from deform_attn.detr import losses
+from deform_attn.detr.backbones import Backbone, Normalize
 from deform_attn.detr.boxes import to_corners
+from deform_attn.detr.decoder import Decoder, DecoderLayer, Heads, SequentialDecoder
 from deform_attn.detr.denoising import Denoising, Noised
 from deform_attn.detr.dfine import EdgeBins, FineHeads
-from deform_attn.detr.encoder import Size
-from deform_attn.detr.losses import Criterion
+from deform_attn.detr.encoder import DeformableEncoder, DenseEncoder
+from deform_attn.detr.hybrid import HybridEncoder
+from deform_attn.detr.layers import (
+    AddNorm,
+    ConditionalCrossAttention,
+    ConditionalSelfAttention,
+    DeformableAttention,
+    DenseCrossAttention,
+    FeedForward,
+    InstructedSelfAttention,
+    Make,
+    SelfAttention,
+    Size,
+    box_head,
+    class_head,
+)
+from deform_attn.detr.losses import (
+    Classification,
+    Criterion,
+    CrossEntropy,
+    MatchabilityAwareLoss,
+    VarifocalLoss,
+    WeightedCrossEntropy,
+)
 from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Targets, check_targets
+from deform_attn.detr.memory import Memory, no_padding, pixel_centres, resize_mask
+from deform_attn.detr.queries import (
+    AnchorQueries,
+    BoxPos,
+    ConditionalPos,
+    LearntQueries,
+    SelectedQueries,
+    SinePos,
+    fixed_pos,
+)
 
 Outputs = dict[str, Any]
 Results = list[dict[str, Tensor]]
 
 
-class Backbone(Protocol):
-    """Anything that makes maps of images and says how many channels they have."""
-
-    channels: Sequence[int]
-
-    def __call__(self, images: Tensor) -> Sequence[Tensor]:
-        """``[B, 3, h, w]`` to maps ``[B, c, H, W]``, large ones first."""
-
-
-class SmallBackbone(nn.Module):
-    """Maps at 1/4, 1/8 and 1/16 of small images, for trials without a pretrained network."""
-
-    def __init__(self, channels: Sequence[int] = (32, 64, 128)) -> None:
-        super().__init__()
-        self.channels = list(channels)
-        conv = partial(enc.ConvNorm, size=3, act=nn.ReLU)
-        self.stem = conv(3, channels[0], stride=2)
-        self.stages = nn.ModuleList(
-            nn.Sequential(conv(a, b, stride=2), conv(b, b))
-            for a, b in pairwise([channels[0], *channels])
-        )
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """``[B, 3, h, w]`` to a map of each stage."""
-        maps = [self.stem(images)]
-        for stage in self.stages:
-            maps.append(stage(maps[-1]))
-        return maps[1:]
-
-
 class System(NamedTuple):
-    """A detector with what it is trained and used with."""
+    """A detector with what it is trained and used with.
 
-    model: nn.Module  # (images [B, 3, H, W], mask [B, H, W] or None, targets or None) -> outputs
-    criterion: Criterion  # (outputs, targets) -> weighted losses
-    postprocess: Callable[[Outputs, Tensor], Results]  # (outputs, sizes [B, (height, width)])
+    Attributes:
+        model: ``(images, padding_mask or None, targets or None)`` to outputs, see
+            :class:`Detector`.
+        criterion: ``(outputs, targets)`` to weighted losses by name.
+        postprocess: ``(outputs, sizes [B, (height, width)])`` to boxes in pixels, scores and labels
+            of each image.
+    """
+
+    model: nn.Module
+    criterion: Criterion
+    postprocess: Callable[[Outputs, Tensor], Results]
 
 
 Builder = Callable[..., System]  # of a backbone, a number of classes and a size
 
 
+def check_images(images: Tensor, padding_mask: Tensor | None) -> None:
+    """Check the inputs of a detector.
+
+    Raises:
+        ValueError: a shape or dtype does not fit; the message names the argument.
+    """
+    if images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(f"images: expected shape [B, 3, H, W], got {tuple(images.shape)}")
+    if padding_mask is None:
+        return
+    if padding_mask.dtype != torch.bool or padding_mask.shape != images[:, 0].shape:
+        shape, got = list(images[:, 0].shape), f"{padding_mask.dtype} {tuple(padding_mask.shape)}"
+        raise ValueError(
+            f"padding_mask: expected bool of shape {shape}, True for padding, got {got}"
+        )
+
+
 class Detector(nn.Module):
-    """Backbone, encoder, queries, decoder; and what only training has.
+    """Backbone, encoder, queries and decoder; and the parts that only training uses.
 
     Args:
         backbone: images to maps.
         encoder: maps and padding to a memory.
         queries: memory to queries and proposals.
         decoder: queries and memory to predictions.
-        denoising: queries of noised objects.
-        o2m, sep: other decoders, with queries of its own and with the first one's (Mr. DETR).
+        denoising: makes queries of noised objects.
+        o2m: queries and decoder of Mr. DETR's one-to-many route.
+        sep: decoder of its route with a separate feed-forward network.
     """
 
     def __init__(
@@ -90,83 +116,105 @@ class Detector(nn.Module):
         decoder: nn.Module,
         *,
         denoising: Denoising | None = None,
-        o2m: tuple[nn.Module, dec.Decoder] | None = None,
-        sep: dec.Decoder | None = None,
+        o2m: tuple[nn.Module, Decoder] | None = None,
+        sep: Decoder | None = None,
     ) -> None:
         super().__init__()
         self.backbone, self.encoder = backbone, encoder
+        self.normalize = Normalize.of(backbone)
         self.queries, self.decoder, self.denoising = queries, decoder, denoising
-        self.o2m = nn.ModuleList(o2m) if o2m is not None else None
-        self.sep = sep
+        self.o2m_queries, self.o2m_decoder = o2m or (None, None)
+        self.sep_decoder = sep
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, targets: Targets | None = None
+        self,
+        images: Tensor,
+        padding_mask: Tensor | None = None,
+        targets: Targets | None = None,
     ) -> Outputs:
         """Detect.
 
         Args:
-            images: ``[B, 3, H, W]``.
-            mask: ``[B, H, W]``, True for padding.
-            targets: of training; ``{"labels": [n], "boxes": [n, 4]}`` of each image.
+            images: ``[B, 3, H, W]``, RGB in [0, 1].
+            padding_mask: bool ``[B, H, W]``, True for padding, which is right of and below the
+                image.
+            targets: for training: ``{"labels": [n], "boxes": [n, 4]}`` of each image.
 
         Returns:
-            ``logits [layers, B, Q, C]`` and ``boxes [layers, B, Q, 4]``; where a system has them,
-            ``pre_logits`` and ``pre_boxes`` of one layer, and ``encoder``, ``dn``, ``o2m`` and
-            ``sep``: dicts of the like.
+            ``logits [layers, B, Q, C]`` and ``boxes [layers, B, Q, 4]``, ``(cx, cy, w, h)`` as
+            fractions of the unpadded image. Some systems add ``pre_logits`` and ``pre_boxes`` of
+            one layer, and dicts of such tensors: ``encoder``, ``dn``, ``o2m``, ``sep``.
 
         Raises:
             ValueError: a shape or target does not fit; the message names the argument.
         """
-        if images.dim() != 4 or images.shape[1] != 3:
-            raise ValueError(f"images: expected shape [B, 3, H, W], got {tuple(images.shape)}")
-        if mask is not None and (mask.dtype, mask.shape) != (torch.bool, images[:, 0].shape):
-            shape, got = list(images[:, 0].shape), f"{mask.dtype} {tuple(mask.shape)}"
-            raise ValueError(f"mask: expected bool of shape {shape}, True for padding, got {got}")
+        check_images(images, padding_mask)
         noised = None
         if self.training and self.denoising is not None and targets is not None:
-            check_targets(targets, len(images), self.denoising.classes)
+            check_targets(targets, images.shape[0], self.denoising.num_classes)
             noised = self.denoising.noise(targets)
-        return self.detect(self.encoder(self.backbone(images), mask), noised)
+        maps = self.backbone(self.normalize(images, padding_mask))
+        outputs = self.detect(self.encoder(maps, padding_mask), noised)
+        if "dn" in outputs:
+            outputs["dn"]["targets"] = targets  # the criterion need not check them again
+        return outputs
 
-    def detect(self, memory: enc.Memory, noised: Noised | None = None) -> Outputs:
-        """All that comes after the encoder."""
+    def detect(self, memory: Memory, noised: Noised | None = None) -> Outputs:
+        """Queries and decoder on the encoder's memory."""
         queries, proposed = self.queries(memory)
         if noised is None or self.denoising is None:
             outputs = self.decoder(queries, memory)
+            if self.training and self.denoising is not None:
+                # Without objects the embedding is unused: DDP needs its gradient all the same.
+                unused = self.denoising.label_embed.weight.sum() * 0
+                outputs["logits"] = outputs["logits"] + unused
         else:
-            both = self.denoising.before(queries, noised)
-            said = self.decoder(both, memory, noised.blocked(queries.content.shape[1]))
+            both = self.denoising.prepend(queries, noised)
+            mask = noised.attn_mask(queries.content.shape[1])
+            predictions = self.decoder(both, memory, mask)
             slots = noised.labels.shape[1]
-            outputs = {name: value[:, :, slots:] for name, value in said.items()}
-            outputs["dn"] = {name: value[:, :, :slots] for name, value in said.items()}
+            outputs = {name: value[:, :, slots:] for name, value in predictions.items()}
+            outputs["dn"] = {name: value[:, :, :slots] for name, value in predictions.items()}
             outputs["dn"] |= {"pairs": noised.pairs, "groups": noised.groups}
-            if not self.denoising.contrastive:  # DN-DETR: padding is told nothing
+            if not self.denoising.contrastive:  # DN-DETR: padding slots have no loss
                 outputs["dn"]["counted"] = noised.labels >= 0
         outputs |= proposed
-        if self.training and self.o2m is not None and self.sep is not None:
-            many, proposed = self.o2m[0](memory)
+        if self.training and self.o2m_queries is not None and self.o2m_decoder is not None:
+            many, proposed = self.o2m_queries(memory)
             outputs["encoder_o2m"] = proposed["encoder"]
-            outputs["o2m"] = self.o2m[1](many, memory)
-            outputs["sep"] = self.sep(queries, memory)
+            outputs["o2m"] = self.o2m_decoder(many, memory)
+        if self.training and self.sep_decoder is not None:
+            outputs["sep"] = self.sep_decoder(queries, memory)
         return outputs
 
 
 class SequentialDetector(nn.Module):
-    """Stewart's: every pixel of the last map is a cell that an LSTM describes."""
+    """Stewart's detector: every pixel of the backbone's last map is a cell."""
 
-    def __init__(self, backbone: Backbone, decoder: dec.SequentialDecoder) -> None:
+    def __init__(self, backbone: Backbone, decoder: SequentialDecoder) -> None:
         super().__init__()
         self.backbone, self.decoder = backbone, decoder
+        self.normalize = Normalize.of(backbone)
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, targets: Targets | None = None
+        self,
+        images: Tensor,
+        padding_mask: Tensor | None = None,
+        targets: Targets | None = None,
     ) -> Outputs:
-        """As :class:`Detector`; padding is seen as image."""
-        memory = enc.Memory.of(self.backbone(images)[-1:])
-        height, width = images.shape[-2:]
-        pixels = torch.tensor([width, height, width, height], device=images.device)
-        outputs: Outputs = self.decoder(memory.features, enc.pixel_centres(memory), pixels)
-        return outputs | {"pixels": pixels, "grid": torch.tensor(memory.shapes[0])}
+        """As :class:`Detector`, with ``pixels``, ``extent`` and ``grid`` for the matching."""
+        check_images(images, padding_mask)
+        cells = self.backbone(self.normalize(images, padding_mask))[-1]
+        mask = no_padding(cells) if padding_mask is None else resize_mask(padding_mask, cells)
+        memory = Memory.of([cells], [mask])
+        (rows, columns), (height, width) = memory.spatial_shapes[0], images.shape[-2:]
+        assert memory.valid_ratios is not None
+        ratios = memory.valid_ratios[:, 0]  # [B, (x, y)]
+        pixels = (ratios * ratios.new_tensor([width, height])).repeat(1, 2)
+        centres = pixel_centres(memory)
+        outputs: Outputs = self.decoder(memory.features, centres, pixels[:, None])
+        extent = ratios * ratios.new_tensor([columns, rows])
+        return outputs | {"pixels": pixels, "extent": extent, "grid": (rows, columns)}
 
 
 # --- Postprocessing: outputs to boxes in pixels ------------------------------------------------
@@ -179,10 +227,16 @@ def in_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
 
 
 def best_scores(outputs: Outputs, sizes: Tensor, number: int = 300, fuse: bool = False) -> Results:
-    """The best pairs of a query and a class: ``boxes`` (corners, pixels), ``scores``, ``labels``.
+    """The pairs of query and class with the best sigmoid scores.
 
-    At most ``number`` of them for each image of ``sizes [B, (height, width)]``. With ``fuse`` a
-    layer's score is the mean of its own and that of the layer before (Mr. DETR).
+    Args:
+        outputs: of a detector in evaluation mode.
+        sizes: ``[B, (height, width)]`` of the images in pixels.
+        number: of pairs per image, at most.
+        fuse: combine a layer's scores with those of the layers before (Mr. DETR).
+
+    Returns:
+        For each image ``boxes`` (corners, pixels), ``scores`` and ``labels``, best first.
     """
     layers = outputs["logits"] if fuse else outputs["logits"][-1:]
     score, *others = layers.sigmoid()
@@ -199,14 +253,20 @@ def best_scores(outputs: Outputs, sizes: Tensor, number: int = 300, fuse: bool =
 def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) -> Results:
     """Every query's best class of a softmax whose last class is "no object" (DETR).
 
-    The results are those of :func:`best_scores`. Queries of a cell are read in order, and only
-    ``until`` one scores less than that (Stewart).
+    Args:
+        outputs: as for :func:`best_scores`.
+        sizes: as for :func:`best_scores`.
+        until: a cell's boxes count until the first with a lower score (Stewart).
+
+    Returns:
+        As :func:`best_scores`, in the order of the queries.
     """
     scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)
     keep = torch.ones_like(scores, dtype=torch.bool)
     if until is not None:
-        sure = (scores >= until).unflatten(1, (int(outputs["grid"].prod()), -1))  # a row a cell
-        keep = sure.long().cumprod(-1).bool().flatten(1)
+        rows, columns = outputs["grid"]
+        confident = (scores >= until).unflatten(1, (rows * columns, -1))  # one row per cell
+        keep = confident.long().cumprod(-1).bool().flatten(1)
     boxes = in_pixels(outputs["boxes"][-1], sizes)
     images = zip(boxes, scores, labels, keep)
     return [{"boxes": b[k], "scores": s[k], "labels": c[k]} for b, s, c, k in images]
@@ -216,224 +276,324 @@ def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) ->
 
 
 def decoder_layers(
-    size: Size, look: enc.Make = enc.DeformableAttention, **how: Any
-) -> list[dec.DecoderLayer]:
-    """A decoder's layers: plain self-attention, and ``look`` at the image."""
+    size: Size, cross_attn: Make = DeformableAttention, **options: Any
+) -> list[DecoderLayer]:
+    """Decoder layers with ordinary self-attention; ``options`` of :class:`DecoderLayer`."""
     layers = range(size.decoder_layers)
-    return [dec.DecoderLayer(size, look, enc.SelfAttention, **how) for _ in layers]
+    return [DecoderLayer(size, cross_attn, SelfAttention, **options) for _ in layers]
 
 
-def variant(module: Any, **replaced: nn.Module) -> Any:
-    """The same module with the same parameters, but for the parts that are replaced."""
+def sharing(module: Any, **replaced: nn.Module) -> Any:
+    """A copy of a module that shares its parts, except those that are replaced."""
     twin = copy.copy(module)
     twin._modules = {**module._modules, **replaced}
     return twin
 
 
-# Weights of losses. DETR's line classifies with a softmax or focal loss; Deformable DETR and
-# Mr. DETR weigh it twice.
-ONE = {"class": 1.0, "l1": 5.0, "giou": 2.0}
-TWO = ONE | {"class": 2.0}
-FINE = Size(levels=3, points=(3, 6, 3))  # D-FINE's: most points where objects are seen best
+# Weights of losses. DETR, DAB, DN, DINO and RT-DETR weigh the class by 1; Deformable DETR and
+# Mr. DETR by 2.
+WEIGHTS = {"class": 1.0, "l1": 5.0, "giou": 2.0}
+WEIGHTS_CLASS_2 = WEIGHTS | {"class": 2.0}
+DFINE_SIZE = Size(num_levels=3, num_points=(3, 6, 3))
 DAB_SINES = {"temperature": 20.0, "shift": 0.0}
 
 
 def stewart(
-    backbone: Backbone, classes: int, size: Size = Size(d=250, dropout=0.15), *, steps: int = 5
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(d_model=250, dropout=0.15),
+    *,
+    steps: int = 5,
 ) -> System:
-    """Stewart et al. (arXiv 1506.04878), where sets of boxes began: an LSTM says them in order.
+    """Stewart et al. (arXiv 1506.04878): an LSTM predicts the boxes of each cell in sequence.
 
-    Each pixel of the backbone's last map is a cell, with as many boxes as ``steps``; ``size`` gives
-    the number of the LSTM's units, ``d``, and its dropout.
+    Args:
+        backbone: each pixel of its last map is a cell.
+        num_classes: number of classes.
+        size: only ``d_model``, the units of the LSTM, and ``dropout`` are used.
+        steps: boxes per cell.
     """
-    decoder = dec.SequentialDecoder(backbone.channels[-1], size, classes, steps)
-    weights, kind = {"class": 1, "l1": 0.03}, losses.cross_entropy
-    criterion = Criterion(weights, match=Lexicographic(steps), classification=kind)
+    decoder = SequentialDecoder(backbone.channels[-1], size, num_classes, steps)
+    weights = {"class": 1, "l1": 0.03}
+    criterion = Criterion(weights, match=Lexicographic(steps), classification=CrossEntropy())
     model = SequentialDetector(backbone, decoder)
-    # An average precision counts unsure boxes too: it asks for a low threshold.
+    # A low threshold, because average precision also counts boxes with low scores.
     return System(model, criterion, partial(best_classes, until=0.01))
 
 
 def detr(
-    backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=100, dropout=0.1)
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(dim_feedforward=2048, num_queries=100, dropout=0.1),
 ) -> System:
-    """DETR (arXiv 2005.12872): queries attend to every pixel of one map; sets are matched."""
-    encoder = enc.DenseEncoder(backbone.channels[-1], size)
-    # The last class is no object.
-    said = dec.Heads(size, classes + 1, refine="no", shared=True, norm=True, plain=True)
-    layers = decoder_layers(size, look=dec.DenseCrossAttention)
-    decoder = dec.Decoder(size, layers, dec.fixed_position, said)
-    queries = dec.LearntQueries(size, points=False)
-    match = Hungarian(classes=1, softmax=True)
-    criterion = Criterion(ONE, match=match, classification=losses.softmax)
+    """DETR (arXiv 2005.12872): learnt queries, dense attention, one-to-one matching."""
+    encoder = DenseEncoder(backbone.channels[-1], size)
+    logits = num_classes + 1  # the last one is "no object"
+    heads = Heads(size, logits, refine="no", shared=True, norm=True, default_init=True)
+    layers = decoder_layers(size, DenseCrossAttention)
+    decoder = Decoder(size, layers, fixed_pos, heads)
+    queries = LearntQueries(size, points=False)
+    match = Hungarian(class_weight=1, softmax=True)
+    criterion = Criterion(WEIGHTS, match=match, classification=WeightedCrossEntropy())
     return System(Detector(backbone, encoder, queries, decoder), criterion, best_classes)
 
 
-def dab_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
-    """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, and attend by place and by size."""
-    own = replace(size, act=nn.PReLU)  # of feed-forward networks alone
-    encoder = enc.DenseEncoder(backbone.channels[-1], own, scale=True, temperature=20)
-    looks = [partial(dec.ConditionalCrossAttention, first=True)]
-    looks += [partial(dec.ConditionalCrossAttention, first=False)] * (size.decoder_layers - 1)
-    layers = [dec.DecoderLayer(own, look, dec.ConditionalSelfAttention) for look in looks]
-    said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
-    decoder = dec.Decoder(size, layers, dec.ConditionalPosition(size.d), said)
-    queries = dec.AnchorQueries(size, content=None)
-    return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
+def dab_detr(
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(dim_feedforward=2048),
+    *,
+    denoising: Denoising | None = None,
+) -> System:
+    """DAB-DETR (arXiv 2201.12329), dense: queries are boxes, which attention also uses.
+
+    Args:
+        backbone: images to maps, of which the last one is used.
+        num_classes: number of classes.
+        size: of the system.
+        denoising: makes it DN-DETR, whose queries have the content "no label".
+    """
+    own = replace(size, activation=nn.PReLU)  # of feed-forward networks, not of heads
+    encoder = DenseEncoder(backbone.channels[-1], own, scale=True, temperature=20)
+    first = [True] + [False] * (size.decoder_layers - 1)
+    layers = [
+        DecoderLayer(own, partial(ConditionalCrossAttention, first=f), ConditionalSelfAttention)
+        for f in first
+    ]
+    heads = Heads(size, num_classes, refine="twice", shared=True, norm=True, eps=1e-3)
+    decoder = Decoder(size, layers, ConditionalPos(size.d_model), heads)
+    queries = AnchorQueries(size, content=None if denoising is None else denoising.label_embed)
+    model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
+    return System(model, Criterion(WEIGHTS), best_scores)
 
 
 def deformable_detr(
     backbone: Backbone,
-    classes: int,
+    num_classes: int,
     size: Size = Size(dropout=0.1),
     *,
     refine: bool = False,
     two_stage: bool = False,
 ) -> System:
-    """Deformable DETR (arXiv 2010.04159): queries sample a few points of every map.
+    """Deformable DETR (arXiv 2010.04159): attention to sampled points of several maps.
 
-    With ``refine`` each layer corrects the boxes of the layer before it; with ``two_stage`` queries
-    are the encoder's best proposals, and refined.
+    Args:
+        backbone: images to maps.
+        num_classes: number of classes.
+        size: of the system.
+        refine: each layer corrects the boxes of the layer before.
+        two_stage: queries are the encoder's best proposals; includes ``refine``.
     """
-    moves = refine or two_stage
-    said = dec.Heads(size, classes, refine="layer" if moves else "no", shared=not moves)
-    queries: nn.Module = dec.LearntQueries(size, points=True)
+    refine = refine or two_stage
+    heads = Heads(size, num_classes, refine="layer" if refine else "no", shared=not refine)
+    queries: nn.Module = LearntQueries(size, points=True)
     if two_stage:
-        queries = dec.SelectedQueries(size, classes, binary=True)
-    else:  # boxes start small
+        queries = SelectedQueries(size, num_classes, binary=True)
+    else:  # initial boxes are small
         with torch.no_grad():
-            said.get_parameter("boxes.0.layers.2.bias")[2:] = -2
-    decoder = dec.Decoder(size, decoder_layers(size), dec.fixed_position, said)
-    encoder = enc.DeformableEncoder(backbone.channels, size)
+            heads.get_parameter("box_heads.0.layers.2.bias")[2:] = -2
+    decoder = Decoder(size, decoder_layers(size), fixed_pos, heads)
+    encoder = DeformableEncoder(backbone.channels, size)
     model = Detector(backbone, encoder, queries, decoder)
-    return System(model, Criterion(TWO, encoder="binary"), partial(best_scores, number=100))
+    criterion = Criterion(WEIGHTS_CLASS_2, encoder="binary")
+    return System(model, criterion, partial(best_scores, number=100))
 
 
-def dab_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
-    """DAB-Deformable-DETR (arXiv 2201.12329): learnt boxes that say where to sample."""
-    said = dec.Heads(size, classes, refine="layer", eps=1e-3)
-    decoder = dec.Decoder(size, decoder_layers(size), dec.SinePosition(size.d, scale=True), said)
-    queries = dec.AnchorQueries(size, content=size.d)
-    encoder = enc.DeformableEncoder(backbone.channels, size, **DAB_SINES)
-    return System(Detector(backbone, encoder, queries, decoder), Criterion(ONE), best_scores)
+def dab_deformable_detr(
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(dim_feedforward=2048),
+    *,
+    denoising: Denoising | None = None,
+) -> System:
+    """DAB-Deformable-DETR (arXiv 2201.12329): learnt boxes as references of deformable attention.
+
+    Args:
+        backbone: images to maps.
+        num_classes: number of classes.
+        size: of the system.
+        denoising: makes it DN-Deformable-DETR, which reserves one channel of the content.
+    """
+    heads = Heads(size, num_classes, refine="layer", eps=1e-3)
+    decoder = Decoder(size, decoder_layers(size), SinePos(size.d_model, scale=True), heads)
+    queries = AnchorQueries(size, content=size.d_model - (denoising is not None))
+    encoder = DeformableEncoder(backbone.channels, size, **DAB_SINES)
+    model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
+    return System(model, Criterion(WEIGHTS), best_scores)
+
+
+def _dn_denoising(num_classes: int, size: Size) -> Denoising:
+    options: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4}
+    return Denoising(num_classes, size.d_model, contrastive=False, **options)
 
 
 def dn_detr(
-    backbone: Backbone, classes: int, size: Size = Size(hidden=2048), *, base: Builder = dab_detr
+    backbone: Backbone, num_classes: int, size: Size = Size(dim_feedforward=2048)
 ) -> System:
-    """DN-DETR (arXiv 2203.01305): noised boxes are to be restored, on DAB-DETR or, as ``base``,
-    DAB-Deformable-DETR.
-    """
-    system = base(backbone, classes, size)
-    how: Any = {"groups": 5, "label_noise": 0.2, "box_noise": 0.4}
-    noise = system.model.denoising = Denoising(classes, size.d, contrastive=False, **how)
-    content = noise.embed if isinstance(system.model.encoder, enc.DenseEncoder) else size.d - 1
-    system.model.queries = dec.AnchorQueries(size, content=content)
-    return system
+    """DN-DETR (arXiv 2203.01305): dense DAB-DETR trained with denoising queries."""
+    return dab_detr(backbone, num_classes, size, denoising=_dn_denoising(num_classes, size))
 
 
-def dn_deformable_detr(backbone: Backbone, classes: int, size: Size = Size(hidden=2048)) -> System:
-    """DN-DETR on DAB-Deformable-DETR."""
-    return dn_detr(backbone, classes, size, base=dab_deformable_detr)
+def dn_deformable_detr(
+    backbone: Backbone, num_classes: int, size: Size = Size(dim_feedforward=2048)
+) -> System:
+    """DN-Deformable-DETR (arXiv 2203.01305): DAB-Deformable-DETR with denoising queries."""
+    denoising = _dn_denoising(num_classes, size)
+    return dab_deformable_detr(backbone, num_classes, size, denoising=denoising)
 
 
-def dino(backbone: Backbone, classes: int, size: Size = Size(hidden=2048, queries=900)) -> System:
-    """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
-    queries = dec.SelectedQueries(size, classes, learnt=True)
-    said = dec.Heads(size, classes, refine="twice", shared=True, norm=True, eps=1e-3)
-    decoder = dec.Decoder(size, decoder_layers(size), dec.SinePosition(size.d, scale=False), said)
-    encoder = enc.DeformableEncoder(backbone.channels, size, **DAB_SINES)
-    model = Detector(backbone, encoder, queries, decoder, denoising=Denoising(classes, size.d))
-    return System(model, Criterion(ONE), best_scores)
-
-
-def rtdetr(
+def dino(
     backbone: Backbone,
-    classes: int,
-    size: Size = Size(levels=3),
-    *,
-    version: int = 1,
-    method: str = "default",
+    num_classes: int,
+    size: Size = Size(dim_feedforward=2048, num_queries=900),
 ) -> System:
-    """RT-DETR (arXiv 2304.08069) and RT-DETRv2 (2407.17140): a light encoder, and scores that
-    know how good their boxes are.
+    """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
+    queries = SelectedQueries(size, num_classes, learnt=True)
+    heads = Heads(size, num_classes, refine="twice", shared=True, norm=True, eps=1e-3)
+    decoder = Decoder(size, decoder_layers(size), SinePos(size.d_model, scale=False), heads)
+    encoder = DeformableEncoder(backbone.channels, size, **DAB_SINES)
+    denoising = Denoising(num_classes, size.d_model)
+    model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
+    return System(model, Criterion(WEIGHTS), best_scores)
 
-    The ``version`` is 1 or 2; v2 takes points of each level, and with the method "discrete" it
-    samples pixels instead of interpolating them.
+
+def rtdetr(backbone: Backbone, num_classes: int, size: Size = Size(num_levels=3)) -> System:
+    """RT-DETR (arXiv 2304.08069): a hybrid encoder, and scores trained to be the IoU."""
+    layers = decoder_layers(size, partial(DeformableAttention, variant="rtdetr"), limit=65504)
+    decoder = Decoder(size, layers, BoxPos(size), Heads(size, num_classes, refine="twice"))
+    model = _hybrid(backbone, num_classes, size, decoder)
+    return System(model, Criterion(WEIGHTS, classification=VarifocalLoss()), best_scores)
+
+
+def rtdetrv2(
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(num_levels=3),
+    *,
+    method: str = "default",
+    pos_layers: int = 2,
+    classification: Classification = VarifocalLoss(),
+) -> System:
+    """RT-DETRv2 (arXiv 2407.17140): RT-DETR with points by level and discrete sampling.
+
+    Args:
+        backbone: images to maps.
+        num_classes: number of classes.
+        size: of the system.
+        method: "default" interpolates, "discrete" samples one pixel per point.
+        pos_layers: of the MLP of positional embeddings; DEIM has 3.
+        classification: loss of the logits; DEIM has another.
     """
-    like, limit = ("rtdetr", 65504) if version == 1 else ("rtdetrv2", None)
-    look = partial(enc.DeformableAttention, variant=like, method=method)
-    layers = decoder_layers(size, look=look, limit=limit)
-    said = dec.Heads(size, classes, refine="twice")
-    decoder = dec.Decoder(size, layers, dec.BoxPosition(size), said)
-    model = hybrid(backbone, classes, size, decoder)
-    return System(model, Criterion(ONE, classification=losses.varifocal), best_scores)
+    attention = partial(DeformableAttention, variant="rtdetrv2", method=method)
+    heads = Heads(size, num_classes, refine="twice")
+    decoder = Decoder(size, decoder_layers(size, attention), BoxPos(size, pos_layers), heads)
+    model = _hybrid(backbone, num_classes, size, decoder)
+    return System(model, Criterion(WEIGHTS, classification=classification), best_scores)
 
 
-def hybrid(
-    backbone: Backbone, classes: int, size: Size, decoder: dec.Decoder, *, fine: bool = False
+def _hybrid(
+    backbone: Backbone, num_classes: int, size: Size, decoder: Decoder, *, fine: bool = False
 ) -> Detector:
-    """RT-DETR's frame: hybrid encoder, content from the memory, contrastive denoising."""
-    encoder = enc.HybridEncoder(backbone.channels, size, fine=fine)
-    queries = dec.SelectedQueries(size, classes)
-    denoising = Denoising(classes, size.d, padding=True, eps=1e-5)
+    """RT-DETR's encoder, query selection and contrastive denoising with a decoder."""
+    encoder = HybridEncoder(backbone.channels, size, fine=fine)
+    queries = SelectedQueries(size, num_classes)
+    denoising = Denoising(num_classes, size.d_model, padding=True, eps=1e-5)
     return Detector(backbone, encoder, queries, decoder, denoising=denoising)
 
 
-def dfine(backbone: Backbone, classes: int, size: Size = FINE, *, scale: float = 4.0) -> System:
-    """D-FINE (arXiv 2410.13842): boxes as distributions of their edges, taught by the last layer.
+def dfine(
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = DFINE_SIZE,
+    *,
+    scale: float = 4.0,
+    classification: Classification = VarifocalLoss(),
+) -> System:
+    """D-FINE (arXiv 2410.13842): edges as distributions, distilled from the last layer.
 
-    ``scale`` is that of the edges' bins: larger for smaller corrections, 8 in the largest model.
+    Args:
+        backbone: images to maps.
+        num_classes: number of classes.
+        size: of the system.
+        scale: of :class:`~deform_attn.detr.dfine.EdgeBins`; 8 in D-FINE-X.
+        classification: loss of the logits; DEIM has another.
     """
     bins = EdgeBins(scale=scale)
-    said = FineHeads(size, classes, bins)
-    look = partial(enc.DeformableAttention, variant="dfine")
-    layers = decoder_layers(size, look, gated=True, limit=65504)
-    decoder = dec.Decoder(size, layers, dec.BoxPosition(size, limit=10), said)
-    model = hybrid(backbone, classes, size, decoder, fine=True)
-    weights = ONE | {"fgl": 0.15, "ddf": 1.5}
-    criterion = Criterion(weights, classification=losses.varifocal, bins=bins)
+    heads = FineHeads(size, num_classes, bins)
+    attention = partial(DeformableAttention, variant="dfine")
+    layers = decoder_layers(size, attention, gated=True, limit=65504)
+    decoder = Decoder(size, layers, BoxPos(size, limit=10), heads)
+    model = _hybrid(backbone, num_classes, size, decoder, fine=True)
+    weights = WEIGHTS | {"fgl": 0.15, "ddf": 1.5}
+    criterion = Criterion(weights, classification=classification, bins=bins)
     return System(model, criterion, best_scores)
 
 
 def deim(
-    backbone: Backbone, classes: int, size: Size = FINE, *, base: Builder = dfine, **options: Any
+    backbone: Backbone, num_classes: int, size: Size = DFINE_SIZE, *, scale: float = 4.0
 ) -> System:
-    """DEIM (arXiv 2412.04234): a loss that does not give up on poor matches, for D-FINE or, as
-    ``base``, RT-DETRv2, both with SiLU; that images hold more objects is the data's part.
+    """DEIM (arXiv 2412.04234) on D-FINE: a matchability-aware loss, and SiLU.
+
+    Its denser images are augmentation: "dense" in :mod:`~deform_attn.detr.augment`.
     """
-    size = replace(size, act=nn.SiLU)
-    system = base(backbone, classes, size, **options)
-    if system.criterion.bins is None:  # RT-DETRv2's positions are as deep as its boxes
-        system.model.get_submodule("decoder.position").mlp = enc.MLP(4, size.d, size.d, 3, size.act)
-    system.criterion.classification = losses.matchability_aware
-    return system
+    size = replace(size, activation=nn.SiLU)
+    loss = MatchabilityAwareLoss()
+    return dfine(backbone, num_classes, size, scale=scale, classification=loss)
+
+
+def deim_rtdetrv2(
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(num_levels=3),
+    *,
+    method: str = "default",
+) -> System:
+    """DEIM (arXiv 2412.04234) on RT-DETRv2; see :func:`deim`."""
+    size = replace(size, activation=nn.SiLU)
+    options: Any = {"method": method, "pos_layers": 3, "classification": MatchabilityAwareLoss()}
+    return rtdetrv2(backbone, num_classes, size, **options)
 
 
 def mr_detr(
-    backbone: Backbone, classes: int, size: Size = Size(queries=900), *, iou: float = 0.7
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(num_queries=900),
+    *,
+    iou_weight: float = 0.7,
 ) -> System:
-    """Mr. DETR (arXiv 2412.10028): two more routes through one decoder, many queries an object.
+    """Mr. DETR (arXiv 2412.10028): two-stage Deformable DETR with two more routes in training.
 
-    The three routes share cross-attention, norms and heads. ``o2m`` is told by tokens that many
-    may answer; ``sep`` has a feed-forward network of its own instead. Only the first is used.
-    The IoU's weight in the assignment is 0.8 in the official variants on DINO and Align-DETR.
+    The routes share cross-attention, norms and heads. ``o2m`` adds instruction tokens to the
+    self-attention, ``sep`` has a feed-forward network of its own. Only the first route is used for
+    detection.
+
+    Args:
+        backbone: images to maps.
+        num_classes: number of classes.
+        size: of the system.
+        iou_weight: of :class:`~deform_attn.detr.matching.OneToMany`.
     """
-    d = size.d
-    said = dec.Heads(size, classes, refine="twice", eps=1e-3)
-    queries = dec.SelectedQueries(size, classes, learnt=True, binary=True)
+    d = size.d_model
+    heads = Heads(size, num_classes, refine="twice", eps=1e-3)
+    queries = SelectedQueries(size, num_classes, learnt=True, binary=True)
     layers = decoder_layers(size)
-    decoder = dec.Decoder(size, layers, dec.fixed_position, said)
+    decoder = Decoder(size, layers, fixed_pos, heads)
 
-    many = variant(queries, classes=enc.class_head(d, classes), box=enc.box_head(d))
+    o2m_queries = sharing(queries, class_head=class_head(d, num_classes), box_head=box_head(d))
     o2m, sep = nn.ModuleList(), nn.ModuleList()
     for layer in layers:
-        told = dec.InstructedSelfAttention(layer.self_attn.get_submodule("attention"), d, tokens=10)
-        o2m.append(variant(layer, self_attn=told, join_self=enc.AddNorm(d)))
-        sep.append(variant(layer, ffn=enc.FeedForward(size)))
-    encoder = enc.DeformableEncoder(backbone.channels, size)
-    o2m_route, sep_route = (many, variant(decoder, layers=o2m)), variant(decoder, layers=sep)
-    model = Detector(backbone, encoder, queries, decoder, o2m=o2m_route, sep=sep_route)
-    assign = OneToMany(iou, sample=int(size.queries * 0.25))
-    criterion = Criterion(TWO, encoder="anchors", encoder_weight=3, one_to_many=assign)
+        attention = layer.self_attn.get_submodule("attention")
+        instructed = InstructedSelfAttention(attention, d, num_tokens=10)
+        o2m.append(sharing(layer, self_attn=instructed, norm_self=AddNorm(d)))
+        sep.append(sharing(layer, ffn=FeedForward(size)))
+    model = Detector(
+        backbone,
+        DeformableEncoder(backbone.channels, size),
+        queries,
+        decoder,
+        o2m=(o2m_queries, sharing(decoder, layers=o2m)),
+        sep=sharing(decoder, layers=sep),
+    )
+    assign = OneToMany(iou_weight, max_choices=int(size.num_queries * 0.25))
+    criterion = Criterion(WEIGHTS_CLASS_2, encoder="anchors", encoder_weight=3, one_to_many=assign)
     return System(model, criterion, partial(best_scores, fuse=True))

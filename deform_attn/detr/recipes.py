@@ -1,4 +1,4 @@
-"""The systems by name, small enough to be trained on a CPU in minutes."""
+"""Recipes: how each system is trained, small enough for minutes on a CPU."""
 
 from __future__ import annotations
 
@@ -6,69 +6,78 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from deform_attn.detr import models
-from deform_attn.detr.encoder import Size
-from deform_attn.detr.models import Builder, SmallBackbone, System
+from deform_attn.detr.backbones import SmallBackbone
+from deform_attn.detr.layers import Size
+from deform_attn.detr.models import Builder, System
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A system, and what its training does otherwise than the others'.
+    """How a system is trained.
 
     Attributes:
-        system: makes it, from a backbone, a number of classes and a size.
+        system: builds it from a backbone, a number of classes and a size.
         augment: one of AUGMENTATIONS.
-        slow: parameters with one of these in their name learn at a tenth of the rate.
-        maps: of the backbone, at 1/4, 1/8 and 1/16; dense attention reads the last one.
-        points: samples of a query, head and level.
-        classes: factor of the classification's loss. From scratch, dense attention with a focal
-            loss finds boxes long before it tells their classes apart.
+        slow: parameters with one of these in their name have a tenth of the learning rate.
+        maps: number of the backbone's maps, at 1/4, 1/8 and 1/16 of the image; dense attention uses
+            the last one.
+        num_points: of :class:`~deform_attn.detr.layers.Size`.
+        class_weight: factor of the classification loss. From random weights, dense attention with a
+            focal loss learns boxes long before classes.
     """
 
     system: Builder
     augment: str = "flip"
     slow: tuple[str, ...] = ()
     maps: int = 3
-    points: int | tuple[int, ...] = 4
-    classes: float = 1.0
+    num_points: int | tuple[int, ...] = 4
+    class_weight: float = 1.0
 
 
-SAMPLING = ("sampling_offsets", "queries.points")  # offsets, reference points
+SAMPLING = ("sampling_offsets", "queries.reference_points")
 TWO_STAGE = partial(models.deformable_detr, two_stage=True)
 RECIPES = {
     "stewart": Recipe(models.stewart),
     "detr": Recipe(models.detr, maps=2),
-    "dab_detr": Recipe(models.dab_detr, maps=2, classes=8),
+    "dab_detr": Recipe(models.dab_detr, maps=2, class_weight=8),
     "deformable_detr": Recipe(partial(models.deformable_detr, refine=True), slow=SAMPLING),
     "deformable_detr_two_stage": Recipe(TWO_STAGE, slow=SAMPLING),
     "dab_deformable_detr": Recipe(models.dab_deformable_detr, slow=SAMPLING),
     "dn_deformable_detr": Recipe(models.dn_deformable_detr, slow=SAMPLING),
     "dino": Recipe(models.dino),
     "rtdetr": Recipe(models.rtdetr),
-    "rtdetrv2": Recipe(partial(models.rtdetr, version=2), points=models.FINE.points),
-    "dfine": Recipe(models.dfine, points=models.FINE.points),
-    "deim": Recipe(models.deim, augment="dense", points=models.FINE.points),
+    "rtdetrv2": Recipe(models.rtdetrv2, num_points=models.DFINE_SIZE.num_points),
+    "dfine": Recipe(models.dfine, num_points=models.DFINE_SIZE.num_points),
+    "deim": Recipe(models.deim, augment="dense", num_points=models.DFINE_SIZE.num_points),
     "mr_detr": Recipe(models.mr_detr, slow=SAMPLING),
 }
 
-# The blocks that fuse maps are as in D-FINE-S.
-SMALL = Size(levels=3, encoder_layers=1, depth=1 / 3, expansion=0.5)
+# The fusion blocks have the sizes of D-FINE-S.
+SMALL = Size(num_levels=3, encoder_layers=1, depth=1 / 3, expansion=0.5)
 
 
 def build(recipe: str, num_classes: int, width: int, layers: int, queries: int) -> System:
-    """A small model of a system on `SmallBackbone`, with its criterion and postprocessing.
+    """A small system on :class:`~deform_attn.detr.backbones.SmallBackbone`.
 
     Args:
         recipe: one of RECIPES.
         num_classes: number of classes.
         width: channels of queries and memory, a multiple of 32.
         layers: of the decoder; the encoder has one.
-        queries: number of them.
+        queries: number of queries.
     """
-    how = RECIPES[recipe]
-    size = replace(SMALL, d=width, heads=width // 16, hidden=4 * width, decoder_layers=layers)
-    size = replace(size, queries=queries, points=how.points)
-    backbone = SmallBackbone((width // 2, width, width)[: how.maps])
-    system = how.system(backbone, num_classes, size)
+    chosen = RECIPES[recipe]
+    size = replace(
+        SMALL,
+        d_model=width,
+        num_heads=width // 16,
+        dim_feedforward=4 * width,
+        decoder_layers=layers,
+        num_queries=queries,
+        num_points=chosen.num_points,
+    )
+    backbone = SmallBackbone((width // 2, width, width)[: chosen.maps])
+    system = chosen.system(backbone, num_classes, size)
     weights = system.criterion.weights
-    system.criterion.weights = {**weights, "class": how.classes * weights["class"]}
+    system.criterion.weights = {**weights, "class": chosen.class_weight * weights["class"]}
     return system

@@ -34,9 +34,11 @@ class Golden:
         """A recorded array, or an input that follows from its key."""
         if key in self.arrays:
             tensor = torch.from_numpy(np.array(self.arrays[key]))
+            if tensor.is_floating_point():
+                return tensor.double()
             return tensor.long() if tensor.dtype == torch.int32 else tensor
         entry = self.meta["inputs"][key]
-        return _by_formula(entry["det_key"], entry["shape"], 1.7320508)
+        return _by_formula(entry["det_key"], entry["shape"], 1.7320508).double()
 
     def maps(self, name: str) -> list[Tensor]:
         """Input maps of all levels: ``in/<name>0``, ``in/<name>1``, ..."""

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deform_attn.detr import losses, models
 from deform_attn.detr.boxes import overlap
 from deform_attn.detr.checkpoints import load_official, renamed
 from deform_attn.detr.denoising import Noised
 from deform_attn.detr.dfine import EdgeBins
-from deform_attn.detr.encoder import DeformableEncoder, HybridEncoder, Memory, pixel_centres
+from deform_attn.detr.encoder import DeformableEncoder
+from deform_attn.detr.hybrid import HybridEncoder
 from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, Pairs, assign, union
+from deform_attn.detr.memory import Memory, pixel_centres
 
 from .recorded import Golden
 
@@ -40,14 +41,14 @@ def size_of(golden: Golden) -> models.Size:
     config = golden.config
     points = config.get("points", 4)
     return models.Size(
-        d=config["d_model"],
-        heads=config["heads"],
-        levels=config.get("levels", 1),
-        points=tuple(points) if isinstance(points, list) else points,
+        d_model=config["d_model"],
+        num_heads=config["heads"],
+        num_levels=config.get("levels", 1),
+        num_points=tuple(points) if isinstance(points, list) else points,
         encoder_layers=config.get("encoder_layers", 1),
         decoder_layers=config["decoder_layers"],
-        hidden=config["ffn"],
-        queries=config["queries"],
+        dim_feedforward=config["ffn"],
+        num_queries=config["queries"],
     )
 
 
@@ -56,40 +57,38 @@ class Run:
 
     Args:
         golden: the recorded system.
-        recipe: our function for it.
+        system: our function for it.
         channels: of a backbone's maps.
         variant: of the recorded weights.
         prefix: of the recorded names in a whole checkpoint.
         under: of the recorded outputs.
         others: weights that are recorded as inputs, or not at all.
-        system: whose names the weights have, where not the recipe's.
-        options: of the recipe.
+        options: of the system.
     """
 
     def __init__(
         self,
         golden: Golden,
-        recipe: Callable[..., models.System],
+        system: Callable[..., models.System],
         *channels: int,
         variant: str | None = None,
         prefix: str = "",
         under: str = "",
         others: Mapping[str, Tensor] | None = None,
-        system: str = "",
         **options: Any,
     ) -> None:
         self.golden, self.prefix, self.under = golden, prefix, under
-        self.system = system or recipe.__name__
-        self.model, self.criterion, _ = recipe(
+        self.model, self.criterion, _ = system(
             Maps(*channels), golden.config["classes"], size_of(golden), **options
         )
+        self.model.double()
         self.names = {}
         state = dict(others or {})
         for name, weight in golden.state(variant).items():
             state[prefix + name] = weight
             layers = golden.config["decoder_layers"]
-            self.names[name] = renamed(self.system, prefix + name, layers)
-        load_official(self.model, self.system, state)
+            self.names[name] = renamed(system.__name__, prefix + name, layers)
+        load_official(self.model, system.__name__, state)
         self.model.train()
         for module in self.model.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -177,7 +176,7 @@ class Run:
             pairs.append(((starts + torch.arange(n)).flatten(), torch.arange(n).repeat(groups)))
         noised = Noised(labels, boxes, pairs, groups)
         queries = golden.config["queries"]
-        assert torch.equal(noised.blocked(queries), golden["in/dn/attn_mask"])
+        assert torch.equal(noised.attn_mask(queries), golden["in/dn/attn_mask"])
         for i, (queries_of, _) in enumerate(pairs):
             if f"in/dn/positive_idx/{i}" in golden.arrays:
                 assert torch.equal(queries_of, golden[f"in/dn/positive_idx/{i}"])
@@ -223,7 +222,7 @@ def deformable(golden: Golden) -> Found:
         outputs = run.model.detect(memory)
         queries, _ = run.model.queries(memory)
         run.layers(outputs)
-        run.tell(init_reference=queries.reference)
+        run.tell(init_reference=queries.reference_points)
         if variant == "refine":
             run.tell(memory=memory.features[:, ::7])
         if variant == "two_stage":
@@ -290,10 +289,10 @@ def dino(golden: Golden) -> Found:
     return run.found
 
 
-def hybrid_weights(recipe: Callable[..., models.System], golden: Golden) -> dict[str, Tensor]:
+def hybrid_weights(system: Callable[..., models.System], golden: Golden) -> dict[str, Tensor]:
     """Of the encoder, which is recorded apart from the transformer: any will do."""
-    model = recipe(Maps(8, 8, 8), 1, size_of(golden)).model
-    names = ("encoder.output.", "decoder.", "queries.", "denoising.")
+    model = system(Maps(8, 8, 8), 1, size_of(golden)).model
+    names = ("encoder.output_proj.", "decoder.", "queries.", "denoising.")
     return {n: w for n, w in model.state_dict().items() if not n.startswith(names)}
 
 
@@ -316,23 +315,18 @@ def transformer(run: Run) -> tuple[Memory, dict[str, Any]]:
 
 
 def rtdetr(golden: Golden) -> Found:
-    version = 1 if golden.name == "rtdetr_v1" else 2
-    run = Run(
-        golden,
-        models.rtdetr,
-        *(8, 8, 8),
-        prefix="decoder.",
-        others=hybrid_weights(models.rtdetr, golden),
-        version=version,
-        method=golden.config["sampling"],
-    )
+    first = golden.name == "rtdetr_v1"
+    system = models.rtdetr if first else models.rtdetrv2
+    options = {} if first else {"method": golden.config["sampling"]}
+    others = hybrid_weights(system, golden)
+    run = Run(golden, system, *(8, 8, 8), prefix="decoder.", others=others, **options)
     memory, outputs = transformer(run)
     run.tell(memory=memory.features[:, ::7])
     run.gradients("grad", waves(outputs, outputs["encoder"]))
 
     def official(loss: str, of: str) -> str:
         name = {"class": "loss_vfl", "l1": "loss_bbox", "giou": "loss_giou"}[loss]
-        last = "aux_2" if version == 1 else "enc_0"
+        last = "aux_2" if first else "enc_0"
         sets = {"layer0": "aux_0", "layer1": "aux_1", "layer2": "", "encoder": last}
         return "_".join(filter(None, [name, sets.get(of, f"dn_{of[2:]}")]))
 
@@ -353,7 +347,7 @@ def deim(golden: Golden) -> Found:
     last = {"logits": -outputs["logits"][-1], "boxes": outputs["boxes"][-1]}
     run.matches("pre", dict(losses.layers_of(outputs, "layer"))["layer_pre"])
     sets = run.criterion.matched(outputs, golden.targets(), torch.ones(()))
-    run.found |= of_pairs("match/union", union([told.pairs for told in sets]))
+    run.found |= of_pairs("match/union", union([one.pairs for one in sets]))
     run.tell(
         weighting_function=run.criterion.bins(),
         corners=outputs["corners"],
@@ -379,14 +373,11 @@ def deim(golden: Golden) -> Found:
 def deim_rtdetr(golden: Golden) -> Found:
     run = Run(
         golden,
-        models.deim,
+        models.deim_rtdetrv2,
         *(8, 8, 8),
         variant="main",
         prefix="decoder.",
         others=hybrid_weights(models.rtdetr, golden),
-        system="rtdetr",
-        base=models.rtdetr,
-        version=2,
     )
     encoder: Any = run.model.encoder
     outputs = run.model.detect(encoder.memory(run.maps("feat")))
@@ -400,17 +391,17 @@ def deim_rtdetr(golden: Golden) -> Found:
 def mrdetr(golden: Golden) -> Found:
     # The projections of a backbone's maps are not recorded.
     others = models.mr_detr(Maps(8, 16, 32), 5, size_of(golden)).model.state_dict()
-    others = {n: w for n, w in others.items() if n.startswith("encoder.project.")}
+    others = {n: w for n, w in others.items() if n.startswith("encoder.input_proj.")}
     run = Run(golden, models.mr_detr, 8, 16, 32, others=others)
-    assign = replace(run.criterion.one_to_many, sample=golden.config["o2m"]["sample_size"])
+    assign = replace(run.criterion.one_to_many, max_choices=golden.config["o2m"]["sample_size"])
     run.criterion.one_to_many = assign
     memory = run.deformable_memory()
     outputs = run.model.detect(memory)
-    many: Any = run.model.o2m
-    starts = {"o2o": run.model.queries, "sep": run.model.queries, "o2m": many[0]}
+    many: Any = run.model.o2m_queries
+    starts = {"o2o": run.model.queries, "sep": run.model.queries, "o2m": many}
     for route, queries in starts.items():
         said = outputs if route == "o2o" else outputs[route]
-        start = queries(memory)[0].reference
+        start = queries(memory)[0].reference_points
         run.tell(**{f"{route}/logits": said["logits"], f"{route}/boxes": said["boxes"]})
         run.tell(**{f"{route}/init_reference": start})
         for i, (logits, boxes) in enumerate(zip(said["logits"], said["boxes"])):
@@ -452,7 +443,7 @@ def hidden_of(run: Run, memory: Memory) -> tuple[Tensor, list[Tensor]]:
     hooks = [
         heads.norm.register_forward_hook(lambda _m, _x, y: seen.append(y)),
         heads.register_forward_hook(
-            lambda _m, args, _y: references.append(args[2].get("reference"))
+            lambda _m, args, _y: references.append(args[2].get("reference_points"))
         ),
     ]
     with torch.no_grad():
@@ -469,23 +460,23 @@ def detr(golden: Golden) -> Found:
     outputs = run.model.detect(memory)
     run.layers(outputs)
     run.tell(
-        memory=memory.features.transpose(1, 2).unflatten(2, memory.shapes[0]),
+        memory=memory.features.transpose(1, 2).unflatten(2, memory.spatial_shapes[0]),
         hidden=hidden_of(run, memory)[0],
     )
     embed: Any = run.model.queries
-    run.inputs["query_pos"] = embed.embed.weight
+    run.inputs["query_pos"] = embed.query_embed.weight
     run.gradients("grad", waves(outputs))
     run.losses(outputs, suffixed, gradients=False)
     return run.found
 
 
-def dense(golden: Golden, recipe: Callable[..., models.System]) -> tuple[Run, Memory]:
+def dense(golden: Golden, system: Callable[..., models.System]) -> tuple[Run, Memory]:
     """A dense model of DAB-DETR's line, and its memory."""
     others = projection(golden) | {"refpoint_embed.weight": golden["in/refpoint_unact"]}
-    run = Run(golden, recipe, 8, others=others)
+    run = Run(golden, system, 8, others=others)
     memory = dense_memory(run)
     queries: Any = run.model.queries
-    run.inputs["refpoint_unact"] = queries.boxes.weight
+    run.inputs["refpoint_unact"] = queries.refpoint_embed.weight
     return run, memory
 
 
@@ -504,9 +495,6 @@ def dab_detr_dense(golden: Golden) -> Found:
     return run.found
 
 
-# The official GIoU's epsilon moves gradients by 5e-5, and the fused attention kernel those of
-# nearly equal keys by as much again: together beyond the limit. The others run with the fused one.
-@sdpa_kernel(SDPBackend.MATH)
 def dab_detr_losses(golden: Golden) -> Found:
     run, memory = dense(golden, models.dab_detr)
     outputs = run.model.detect(memory)
@@ -546,9 +534,11 @@ def gradients_of_part(
 def encoder(golden: Golden) -> Found:
     found: Found = {}
     config = golden.config
-    size = models.Size(d=config["d_model"], heads=config["heads"], hidden=config["ffn"])
-    deform = DeformableEncoder((8, 16, 32), replace(size, encoder_layers=2))
-    others = ("project.", "level_embed")
+    size = models.Size(
+        d_model=config["d_model"], num_heads=config["heads"], dim_feedforward=config["ffn"]
+    )
+    deform = DeformableEncoder((8, 16, 32), replace(size, encoder_layers=2)).double()
+    others = ("input_proj.", "level_embed")
     parameters = load_part(
         deform, golden, "deformable", "deformable_detr", "transformer.encoder.", others
     )
@@ -565,7 +555,7 @@ def encoder(golden: Golden) -> Found:
         [x.movedim(-1, 1) for x in of_levels(flat)] for flat in (source.requires_grad_(), position)
     )
     memory = deform.encode(maps, positions, of_levels(padding))
-    torch.testing.assert_close(memory.ratios, golden["in/deformable/valid_ratios"])
+    torch.testing.assert_close(memory.valid_ratios, golden["in/deformable/valid_ratios"])
     output = memory.features
     found["deformable/output"] = output
     found["deformable/reference"] = memory.on_every_level(pixel_centres(memory))
@@ -580,12 +570,13 @@ def hybrid(golden: Golden, size: models.Size) -> Found:
     for case, options in golden.config["cases"].items():
         if case == "deformable":
             continue
-        same = {"d": "hidden_dim", "hidden": "ffn", "expansion": "expansion", "depth": "depth_mult"}
+        same = {"d_model": "hidden_dim", "dim_feedforward": "ffn"}
+        same |= {"expansion": "expansion", "depth": "depth_mult"}
         its = replace(size, **{ours: options[theirs] for ours, theirs in same.items()})
         fine = options.get("fine", False)
-        part = HybridEncoder(options["in_channels"], its, fine=fine).eval()
+        part = HybridEncoder(options["in_channels"], its, fine=fine).double().eval()
         system = "dfine" if fine else "rtdetr"
-        parameters = load_part(part, golden, case, system, "encoder.", ("output.",))
+        parameters = load_part(part, golden, case, system, "encoder.", ("output_proj.",))
         levels = range(len(options["in_channels"]))
         maps = {f"feat{i}": golden[f"in/{case}/feat{i}"].requires_grad_() for i in levels}
         fused = part.fuse(list(maps.values()))
@@ -596,13 +587,13 @@ def hybrid(golden: Golden, size: models.Size) -> Found:
 
 
 def dfine_encoder(golden: Golden) -> Found:
-    return hybrid(golden, models.Size(heads=golden.config["heads"]))
+    return hybrid(golden, models.Size(num_heads=golden.config["heads"]))
 
 
 def matcher_losses(golden: Golden) -> Found:
     found: Found = {}
     recorded = golden.outputs()
-    bins = EdgeBins()
+    bins = EdgeBins().double()
     for i in range(golden.config["problems"]):
         given = {
             key: golden[f"in/{i}/{key}"].requires_grad_() for key in ("logits", "boxes", "corners")
@@ -615,7 +606,7 @@ def matcher_losses(golden: Golden) -> Found:
             for b, target in enumerate(targets):
                 found[f"{i}/cost/{name}/{b}"] = match.cost(logits[b], boxes[b], target)
         pairs: Pairs = [tuple(golden[f"in/{i}/indices/{b}"]) for b in range(2)]
-        where, truth = losses.at(pairs), losses.chosen(targets, pairs, "boxes")
+        where, truth = losses.query_indices(pairs), losses.paired(targets, pairs, "boxes")
         n = losses.averaged(sum(len(t["labels"]) for t in targets), logits.device)
         iou = overlap(boxes[where], truth)[0].detach()
         initial = golden[f"in/{i}/ref_points"][where]
@@ -636,9 +627,9 @@ def matcher_losses(golden: Golden) -> Found:
         }
         for name, kind in CLASSIFICATIONS.items():
             criterion = losses.Criterion({"class": 1, "l1": 1, "giou": 1}, classification=kind)
-            all_told = losses.Told(name, given, targets, pairs, n)
-            of[name] = (criterion.classes(all_told), "logits")
-            for box_loss, value in criterion.boxes(all_told, balance).items():
+            one = losses.LossInput(name, given, targets, pairs, n)
+            of[name] = (criterion.class_loss(one), "logits")
+            for box_loss, value in criterion.box_losses(one, balance).items():
                 of[{"l1": "bbox"}.get(box_loss, box_loss)] = (value, "boxes")
         for name, (loss, key) in of.items():
             found[f"{i}/loss/{name}"] = loss
@@ -647,7 +638,7 @@ def matcher_losses(golden: Golden) -> Found:
                 found[f"{i}/grad_{name}/{key}"] = gradient
 
         start = f"in/o2m/{i}"
-        many = OneToMany(sample=golden.config["o2m"]["sample_size"])
+        many = OneToMany(max_choices=golden.config["o2m"]["sample_size"])
         told = {key: golden[f"{start}/{key}"] for key in ("logits", "boxes")}
         found |= of_pairs(f"o2m/{i}/match", many(told, golden.targets(start)))
 
@@ -679,14 +670,14 @@ def in_sequence(golden: Golden, variant: str) -> Found:
     """All of Stewart's system from a map on."""
     config, state, targets = golden.config, golden.state(variant), golden.targets()
     steps, tied = config["steps"], variant == "tied"
-    backbone, size = Maps(config["channels"]), models.Size(d=config["hidden"], dropout=0)
+    backbone, size = Maps(config["channels"]), models.Size(d_model=config["hidden"], dropout=0)
     model, criterion, _ = models.stewart(backbone, config["classes"], size, steps=steps)
-    decoder: Any = model.decoder
+    decoder: Any = model.double().decoder
     heads: dict[str, nn.Parameter] = {}  # official names
     for k in range(steps):
         for i, kind in enumerate(("weight", "bias")):
-            heads[f"ip_conf{k}.p{i}"] = getattr(decoder.classes[k], kind)
-            heads[f"ip_bbox_unscaled{k}.p{i}"] = getattr(decoder.boxes[k], kind)
+            heads[f"ip_conf{k}.p{i}"] = getattr(decoder.class_heads[k], kind)
+            heads[f"ip_bbox_unscaled{k}.p{i}"] = getattr(decoder.box_heads[k], kind)
 
     def reordered(name: str, x: Tensor) -> Tensor:
         return x.flip(0) if "conf" in name else x
@@ -703,7 +694,7 @@ def in_sequence(golden: Golden, variant: str) -> Found:
     hook = decoder.dropout.register_forward_hook(lambda _m, _x, y: said.append(y))
     backbone.given = golden.maps("map")
     image_map = backbone.given[0].requires_grad_()
-    outputs = model(torch.zeros(len(targets), 3, *config["image_HW"]))
+    outputs = model(torch.zeros(len(targets), 3, *config["image_HW"], dtype=torch.double))
     hook.remove()
     centres = F.pad(pixel_centres(Memory.of(backbone.given)), (0, 2))
     offsets = outputs["boxes"][0].unflatten(1, (-1, steps)) - centres[:, :, None]
@@ -712,7 +703,7 @@ def in_sequence(golden: Golden, variant: str) -> Found:
         "hidden": torch.stack(said, 1),
         "logits": logits,
         "scores": logits.softmax(-1),
-        "boxes": (offsets * outputs["pixels"]).flatten(0, 1),
+        "boxes": (offsets * outputs["pixels"][:, None, None]).flatten(0, 1),
     }
     _, told = next(losses.layers_of(outputs, "layer"))
     found |= of_pairs("match", criterion.match(told, targets))
@@ -746,9 +737,9 @@ def lexicographic(said: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
 
 
 CLASSIFICATIONS = {
-    "focal": losses.focal,
-    "vfl": losses.varifocal,
-    "mal": losses.matchability_aware,
+    "focal": losses.FocalLoss(),
+    "vfl": losses.VarifocalLoss(),
+    "mal": losses.MatchabilityAwareLoss(),
 }
 SYSTEMS: dict[str, Callable[[Golden], Found]] = {
     "matcher_losses": matcher_losses,

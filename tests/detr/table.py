@@ -10,25 +10,37 @@ import torch
 from .recorded import FOLDER, Golden
 from .systems import SYSTEMS
 
-# (quantity, limit of its relative error), by the first rule whose words are in the name.
+# Limits of the relative error, by the first rule that has a part of the recorded name. Ours is
+# computed in float64, so that the error is the recording's own: float32 rounding, which is the same
+# on every machine, and where said a constant of the official code. The recordings' discrete choices
+# (top-k, matching, discrete sampling) have margins far above float32 rounding.
 QUANTITIES = (
     ("matchings", 0.0, ("match",)),
-    ("DDF", 2e-3, ("ddf",)),
-    ("GIoU", 1e-4, ("loss_giou", "giou")),
-    ("gradients of losses", 1e-4, ("lossgrad",)),
-    ("gradients", 1e-4, ("grad",)),
-    ("losses", 2e-5, ("loss",)),
-    ("outputs", 2e-5, ("",)),
+    # a divergence of nearly equal distributions, which cancels
+    ("DDF", 1e-4, ("loss_ddf", "ddf", "grad_ddf")),
+    # the official code adds 1e-6 or 1e-7 to the areas that it divides by
+    ("GIoU", 4e-5, ("loss_giou", "giou", "grad_giou", "tgt_loss_giou")),
+    # a difference, divided by the width of a bin, which is 0.08 near 0
+    ("FGL targets", 2e-5, ("fgl_target_weight_right", "fgl_target_weight_left")),
+    ("gradients of losses", 1e-5, ("lossgrad",)),
+    ("gradients", 1e-5, ("grad",)),
+    ("losses", 3e-6, ("loss",)),
+    ("outputs", 2e-6, ()),
 )
+# Gradients of DAB-DETR's summed losses pass through that GIoU into activations that nearly cancel.
+EXCEPTIONS = {
+    ("dab_detr_losses", "gradients of losses"): 5e-5,
+    ("dn_detr_dense", "gradients of losses"): 1e-4,
+}
 
 
-def quantity(name: str) -> tuple[str, float]:
-    """What a recorded array is, and how far from it is still right."""
+def quantity(system: str, name: str) -> tuple[str, float]:
+    """What a recorded array is, and the limit of its error."""
     parts = name.split("/")
     for kind, limit, words in QUANTITIES:
-        if any(word in part for word in words for part in parts):
-            return kind, limit
-    raise AssertionError(name)
+        if any(part == word or part.startswith(f"{word}_") for word in words for part in parts):
+            return kind, EXCEPTIONS.get((system, kind), limit)
+    return QUANTITIES[-1][:2]
 
 
 def errors(name: str, folder: Path = FOLDER) -> dict[str, float]:
@@ -54,7 +66,7 @@ def main() -> None:
         rows: dict[str, dict[str, list[float]]] = {}
         for key, error in errors(name, arguments.goldens).items():
             row = f"{name}: stewart" if key.startswith("stewart/") else name
-            rows.setdefault(row, {}).setdefault(quantity(key)[0], []).append(error)
+            rows.setdefault(row, {}).setdefault(quantity(name, key)[0], []).append(error)
         for row, found in rows.items():
             cells = [f"{max(found[kind]):.1e}" if kind in found else "" for kind in kinds]
             arrays = sum(len(of_kind) for of_kind in found.values())

@@ -28,7 +28,7 @@ def test_one_name_for_all_layers(official: tuple[nn.Module, dict[str, Tensor]]) 
     model, state = official
     load_official(model, "detr", state)
     for i in range(3):
-        loaded = model.get_parameter(f"decoder.heads.classes.{i}.weight")
+        loaded = model.get_parameter(f"decoder.heads.class_heads.{i}.weight")
         assert torch.equal(loaded, state["class_embed.weight"])
 
 
@@ -39,7 +39,7 @@ def test_nothing_is_missing_or_left_over(official: tuple[nn.Module, dict[str, Te
     with pytest.raises(RuntimeError, match="size mismatch"):
         load_official(model, "detr", state | {"class_embed.bias": torch.zeros(1)})
     del state["transformer.decoder.layers.1.norm2.weight"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.1\.join_cross\.norm\.weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers\.1\.norm_cross\.norm\.weight"):
         load_official(model, "detr", state)
     with pytest.raises(KeyError, match="dter"):
         load_official(model, "dter", state)

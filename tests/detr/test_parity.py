@@ -13,5 +13,5 @@ from .table import errors, quantity
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_all_that_is_recorded_is_reproduced(name: str, goldens: Path) -> None:
     found = errors(name, goldens)
-    wrong = {key: error for key, error in found.items() if not error <= quantity(key)[1]}
+    wrong = {key: error for key, error in found.items() if not error <= quantity(name, key)[1]}
     assert not wrong, wrong

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from deform_attn.detr import boxes, decoder, dfine, encoder, losses, matching
+from deform_attn.detr import boxes, decoder, dfine, losses, matching, memory, queries
 
 from .table import errors, quantity
 
@@ -17,7 +17,7 @@ from .table import errors, quantity
 def graph_kept(forward: Callable[..., Any]) -> Callable[..., Any]:
     def faulty(self: Any, i: int, x: Any, state: Any) -> Any:
         prediction, following = forward(self, i, x, state)
-        return prediction, following | {"reference": prediction["boxes"]}
+        return prediction, following | {"reference_points": prediction["boxes"]}
 
     return faulty
 
@@ -26,13 +26,13 @@ Faults = list[tuple[str, str, Any, str, Any]]
 FAULTS: Faults = [
     # (system, what is wrong, where, attribute, replacement)
     ("dino", "eps", decoder, "inverse_sigmoid", lambda x, eps: boxes.inverse_sigmoid(x, 1e-5)),
-    ("dino", "x before y", decoder, "sine_of_box", lambda box, d: boxes.sine(box, d // 2)),
+    ("dino", "x before y", queries, "sine_of_box", lambda box, d: boxes.sine(box, d // 2)),
     (
         "dab_deformable",
         "padding counts",
-        encoder,
+        memory,
         "valid_ratio",
-        lambda p: torch.ones(len(p), 2),
+        lambda mask, dtype: torch.ones(len(mask), 2, dtype=dtype),
     ),
     (
         "dab_deformable",
@@ -46,7 +46,7 @@ FAULTS: Faults = [
         "distance before order",
         matching.Lexicographic,
         "cost",
-        staticmethod(lambda said, objects: torch.cdist(said, objects, p=1)),
+        staticmethod(lambda predicted, objects: torch.cdist(predicted, objects, p=1)),
     ),
     ("rtdetr_v1", "corners for centres", boxes, "to_corners", boxes.from_corners),
     ("deim", "no union of pairs", losses, "union", lambda sets: sets[0]),
@@ -73,4 +73,4 @@ def test_a_planted_fault_is_found(
 ) -> None:
     monkeypatch.setattr(where, name, fault)
     found = errors(system, goldens)
-    assert any(error > quantity(key)[1] for key, error in found.items()), what
+    assert any(error > quantity(system, key)[1] for key, error in found.items()), what

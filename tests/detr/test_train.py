@@ -199,7 +199,7 @@ def test_rates_and_decay_are_those_of_the_parameter() -> None:
     assert len(rates) == len(list(model.parameters()))
     slow = [name for name, _ in model.named_parameters() if "sampling_offsets" in name]
     assert len(slow) == 2 * 3  # one layer of the encoder, two of the decoder
-    slow += ["queries.points.weight", "queries.points.bias"]
+    slow += ["queries.reference_points.weight", "queries.reference_points.bias"]
     assert set(slow) < {name for name, _ in model.named_parameters()}
     for name, parameter in model.named_parameters():
         lr = 1e-3 * (0.5 if name.startswith("backbone.") else 0.1 if name in slow else 1)

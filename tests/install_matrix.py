@@ -1,10 +1,11 @@
-"""Does one wheel serve every torch and Python? Builds it once, then tests it in fresh environments.
+"""Installs the package beside several versions of torch and Python, and tests the operator there.
 
-    python tests/wheel_matrix.py --torch 2.10.0 2.11.0 2.13.0 --python python3.11 python3.12
+    python tests/install_matrix.py --torch 2.10.0 2.13.0 newest --python python3.10 python3.13
+    python tests/install_matrix.py --torch 2.10.0 newest --wheel dist/deform_attn-0.1.0-....whl
 
-The wheel is built by this interpreter with its torch. Each pair of torch and Python then gets an
-empty environment with that torch, the wheel, and no compiler or header of ours, runs the tests on
-the compiled backend there, and is removed again. Downloads up to 3 GB for each torch.
+Each pair gets an empty environment with that torch, where pip builds the package from source, or
+installs the wheel. The tests run there on the compiled backend, against the installed package; then
+the environment is removed. Downloads up to 3 GB for each torch.
 """
 
 from __future__ import annotations
@@ -34,17 +35,8 @@ print(json.dumps({
 """
 
 
-def build_wheel(folder: Path) -> Path:
-    """Both libraries where nvcc is found, the CPU's alone elsewhere."""
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    command += ["--wheel-dir", str(folder), str(TESTS.parent)]
-    subprocess.run(command, env=os.environ | {"DEFORM_ATTN_REQUIRE_EXT": "1"}, check=True)
-    (wheel,) = folder.glob("*.whl")
-    return wheel
-
-
-def try_wheel(wheel: Path, python: str, torch: str, files: list[str], scratch: Path) -> dict:
-    """Install the wheel beside this torch, and run the tests against what was installed."""
+def try_install(package: Path, python: str, torch: str, files: list[str], scratch: Path) -> dict:
+    """Installs torch and the package (a source tree or a wheel), and runs the tests."""
     environment, work = scratch / "environment", scratch / "work"
     for folder in (environment, work):
         shutil.rmtree(folder, ignore_errors=True)
@@ -52,8 +44,10 @@ def try_wheel(wheel: Path, python: str, torch: str, files: list[str], scratch: P
     run([python, "-m", "venv", str(environment)])
     bin_python = str(environment / "bin" / "python")
     install = [bin_python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    run([*install, "--cache-dir", str(scratch / "cache"), f"torch=={torch}"])
-    run([*install, str(wheel), "numpy", "pytest", "hypothesis"])
+    requirement = "torch" if torch == "newest" else f"torch=={torch}"
+    run([*install, "--cache-dir", str(scratch / "cache"), requirement])
+    run([*install, "numpy", "pytest", "hypothesis"])
+    run([*install, str(package)], DEFORM_ATTN_REQUIRE_EXT="1")
     facts = json.loads(run([bin_python, "-c", FACTS], cwd=work).splitlines()[-1])
     assert Path(facts["where"]).is_relative_to(environment), f"tested {facts['where']} instead"
 
@@ -74,34 +68,35 @@ def try_wheel(wheel: Path, python: str, torch: str, files: list[str], scratch: P
     }
 
 
-def run(command: list[str], cwd: Path | None = None) -> str:
-    """What a command prints; its own error where it fails."""
-    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+def run(command: list[str], cwd: Path | None = None, **environ: str) -> str:
+    """Returns the output of a command; exits with its errors where it fails."""
+    environ = os.environ | environ
+    done = subprocess.run(
+        command, cwd=cwd, env=environ, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}")
     return done.stdout
 
 
 def main() -> int:
-    """Exit status 1 where the wheel fails anywhere."""
+    """Exit status 1 where any environment fails."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch", nargs="+", default=["2.10.0", "2.11.0", "2.13.0"])
+    parser.add_argument("--torch", nargs="+", required=True, metavar="VERSION")
     parser.add_argument("--python", nargs="+", default=[sys.executable])
     parser.add_argument("--tests", nargs="+", default=["test_op.py", "test_autograd.py"])
-    parser.add_argument("--wheel", type=Path, help="try this one instead of building one")
+    parser.add_argument("--wheel", type=Path, help="install this instead of building from source")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
     arguments = parser.parse_args()
+    package = arguments.wheel.resolve() if arguments.wheel else TESTS.parent
 
     rows = []
-    with tempfile.TemporaryDirectory(prefix="wheel-matrix-") as folder:
-        scratch = Path(folder)
-        wheel = (arguments.wheel or build_wheel(scratch / "wheel")).resolve()
-        print(f"{wheel.name}, {wheel.stat().st_size / 1024:.0f} KB")
+    with tempfile.TemporaryDirectory(prefix="install-matrix-") as scratch:
         for torch in arguments.torch:
             for python in arguments.python:
-                row = try_wheel(wheel, python, torch, arguments.tests, scratch)
+                row = try_install(package, python, torch, arguments.tests, Path(scratch))
                 rows.append(row)
                 counts = ", ".join(f"{n} {word}" for word, n in row["tests"].items())
                 print(
@@ -111,8 +106,8 @@ def main() -> int:
                     flush=True,
                 )
     arguments.out.mkdir(parents=True, exist_ok=True)
-    result = {"wheel": wheel.name, "rows": rows}
-    (arguments.out / "wheels.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = {"package": arguments.wheel.name if arguments.wheel else "source", "rows": rows}
+    (arguments.out / "versions.json").write_text(json.dumps(result, indent=1) + "\n")
     return 0 if all(row["passed"] for row in rows) else 1
 
 

@@ -13,17 +13,24 @@ import torch
 from torch import Tensor
 
 from deform_attn.detr import losses, models
+from deform_attn.detr.backbones import SmallBackbone
 from deform_attn.detr.boxes import sine_of_pixels, to_corners
-from deform_attn.detr.decoder import proposals
 from deform_attn.detr.denoising import Denoising
 from deform_attn.detr.dfine import EdgeBins
-from deform_attn.detr.encoder import Memory
 from deform_attn.detr.matching import Hungarian, Lexicographic, OneToMany, union
+from deform_attn.detr.memory import Memory
+from deform_attn.detr.queries import proposals
 
 TINY = models.Size(
-    d=32, heads=4, levels=3, encoder_layers=1, decoder_layers=2, hidden=32, queries=12
+    d_model=32,
+    num_heads=4,
+    num_levels=3,
+    encoder_layers=1,
+    decoder_layers=2,
+    dim_feedforward=32,
+    num_queries=12,
 )
-RECIPES: dict[str, Callable[..., models.System]] = {
+SYSTEMS: dict[str, Callable[..., models.System]] = {
     "stewart": models.stewart,
     "detr": models.detr,
     "dab_detr": models.dab_detr,
@@ -35,13 +42,13 @@ RECIPES: dict[str, Callable[..., models.System]] = {
     "dn_deformable_detr": models.dn_deformable_detr,
     "dino": models.dino,
     "rtdetr": models.rtdetr,
-    "rtdetr_v2": partial(models.rtdetr, version=2),
-    "rtdetr_v2_discrete": partial(models.rtdetr, version=2, method="discrete"),
+    "rtdetrv2": models.rtdetrv2,
+    "rtdetrv2_discrete": partial(models.rtdetrv2, method="discrete"),
     "dfine": models.dfine,
-    "dfine_wide": lambda *of, size: models.dfine(*of, replace(size, encoder=(48, 40))),
-    "rtdetr_wide": lambda *of, size: models.rtdetr(*of, replace(size, encoder=(48, 40))),
+    "dfine_wide": lambda *of, size: models.dfine(*of, replace(size, encoder_dims=(48, 40))),
+    "rtdetr_wide": lambda *of, size: models.rtdetr(*of, replace(size, encoder_dims=(48, 40))),
     "deim": models.deim,
-    "deim_on_rtdetr": partial(models.deim, base=models.rtdetr, version=2),
+    "deim_rtdetrv2": models.deim_rtdetrv2,
     "mr_detr": models.mr_detr,
 }
 TARGETS = [
@@ -55,23 +62,7 @@ NOTHING = [TARGETS[1], TARGETS[1]]
 
 
 def made(name: str) -> models.System:
-    return RECIPES[name](models.SmallBackbone((16, 16, 32)), 3, size=TINY)
-
-
-@pytest.mark.parametrize(
-    ("system", "base"),
-    [
-        (models.deim, models.dfine),
-        (models.deim, models.rtdetr),
-        (models.dn_detr, models.dab_detr),
-        (models.dn_detr, models.dab_deformable_detr),
-    ],
-)
-def test_a_base_may_be_a_partial(system: models.Builder, base: models.Builder) -> None:
-    backbone = models.SmallBackbone((16, 16, 32))
-    plain, wrapped = (system(backbone, 3, TINY, base=b).model for b in (base, partial(base)))
-    shapes = [{n: x.shape for n, x in m.state_dict().items()} for m in (plain, wrapped)]
-    assert shapes[0] == shapes[1]
+    return SYSTEMS[name](SmallBackbone((16, 16, 32)), 3, size=TINY)
 
 
 def padded() -> tuple[Tensor, Tensor]:
@@ -80,7 +71,7 @@ def padded() -> tuple[Tensor, Tensor]:
     return torch.rand(2, 3, 64, 96).masked_fill(mask[:, None], 0), mask
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_a_step_reaches_every_parameter(name: str) -> None:
     model, criterion, _ = made(name)
     for parameter in model.parameters():  # heads start at zero, and would hide what is before
@@ -101,7 +92,7 @@ def numbers(outputs: Any) -> list[Tensor]:
     return [outputs] if floating else []
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_half_precision(name: str) -> None:
     model, criterion, _ = made(name)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -112,7 +103,7 @@ def test_half_precision(name: str) -> None:
     torch.stack(list(found.values())).sum().backward()
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_images_without_objects(name: str) -> None:
     model, criterion, _ = made(name)
     found = criterion(model(*padded(), NOTHING), NOTHING)
@@ -120,7 +111,7 @@ def test_images_without_objects(name: str) -> None:
     assert all(not loss for key, loss in found.items() if key.startswith(("l1", "giou")))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SYSTEMS)
 def test_results_are_boxes_in_pixels(name: str) -> None:
     model, _, postprocess = made(name)
     images, mask = padded()
@@ -157,7 +148,7 @@ def test_noised_queries_are_not_seen(name: str) -> None:
 
 def test_fewer_layers_in_evaluation() -> None:
     size = replace(TINY, decoder_layers=3, eval_layers=2, expansion=0.5)
-    model = models.rtdetr(models.SmallBackbone(), 3, size).model
+    model = models.rtdetr(SmallBackbone(), 3, size).model
     images = torch.rand(1, 3, 64, 64)
     assert len(model.train()(images)["logits"]) == 3
     assert len(model.eval()(images)["logits"]) == 2
@@ -231,7 +222,7 @@ def test_one_to_many_is_thinned() -> None:
     target = {"labels": torch.tensor([1]), "boxes": box}
     [(queries, _)] = OneToMany()(prediction, [target])
     assert len(queries) == 6
-    [(queries, _)] = OneToMany(sample=4)(prediction, [target])
+    [(queries, _)] = OneToMany(max_choices=4)(prediction, [target])
     assert len(queries) == 4
 
 
@@ -257,7 +248,7 @@ def test_early_predictions_win() -> None:
 
 
 def test_a_cell_of_more_objects_than_steps_says_what_it_can() -> None:
-    cell = {"grid": torch.tensor([1, 1]), "pixels": torch.full((4,), 64)}
+    cell = {"grid": (1, 1), "pixels": torch.full((1, 4), 64), "extent": torch.ones(1, 2)}
     objects = torch.rand(7, 4)
     said = objects[[6, 1, 4, 0, 3]][None]
     [(queries, which)] = Lexicographic()(cell | {"boxes": said}, [{"boxes": objects}])
@@ -276,12 +267,54 @@ def test_a_cell_is_silent_after_it_was_unsure() -> None:
     torch.testing.assert_close(results[0]["boxes"], wanted)
 
 
-def test_losses_of_several_classifications() -> None:
-    logits, hot = torch.randn(2, 5, 3), torch.zeros(2, 5, 3)
-    hot[0, 1, 2] = 1
-    for loss in (losses.focal, losses.varifocal, losses.matchability_aware):
-        better = loss(logits + 2 * (2 * hot - 1), hot, hot).sum()
-        assert better < loss(logits, hot, hot).sum()
+LOSSES = [
+    (losses.FocalLoss(), [0.25 * 0.2**2 * -math.log(0.8), 0.75 * 0.3**2 * -math.log(0.7)]),
+    (
+        losses.VarifocalLoss(),
+        [0.6 * -(0.6 * math.log(0.8) + 0.4 * math.log(0.2)), 0.75 * 0.3**2 * -math.log(0.7)],
+    ),
+    (
+        losses.MatchabilityAwareLoss(),
+        [
+            -(0.6**1.5 * math.log(0.8) + (1 - 0.6**1.5) * math.log(0.2)),
+            0.3**1.5 * -math.log(0.7),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("loss", "terms"), LOSSES)
+def test_classification_losses_by_hand(loss: losses.Classification, terms: list[float]) -> None:
+    """One query with two classes: the target has p = 0.8 and IoU 0.6, the other class p = 0.3."""
+    logits = torch.logit(torch.tensor([[0.8, 0.3]]))
+    one_hot = torch.tensor([[1.0, 0.0]])
+    found = loss(logits, one_hot, 0.6 * one_hot, torch.tensor(2.0))
+    assert found.item() == pytest.approx(sum(terms) / 2, rel=1e-5)
+    assert not loss.no_object
+
+
+def test_softmax_losses_by_hand() -> None:
+    """Two queries, the second without an object: DETR's mean, and Stewart's sum."""
+    p = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7]])
+    one_hot = torch.tensor([[0.0, 1, 0], [0, 0, 0]])
+    of = [-math.log(0.5), -math.log(0.7)]
+    for loss, wanted in (
+        (losses.WeightedCrossEntropy(), (of[0] + 0.1 * of[1]) / 1.1),
+        (losses.WeightedCrossEntropy(no_object_weight=0.5), (of[0] + 0.5 * of[1]) / 1.5),
+        (losses.CrossEntropy(), sum(of) / 4),
+    ):
+        found = loss(p.log(), one_hot, one_hot, torch.tensor(4.0))
+        assert found.item() == pytest.approx(wanted, rel=1e-5)
+
+
+@pytest.mark.parametrize("weight", [0.1, 0.3])
+def test_a_criterion_asks_the_loss_whether_the_last_logit_is_no_object(weight: float) -> None:
+    criterion = replace(made("detr").criterion, classification=losses.WeightedCrossEntropy(weight))
+    outputs = {"logits": torch.zeros(1, 1, 5, 4), "boxes": torch.full((1, 1, 5, 4), 0.5)}
+    box = torch.tensor([[0.5, 0.5, 0.2, 0.2]])
+    criterion(outputs, [{"labels": torch.tensor([2]), "boxes": box}])
+    with pytest.raises(ValueError, match=r"expected 0 to 2, got 3 to 3"):
+        criterion(outputs, [{"labels": torch.tensor([3]), "boxes": box}])
 
 
 def test_proposals_of_an_image() -> None:
@@ -299,7 +332,7 @@ def test_proposals_of_an_image() -> None:
 def test_positions_of_pixels(temperature: float, shift: float) -> None:
     padding = torch.zeros(1, 4, 6, dtype=torch.bool)
     padding[:, 3], padding[..., 4:] = True, True  # 3 rows and 4 columns are left
-    found = sine_of_pixels(padding, 8, temperature, shift)[0, :, 1, 2]
+    found = sine_of_pixels(padding, torch.zeros(1, 8, 4, 6), temperature, shift)[0, :, 1, 2]
     wanted = []
     for place, extent in ((2, 3), (3, 4)):  # counted from 1: y, then x
         for power in (0, 0.5):
@@ -333,7 +366,7 @@ def test_edges_are_found_again(scale: float) -> None:
 
 GOOD = TARGETS[0]
 BAD: list[tuple[list[Any], str]] = [
-    ([GOOD], r"targets: expected 2, one an image, got 1"),
+    ([GOOD], r"targets: expected 2, one per image, got 1"),
     ([GOOD, {**GOOD, "labels": torch.tensor([0.0, 1.0])}], r"\[1\]\['labels'\]: expected integers"),
     ([GOOD, {**GOOD, "boxes": torch.rand(3, 4)}], r"expected numbers \[2, 4\], got \[3, 4\]"),
     ([GOOD, {**GOOD, "labels": torch.tensor([0, 3])}], r"expected 0 to 2, got 0 to 3"),
@@ -358,8 +391,8 @@ def test_bad_images() -> None:
     model = made("dino").model
     with pytest.raises(ValueError, match=r"images: expected shape \[B, 3, H, W\], got \(1, 1, 64"):
         model(torch.rand(1, 1, 64, 64))
-    with pytest.raises(ValueError, match=r"mask: expected bool of shape \[1, 64, 64\]"):
+    with pytest.raises(ValueError, match=r"padding_mask: expected bool of shape \[1, 64, 64\]"):
         model(torch.rand(1, 3, 64, 64), torch.zeros(1, 64, 64))
-    model = models.dino(models.SmallBackbone(), 3, replace(TINY, queries=100)).model
+    model = models.dino(SmallBackbone(), 3, replace(TINY, num_queries=100)).model
     with pytest.raises(ValueError, match=r"memory: expected 100 pixels, got 84"):
         model(torch.rand(1, 3, 32, 32))
