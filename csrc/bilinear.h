@@ -1,9 +1,12 @@
-// One sampling point: its four pixels, their weights and their slopes. Shared by CPU and CUDA.
+// Bilinear sampling of one point: its four pixels, their weights, and the gradients. Shared by CPU
+// and CUDA.
 //
-// A location is a fraction of the map: pixel coordinate x = location * size - 1/2, pixels outside
-// the map are zero (grid_sample with align_corners=False and zero padding).
+//   Numbers     operations on scalars; a vector type supplies the same interface (cpu/simd.h)
+//   pixel_of    the pixel before a location along one axis, and the fraction towards the next one
+//   Footprint   the four pixels of a point: which are on the map, their weights, the gradients
 //
-// Written for numbers and for vectors of numbers alike; Numbers says what differs.
+// A location is a fraction of the map: pixel coordinate x = location * size - 1/2, and pixels
+// outside the map are zero (grid_sample with align_corners=False and zero padding).
 #pragma once
 
 #include <cmath>
@@ -18,10 +21,11 @@ struct Numbers {
   using Int = int;  // a pixel's index
   using Mask = bool;
 
-  // a * b + c, rounded once.
+  // a * b + c with one rounding.
   static HOST_DEVICE Acc multiply_add(Acc a, Acc b, Acc c) {
 #if !defined(__CUDACC__) && !defined(FP_FAST_FMAF)
-    // without the instruction fma is a slow call; a product of two floats is exact in double
+    // Without an FMA instruction, fma is a slow library call. The product of two floats is exact in
+    // double.
     if constexpr (sizeof(Acc) == sizeof(float)) {
       return static_cast<Acc>(static_cast<double>(a) * static_cast<double>(b) +
                               static_cast<double>(c));
@@ -36,16 +40,17 @@ struct Numbers {
   }
   static HOST_DEVICE Int to_int(Acc x) { return static_cast<Int>(x); }
   static HOST_DEVICE Acc to_acc(Int x) { return static_cast<Acc>(x); }
-  // What a comparison gives as a Mask, to be joined with &.
+  // The result of a comparison as a Mask; masks are combined with &.
   static HOST_DEVICE Mask mask(bool compared) { return compared; }
   static HOST_DEVICE Acc where(Mask mask, Acc x) { return mask ? x : Acc(0); }
 };
 
-// The pixel left of (or at) a location, and how far the point lies towards the next one, in [0, 1].
-// False where neither pixel is on the map, so for NaN and infinity too.
+// The pixel at or before a location, and the fraction in [0, 1] towards the next pixel. False where
+// neither pixel is on the map; this includes NaN and infinity.
 //
-// Exact at pixel knots: location * size - 1/2 rounds onto a pixel that the point lies left of, and
-// the slope would be taken from the wrong side. `past`, rounded once, has the true sign.
+// Knots (locations at pixel centres): location * size - 1/2 can round up to a pixel that the point
+// lies before, and the gradient would be that of the wrong side. `past` is rounded once, so that its
+// sign is exact, and corrects the pixel.
 template <typename N>
 HOST_DEVICE typename N::Mask pixel_of(typename N::Acc location, typename N::Int size,
                                       typename N::Int& pixel, typename N::Acc& fraction) {
@@ -72,7 +77,7 @@ struct Footprint {
   Acc right, down;  // fractions towards x + 1 and y + 1
   Mask on[4];       // which of the four pixels are on the map
 
-  // False: no pixel of the point is on the map, it samples zero and has no gradient.
+  // False: none of the four pixels is on the map; the sample and its gradients are zero.
   HOST_DEVICE Mask place(Acc location_x, Acc location_y, Int height, Int width) {
     const Mask hit_x = pixel_of<N>(location_x, width, x, right);
     const Mask hit_y = pixel_of<N>(location_y, height, y, down);
@@ -86,10 +91,10 @@ struct Footprint {
     return hit;
   }
 
-  // sample = sum of weight(i) * pixel(i) over the pixels on the map
+  // The bilinear weight of pixel i, zero off the map: sample = sum of weight(i) * pixel(i).
   HOST_DEVICE Acc weight(int i) const { return N::where(on[i], weight_on_map(i)); }
 
-  // The same for whoever knows that the pixel is on the map.
+  // The same without the test whether the pixel is on the map.
   HOST_DEVICE Acc weight_on_map(int i) const {
     const Acc one = Acc{} + 1;
     const Acc across = (i & 1) ? right : one - right;
@@ -97,15 +102,16 @@ struct Footprint {
     return across * along;
   }
 
-  // From the products of the output's gradient with each pixel: that product with the sample, and
-  // its derivatives by x and y in pixels. What `product` holds for a pixel off the map is ignored.
-  HOST_DEVICE void pull_back(const Acc (&product)[4], Acc& sample, Acc& by_x, Acc& by_y) const {
+  // product[i]: dot product of the output's gradient with pixel i (ignored where the pixel is off
+  // the map). Results: the dot product with the sample, and its derivatives with respect to x and y
+  // in pixels.
+  HOST_DEVICE void pull_back(const Acc (&product)[4], Acc& sample, Acc& grad_x, Acc& grad_y) const {
     const Acc one = Acc{} + 1, left = one - right, up = one - down;
     const Acc p0 = N::where(on[0], product[0]), p1 = N::where(on[1], product[1]);
     const Acc p2 = N::where(on[2], product[2]), p3 = N::where(on[3], product[3]);
     sample = up * (left * p0 + right * p1) + down * (left * p2 + right * p3);
-    by_x = up * (p1 - p0) + down * (p3 - p2);
-    by_y = left * (p2 - p0) + right * (p3 - p1);
+    grad_x = up * (p1 - p0) + down * (p3 - p2);
+    grad_y = left * (p2 - p0) + right * (p3 - p1);
   }
 };
 

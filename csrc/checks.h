@@ -1,5 +1,11 @@
-// Tensors -> Problem, or an error that names the tensor. What the kernels rely on is checked here
-// and nowhere else; deform_attn/checks.py explains a refusal at length.
+// Checks of a call's tensors, and the Problem made from them. Shared by the CPU and CUDA libraries.
+//
+//   DEFORM_ATTN_REQUIRE   throws an error that starts with the name of the argument
+//   Call                  the checked tensors and sizes of a call
+//   levels_on_host        the levels of a call, checked against the rows of value
+//
+// Everything that the kernels rely on is checked here. deform_attn/checks.py runs after a failed
+// call and explains the error in more detail.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -46,7 +52,7 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
-// An undefined tensor, None in Python, where it is not requested.
+// The tensor, or an undefined tensor (None in Python) where it is not requested.
 inline Tensor if_requested(bool requested, const Tensor& tensor) {
   return requested ? tensor : Tensor();
 }
@@ -69,16 +75,16 @@ inline Type type_of(ScalarType type) {
   }
 }
 
-// The numbers of a call as they came; the tensors are those of the schema.
+// The arguments of a call as in the operator's schema, checked.
 struct Call {
-  Tensor value, locations, weights;  // contiguous; of a layer: offsets and logits
-  MaybeTensor reference;             // of a layer: contiguous
+  Tensor value, locations, weights;  // contiguous; in a fused call: offsets and logits
+  MaybeTensor reference;             // a fused call's, contiguous
   MaybeTensor shapes, starts;
   std::vector<int64_t> sizes;    // [h0, w0, h1, w1, ...] where shapes is not given
   std::vector<int> first_point;  // [L + 1]
   Problem problem;
   ScalarType type;       // of value
-  bool weights_are_acc;  // weights have the dtype of sums
+  bool weights_are_acc;  // weights have the accumulation dtype, not that of value
 
   Call(const Tensor& value_, const MaybeTensor& spatial_shapes,
        const MaybeTensor& level_start_index, const Tensor& sampling_locations,
@@ -86,7 +92,7 @@ struct Call {
       : Call(value_, spatial_shapes, level_start_index, std::nullopt, sampling_locations,
              attention_weights, level_sizes, num_points) {}
 
-  // A layer: offsets from reference points, and logits, instead of locations and weights.
+  // A fused call: offsets from reference points and logits instead of locations and weights.
   Call(const Tensor& value_, const MaybeTensor& spatial_shapes,
        const MaybeTensor& level_start_index, const MaybeTensor& reference_points,
        const Tensor& sampling_offsets, const Tensor& attention_logits,
@@ -115,7 +121,7 @@ struct Call {
     return {problem.batch, problem.queries, problem.row_stride()};
   }
 
-  // The output's gradient, contiguous. `output_mask`: which gradients are asked for.
+  // The output's gradient, contiguous. `output_mask`: which gradients are requested.
   Tensor checked_gradient(const Tensor& grad_output, const Flags& output_mask) const {
     const size_t gradients = reference ? 4 : 3;
     DEFORM_ATTN_REQUIRE(output_mask.size() == gradients, "output_mask: expected ", gradients,
@@ -133,7 +139,7 @@ struct Call {
     return contiguous_of(grad_output);
   }
 
-  // The dtype of sums, locations and reference points.
+  // The dtype of accumulation, of locations and of reference points.
   ScalarType acc_dtype() const {
     return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   }
@@ -145,7 +151,7 @@ struct Call {
  private:
   const char *locations_name_, *weights_name_;
 
-  // Each look at a tensor is a call into torch: none is made twice.
+  // Each property of a tensor is a call into libtorch, so none is read twice.
   void check_types() {
     type = value.scalar_type();
     DEFORM_ATTN_REQUIRE(type == ScalarType::Double || type == ScalarType::Float ||
@@ -155,7 +161,7 @@ struct Call {
     const ScalarType locations_type = locations.scalar_type(), weights_type = weights.scalar_type();
     weights_are_acc = weights_type == acc;
     DEFORM_ATTN_REQUIRE(weights_are_acc || weights_type == type, weights_name_,
-                        ": expected value's dtype, or that of its sums");
+                        ": expected value's dtype, or float32 with a 16-bit value");
     const auto device = value.device();
     if (reference) {
       DEFORM_ATTN_REQUIRE(locations_type == weights_type, locations_name_,
@@ -264,10 +270,9 @@ struct Call {
     for (size_t i = 0; same && i < weights_shape.size(); ++i) {
       same = weights_shape[i] == points_shape[i];
     }
-    DEFORM_ATTN_REQUIRE(same, weights_name_,
-                        ": expected the shape of sampling_locations without its "
-                        "last dimension, got ",
-                        shape_of(weights), " beside ", shape_of(locations));
+    DEFORM_ATTN_REQUIRE(same, weights_name_, ": expected the shape of ", locations_name_,
+                        " without its last dimension, got ", shape_of(weights), " and ",
+                        shape_of(locations));
 
     problem.batch = value.size(0);
     problem.rows = value.size(1);
@@ -315,7 +320,7 @@ inline std::vector<int64_t> numbers_of(const Tensor& metadata) {
   return numbers;
 }
 
-// The levels of a call whose numbers the host can read: all of them fit into value.
+// The levels of a call whose sizes the host can read. Throws where one does not fit into value.
 inline std::vector<Level> levels_on_host(const Call& call) {
   const std::vector<int64_t> sizes = call.shapes ? numbers_of(*call.shapes) : call.sizes;
   std::vector<int64_t> starts;

@@ -1,7 +1,8 @@
-// HOST_DEVICE: a function that the CPU and the GPU both run.
+// HOST_DEVICE: a function for the CPU and the GPU.
 //
-// On the CPU it is always inlined: the CPU kernels are compiled several times for different
-// processors, and a shared out-of-line copy could carry instructions that the oldest one lacks.
+// On the CPU it is always inlined. The CPU kernels are compiled once per instruction set, and the
+// linker keeps one copy of an out-of-line function: that copy could hold instructions which the
+// processor lacks.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -1,10 +1,10 @@
-// The sizes of a call and the place of each element. Shared by CPU and CUDA, free of torch.
+// The sizes of a call and the offset of each element. Shared by CPU and CUDA, free of torch.
 //
-//   Level      where one feature map lies in the rows of `value`
-//   LevelTable the levels of a call as a kernel's parameter: host numbers, device tensors, or both
-//   Problem    the sizes, and every offset
-//   Type       dtypes of value
-//   Fused      where points come from instead of locations and weights
+//   Level, fitted   one feature map: its size and its first row in `value`
+//   LevelTable      all levels as a kernel parameter: numbers from the host, device tensors, or both
+//   Problem         the sizes of a call; offsets into its tensors
+//   Type            dtypes of value
+//   Fused           parameters of a call from reference points, offsets and logits
 #pragma once
 
 #include <cstdint>
@@ -21,8 +21,9 @@ struct Level {
   int width;
 };
 
-// The level, or an empty one where the numbers do not fit into `rows`. Kernels read level sizes
-// that may lie on the device, where nobody checked them: a lie then gives zeros, never a stray read.
+// The level, or an empty one where the numbers do not fit into `rows`. Level sizes on the device
+// are not checked before a launch: an invalid level is treated as empty, and nothing is read out of
+// bounds.
 HOST_DEVICE Level fitted(int64_t start, int64_t height, int64_t width, int64_t rows) {
   const int64_t limit = int64_t{1} << 31;
   const bool fits = height > 0 && width > 0 && height < limit && width < limit && start >= 0 &&
@@ -36,7 +37,7 @@ struct LevelTable {
   const int64_t* starts;       // [L] on the device; null: see `start`
   int64_t height[kMaxLevels];  // where shapes is null
   int64_t width[kMaxLevels];
-  int64_t start[kMaxLevels];        // where starts is null; -1: directly behind the level before
+  int64_t start[kMaxLevels];        // where starts is null; -1: the row after the previous level
   int first_point[kMaxLevels + 1];  // level l has points first_point[l] .. first_point[l + 1] - 1
 };
 
@@ -47,7 +48,7 @@ struct Problem {
   int heads;        // M
   int head_dim;     // D
   int levels;       // L
-  int points;       // of a query and head, over all levels: K
+  int points;       // of a query and head, all levels together: K
 
   // value [batch, rows, heads, head_dim]
   HOST_DEVICE int64_t row_stride() const { return int64_t{heads} * head_dim; }
@@ -58,7 +59,7 @@ struct Problem {
   HOST_DEVICE int64_t output_at(int64_t b, int64_t query, int head) const {
     return (b * queries + query) * row_stride() + int64_t{head} * head_dim;
   }
-  // attention_weights [batch, queries, heads, points]; sampling_locations has two numbers (x, y) a point
+  // attention_weights [batch, queries, heads, points]; sampling_locations has (x, y) for each point
   HOST_DEVICE int64_t point_at(int64_t b, int64_t query, int head) const {
     return ((b * queries + query) * heads + head) * points;
   }
@@ -67,13 +68,15 @@ struct Problem {
 // Dtypes of value.
 enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 
-// Locations and weights may come from a layer's projections: locations are then offsets from a
-// query's reference points, weights the logits of a softmax over its points.
+// A fused call: the kernel computes locations from reference points and offsets, and weights as the
+// softmax of logits over the points of a query and head. The offsets take the place of the locations,
+// the logits that of the weights.
 struct Fused {
-  const void* reference;  // [B, Q, levels, size] in the type of sums; null: no layer
-  int levels;             // 1: the same for all
+  const void* reference;  // [B, Q, levels, size] in the accumulation type; null: not a fused call
+  int levels;             // L, or 1: one reference point for all levels
   int size;               // 2: (x, y); 4: (cx, cy, w, h)
-  double offset_scale;    // of a box: its side * offset_scale / points of the level is one offset
+  double offset_scale;    // boxes: an offset of 1 moves a point by
+                          // side * offset_scale / number of points of the level
 };
 
 }  // namespace deform_attn

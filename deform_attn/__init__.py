@@ -2,6 +2,7 @@
 
 from deform_attn.backends import BACKENDS, choose_backend, use_backend
 from deform_attn.functional import ms_deform_attn, ms_deform_attn_fused
+from deform_attn.integrations import accelerate, restore
 from deform_attn.modules import MSDeformableAttention, MSDeformAttn, MultiScaleDeformableAttention
 
 __all__ = [
@@ -9,9 +10,11 @@ __all__ = [
     "MSDeformAttn",
     "MSDeformableAttention",
     "MultiScaleDeformableAttention",
+    "accelerate",
     "choose_backend",
     "ms_deform_attn",
     "ms_deform_attn_fused",
+    "restore",
     "use_backend",
 ]
 

@@ -1,15 +1,14 @@
-// A program that runs the CPU kernels without torch, to be built with a sanitizer: every tensor is
-// an allocation of its own, so that a stray read or write leaves it.
+// Runs the CPU kernels without torch, to be built with a sanitizer or for an emulator. Every tensor
+// is an allocation of its own, so that a sanitizer sees an access outside it.
 //
-// Built with one file of csrc/cpu/kernels_*.cpp, whose Kernels DEFORM_ATTN_KERNELS names.
+// Built with one file of csrc/cpu/kernels_*.cpp; DEFORM_ATTN_KERNELS is the name of its Kernels.
 //
-//   cpu_kernels          small hostile calls, by one thread and by several, gradients through the
-//                        caches and past them; each result against a plain double loop, and the
-//                        others against the first, bit by bit
-//   cpu_kernels short    a value that lacks a row: AddressSanitizer must stop it
-//   cpu_kernels twice    two threads with the same share: ThreadSanitizer must stop it
+//   cpu_kernels          small hostile calls. One thread: compared with a loop in double. Several
+//                        threads, and with streaming stores: the same bits as one thread
+//   cpu_kernels short    a value that lacks a row: AddressSanitizer must report it
+//   cpu_kernels twice    two threads with the same share: ThreadSanitizer must report it
 //
-// Exit status 0: all as it should be; 1: a wrong result.
+// Exit status 0: every result is right; 1: one is wrong, stderr names it.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -32,8 +31,8 @@ constexpr int kThreads = 3;
 
 int failures = 0;
 
-void expect(bool right, const std::string& what) {
-  if (right) return;
+void expect(bool correct, const std::string& what) {
+  if (correct) return;
   ++failures;
   std::fprintf(stderr, "wrong: %s\n", what.c_str());
 }
@@ -58,7 +57,7 @@ const Case kCases[] = {
     {{{0, 2, 2}}, {3}, 1, 0, 1, 3},                                  //
 };
 
-// As torch allocates: what begins with a cache line may be written line by line.
+// Aligned to cache lines, as torch allocates: streaming stores require it.
 template <typename T>
 struct Aligned {
   using value_type = T;
@@ -96,13 +95,13 @@ struct Results {
   }
 };
 
-// The same in double, by the definition.
-struct Truth {
+// The expected results: the definition of the operator, in double.
+struct Expected {
   std::vector<double> output, value, locations, weights;
 
-  Truth(const Problem& p, const Case& test, const std::vector<double>& from,
-        const std::vector<double>& at, const std::vector<double>& weight,
-        const std::vector<double>& grad)
+  Expected(const Problem& p, const Case& test, const std::vector<double>& from,
+           const std::vector<double>& at, const std::vector<double>& weight,
+           const std::vector<double>& grad)
       : output(grad.size()), value(from.size()), locations(at.size()), weights(weight.size()) {
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t q = 0; q < p.queries; ++q) {
@@ -152,7 +151,7 @@ std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) 
   std::uniform_real_distribution<float> uniform(low, high);
   std::vector<T> numbers(count);
   for (T& number : numbers) {
-    using Acc = typename AccOf<T>::type;
+    using Acc = AccOf<T>;
     from_acc(static_cast<Acc>(uniform(random)), number);
   }
   return numbers;
@@ -166,15 +165,15 @@ std::vector<double> doubles(const Numbers& numbers) {
 }
 
 template <typename Numbers>
-void expect_close(const Numbers& got, const std::vector<double>& truth, double tolerance,
+void expect_close(const Numbers& got, const std::vector<double>& expected, double tolerance,
                   const std::string& what) {
   double largest = 1e-3, error = 0;
-  for (const double number : truth) largest = std::max(largest, std::abs(number));
-  for (size_t i = 0; i < truth.size(); ++i) {
-    const double off = std::abs(static_cast<double>(to_acc(got[i])) - truth[i]);
-    error = off <= error ? error : off;  // a NaN stays
+  for (const double number : expected) largest = std::max(largest, std::abs(number));
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double off = std::abs(static_cast<double>(to_acc(got[i])) - expected[i]);
+    error = off <= error ? error : off;  // keeps a NaN
   }
-  expect(got.size() == truth.size() && error <= tolerance * largest, what);
+  expect(got.size() == expected.size() && error <= tolerance * largest, what);
 }
 
 // Calls run(thread) on `threads` threads.
@@ -194,7 +193,7 @@ Lines<char> scratch_of(const Kernels& kernels, const Inputs& in) {
 template <typename T, typename Weight>
 class Call {
  public:
-  using Acc = typename AccOf<T>::type;
+  using Acc = AccOf<T>;
 
   Call(const Kernels& kernels, const Case& test, Type type, size_t index)
       : kernels_(kernels), test_(test), random_(static_cast<unsigned>(index)) {
@@ -231,22 +230,22 @@ class Call {
     in_.weights = weights_.data();
   }
 
-  // Against the truth, and several threads against one.
+  // One thread compared with the expected results, several threads with one.
   void check(const std::string& name) {
     const auto one = run(1, false);
-    const Truth truth(in_.problem, test_, doubles(value_), doubles(locations_), doubles(weights_),
-                      doubles(grad_));
+    const Expected expected(in_.problem, test_, doubles(value_), doubles(locations_),
+                            doubles(weights_), doubles(grad_));
     const double exact = sizeof(Acc) == 4 ? 2e-5 : 1e-13;
     const double rounded = sizeof(T) == 2 ? 1e-2 : exact;
-    expect_close(one.output, truth.output, rounded, name + "output");
-    expect_close(one.value, truth.value, exact, name + "gradient of value");
-    expect_close(one.locations, truth.locations, exact, name + "gradient of locations");
-    expect_close(one.weights, truth.weights, sizeof(Weight) == 2 ? 1e-2 : exact,
+    expect_close(one.output, expected.output, rounded, name + "output");
+    expect_close(one.value, expected.value, exact, name + "gradient of value");
+    expect_close(one.locations, expected.locations, exact, name + "gradient of locations");
+    expect_close(one.weights, expected.weights, sizeof(Weight) == 2 ? 1e-2 : exact,
                  name + "gradient of weights");
     expect_the_same(one, name);
   }
 
-  // A fused call on the same value: points round references of `size` numbers.
+  // A fused call on the same value, with reference points (size 2) or boxes (size 4).
   void check_fused(const std::string& name, int size) {
     const Problem& p = in_.problem;
     const int levels = p.levels % 2 ? p.levels : 1;
@@ -289,34 +288,35 @@ class Call {
             static_cast<double>(to_acc(offsets[2 * point + i])) * scale[2 * point + i];
       }
     });
-    const Truth truth(p, test_, doubles(value_), at, weights, doubles(grad_));
-    std::vector<double> by_offset(2 * points_), by_logit(points_), by_reference(references);
+    const Expected expected(p, test_, doubles(value_), at, weights, doubles(grad_));
+    std::vector<double> grad_offsets(2 * points_), grad_logits(points_), grad_reference(references);
     each_point([&](size_t head, size_t point, int l, size_t from) {
       double mean = 0;
       for (int k = 0; k < p.points; ++k) {
         const size_t other = head + static_cast<size_t>(k);
-        mean += weights[other] * truth.weights[other];
+        mean += weights[other] * expected.weights[other];
       }
-      by_logit[point] = weights[point] * (truth.weights[point] - mean);
+      grad_logits[point] = weights[point] * (expected.weights[point] - mean);
       for (size_t i = 0; i < 2; ++i) {
-        const double slope = truth.locations[2 * point + i];
-        by_offset[2 * point + i] = slope * scale[2 * point + i];
-        by_reference[from + i] += slope;
+        const double slope = expected.locations[2 * point + i];
+        grad_offsets[2 * point + i] = slope * scale[2 * point + i];
+        grad_reference[from + i] += slope;
         if (size == 4) {
-          by_reference[from + 2 + i] += slope *
-                                        static_cast<double>(to_acc(offsets[2 * point + i])) * 0.5 /
-                                        test_.counts[static_cast<size_t>(l)];
+          grad_reference[from + 2 + i] += slope *
+                                          static_cast<double>(to_acc(offsets[2 * point + i])) *
+                                          0.5 / test_.counts[static_cast<size_t>(l)];
         }
       }
     });
     const auto one = run(1, false);
     const double exact = sizeof(Acc) == 4 ? 1e-4 : 1e-12;
     const double rounded = sizeof(Weight) == 2 ? 1e-2 : exact;
-    expect_close(one.output, truth.output, sizeof(T) == 2 ? 1e-2 : exact, name + "fused, output");
-    expect_close(one.value, truth.value, exact, name + "fused, gradient of value");
-    expect_close(one.reference, by_reference, exact, name + "fused, gradient of references");
-    expect_close(one.offsets, by_offset, rounded, name + "fused, gradient of offsets");
-    expect_close(one.weights, by_logit, rounded, name + "fused, gradient of logits");
+    expect_close(one.output, expected.output, sizeof(T) == 2 ? 1e-2 : exact,
+                 name + "fused, output");
+    expect_close(one.value, expected.value, exact, name + "fused, gradient of value");
+    expect_close(one.reference, grad_reference, exact, name + "fused, gradient of references");
+    expect_close(one.offsets, grad_offsets, rounded, name + "fused, gradient of offsets");
+    expect_close(one.weights, grad_logits, rounded, name + "fused, gradient of logits");
     expect_the_same(one, name + "fused, ");
   }
 
@@ -327,10 +327,10 @@ class Call {
   }
 
   void backward_twice() {
-    std::vector<Acc> by_value(value_.size()), by_location(locations_.size());
-    std::vector<Weight> by_weight(points_);
-    const Gradients grads{grad_.data(), by_value.data(), by_location.data(), by_weight.data(),
-                          false};
+    std::vector<Acc> grad_value(value_.size()), grad_locations(locations_.size());
+    std::vector<Weight> grad_weights(points_);
+    const Gradients grads{grad_.data(), grad_value.data(), grad_locations.data(),
+                          grad_weights.data(), false};
     side_by_side(2, [&](int) {
       kernels_.backward(in_, grads, {0, 0, in_.problem.heads, 0, 1},
                         scratch_of(kernels_, in_).data());
@@ -356,7 +356,7 @@ class Call {
     return false;
   }
 
-  // Heads in two groups, rows in bands: as many shares as can be.
+  // Heads in two groups and rows in two bands, where possible.
   std::vector<Share> shares(int threads) const {
     std::vector<Share> found;
     const int groups = std::min(threads > 1 ? 2 : 1, in_.problem.heads);
@@ -390,9 +390,9 @@ class Call {
     side_by_side(threads, [&](int) {
       kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).data());
     });
-    Lines<Acc> by_weight(fused ? points_ : 0);
+    Lines<Acc> grad_weights(fused ? points_ : 0);
     const Gradients grads{grad_.data(), to.value.data(), to.locations.data(),
-                          fused ? static_cast<void*>(by_weight.data()) : to.weights.data(),
+                          fused ? static_cast<void*>(grad_weights.data()) : to.weights.data(),
                           past_caches};
     const std::vector<Share> all = shares(threads);
     side_by_side(threads, [&](int thread) {
@@ -406,7 +406,7 @@ class Call {
     to.reference.resize(
         static_cast<size_t>(p.batch * p.queries * in_.fused.levels * in_.fused.size));
     to.offsets.resize(2 * points_);
-    const FusedGradients finished{to.locations.data(), by_weight.data(), to.reference.data(),
+    const FusedGradients finished{to.locations.data(), grad_weights.data(), to.reference.data(),
                                   to.offsets.data(), to.weights.data()};
     const int64_t queries = p.batch * p.queries;
     side_by_side(threads, [&](int thread) {

@@ -1,5 +1,5 @@
-// The innermost loops of the CPU kernels, each alone in a function: test_cpu_kernels.py reads what
-// the compiler makes of them.
+// The innermost loops of the CPU kernels, each in a function of its own: test_cpu_kernels.py counts
+// the instructions that the compiler makes of them.
 #include "cpu/backward.h"
 
 using namespace deform_attn::cpu;

@@ -1,17 +1,30 @@
-"""The CPU kernels without torch: under sanitizers, and what the compiler makes of their loops."""
+"""The CPU kernels without torch: under sanitizers, on an emulated processor, and their inner loops.
+
+Each test names the instruction sets that it needs. On a machine that cannot run or compile for one,
+that test is skipped with the reason, so the same file passes on every processor:
+
+    x86_64    AVX-512 and AVX2 are compiled for everywhere, and run where the processor has them
+    aarch64   natively on ARM; elsewhere with aarch64-linux-gnu-g++ and qemu-aarch64, if they are on
+              PATH (Debian: g++-aarch64-linux-gnu, qemu-user)
+"""
 
 from __future__ import annotations
 
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+
+from deform_attn.backends import compiled as backend
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "build_tools"))
@@ -19,15 +32,72 @@ sys.path.insert(0, str(ROOT / "build_tools"))
 from libraries import CXX_FLAGS, INSTRUCTION_SETS  # noqa: E402
 from toolchain import find_cxx  # noqa: E402
 
-FLAGS = INSTRUCTION_SETS.get(platform.machine(), INSTRUCTION_SETS["other"])
-KERNELS = {
-    "kernels_portable.cpp": "kPortable",
-    "kernels_avx2.cpp": "kAvx2",
-    "kernels_avx512.cpp": "kAvx512",
-}
+MACHINE = {"amd64": "x86_64", "arm64": "aarch64"}.get(
+    platform.machine().lower(), platform.machine().lower()
+)
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """The kernels of one instruction set."""
+
+    name: str  # as DEFORM_ATTN_CPU takes it
+    machine: str  # that it belongs to
+    file: str  # in csrc/cpu
+    symbol: str  # the object of type Kernels
+
+    @property
+    def flags(self) -> list[str]:
+        """The compiler's options."""
+        files = INSTRUCTION_SETS.get(self.machine, INSTRUCTION_SETS["other"])
+        return files[self.file].split()
+
+    def why_not(self) -> str | None:
+        """Why this processor cannot run them, or None."""
+        if self.machine != MACHINE:
+            return f"{self.name} is an instruction set of {self.machine}, this is {MACHINE}"
+        facts = backend.build_facts("cpu")
+        assert facts is not None, backend.why_not("cpu", torch.float32)
+        usable = facts["instruction_sets"].split(", ")
+        return None if self.name in usable else f"this processor lacks {self.name}"
+
+
+PORTABLE = InstructionSet("portable", MACHINE, "kernels_portable.cpp", "kPortable")
+AVX2 = InstructionSet("AVX2", "x86_64", "kernels_avx2.cpp", "kAvx2")
+AVX512 = InstructionSet("AVX-512", "x86_64", "kernels_avx512.cpp", "kAvx512")
+NEON = InstructionSet("NEON", "aarch64", "kernels_portable.cpp", "kPortable")
+
+
+def run_or_skip(instructions: InstructionSet) -> None:
+    """Skips a test that runs the kernels of another processor."""
+    if reason := instructions.why_not():
+        pytest.skip(reason)
+
+
+def compiler_for(machine: str) -> list[str]:
+    """The C++ compiler for a machine; skips the test where there is none."""
+    if machine == MACHINE:
+        return find_cxx()
+    name = f"{machine}-linux-gnu-g++"
+    if shutil.which(name) is None:
+        pytest.skip(f"no compiler for {machine} here: {name} is not on PATH")
+    return [name]
+
+
+def compile_with(cxx: Sequence[str], *arguments: str) -> str:
+    """Calls a compiler as a build of the package does; returns what it prints."""
+    done = subprocess.run(
+        [*cxx, *CXX_FLAGS, "-Icsrc", *arguments], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# Values, without torch ----------------------------------------------------------------------------
+
 SANITIZERS = {
-    # Left out is what takes the compiler minutes: stack arrays, which the bounds check sees, and
-    # checks of each pointer, which AddressSanitizer makes by what lies there.
+    # Without the checks that take the compiler minutes: stack arrays, which the bounds check
+    # covers, and each pointer, which AddressSanitizer covers.
     "address,undefined": (
         "-fsanitize=address,undefined -fno-sanitize-recover=undefined --param asan-stack=0"
         " -fno-sanitize-address-use-after-scope"
@@ -37,55 +107,60 @@ SANITIZERS = {
 }
 
 
-def can_run(file: str) -> bool:
-    """Whether this processor has the instructions."""
-    supported = {
-        "kernels_avx2.cpp": torch.cpu._is_avx2_supported,
-        "kernels_avx512.cpp": torch.cpu._is_avx512_supported,
-    }
-    return supported.get(file, lambda: True)()
-
-
-# Threads share the same things whatever the instructions.
-PROGRAMS = [("address,undefined", file) for file in FLAGS if can_run(file)]
-PROGRAMS += [("thread", "kernels_portable.cpp")]
-
-
-def compiled(*arguments: str) -> str:
-    """Calls the compiler as a build of the package does; returns what it prints."""
-    done = subprocess.run(
-        [*find_cxx(), *CXX_FLAGS, "-Icsrc", *arguments], cwd=ROOT, capture_output=True, text=True
+def build_program(
+    cxx: Sequence[str], instructions: InstructionSet, program: Path, *flags: str
+) -> None:
+    """Compiles tests/cpu_kernels.cpp with the kernels."""
+    compile_with(
+        cxx,
+        *("-pthread", f"-DDEFORM_ATTN_KERNELS={instructions.symbol}", *instructions.flags, *flags),
+        *("tests/cpu_kernels.cpp", f"csrc/cpu/{instructions.file}", "-o", str(program)),
     )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
-@pytest.mark.parametrize(("sanitizer", "file"), PROGRAMS)
-def test_kernels_run_clean(tmp_path: Path, sanitizer: str, file: str) -> None:
+@pytest.mark.parametrize(
+    ("sanitizer", "instructions"),
+    [
+        pytest.param("address,undefined", AVX512, id="address-AVX-512"),
+        pytest.param("address,undefined", AVX2, id="address-AVX2"),
+        pytest.param("address,undefined", PORTABLE, id="address-portable"),
+        # what threads share does not depend on the instruction set
+        pytest.param("thread", PORTABLE, id="thread-portable"),
+    ],
+)
+def test_kernels_run_clean(tmp_path: Path, sanitizer: str, instructions: InstructionSet) -> None:
+    run_or_skip(instructions)
     program = tmp_path / "cpu_kernels"
-    compiled(
-        *("-O1", "-g1", "-pthread", f"-DDEFORM_ATTN_KERNELS={KERNELS[file]}", *FLAGS[file].split()),
-        *SANITIZERS[sanitizer].split(),
-        *("tests/cpu_kernels.cpp", f"csrc/cpu/{file}", "-o", str(program)),
-    )
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    flags = ("-O1", "-g1", *SANITIZERS[sanitizer].split())
+    build_program(find_cxx(), instructions, program, *flags)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=1800)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("10 cases\n")
 
-    # and would not, were there something to find
+    # the sanitizer reports a fault where there is one
     fault, report = ("twice", "data race") if sanitizer == "thread" else ("short", "heap-buffer-")
-    done = subprocess.run([program, fault], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program, fault], capture_output=True, text=True, timeout=1800)
     assert done.returncode != 0
     assert report in done.stderr
 
 
-# Chosen by hand ----------------------------------------------------------------------------------
+def test_kernels_on_an_emulated_arm_processor(tmp_path: Path) -> None:
+    """The first ARMv8 processor, without any extension, and one with all that qemu has."""
+    cxx = compiler_for("aarch64")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if emulator is None and MACHINE != "aarch64":
+        pytest.skip("no emulator for aarch64 here: qemu-aarch64 is not on PATH")
+    program = tmp_path / "cpu_kernels"
+    build_program(cxx, NEON, program, "-static")
+    runs = [[emulator, "-cpu", cpu] for cpu in ("cortex-a53", "max")] if emulator else [[]]
+    for command in runs:
+        done = subprocess.run([*command, program], capture_output=True, text=True, timeout=1800)
+        assert (done.returncode, done.stderr) == (0, ""), command
+        assert done.stdout.endswith("10 cases\n")
 
-NAMES = {
-    "kernels_portable.cpp": "portable",
-    "kernels_avx2.cpp": "AVX2",
-    "kernels_avx512.cpp": "AVX-512",
-}
+
+# The choice of the instruction set ----------------------------------------------------------------
+
 CALL = """
 import sys, torch, deform_attn
 from deform_attn.backends import compiled
@@ -101,69 +176,92 @@ print(compiled.build_facts("cpu")["instruction_set"])
 """
 
 
-def test_every_instruction_set_can_be_forced_and_agrees(tmp_path: Path) -> None:
-    results = []
-    for file in filter(can_run, FLAGS):
-        command = [sys.executable, "-c", CALL, str(tmp_path / file)]
-        done = subprocess.run(
-            command,
-            env=os.environ | {"DEFORM_ATTN_CPU": NAMES[file]},
-            capture_output=True,
-            text=True,
-        )
-        assert (done.returncode, done.stdout) == (0, NAMES[file] + "\n"), done.stderr
-        results.append(torch.load(tmp_path / file))
-    for result in results[1:]:
-        for tensor, first in zip(result, results[0]):
-            assert (tensor - first).abs().max() <= 1e-5 * first.abs().max()
+def call_with(name: str, results: str) -> subprocess.CompletedProcess[str]:
+    """CALL in a process of its own, with DEFORM_ATTN_CPU set."""
+    environment = os.environ | {"DEFORM_ATTN_CPU": name}
+    command = [sys.executable, "-c", CALL, results]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def test_an_instruction_set_that_is_not_here_is_refused() -> None:
-    command = [sys.executable, "-c", CALL, "/dev/null"]
-    done = subprocess.run(
-        command, env=os.environ | {"DEFORM_ATTN_CPU": "AVX3"}, capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def portable_results(tmp_path_factory: pytest.TempPathFactory) -> list[torch.Tensor]:
+    file = tmp_path_factory.mktemp("cpu") / "portable"
+    done = call_with("portable", str(file))
+    assert (done.returncode, done.stdout) == (0, "portable\n"), done.stderr
+    results: list[torch.Tensor] = torch.load(file)
+    return results
+
+
+@pytest.mark.parametrize("instructions", [AVX512, AVX2], ids=lambda it: it.name)
+def test_an_instruction_set_can_be_forced_and_agrees_with_the_portable_one(
+    tmp_path: Path, instructions: InstructionSet, portable_results: list[torch.Tensor]
+) -> None:
+    run_or_skip(instructions)
+    done = call_with(instructions.name.lower().replace("-", ""), str(tmp_path / "results"))
+    assert (done.returncode, done.stdout) == (0, instructions.name + "\n"), done.stderr
+    for tensor, expected in zip(torch.load(tmp_path / "results"), portable_results, strict=True):
+        assert (tensor - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_an_unknown_instruction_set_is_an_error() -> None:
+    done = call_with("AVX3", os.devnull)
     assert done.returncode != 0
     assert "DEFORM_ATTN_CPU: expected one of" in done.stderr
 
 
-# The innermost loops ------------------------------------------------------------------------------
+# The inner loops ----------------------------------------------------------------------------------
 
-# Instructions of a sampling point with 32 channels, as GCC 12 makes them: with a third more, sums
-# have moved to the stack, or a call has slipped in. (forward, backward)
-INSTRUCTIONS = {
-    "kernels_avx512.cpp": {"float": (44, 116), "Half": (44, 110), "BFloat16": (44, 109)},
-    "kernels_avx2.cpp": {"float": (52, 151), "Half": (60, 150), "BFloat16": (68, 160)},
+# Instructions per sampling point of 32 channels, compiled by GCC 12: (forward, backward). A third
+# more means that sums have moved to the stack, or that a call has appeared in the loop.
+INSTRUCTIONS: dict[InstructionSet, dict[str, tuple[int, int]]] = {
+    AVX512: {"float": (44, 118), "Half": (44, 112), "BFloat16": (44, 111)},
+    AVX2: {"float": (52, 153), "Half": (60, 152), "BFloat16": (68, 162)},
+    NEON: {"float": (91, 236), "Half": (109, 250), "BFloat16": (111, 251)},
 }
-VECTORS = {"kernels_avx512.cpp": 2, "kernels_avx2.cpp": 4}  # of a row
+VECTOR_BYTES = {AVX512: 64, AVX2: 32, NEON: 16}
+JUMP = r"(?:j\w+|b\.?\w*|cbn?z|tbn?z)\s+(?:.*,\s*)?(\.L\w+)$"  # x86, aarch64
+STACK = r"\(%r[sb]p|\[sp"
+CALL_INSTRUCTION = r"(?:call|bl|blr)\b"
 
 
 @cache
-def loops(file: str) -> dict[str, list[str]]:
+def loops(instructions: InstructionSet, *flags: str) -> dict[str, list[str]]:
     """The instructions of the longest loop of each function in cpu_loops.cpp."""
-    text = compiled(*FLAGS[file].split(), "-S", "-o", "-", "tests/cpu_loops.cpp")
+    if sys.platform != "linux":
+        pytest.skip("the loops are read from the assembly of an ELF platform")
+    cxx = compiler_for(instructions.machine)
+    source = "tests/cpu_loops.cpp"
+    text = compile_with(cxx, *instructions.flags, *flags, "-g0", "-S", "-o", "-", source)
     found: dict[str, list[str]] = {}
-    for name, body in re.findall(
-        r"^((?:for|back)ward_\w+):\n(.*?)\.cfi_endproc", text, re.M | re.S
-    ):
-        lines = [line.strip() for line in body.splitlines()]
+    functions = r"^((?:for|back)ward_\w+):.*?\n(.*?)\.cfi_endproc"
+    for name, body in re.findall(functions, text, re.M | re.S):
+        lines = [re.split(r"//|\s#", line)[0].strip() for line in body.splitlines()]
         labels = {line[:-1]: at for at, line in enumerate(lines) if re.match(r"\.L\w+:$", line)}
-        jumps = [(at, re.match(r"j\w+\s+(\.L\w+)", line)) for at, line in enumerate(lines)]
+        jumps = [(at, re.match(JUMP, line)) for at, line in enumerate(lines)]
         starts = [(labels.get(jump[1], at), at) for at, jump in jumps if jump]
         start, end = max(starts, key=lambda loop: loop[1] - loop[0])
-        code = [line for line in lines[start : end + 1] if line and line[0] not in ".#"]
-        found[name] = code
+        found[name] = [line for line in lines[start : end + 1] if line and line[0] not in ".#"]
     return found
 
 
 @pytest.mark.parametrize("dtype", ["float", "Half", "BFloat16"])
-@pytest.mark.parametrize("file", [file for file in INSTRUCTIONS if file in FLAGS])
-def test_instructions_of_a_point(file: str, dtype: str) -> None:
+@pytest.mark.parametrize("instructions", INSTRUCTIONS, ids=lambda it: it.name)
+def test_instructions_of_a_point(instructions: InstructionSet, dtype: str) -> None:
+    vectors = 32 * 4 // VECTOR_BYTES[instructions]  # of a pixel
     for part, name in enumerate(("forward", "backward")):
-        code = loops(file)[f"{name}_{dtype}"]
-        multiply_adds = sum("fmadd" in line for line in code)
-        assert multiply_adds == 4 * VECTORS[file] * (1 + part)  # nothing is computed twice
-        assert len(code) <= 1.3 * INSTRUCTIONS[file][dtype][part], "\n".join(code)
-        assert not [line for line in code if line.startswith("call")]
-        stack = [line for line in code if re.search(r"\(%r[sb]p", line)]
+        code = loops(instructions)[f"{name}_{dtype}"]
+        multiply_adds = sum(bool(re.search("fmadd|fmla", line)) for line in code)
+        assert multiply_adds == 4 * vectors * (1 + part)  # nothing is computed twice
+        assert len(code) <= 1.3 * INSTRUCTIONS[instructions][dtype][part], "\n".join(code)
+        assert not [line for line in code if re.match(CALL_INSTRUCTION, line)]
+        stack = [line for line in code if re.search(STACK, line)]
         assert len(stack) <= 4, "\n".join(stack)  # a pointer or two
+
+
+@pytest.mark.parametrize("name", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float", "Half", "BFloat16"])
+def test_neon_takes_at_most_half_as_many_instructions_again_as_avx2(dtype: str, name: str) -> None:
+    """At the same width: AVX2's instructions on vectors of 16 bytes."""
+    neon = loops(NEON)[f"{name}_{dtype}"]
+    avx2 = loops(AVX2, "-DDEFORM_ATTN_VECTOR_BYTES=16")[f"{name}_{dtype}"]
+    assert len(neon) <= 1.5 * len(avx2)

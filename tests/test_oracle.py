@@ -14,7 +14,7 @@ from deform_attn.testing.cases import on_pixels
 
 def rational(inputs: OpInputs) -> torch.Tensor:
     """The definition, point by point, in fractions."""
-    inputs = oracle.settle(inputs)
+    inputs = oracle.operands(inputs)
     B, S, M, D = inputs.value.shape
     counts = inputs.points_per_level
     Q = inputs.sampling_locations.shape[1]

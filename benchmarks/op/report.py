@@ -306,7 +306,8 @@ def _markdown_phase(rows: Sequence[Row], phase: str) -> list[str]:
         same = [row for row in rows if (row["workload"], row["batch"]) == (workload, 1)]
         threads = min((row["threads"] for row in same), default=1)
         fields = {"dtype": "f32", "threads": threads}
-        ours = find(same, contestant=OURS[0], **fields) or find(same, contestant=OURS[1], **fields)
+        found = (find(same, contestant=name, **fields) for name in OURS)
+        ours = next((row for row in found if row is not None), None)
         if ours is None or phase not in ours["times"]:
             continue
         cells = [_cell_of(ours, phase)]

@@ -1,4 +1,8 @@
-// The backward pass: all three gradients in one visit of each point, without atomics.
+// The backward pass: all gradients in one visit of each point, without atomics.
+//
+//   visit_points     the innermost loop: products with pixels, and what is added to their gradients
+//   PointGradients   the gradients of a query's locations and weights, before they are written
+//   backward_share   the pass over one Share
 #pragma once
 
 #include "forward.h"
@@ -6,15 +10,15 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-// Products of the output's gradient with the four pixels of each point of a head; adds its share of
-// that gradient to the pixels' own, unless `grad_value` is null. Channels as in sum_points;
-// `first`: none came before.
+// products[k][i] = dot product of the output's gradient with pixel i of point k of a head. Adds the
+// point's share of the output's gradient to the pixels' gradients, unless `grad_value` is null.
+// Channels as in sum_points; `first`: they are the first channels of the head.
 template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
                                      const Run<Acc>& run, const int32_t* __restrict reach,
                                      Acc* grad_value, Quad<Acc>* products, bool first, int some) {
   using V = Vec<Acc, kLanes>;
-  V gradient[kVecs], as_pixels[kVecs];  // channels in their order, and in that of load_channels
+  V gradient[kVecs], as_pixels[kVecs];  // in the order of channels, and in that of load_channels
   each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
     gradient[v] =
         some > 0 ? load_some<kLanes>(grad_output, some) : load<kLanes>(grad_output + v * kLanes);
@@ -55,7 +59,7 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
   }
 }
 
-// What the points of a query come to.
+// The gradients of a query's points, in working memory.
 template <typename Acc>
 struct PointGradients {
   Quad<Acc>* products;
@@ -67,17 +71,16 @@ struct PointGradients {
         locations(arena.take<Acc>(2 * padded<Acc>(points))),
         weights(arena.take<Acc>(padded<Acc>(points))) {}
 
-  // Write those of a query, or those that `reach` says are owned. `streams`: past the caches.
+  // Writes those of all points, or of the owned ones where `reach` is given. `streams`: with
+  // streaming stores.
   template <typename Weight>
   DEFORM_ATTN_INLINE void write(Acc* to_locations, Weight* to_weights, const int32_t* reach,
                                 int count, bool streams) const {
-    if constexpr (std::is_same_v<Weight, Acc>) {
-      if (streams) {
-        const size_t bytes = static_cast<size_t>(count) * sizeof(Acc);
-        stream(to_locations, locations, 2 * bytes);
-        stream(to_weights, weights, bytes);
-        return;
-      }
+    if (streams) {
+      const auto numbers = static_cast<size_t>(count);
+      stream(to_locations, locations, 2 * numbers * sizeof(Acc));
+      stream(to_weights, rounded<Weight>(count), numbers * sizeof(Weight));
+      return;
     }
     for (int k = 0; k < count; ++k) {
       if (reach && !(reach[k] & kOwned)) continue;
@@ -86,22 +89,35 @@ struct PointGradients {
       from_acc(weights[k], to_weights[k]);
     }
   }
+
+ private:
+  // The weights' gradients as Weight, in the same place: a 16-bit number is never written
+  // over a number that is still to be read.
+  template <typename Weight>
+  DEFORM_ATTN_INLINE const void* rounded(int count) const {
+    if constexpr (!std::is_same_v<Weight, Acc>) {
+      constexpr int kLanes = kNativeLanes<Acc>;
+      auto* to = reinterpret_cast<Weight*>(weights);
+      for (int k = 0; k < count; k += kLanes) store<kLanes>(to + k, load<kLanes>(weights + k));
+    }
+    return weights;
+  }
 };
 
-// Whether what a share writes of a query's points is whole cache lines.
-template <typename Acc>
-bool fills_lines(const Problem& p, const Gradients& grads, const Share& own) {
+// Whether the gradients that a share writes for each query are whole cache lines.
+inline bool fills_lines(const Problem& p, const Gradients& grads, const Share& own,
+                        size_t weight_bytes) {
   const auto starts_one = [](const void* at) {
     return reinterpret_cast<uintptr_t>(at) % kCacheLine == 0;
   };
-  const auto ends_one = [&](int heads) {
-    return static_cast<size_t>(heads * p.points) * sizeof(Acc) % kCacheLine == 0;
+  const auto ends_one = [&](int heads) {  // then locations, which have at least as many bytes, do
+    return static_cast<size_t>(heads * p.points) * weight_bytes % kCacheLine == 0;
   };
   return starts_one(grads.locations) && starts_one(grads.weights) && ends_one(p.heads) &&
          ends_one(own.first_head) && ends_one(own.last_head);
 }
 
-// Asks for numbers first .. first + count - 1 of `size` bytes each, to be read or to be written.
+// Prefetches numbers first .. first + count - 1 of `size` bytes each, for reading or for writing.
 template <bool kWrite>
 DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t first, int64_t count) {
   const char* at = static_cast<const char*>(numbers) + first * static_cast<int64_t>(size);
@@ -111,7 +127,7 @@ DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t firs
 
 template <typename T, typename Weight>
 void backward_share(const Inputs& in, const Gradients& grads, const Share& own, void* scratch) {
-  using Acc = typename AccOf<T>::type;
+  using Acc = AccOf<T>;
   const Problem& p = in.problem;
   const int heads = own.last_head - own.first_head;
   const int count = heads * p.points;
@@ -126,14 +142,13 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   const bool adds = grads.value != nullptr, partial = own.bands > 1 || !adds;
   Acc* grad_value =
       adds ? static_cast<Acc*>(grads.value) + p.value_at(own.batch, 0, own.first_head) : nullptr;
-  const bool streams = grads.past_caches && !partial && (is_fused || std::is_same_v<Weight, Acc>) &&
-                       fills_lines<Acc>(p, grads, own);
+  const size_t weight_bytes = is_fused ? sizeof(Acc) : sizeof(Weight);  // of their gradients
+  const bool streams = grads.past_caches && !partial && fills_lines(p, grads, own, weight_bytes);
   Visits visits(in);
   const int64_t blocks = blocks_of(in);
   int64_t block = 0;
-  // Goes on to the next query. A share of the heads has a piece of each row of the tensors that are
-  // read and written query by query, and the processor by itself would fetch on along the row: so
-  // the next query's pieces are asked for.
+  // Advances to the next query. A share of the heads reads and writes a piece of each row, which the
+  // hardware prefetcher does not follow, so the pieces of the next query are prefetched.
   const auto advance = [&] {
     if (!visits.next([&] { return block < blocks ? block++ : -1; })) return false;
     if (heads == p.heads) return true;
@@ -144,7 +159,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     fetch_all<false>(grads.output, sizeof(T), channel, heads * p.head_dim);
     if (streams) return true;
     fetch_all<true>(grads.locations, sizeof(Acc), 2 * at, 2 * count);
-    fetch_all<true>(grads.weights, is_fused ? sizeof(Acc) : sizeof(Weight), at, count);
+    fetch_all<true>(grads.weights, weight_bytes, at, count);
     return true;
   };
   bool more = advance();
@@ -178,7 +193,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
                          count);
     const int64_t at = p.point_at(own.batch, now.query, own.first_head);
     Acc* to_locations = static_cast<Acc*>(grads.locations) + 2 * at;
-    // a layer's are taken further by finish_queries, which rounds them
+    // in a fused call finish_queries reads them
     if (is_fused) {
       point_grads.write(to_locations, static_cast<Acc*>(grads.weights) + at, reach, count, streams);
     } else {
@@ -186,7 +201,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
                         streams);
     }
   });
-  if (streams) streamed();
+  if (streams) finish_streams();
 }
 
 }  // namespace

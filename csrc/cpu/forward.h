@@ -1,4 +1,11 @@
-// The forward pass: sums in registers, pixels prefetched ahead.
+// The forward pass.
+//
+//   Run                              the placed points of a head, and those of the next query
+//   load_channels, store_channels    the channels of a pixel as vectors
+//   sum_points                       the innermost loop: weighted sum of pixels, in registers
+//   for_channels                     divides the channels of a head into vectors
+//   Pair                             iterates over queries, with the next one placed ahead
+//   forward_blocks                   the pass
 #pragma once
 
 #include "fused.h"
@@ -7,9 +14,8 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-// The points of a head, and those that the same head has in the next query: their pixels are
-// fetched into the second cache, which is near enough for a processor that computes ahead, and holds
-// what a query reads. Fetched into the first one they would push out what is not yet used.
+// The points of a head, and those of the same head in the next query, whose pixels are prefetched:
+// into the second-level cache, since the pixels of a query would evict each other from the first.
 template <typename Acc>
 struct Run {
   const Quad<int64_t>* offset;
@@ -17,8 +23,8 @@ struct Run {
   const Quad<int64_t>* next;
   int count;
 
-  // Fetch kBytes of each pixel of the next query's k-th point, if it is not there yet. The offset of
-  // a point without a pixel may be asked for, and is not an error in a prefetch.
+  // Prefetches kBytes of each pixel of the next query's point k. The offset of a point without a
+  // pixel is invalid, which a prefetch ignores.
   template <int kBytes, typename T>
   DEFORM_ATTN_INLINE void fetch(const T* channels, int k) const {
     const uintptr_t base = reinterpret_cast<uintptr_t>(channels);
@@ -31,7 +37,7 @@ struct Run {
   }
 };
 
-// kVecs vectors of channels. `some` > 0: only so many channels of the single vector exist.
+// kVecs vectors of channels. `some` > 0: kVecs is 1, and the vector has only `some` channels.
 template <int kLanes, int kVecs, typename T, typename V>
 DEFORM_ATTN_INLINE void load_channels(const T* from, int some, V (&to)[kVecs]) {
   if constexpr (kVecs == 1) {
@@ -55,13 +61,15 @@ DEFORM_ATTN_INLINE void store_channels(T* to, int some, const V (&from)[kVecs]) 
   }
 }
 
-// Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head; `value` and `next` are
-// theirs in this image and in that of the next query. `some`: as in load_channels.
+// Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head. `value` points at their
+// first pixel in this image, `next` in the image of the next query. `some`: as in load_channels.
 template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc>& run,
                                    T* __restrict output, int some) {
   using V = Vec<Acc, kLanes>;
-  V sums[2][kVecs] = {};  // two chains of additions, to keep both units busy
+  // Additions to a sum depend on each other: with few sums, each is split into two.
+  constexpr int kChains = kVecs < 8 ? 2 : 1;
+  V sums[kChains][kVecs] = {};
   for (int k = 0; k < run.count; ++k) {
     run.template fetch<kVecs * kLanes* int{sizeof(T)}>(next, k);
     const Quad<int64_t>& offset = run.offset[k];
@@ -71,23 +79,30 @@ DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, con
       const V share = splat<V>(run.share[k][i]);
       V channels[kVecs];
       load_channels<kLanes, kVecs>(pixel, some, channels);
-      each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[i / 2][v] += share * channels[v]; });
+      each<kVecs>([&](auto v)
+                      DEFORM_ATTN_INLINED { sums[i * kChains / 4][v] += share * channels[v]; });
     });
   }
-  each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[0][v] += sums[1][v]; });
+  if constexpr (kChains == 2) {
+    each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[0][v] += sums[1][v]; });
+  }
   store_channels<kLanes, kVecs>(output, some, sums[0]);
 }
 
 // Calls `body(first_channel, lanes, vecs, some)` with compile-time lanes and vecs until all channels
-// are done: widest vectors first.
+// are covered, the widest vectors first.
 template <typename Acc, typename Body>
 DEFORM_ATTN_INLINE void for_channels(int head_dim, const Body& body) {
   constexpr int kLanes = kNativeLanes<Acc>;
   constexpr int kHalf = kLanes > 2 ? kLanes / 2 : kLanes;
   using std::integral_constant;
   int c = 0;
-  for (; head_dim - c >= 4 * kLanes; c += 4 * kLanes) {
+  for (; head_dim - c >= kMostVecs * kLanes; c += kMostVecs * kLanes) {
+    body(c, integral_constant<int, kLanes>(), integral_constant<int, kMostVecs>(), 0);
+  }
+  if (kMostVecs > 4 && head_dim - c >= 4 * kLanes) {
     body(c, integral_constant<int, kLanes>(), integral_constant<int, 4>(), 0);
+    c += 4 * kLanes;
   }
   if (head_dim - c >= 2 * kLanes) {
     body(c, integral_constant<int, kLanes>(), integral_constant<int, 2>(), 0);
@@ -106,7 +121,7 @@ DEFORM_ATTN_INLINE void for_channels(int head_dim, const Body& body) {
   }
 }
 
-// Two queries: the one that is visited, and the next one, placed already.
+// Two placed queries: the current one, and the next one.
 template <typename Acc>
 struct Pair {
   struct Placed {
@@ -120,8 +135,8 @@ struct Pair {
       : placed{{0, 0, Points<Acc>(arena, points, backward)},
                {0, 0, Points<Acc>(arena, points, backward)}} {}
 
-  // Calls `visit(now, next)` for each query that `place(placed)` places until it returns false; the
-  // last one is its own next one.
+  // Calls `visit(now, next)` for each query. `place(placed)` places one query, or returns false
+  // after the last, which is passed as its own next one.
   template <typename Place, typename Visit>
   DEFORM_ATTN_INLINE void run(const Place& place, const Visit& visit) {
     bool more = place(placed[0]);
@@ -136,7 +151,7 @@ struct Pair {
 
 template <typename T, typename Weight>
 void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratch) {
-  using Acc = typename AccOf<T>::type;
+  using Acc = AccOf<T>;
   const Problem& p = in.problem;
   const int count = p.heads * p.points;
   Arena arena(scratch);

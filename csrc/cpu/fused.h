@@ -1,6 +1,12 @@
-// A layer's points: from reference points, offsets and logits to locations and weights, and back.
+// Fused calls: from reference points, offsets and logits to locations and weights, and the gradients.
 //
-// Done a query at a time, so that neither locations nor weights are ever written to memory.
+//   exponential, softmax   over the logits of a query and head
+//   Steps                  from offsets to locations
+//   PointSource            the locations and weights of a query: given, or computed
+//   finish_queries         gradients of reference points, offsets and logits from those of locations
+//                          and weights
+//
+// Locations and weights are computed query by query in working memory.
 #pragma once
 
 #include "points.h"
@@ -29,7 +35,7 @@ DEFORM_ATTN_INLINE Vec<double, kLanes> exponential(Vec<double, kLanes> x) {
   return x;
 }
 
-// weights[0 .. count - 1] = softmax of logits; a NaN among them makes all of them NaN.
+// weights[0 .. count - 1] = softmax of logits. A NaN among the logits makes all weights NaN.
 template <typename Acc, typename T>
 DEFORM_ATTN_INLINE void softmax(const T* logits, Acc* weights, int count) {
   constexpr int kLanes = kNativeLanes<Acc>;
@@ -45,7 +51,7 @@ DEFORM_ATTN_INLINE void softmax(const T* logits, Acc* weights, int count) {
     const int left = count - i;
     V power = left < kLanes ? load_some<kLanes>(weights + i, left) : load<kLanes>(weights + i);
     power = power - largest;
-    // a NaN stays one
+    // exponential() would lose a NaN
     power = power == power ? exponential<kLanes>(power) : power;
     if (left < kLanes) {
       store_some<kLanes>(weights + i, power, left);
@@ -57,10 +63,12 @@ DEFORM_ATTN_INLINE void softmax(const T* logits, Acc* weights, int count) {
   for (int i = 0; i < count; ++i) weights[i] /= sum;
 }
 
-// The way from offset to location for the points of a head, x and y by turns; the same for all heads
-// of a query. From a point: origin + offset / extent, divided and not multiplied by the inverse: an
-// encoder starts with whole offsets from pixel centres, and its locations must not slip off the knot
-// to either side. From a box: origin + offset * extent.
+// From offsets to locations, for the points of a head; the same for all heads of a query. Arrays
+// hold x and y alternately.
+//
+// Reference points: origin + offset / extent. A division, not a product with the inverse: encoders
+// start with whole offsets from pixel centres, and the locations must stay exactly on the knots.
+// Reference boxes: origin + offset * extent.
 template <typename Acc>
 struct Steps {
   Acc *origin, *extent;  // [2 * points]
@@ -79,7 +87,7 @@ struct Steps {
         (batch * in.problem.queries + query) * fused.levels + (fused.levels > 1 ? level : 0);
     return static_cast<const Acc*>(fused.reference) + at * fused.size;
   }
-  // Of a box's side, the length of one offset.
+  // Boxes: the part of a side by which an offset of 1 moves a point.
   static Acc portion(const Inputs& in, int level) {
     const int points = in.first_point[level + 1] - in.first_point[level];
     return static_cast<Acc>(in.fused.offset_scale / (points > 0 ? points : 1));
@@ -113,7 +121,7 @@ struct Steps {
   }
 };
 
-// Locations and weights of some heads of a query: given, or made from a layer.
+// Locations and weights of some heads of a query: given, or computed in a fused call.
 template <typename Acc>
 class PointSource {
  public:
@@ -122,20 +130,20 @@ class PointSource {
         locations_(arena.take<Acc>(2 * int64_t{heads} * in.problem.points)),
         weights_(arena.take<Acc>(int64_t{heads} * in.problem.points)) {}
 
-  // Calls `use(locations, weights)`. Narrow: the type of weights, and of a layer's offsets.
-  template <typename Narrow, typename Use>
+  // Calls `use(locations, weights)`. Weight: the type of weights, and of a fused call's offsets.
+  template <typename Weight, typename Use>
   DEFORM_ATTN_INLINE void points(const Inputs& in, int64_t batch, int64_t query, int first_head,
                                  int heads, const Use& use) {
     const int64_t at = in.problem.point_at(batch, query, first_head);
-    const Narrow* weights = static_cast<const Narrow*>(in.weights) + at;
+    const Weight* weights = static_cast<const Weight*>(in.weights) + at;
     if (in.fused.reference == nullptr) {
       return use(static_cast<const Acc*>(in.locations) + 2 * at, weights);
     }
-    const Narrow* offsets = static_cast<const Narrow*>(in.locations) + 2 * at;
+    const Weight* offsets = static_cast<const Weight*>(in.locations) + 2 * at;
     const int count = in.problem.points;
     steps_.of_query(in, batch, query);
     for (int head = 0; head < heads; ++head) {
-      const Narrow* from = offsets + int64_t{2} * head * count;
+      const Weight* from = offsets + int64_t{2} * head * count;
       Acc* to = locations_ + int64_t{2} * head * count;
       steps_.locate(from, to, 2 * count);
       softmax(weights + int64_t{head} * count, weights_ + int64_t{head} * count, count);
@@ -149,7 +157,7 @@ class PointSource {
 };
 
 // From the gradients of locations and weights to those of reference points, offsets and logits.
-template <typename Acc, typename Narrow>
+template <typename Acc, typename Weight>
 void finish_queries(const Inputs& in, const FusedGradients& grads, int64_t first, int64_t last,
                     void* scratch) {
   const Problem& p = in.problem;
@@ -167,33 +175,33 @@ void finish_queries(const Inputs& in, const FusedGradients& grads, int64_t first
     }
     for (int head = 0; head < p.heads; ++head) {
       const int64_t at = p.point_at(b, query, head);
-      const Narrow* offsets = static_cast<const Narrow*>(in.locations) + 2 * at;
-      const Acc* by_location = static_cast<const Acc*>(grads.locations) + 2 * at;
-      const Acc* by_weight = static_cast<const Acc*>(grads.weights) + at;
+      const Weight* offsets = static_cast<const Weight*>(in.locations) + 2 * at;
+      const Acc* grad_locations = static_cast<const Acc*>(grads.locations) + 2 * at;
+      const Acc* grad_weights = static_cast<const Acc*>(grads.weights) + at;
       for (int l = 0; l < p.levels && to_reference; ++l) {
         Acc sums[4] = {};
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
           for (int i = 0; i < 2; ++i) {
-            sums[i] += by_location[2 * k + i];
-            sums[2 + i] += by_location[2 * k + i] * to_acc(offsets[2 * k + i]);
+            sums[i] += grad_locations[2 * k + i];
+            sums[2 + i] += grad_locations[2 * k + i] * to_acc(offsets[2 * k + i]);
           }
         }
         Acc* to = to_reference + (fused.levels > 1 ? l * fused.size : 0);
         const Acc portion = Steps<Acc>::portion(in, l);
         for (int i = 0; i < fused.size; ++i) to[i] += i < 2 ? sums[i] : sums[i] * portion;
       }
-      softmax(static_cast<const Narrow*>(in.weights) + at, weights, p.points);
+      softmax(static_cast<const Weight*>(in.weights) + at, weights, p.points);
       Acc mean = 0;
-      for (int k = 0; k < p.points; ++k) mean += weights[k] * by_weight[k];
-      Narrow* to_offsets = static_cast<Narrow*>(grads.offsets) + 2 * at;
-      Narrow* to_logits = static_cast<Narrow*>(grads.logits) + at;
+      for (int k = 0; k < p.points; ++k) mean += weights[k] * grad_weights[k];
+      Weight* to_offsets = static_cast<Weight*>(grads.offsets) + 2 * at;
+      Weight* to_logits = static_cast<Weight*>(grads.logits) + at;
       for (int i = 0; i < 2 * p.points; ++i) {
-        from_acc(
-            steps.from_box ? by_location[i] * steps.extent[i] : by_location[i] / steps.extent[i],
-            to_offsets[i]);
+        from_acc(steps.from_box ? grad_locations[i] * steps.extent[i]
+                                : grad_locations[i] / steps.extent[i],
+                 to_offsets[i]);
       }
       for (int k = 0; k < p.points; ++k) {
-        from_acc(weights[k] * (by_weight[k] - mean), to_logits[k]);
+        from_acc(weights[k] * (grad_weights[k] - mean), to_logits[k]);
       }
     }
   }

@@ -1,4 +1,9 @@
-// What the CPU kernels do, free of torch and of any instruction set.
+// The interface of the CPU kernels, independent of torch and of the instruction set.
+//
+//   Inputs, Gradients, FusedGradients   the arrays of a call
+//   Blocks                              the queries of a forward pass, divided among threads
+//   Share                               a thread's part of a backward pass
+//   Kernels                             the functions that one instruction set provides
 #pragma once
 
 #include <atomic>
@@ -11,40 +16,40 @@ namespace deform_attn::cpu {
 
 struct Inputs {
   Problem problem;
-  const Level* levels;     // [L], each within value
-  const int* first_point;  // [L + 1]: points first_point[l] .. first_point[l + 1] - 1 are level l's
-  bool queries_are_pixels;  // query i is the i-th pixel of the levels in turn, as in an encoder
+  const Level* levels;      // [L], each within value
+  const int* first_point;   // [L + 1]: level l has points first_point[l] .. first_point[l + 1] - 1
+  bool queries_are_pixels;  // query i is pixel i of the concatenated levels, as in an encoder
   Type value_type;
-  bool weights_are_acc;  // weights have the type of sums, else that of value; a layer's offsets too
+  bool weights_are_acc;  // weights have the accumulation type, not that of value
   const void* value;
-  const void* locations;  // in the type of sums: double for double, else float
-  const void* weights;
+  const void* locations;  // in the accumulation type; a fused call: offsets in the weights' type
+  const void* weights;    // a fused call: logits
   Fused fused;
 };
 
 struct Gradients {
-  const void* output;  // in: value's type
-  void* value;         // out, added to: in the type of sums, zero at first; null: not requested
-  void* locations;     // out: in the locations' type
-  void* weights;       // out: in the weights' type; in the type of sums for a layer
-  bool past_caches;    // locations and weights are best written to memory, past the caches
+  const void* output;  // in, of value's type
+  void* value;         // in the accumulation type, added to; null: not requested
+  void* locations;     // out, in the accumulation type
+  void* weights;       // out, of the weights' type; in the accumulation type in a fused call
+  bool past_caches;    // write locations and weights with streaming stores
 };
 
-// What `finish` makes of a layer's gradients of locations and weights.
+// From the gradients of locations and weights to those of a fused call's operands.
 struct FusedGradients {
-  const void* locations;  // in: [B, Q, M, K, 2] in the type of sums
-  const void* weights;    // in: [B, Q, M, K] in the type of sums
+  const void* locations;  // in: [B, Q, M, K, 2] in the accumulation type
+  const void* weights;    // in: [B, Q, M, K] in the accumulation type
   void* reference;        // out, as Fused::reference; null: not requested
-  void* offsets;          // out, in the offsets' type; may be `locations`
-  void* logits;           // out, in the logits' type; may be `weights`
+  void* offsets;          // out, of the offsets' type; may be `locations`
+  void* logits;           // out, of the logits' type; may be `weights`
 };
 
-// Blocks of queries, counted over all images: threads take some of them at a time until none is left.
+// Blocks of queries, numbered over all images. Each thread takes some at a time until none is left.
 struct Blocks {
   std::atomic<int64_t> next;
   int64_t last, at_once;
 
-  // Sets `first`, and returns the block behind the last one; `first` where none is left.
+  // Takes blocks first .. returned number - 1; none where both are equal.
   int64_t take(int64_t& first) {
     first = next.fetch_add(at_once, std::memory_order_relaxed);
     if (first > last) first = last;
@@ -52,9 +57,9 @@ struct Blocks {
   }
 };
 
-// A share of the backward pass: some heads of an image, and of each level some of its rows. Every
-// number that the pass writes belongs to one share, so shares run side by side, and each adds in
-// the order of the visits, so that any number of threads gives the same bits.
+// A share of the backward pass: some heads of an image, and a band of the rows of each level. Every
+// number that the pass writes belongs to exactly one share, so shares run in parallel. Each adds in
+// the order of the visits, so results do not depend on the number of threads.
 struct Share {
   int64_t batch;
   int first_head, last_head;
@@ -63,14 +68,14 @@ struct Share {
 
 struct Kernels {
   const char* name;
-  // Bytes that a thread needs while it works.
+  // Bytes of working memory of a thread.
   size_t (*scratch_bytes)(const Inputs&);
-  // Blocks of queries of an image: visits go block by block.
+  // The number of blocks of queries in an image.
   int64_t (*blocks)(const Inputs&);
-  // All blocks that this thread gets.
+  // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
-  // Queries first .. last - 1, counted over all images.
+  // For queries first .. last - 1, numbered over all images.
   void (*finish)(const Inputs&, const FusedGradients&, int64_t first, int64_t last, void* scratch);
 };
 

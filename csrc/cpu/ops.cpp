@@ -1,10 +1,12 @@
 // The CPU library: registers the CPU kernels through torch's stable ABI.
 //
-//   chosen_kernels   the instruction set for this processor, chosen once
-//   Scratch          a thread's working memory
-//   empty, clear     results, and results to be added to
-//   run_forward, run_backward
-//   forward, backward, fused_forward, fused_backward, build
+//   usable_kernels, chosen_kernels   the kernels for this processor
+//   Scratch                          a thread's working memory
+//   inputs_of                        from a Call to the kernels' Inputs
+//   empty, clear                     new tensors, and zeros
+//   run_forward                      a forward pass on all threads
+//   shares_of, run_backward          a backward pass on all threads
+//   forward, backward, fused_forward, fused_backward, build   the operators
 
 #include <torch/csrc/stable/library.h>
 
@@ -27,8 +29,8 @@ namespace {
 
 using cpu::Kernels;
 
-// The best kernels for this processor, or those that DEFORM_ATTN_CPU asks for.
-const Kernels& choose_kernels() {
+// The kernels that run on this processor, the fastest first.
+std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
   __builtin_cpu_init();
@@ -42,14 +44,35 @@ const Kernels& choose_kernels() {
   }
 #endif
   usable.push_back(&cpu::kPortable);
-  const char* forced = std::getenv("DEFORM_ATTN_CPU");
-  if (forced == nullptr || *forced == '\0') return *usable.front();
+  return usable;
+}
+
+std::string names_of(const std::vector<const Kernels*>& usable) {
   std::string names;
   for (const Kernels* kernels : usable) {
-    if (std::string(kernels->name) == forced) return *kernels;
     names += std::string(names.empty() ? "" : ", ") + kernels->name;
   }
-  throw std::runtime_error("DEFORM_ATTN_CPU: expected one of " + names +
+  return names;
+}
+
+// A name without its hyphens, in lower case: "avx512" names "AVX-512".
+std::string plain_name(const char* name) {
+  std::string plain;
+  for (; *name; ++name) {
+    if (*name != '-') plain += static_cast<char>(*name >= 'A' && *name <= 'Z' ? *name + 32 : *name);
+  }
+  return plain;
+}
+
+// The fastest kernels for this processor, or those that DEFORM_ATTN_CPU names.
+const Kernels& choose_kernels() {
+  const std::vector<const Kernels*> usable = usable_kernels();
+  const char* forced = std::getenv("DEFORM_ATTN_CPU");
+  if (forced == nullptr || *forced == '\0') return *usable.front();
+  for (const Kernels* kernels : usable) {
+    if (plain_name(kernels->name) == plain_name(forced)) return *kernels;
+  }
+  throw std::runtime_error("DEFORM_ATTN_CPU: expected one of " + names_of(usable) +
                            " on this processor, got " + forced);
 }
 
@@ -70,7 +93,7 @@ class Scratch {
   void* bytes_;
 };
 
-// Whether query i is pixel i of the levels in turn.
+// Whether query i is pixel i of the concatenated levels.
 bool queries_are_pixels(const Problem& problem, const std::vector<Level>& levels) {
   int64_t next = 0;
   for (const Level& level : levels) {
@@ -82,7 +105,7 @@ bool queries_are_pixels(const Problem& problem, const std::vector<Level>& levels
 
 cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double offset_scale = 0) {
   DEFORM_ATTN_REQUIRE(call.problem.rows <= std::numeric_limits<int32_t>::max(),
-                      "value: the CPU kernels take fewer than 2**31 rows, got ", call.problem.rows);
+                      "value: expected fewer than 2**31 rows on a CPU, got ", call.problem.rows);
   cpu::Inputs in;
   in.problem = call.problem;
   in.levels = levels.data();
@@ -101,16 +124,16 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   return in;
 }
 
-// Fresh memory comes page by page, as it is touched. Of large tensors by 2 MB rather than 4 kB, where
-// the system can: fewer interruptions, and fewer translations to look up. And by all threads, each
-// its part: where two threads ask for the same page at once, both clear one, and one is thrown away.
+// The system maps fresh memory page by page when it is first written. For large tensors this asks for
+// pages of 2 MB instead of 4 kB: fewer page faults and TLB misses. With several threads, each maps a
+// part in advance: two threads that fault on the same page both clear a page, and one is discarded.
 void ask_for_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
   const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
   if (first >= last) return;
-  // advice: a system that does not take it works as before
+  // a hint: its failure changes nothing
   madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #if defined(MADV_POPULATE_WRITE)
   if (torch::stable::get_num_threads() == 1) return;
@@ -125,7 +148,8 @@ void ask_for_pages(void* data, size_t bytes) {
 #endif
 }
 
-// On the CPU; straight from the allocator, a dispatched call costs more than a small forward pass.
+// An uninitialised tensor, straight from the allocator: torch's dispatched at::empty takes longer
+// than a small forward pass.
 template <typename Shape>
 Tensor empty(const Shape& shape, ScalarType type) {
   std::vector<int64_t> sizes(shape.begin(), shape.end()), strides(sizes.size(), 1);
@@ -149,8 +173,8 @@ void run_forward(const Call& call, const cpu::Inputs& in, const Tensor& output) 
   void* to = output.mutable_data_ptr();
   const int64_t count = kernels.blocks(in) * call.problem.batch;
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  // a thread takes neighbours at a time, for the pixels that they share, but never so many that the
-  // others wait for it
+  // Neighbouring blocks share pixels, so a thread takes several at a time: a sixteenth of an equal
+  // part, so that threads finish at about the same time.
   cpu::Blocks blocks{{0}, count, std::max<int64_t>(1, count / (16 * threads))};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
     const Scratch scratch(kernels.scratch_bytes(in));
@@ -158,7 +182,7 @@ void run_forward(const Call& call, const cpu::Inputs& in, const Tensor& output) 
   });
 }
 
-// Done by all threads: it is them whom the system gives fresh pages, one at a time.
+// On all threads: the first write to a page maps it.
 void clear(void* data, int64_t bytes) {
   torch::stable::parallel_for(0, bytes, int64_t{1} << 18, [&](int64_t first, int64_t last) {
     std::memset(static_cast<char*>(data) + first, 0, static_cast<size_t>(last - first));
@@ -177,8 +201,9 @@ bool overlapping(const std::vector<Level>& levels) {
   return false;
 }
 
-// Enough shares for every thread, none smaller than it must be: a share visits all queries. Rows
-// that two levels share would belong to two bands.
+// At least one share per thread, and as few as possible, since every share visits all queries: first
+// images, then groups of heads, then bands of rows. Overlapping levels have one band: a row in two
+// levels would belong to two shares.
 std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Level>& levels,
                                   int64_t threads) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
@@ -196,18 +221,19 @@ std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Leve
   return shares;
 }
 
-// Gradients of points of this many bytes have left the caches before anyone reads them.
+// Gradients of points from this size on are written with streaming stores: they would have left the
+// caches before they are read.
 constexpr int64_t kPastCaches = int64_t{8} << 20;
 
-// Returns the gradient of value, undefined where it is not requested; those of the points go to
-// `locations` and `weights`.
+// Returns the gradient of value, undefined where it is not requested. Writes the gradients of
+// locations and weights to `locations` and `weights`.
 Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<Level>& levels,
                     const Tensor& grad_output, const Flags& output_mask, const Tensor& locations,
                     const Tensor& weights) {
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   Tensor grad_value;
   if (output_mask[0]) {
-    // sums of a 16-bit value's gradient are float32
+    // the gradient of a 16-bit value is accumulated in float32
     grad_value = empty(call.value.sizes(), call.acc_dtype());
     clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
   }
@@ -283,8 +309,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
                   attention_logits, level_sizes, num_points);
   const std::vector<Level> levels = levels_on_host(call);
   const cpu::Inputs in = inputs_of(call, levels, offset_scale);
-  // The kernels give the gradients of locations and weights; `finish` turns them, in place where
-  // the dtype allows it, into those of offsets and logits.
+  // The backward pass computes the gradients of locations and weights; `finish` converts them to
+  // those of offsets and logits, in place where the dtypes are equal.
   const ScalarType acc = call.acc_dtype();
   const Tensor locations = empty(call.locations.sizes(), acc);
   const Tensor weights = empty(call.weights.sizes(), acc);
@@ -312,7 +338,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
 std::string build() {
   return joined("{\"version\": \"", DEFORM_ATTN_VERSION, "\", \"torch\": \"", DEFORM_ATTN_TORCH,
                 "\", \"compiler\": \"", __VERSION__, "\", \"instruction_set\": \"",
-                chosen_kernels().name, "\"}");
+                chosen_kernels().name, "\", \"instruction_sets\": \"", names_of(usable_kernels()),
+                "\"}");
 }
 
 }  // namespace

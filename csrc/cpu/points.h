@@ -1,6 +1,10 @@
-// The sampling points of a query: where their pixels lie in value, and with what share.
+// The sampling points of a query: the offsets of their pixels in value, and the weights.
 //
-// All points of a query's heads are placed at once, in one loop that the compiler vectorises.
+//   Arena         arrays in a thread's working memory
+//   PointLevels   for each point of a query, the size and place of its level
+//   Points        the placed points: offsets and shares; `place` before, `pull_back` after a pass
+//
+// The points of all heads of a query are placed in one loop, a vector of points at a time.
 #pragma once
 
 #include "../bilinear.h"
@@ -10,7 +14,7 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-// Hands out aligned arrays from a block of bytes; with null it only counts them.
+// Takes arrays, aligned to cache lines, from a block of memory. With null it only counts bytes.
 class Arena {
  public:
   explicit Arena(void* bytes) : bytes_(static_cast<char*>(bytes)) {}
@@ -27,14 +31,14 @@ class Arena {
   size_t used_ = 0;
 };
 
-// Arrays are filled a vector at a time: room for whole vectors.
+// Arrays are filled by whole vectors: `count` rounded up to them.
 template <typename Acc>
 int64_t padded(int64_t count) {
   constexpr int64_t kLanes = kNativeLanes<Acc>;
   return (count + kLanes - 1) / kLanes * kLanes;
 }
 
-// Integers to and from those that go with a vector of reals.
+// Integers in memory to and from a vector of integers of another width.
 template <typename I, int kLanes, typename Integer>
 DEFORM_ATTN_INLINE I load_lanes(const Integer* from) {
   Vec<Integer, kLanes> lanes;
@@ -47,11 +51,11 @@ DEFORM_ATTN_INLINE void store_lanes(int32_t* to, I from) {
   std::memcpy(to, &lanes, sizeof(lanes));
 }
 
-// Of every point of a query: its level. The same for all queries.
+// The level of each point of a query; the same for all queries.
 struct PointLevels {
   int32_t *height, *width, *start;  // [heads * points]
-  int64_t* pitch;                   // elements from a row of the map to the next one
-  int64_t stride;                   // elements from a pixel to the next one
+  int64_t* pitch;                   // elements from one row of the map to the next
+  int64_t stride;                   // elements from one pixel to the next
 
   PointLevels(Arena& arena, const Inputs& in, int heads) : stride(in.problem.row_stride()) {
     const int64_t count = padded<float>(int64_t{heads} * in.problem.points);
@@ -74,11 +78,11 @@ struct PointLevels {
   }
 };
 
-// What a share of the backward pass does with a point.
+// What a share of the backward pass computes of a point.
 enum Reach : int32_t {
-  kOwned = 1,  // writes its gradients of location and weight
-  kUpper = 2,  // adds to the gradients of its upper pixels
-  kLower = 4,  // adds to the gradients of its lower pixels
+  kOwned = 1,  // the gradients of its location and weight
+  kUpper = 2,  // what it adds to the gradients of its upper two pixels
+  kLower = 4,  // what it adds to the gradients of its lower two pixels
 };
 
 // A number for each of a point's four pixels.
@@ -88,19 +92,18 @@ using Quad = Number[4];
 // The placed points of a query.
 template <typename Acc>
 struct Points {
-  // Of a pixel, in elements from pixel 0; [0] < 0: the point has no pixel. A pixel off the map has
-  // the offset of one of the same point that is on it: it can be read, and its share of 0 leaves it
-  // out.
+  // Elements from pixel 0 to each pixel. [0] < 0: no pixel of the point is on the map. A pixel off
+  // the map has the offset of another pixel of the point, which can be read, and a share of 0.
   Quad<int64_t>* offset;
   Quad<Acc>* share;  // attention weight * bilinear weight
 
-  // for the backward pass alone
+  // only in the backward pass
   Acc* right;  // fractions towards the next pixel
   Acc* down;
   Acc* weight;     // attention weight
   int32_t* on[4];  // all bits set: the pixel is on the map
   int32_t* top;    // row of the upper pixels, -1 .. height - 1
-  int32_t* reach;  // where a share does not do all with all points: flags of Reach
+  int32_t* reach;  // flags of Reach; set by reach_of
 
   Points(Arena& arena, int64_t points, bool backward) {
     const int64_t count = padded<Acc>(points);
@@ -115,8 +118,8 @@ struct Points {
     reach = arena.take<int32_t>(count);
   }
 
-  // Which points a band of the rows has to do with, whether or not it `adds` to pixels. Points
-  // without a pixel belong to band 0.
+  // Sets `reach` for a band of rows. A point is owned by the band of its upper pixels; without a
+  // pixel on the map, by band 0. `adds`: whether the gradient of value is requested.
   DEFORM_ATTN_INLINE void reach_of(const PointLevels& levels, int band, int bands, bool adds,
                                    int count) {
     for (int i = 0; i < count; ++i) {
@@ -133,6 +136,7 @@ struct Points {
     }
   }
 
+  // Computes the arrays above from `count` locations (x, y) and weights.
   template <bool kBackward, typename Weight>
   DEFORM_ATTN_INLINE void place(const PointLevels& levels, const Acc* locations,
                                 const Weight* weights, int count) {
@@ -166,8 +170,8 @@ struct Points {
 
       const I zero{}, before = at.x < zero ? zero : at.x, above = at.y < zero ? zero : at.y;
       int32_t pixel[kLanes], beside[kLanes], below[kLanes];
-      store_lanes<kLanes>(pixel, (above * width + start + before) | ~hit);  // -1 where none is
-      // all bits set where the next one is another
+      store_lanes<kLanes>(pixel, (above * width + start + before) | ~hit);  // -1: no pixel
+      // all bits set where both pixels along the axis are on the map
       store_lanes<kLanes>(beside, Lanes::mask(at.x >= zero) & Lanes::mask(at.x + 1 < width));
       store_lanes<kLanes>(below, Lanes::mask(at.y >= zero) & Lanes::mask(at.y + 1 < height));
       constexpr int kWide = kNativeLanes<int64_t>;
@@ -195,8 +199,8 @@ struct Points {
     }
   }
 
-  // From the products of the output's gradient with the pixels of `count` points: the gradients of
-  // locations, x and y by turns, and of weights. Both have room for whole vectors.
+  // products[k][i]: dot product of the output's gradient with pixel i of point k. Computes the
+  // gradients of `count` locations (x, y) and weights. All arrays have room for whole vectors.
   DEFORM_ATTN_INLINE void pull_back(const PointLevels& levels, const Quad<Acc>* products,
                                     Acc* grad_locations, Acc* grad_weights, int count) const {
     constexpr int kLanes = kNativeLanes<Acc>;
@@ -211,15 +215,15 @@ struct Points {
       for (int corner = 0; corner < 4; ++corner) {
         at.on[corner] = load_lanes<I, kLanes>(on[corner] + i);
       }
-      V product[4], sample, by_x, by_y;
+      V product[4], sample, grad_x, grad_y;
       load_quads<kLanes, Acc>(products[i], product);
-      at.pull_back(product, sample, by_x, by_y);
+      at.pull_back(product, sample, grad_x, grad_y);
       const V attention = load<kLanes>(weight + i);
-      by_x *= attention * Lanes::to_acc(load_lanes<I, kLanes>(levels.width + i));
-      by_y *= attention * Lanes::to_acc(load_lanes<I, kLanes>(levels.height + i));
+      grad_x *= attention * Lanes::to_acc(load_lanes<I, kLanes>(levels.width + i));
+      grad_y *= attention * Lanes::to_acc(load_lanes<I, kLanes>(levels.height + i));
       store<kLanes>(grad_weights + i, sample);
-      store<kLanes>(grad_locations + 2 * i, zipped<false>(by_x, by_y, kIndices));
-      store<kLanes>(grad_locations + 2 * i + kLanes, zipped<true>(by_x, by_y, kIndices));
+      store<kLanes>(grad_locations + 2 * i, zipped<false>(grad_x, grad_y, kIndices));
+      store<kLanes>(grad_locations + 2 * i + kLanes, zipped<true>(grad_x, grad_y, kIndices));
     }
   }
 };

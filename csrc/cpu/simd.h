@@ -1,15 +1,22 @@
-// Vectors of the compiler's own (no intrinsics but for 16-bit floats), so that one source serves
-// AVX-512, AVX2, SSE2 and NEON.
+// SIMD vectors: one source for AVX-512, AVX2, SSE2, NEON and any other instruction set.
 //
-//   Vec<Acc, kLanes>     a vector; arithmetic works on it as on a number
-//   VectorNumbers         what bilinear.h needs to know of vectors
-//   each                  a loop over 0 .. kCount - 1 that is no loop when it runs
-//   load, store           kLanes elements of T to and from Acc
-//   load_some, store_some the first `count` of them
-//   load_pair, store_pair 2 * kLanes of them as two vectors, in the order that is cheapest
-//   store_quads, load_quads   four vectors, lane by lane: as four numbers a lane in memory
-//   four_sums             horizontal sums of four vectors
-//   stream, streamed      whole cache lines to memory, past the caches
+// Arithmetic uses the vector extensions of GCC and clang. Intrinsics appear where the extensions have
+// no operation for it: 16-bit floats, fused multiply-adds, streaming stores.
+//
+// In this order:
+//
+//   Vec<Acc, kLanes>          a vector
+//   BFloat16, Half, AccOf     16-bit floats; the accumulation type of a dtype
+//   each                      a loop that is unrolled at compile time
+//   splat, bits_as            a scalar in every lane; a bit cast
+//   to_acc, from_acc          one element to and from the accumulation type
+//   load, store               kLanes elements of T to and from a vector of Acc
+//   load_some, store_some     the first `count` of them
+//   load_pair, store_pair     2 * kLanes of them as two vectors, in the cheapest order
+//   store_quads, load_quads   four vectors to and from memory, transposed
+//   VectorNumbers             the interface of Numbers (bilinear.h) for vectors
+//   four_sums                 the horizontal sums of four vectors
+//   stream, finish_streams    whole cache lines to memory, bypassing the caches
 #pragma once
 
 #include <cmath>
@@ -20,6 +27,9 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__) && defined(__ARM_NEON)
+#include <arm_neon.h>
+#define DEFORM_ATTN_NEON 1
 #endif
 
 #include "../bilinear.h"
@@ -29,7 +39,9 @@
 
 namespace deform_attn::cpu {
 
-#if defined(__AVX512F__)
+#if defined(DEFORM_ATTN_VECTOR_BYTES)  // for tests that compare instruction sets at the same width
+constexpr int kVectorBytes = DEFORM_ATTN_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
@@ -41,6 +53,14 @@ constexpr size_t kCacheLine = 64;  // bytes
 
 template <typename Acc>
 constexpr int kNativeLanes = kVectorBytes / static_cast<int>(sizeof(Acc));
+
+// The most vectors of channels that a pass over the points of a head works on. A pixel of 32 channels
+// takes 8 NEON vectors, and NEON has registers for their sums; SSE2 has not.
+#if defined(DEFORM_ATTN_NEON)
+constexpr int kMostVecs = 8;
+#else
+constexpr int kMostVecs = 4;
+#endif
 
 template <typename Acc, int kLanes>
 struct VecOf {
@@ -62,18 +82,12 @@ struct Half {
   uint16_t bits;
 };
 
-// The type that sums have.
+// The accumulation type of a dtype.
 template <typename T>
-struct AccOf {
-  using type = float;
-};
-template <>
-struct AccOf<double> {
-  using type = double;
-};
+using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Calls `body` with 0 .. kCount - 1 as compile-time numbers. Arrays that only such indices touch live
-// in registers; those of a loop that the compiler unrolls too late do not.
+// Calls `body` with 0 .. kCount - 1 as compile-time numbers. Arrays that are indexed only by
+// compile-time numbers stay in registers; in a loop, GCC can unroll too late for that.
 template <typename Body, int... kIndex>
 DEFORM_ATTN_INLINE void each_of(const Body& body, std::integer_sequence<int, kIndex...>) {
   (body(std::integral_constant<int, kIndex>()), ...);
@@ -83,7 +97,7 @@ DEFORM_ATTN_INLINE void each(const Body& body) {
   each_of(body, std::make_integer_sequence<int, kCount>());
 }
 
-// x in every lane: x - 0 is x, of either sign, and costs nothing.
+// x in every lane. The compiler drops the subtraction: x - 0 is x, also for -0.
 template <typename V, typename Acc>
 DEFORM_ATTN_INLINE V splat(Acc x) {
   return x - V{};
@@ -107,13 +121,15 @@ DEFORM_ATTN_INLINE float to_acc(BFloat16 x) {
 DEFORM_ATTN_INLINE float to_acc(Half x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
+#elif defined(DEFORM_ATTN_NEON)
+  return bits_as<__fp16>(x.bits);
 #else
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
   const uint32_t rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) {  // infinity or NaN
     return bits_as<float>(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
   }
-  // 2^-24 a unit of a subnormal; others move to float's exponent
+  // subnormal: multiples of 2^-24; normal: the exponent is rebased to that of float
   const float magnitude = rest < 0x400u
                               ? static_cast<float>(rest) * 0x1p-24f
                               : bits_as<float>(static_cast<uint32_t>((rest << 13) + (112u << 23)));
@@ -132,6 +148,8 @@ DEFORM_ATTN_INLINE void from_acc(float x, BFloat16& to) {
 DEFORM_ATTN_INLINE void from_acc(float x, Half& to) {
 #if defined(__F16C__)
   to.bits = _cvtss_sh(x, 0);
+#elif defined(DEFORM_ATTN_NEON)
+  to.bits = bits_as<uint16_t>(static_cast<__fp16>(x));
 #else
   const uint32_t bits = bits_as<uint32_t>(x);
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000u);
@@ -142,7 +160,7 @@ DEFORM_ATTN_INLINE void from_acc(float x, Half& to) {
   } else if (rest >= 0x477ff000u) {
     half = 0x7c00u;  // 65520 and more round to infinity
   } else if (rest < 0x38800000u) {
-    // subnormal: adding 1/2 leaves the rounded units of 2^-24 in the last bits
+    // subnormal: the addition of 1/2 rounds to multiples of 2^-24, in the last bits of the sum
     half = bits_as<uint32_t>(bits_as<float>(rest) + 0.5f) - 0x3f000000u;
   } else {
     half = (rest - (112u << 23) + 0xfffu + ((rest >> 13) & 1u)) >> 13;
@@ -154,9 +172,9 @@ DEFORM_ATTN_INLINE void from_acc(float x, Half& to) {
 // kLanes elements.
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE Vec<typename AccOf<T>::type, kLanes> load(const T* from) {
-  using Acc = typename AccOf<T>::type;
-  Vec<Acc, kLanes> to;
+DEFORM_ATTN_INLINE Vec<AccOf<T>, kLanes> load(const T* from) {
+  using Acc = AccOf<T>;
+  Vec<Acc, kLanes> to = {};
   if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(&to, from, sizeof(to));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -180,20 +198,32 @@ DEFORM_ATTN_INLINE Vec<typename AccOf<T>::type, kLanes> load(const T* from) {
       return to;
     }
 #endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 4) {
+      __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+      return bits_as<Vec<Acc, kLanes>>(_mm_cvtph_ps(half));
+    }
+#elif defined(DEFORM_ATTN_NEON)
+    if constexpr (kLanes == 4) {
+      uint16x4_t half;
+      std::memcpy(&half, from, sizeof(half));
+      return bits_as<Vec<Acc, kLanes>>(vcvt_f32_f16(vreinterpret_f16_u16(half)));
+    }
+#endif
     for (int i = 0; i < kLanes; ++i) to[i] = to_acc(from[i]);
   }
   return to;
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void store(T* to, Vec<typename AccOf<T>::type, kLanes> from) {
-  using Acc = typename AccOf<T>::type;
+DEFORM_ATTN_INLINE void store(T* to, Vec<AccOf<T>, kLanes> from) {
+  using Acc = AccOf<T>;
   if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(to, &from, sizeof(from));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
     using Bits = Vec<uint32_t, kLanes>;
     const Bits bits = bits_as<Bits>(from);
-    const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);  // as from_acc
+    const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);  // as in from_acc
     const Bits rounded = (from == from ? even : bits | 0x400000u) >> 16;
     const auto narrow = __builtin_convertvector(rounded, Vec<uint16_t, kLanes>);
     std::memcpy(to, &narrow, sizeof(narrow));
@@ -212,30 +242,43 @@ DEFORM_ATTN_INLINE void store(T* to, Vec<typename AccOf<T>::type, kLanes> from) 
       return;
     }
 #endif
+#if defined(__F16C__)
+    if constexpr (kLanes == 4) {
+      const __m128i narrow = _mm_cvtps_ph(bits_as<__m128>(from), 0);
+      std::memcpy(to, &narrow, kLanes * sizeof(T));
+      return;
+    }
+#elif defined(DEFORM_ATTN_NEON)
+    if constexpr (kLanes == 4) {
+      const uint16x4_t narrow = vreinterpret_u16_f16(vcvt_f16_f32(bits_as<float32x4_t>(from)));
+      std::memcpy(to, &narrow, sizeof(narrow));
+      return;
+    }
+#endif
     for (int i = 0; i < kLanes; ++i) from_acc(from[i], to[i]);
   }
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE Vec<typename AccOf<T>::type, kLanes> load_some(const T* from, int count) {
-  Vec<typename AccOf<T>::type, kLanes> to = {};
+DEFORM_ATTN_INLINE Vec<AccOf<T>, kLanes> load_some(const T* from, int count) {
+  Vec<AccOf<T>, kLanes> to = {};
   for (int i = 0; i < count; ++i) to[i] = to_acc(from[i]);
   return to;
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void store_some(T* to, Vec<typename AccOf<T>::type, kLanes> from, int count) {
+DEFORM_ATTN_INLINE void store_some(T* to, Vec<AccOf<T>, kLanes> from, int count) {
   for (int i = 0; i < count; ++i) from_acc(from[i], to[i]);
 }
 
-// Two arrays from pairs: lanes 0, 2, 4 .. and 1, 3, 5 .. of a and b one behind the other.
+// Lanes kFirst, kFirst + 2, kFirst + 4 .. of the concatenation of a and b.
 template <int kFirst, typename Acc, int kLanes, int... kIndex>
 DEFORM_ATTN_INLINE Vec<Acc, kLanes> every_second(Vec<Acc, kLanes> a, Vec<Acc, kLanes> b,
                                                  std::integer_sequence<int, kIndex...>) {
   return __builtin_shufflevector(a, b, (2 * kIndex + kFirst)...);
 }
 
-// Lanes of a and b by turns: those of the lower halves, or of the upper ones.
+// The lower halves of a and b interleaved, or the upper halves.
 template <bool kUpper, typename V, int... kIndex>
 DEFORM_ATTN_INLINE V zipped(V a, V b, std::integer_sequence<int, kIndex...>) {
   constexpr int kLanes = sizeof...(kIndex);
@@ -243,25 +286,37 @@ DEFORM_ATTN_INLINE V zipped(V a, V b, std::integer_sequence<int, kIndex...>) {
                                  (kIndex / 2 + (kUpper ? kLanes / 2 : 0) + kIndex % 2 * kLanes)...);
 }
 
-// 2 * kLanes elements. Two 16-bit floats side by side are halves of a 32-bit number: bfloat16 comes
-// apart with a shift and a mask, elements 0, 2, 4 .. in one vector and 1, 3, 5 .. in the other.
+// 2 * kLanes elements as two vectors. bfloat16: a 32-bit number holds two elements, which a shift
+// and a mask separate; elements 0, 2, 4 .. are in the first vector and 1, 3, 5 .. in the second.
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<typename AccOf<T>::type, kLanes>& first,
-                                  Vec<typename AccOf<T>::type, kLanes>& second) {
+DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<AccOf<T>, kLanes>& first,
+                                  Vec<AccOf<T>, kLanes>& second) {
   if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
     Vec<uint32_t, kLanes> both;
     std::memcpy(&both, from, sizeof(both));
     first = bits_as<Vec<float, kLanes>>(both << 16);
     second = bits_as<Vec<float, kLanes>>(both & 0xffff0000u);
-  } else {
+    return;
+  }
+#if defined(DEFORM_ATTN_NEON)
+  if constexpr (std::is_same_v<T, Half> && kLanes == 4) {
+    uint16x8_t both;
+    std::memcpy(&both, from, sizeof(both));
+    const float16x8_t halves = vreinterpretq_f16_u16(both);
+    first = bits_as<Vec<float, kLanes>>(vcvt_f32_f16(vget_low_f16(halves)));
+    second = bits_as<Vec<float, kLanes>>(vcvt_high_f32_f16(halves));
+    return;
+  }
+#endif
+  if constexpr (!std::is_same_v<T, BFloat16> || !kLittleEndian) {
     first = load<kLanes>(from);
     second = load<kLanes>(from + kLanes);
   }
 }
 
 template <int kLanes, typename T>
-DEFORM_ATTN_INLINE void store_pair(T* to, Vec<typename AccOf<T>::type, kLanes> first,
-                                   Vec<typename AccOf<T>::type, kLanes> second) {
+DEFORM_ATTN_INLINE void store_pair(T* to, Vec<AccOf<T>, kLanes> first,
+                                   Vec<AccOf<T>, kLanes> second) {
   if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
     store<kLanes>(to, zipped<false>(first, second, kIndices));
@@ -318,13 +373,23 @@ struct VectorNumbers {
     if constexpr (std::is_same_v<Lane, double> && kLanes == 8) return _mm512_fmadd_pd(a, b, c);
 #elif defined(__AVX2__) && defined(__FMA__)
     if constexpr (std::is_same_v<Lane, float> && kLanes == 8) return _mm256_fmadd_ps(a, b, c);
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 4) return _mm_fmadd_ps(a, b, c);
     if constexpr (std::is_same_v<Lane, double> && kLanes == 4) return _mm256_fmadd_pd(a, b, c);
+#elif defined(DEFORM_ATTN_NEON)
+    if constexpr (std::is_same_v<Acc, Vec<float, 4>>) {
+      return bits_as<Acc>(
+          vfmaq_f32(bits_as<float32x4_t>(c), bits_as<float32x4_t>(a), bits_as<float32x4_t>(b)));
+    }
+    if constexpr (std::is_same_v<Acc, Vec<double, 2>>) {
+      return bits_as<Acc>(
+          vfmaq_f64(bits_as<float64x2_t>(c), bits_as<float64x2_t>(a), bits_as<float64x2_t>(b)));
+    }
 #endif
     Acc sum;
     for (int i = 0; i < kLanes; ++i) sum[i] = Numbers<Lane>::multiply_add(a[i], b[i], c[i]);
     return sum;
   }
-  // Beyond the integers, and for NaN, some number that is on no map.
+  // Beyond the range of integers, and for NaN, a number that is off every map.
   static DEFORM_ATTN_INLINE Acc round_down(Acc x) {
     const Acc towards_zero = to_acc(to_int(x));
     return towards_zero > x ? towards_zero - 1 : towards_zero;
@@ -332,7 +397,7 @@ struct VectorNumbers {
   static DEFORM_ATTN_INLINE Int to_int(Acc x) { return __builtin_convertvector(x, Int); }
   static DEFORM_ATTN_INLINE Acc to_acc(Int x) { return __builtin_convertvector(x, Acc); }
   static DEFORM_ATTN_INLINE Mask mask(Mask compared) {
-    // As plain integers: GCC joins AVX-512 comparisons bit by bit if it sees what they are.
+    // Hides from GCC that this is a comparison: it would combine AVX-512 masks bit by bit.
 #if defined(__x86_64__)
     asm("" : "+v"(compared));
 #endif
@@ -343,7 +408,8 @@ struct VectorNumbers {
   }
 };
 
-// The sums of four vectors: lane i * kLanes / 4 of the result is the sum of the i-th.
+// Horizontal sums of four vectors, in three steps: `paired` halves the lanes of two vectors into one,
+// `quartered` those of two such results, `rotated` adds the lanes within each quarter.
 template <typename Acc, int kLanes, int... kIndex>
 DEFORM_ATTN_INLINE Vec<Acc, kLanes> paired(Vec<Acc, kLanes> a, Vec<Acc, kLanes> b,
                                            std::integer_sequence<int, kIndex...>) {
@@ -396,8 +462,9 @@ DEFORM_ATTN_INLINE void four_sums(const Vec<Acc, kLanes> (&from)[4], Acc (&to)[4
   }
 }
 
-// Copies whole cache lines, both sides aligned to one, to memory: such a line is not read before it
-// is written, and pushes no other out of the caches. `streamed` comes before another thread reads.
+// Copies whole cache lines to memory with streaming stores: the line is not read first, and evicts
+// no other from the caches. Both sides are aligned to cache lines. finish_streams() must follow
+// before another thread reads the memory.
 DEFORM_ATTN_INLINE void stream(void* to, const void* from, size_t bytes) {
 #if defined(__x86_64__)
 #if defined(__AVX512F__)
@@ -417,7 +484,7 @@ DEFORM_ATTN_INLINE void stream(void* to, const void* from, size_t bytes) {
   std::memcpy(to, from, bytes);
 #endif
 }
-DEFORM_ATTN_INLINE void streamed() {
+DEFORM_ATTN_INLINE void finish_streams() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif

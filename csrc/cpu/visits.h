@@ -1,7 +1,11 @@
 // The order in which queries are visited.
 //
-// In an encoder every pixel is a query that looks round itself. Visited in tiles rather than in
-// rows, the pixels that neighbours share are still in cache.
+//   blocks_of   the number of blocks of queries in an image
+//   Visits      iterates over the queries of the blocks that a thread takes
+//
+// In an encoder every pixel is a query that samples around itself. Queries are visited in tiles of
+// pixels, so that pixels which neighbouring queries share are still in the cache. Elsewhere a block
+// is a run of consecutive queries.
 #pragma once
 
 #include "kernels.h"
@@ -10,7 +14,7 @@ namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
 constexpr int kTile = 8;    // pixels
-constexpr int kBlock = 16;  // queries, where they are not pixels
+constexpr int kBlock = 16;  // queries of a block, where they are not pixels
 
 inline int64_t tiles(int extent) { return (extent + kTile - 1) / kTile; }
 
@@ -23,14 +27,14 @@ inline int64_t blocks_of(const Inputs& in) {
   return count;
 }
 
-// The queries of some blocks, one after the other; blocks are counted over all images.
+// The queries of some blocks, one after another; blocks are numbered over all images.
 class Visits {
  public:
   explicit Visits(const Inputs& in) : in_(in), per_image_(blocks_of(in)) {}
 
-  int64_t batch = 0, query = 0;  // of the present visit
+  int64_t batch = 0, query = 0;  // of the current visit
 
-  // Goes on to the next visit; false where none is left. `take()` gives the next block, or a
+  // Advances to the next query; false where none is left. `take()` returns the next block, or a
   // negative number.
   template <typename Take>
   bool next(const Take& take) {
@@ -48,7 +52,7 @@ class Visits {
  private:
   const Inputs& in_;
   int64_t per_image_;
-  // The block: rows of `width_` queries, `pitch_` queries apart.
+  // The current block: rows of `width_` queries; the rows are `pitch_` queries apart.
   int64_t first_ = 0, pitch_ = 0;
   int width_ = 1, count_ = 0, at_ = 0;
 

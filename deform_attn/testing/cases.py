@@ -1,8 +1,9 @@
-"""Small hostile calls: what the inputs are, in which dtypes, and how they lie in memory.
+"""Small hostile calls: sizes, dtypes, metadata, memory layout and sampling locations.
 
-OpInputs   the arguments of one call
-Dtypes   the dtypes of its three floating inputs
-Case     how to make such a call; CASES is the table that every kernel is tried on
+- `OpInputs`: the arguments of one call of ``ms_deform_attn``
+- `FusedInputs`: of one call of ``ms_deform_attn_fused``
+- `Dtypes`: the dtypes of its three floating inputs (``DTYPES``, ``MIXED_DTYPES``)
+- `Case`: how to make a call; ``CASES`` is the table that every kernel is tested with
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class OpInputs:
-    """The arguments of one call of the operator."""
+    """The arguments of one call of `deform_attn.ms_deform_attn`."""
 
     value: Tensor  # [B, S, M, D]
     spatial_shapes: Any  # int tensor [L, 2] or list of (height, width)
@@ -32,6 +33,11 @@ class OpInputs:
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         """value, sampling_locations, attention_weights."""
         return self.value, self.sampling_locations, self.attention_weights
+
+    @property
+    def num_queries(self) -> int:
+        """Q."""
+        return self.sampling_locations.shape[1]
 
     @property
     def points_per_level(self) -> list[int]:
@@ -55,15 +61,10 @@ class OpInputs:
 
     def to(self, device: str) -> OpInputs:
         """The same call on another device."""
-        moved = {
-            field.name: tensor.to(device)
-            for field in dataclasses.fields(self)
-            if isinstance(tensor := getattr(self, field.name), Tensor)
-        }
-        return self.replace(**moved)
+        return _moved(self, device)
 
     def leaves(self) -> OpInputs:
-        """The same call from tensors that collect a gradient; strides are kept."""
+        """The same call with tensors that require a gradient; strides are kept."""
         return self.replace_tensors(*(t.detach().requires_grad_() for t in self.tensors))
 
 
@@ -78,9 +79,127 @@ class Dtypes:
 
     @property
     def native(self) -> bool:
-        """Kernels read these as they are, nothing is cast before."""
-        real = f64 if self.value is f64 else f32
-        return self.locations is real and self.weights in (self.value, real)
+        """Whether the kernels read these dtypes; all others are cast before."""
+        acc = acc_dtype(self.value)
+        return self.locations is acc and self.weights in (self.value, acc)
+
+
+@dataclass(frozen=True)
+class FusedInputs:
+    """The arguments of one call of `deform_attn.ms_deform_attn_fused`."""
+
+    value: Tensor  # [B, S, M, D]
+    spatial_shapes: list[tuple[int, int]]  # (height, width) of each level
+    reference_points: Tensor  # [B, Q, L or 1, 2 or 4]
+    sampling_offsets: Tensor  # [B, Q, M, L, P, 2] or [B, Q, M, K, 2]
+    attention_logits: Tensor
+    num_points: list[int] | None = None
+    offset_scale: float = 0.7
+
+    @classmethod
+    def draw(
+        cls,
+        dtype: torch.dtype,
+        *,
+        size: int = 2,
+        num_points: list[int] | None = None,
+        batch: int = 2,
+        queries: int = 9,
+        heads: int = 3,
+        head_dim: int = 20,
+        device: str = "cpu",
+    ) -> FusedInputs:
+        """Random inputs on three levels; the same numbers for every device.
+
+        Args:
+            dtype: of value, offsets and logits; reference points are float32, or float64 with it.
+            size: 2 for reference points, 4 for boxes.
+            num_points: points of each level; None: four in each.
+            batch: B.
+            queries: Q.
+            heads: M.
+            head_dim: D.
+            device: where the tensors are.
+        """
+        shapes = [(7, 5), (3, 4), (1, 1)]
+        generator = torch.Generator().manual_seed(size + head_dim)
+
+        def normal(*shape: int) -> Tensor:
+            return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+        points = [sum(num_points)] if num_points else [len(shapes), 4]
+        rows = sum(height * width for height, width in shapes)
+        reference = uniform((batch, queries, len(shapes), size), generator, 0, 1)
+        return cls(
+            normal(batch, rows, heads, head_dim).to(device, dtype),
+            shapes,
+            reference.to(device, acc_dtype(dtype)),
+            normal(batch, queries, heads, *points, 2).to(device, dtype),
+            (3 * normal(batch, queries, heads, *points)).to(device, dtype),
+            num_points,
+        )
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """value, reference_points, sampling_offsets, attention_logits."""
+        return self.value, self.reference_points, self.sampling_offsets, self.attention_logits
+
+    @property
+    def num_queries(self) -> int:
+        """Q."""
+        return self.reference_points.shape[1]
+
+    @property
+    def points_per_level(self) -> list[int]:
+        """Sampling points of each level."""
+        if self.num_points is not None:
+            return list(self.num_points)
+        return [self.sampling_offsets.shape[4]] * len(self.spatial_shapes)
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """In the order of `deform_attn.ms_deform_attn_fused`, without the keywords."""
+        return (self.value, self.spatial_shapes, None, *self.tensors[1:])
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> FusedInputs:
+        """The same call with `change` applied to its tensors."""
+        value, reference, offsets, logits = (change(tensor) for tensor in self.tensors)
+        return dataclasses.replace(
+            self,
+            value=value,
+            reference_points=reference,
+            sampling_offsets=offsets,
+            attention_logits=logits,
+        )
+
+    def to(self, device: str) -> FusedInputs:
+        """The same call on another device."""
+        return _moved(self, device)
+
+    def double(self) -> FusedInputs:
+        """The same numbers in float64."""
+        return self.map(Tensor.double)
+
+    def leaves(self) -> FusedInputs:
+        """The same call with tensors that require a gradient."""
+        return self.map(lambda tensor: tensor.detach().requires_grad_())
+
+
+AnyInputs = TypeVar("AnyInputs", OpInputs, FusedInputs)
+
+
+def _moved(inputs: AnyInputs, device: str) -> AnyInputs:
+    moved: dict[str, Any] = {
+        field.name: tensor.to(device)
+        for field in dataclasses.fields(inputs)
+        if isinstance(tensor := getattr(inputs, field.name), Tensor)
+    }
+    return dataclasses.replace(inputs, **moved)
+
+
+def acc_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the sums: float64 for float64, otherwise float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 f64, f32, f16, bf16 = torch.float64, torch.float32, torch.float16, torch.bfloat16
@@ -93,7 +212,7 @@ DTYPES = {
         Dtypes("bf16", bf16, f32, bf16),
     )
 }
-# weights in the dtype of the locations are read as they are; everything else is cast
+# Kernels also read weights in the dtype of the sums; all other combinations are cast.
 MIXED_DTYPES = {
     dtypes.name: dtypes
     for dtypes in (
@@ -122,7 +241,7 @@ def around_the_map(shape: Sequence[int], generator: torch.Generator, case: Case)
 
 
 def far_outside(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
-    """Half the coordinates on the map, the others further and further away."""
+    """Half the coordinates on the map, the others up to 1e37 maps away."""
     distance = 10.0 ** torch.randint(0, 38, shape, generator=generator)
     far = torch.rand(shape, generator=generator) < 0.5
     return torch.where(
@@ -131,7 +250,7 @@ def far_outside(shape: Sequence[int], generator: torch.Generator, case: Case) ->
 
 
 def chosen_from(*numbers: float) -> Callable[..., Tensor]:
-    """Every location one of a few numbers: so both coordinates, each alone, and neither."""
+    """Locations whose coordinates are drawn independently from a few numbers."""
 
     def draw(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
         return torch.tensor(numbers, dtype=f64)[
@@ -142,7 +261,7 @@ def chosen_from(*numbers: float) -> Callable[..., Tensor]:
 
 
 def on_pixels(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
-    """Pixel centres of the first level (powers of two: then they are exact in every dtype)."""
+    """Pixel centres of the first level; exact in every dtype if its sides are powers of two."""
     height, width = case.levels[0]
     x = (torch.randint(-1, width + 1, shape[:-1], generator=generator) + 0.5) / width
     y = (torch.randint(-1, height + 1, shape[:-1], generator=generator) + 0.5) / height
@@ -150,7 +269,7 @@ def on_pixels(shape: Sequence[int], generator: torch.Generator, case: Case) -> T
 
 
 def same_point(shape: Sequence[int], generator: torch.Generator, case: Case) -> Tensor:
-    """All queries at one place: the value gradient of four pixels collects everything."""
+    """All queries at one place: all of them add to the gradient of the same four pixels."""
     return uniform((2,), generator, 0.3, 0.6).expand(tuple(shape))
 
 
@@ -176,14 +295,14 @@ class Case:
 
     @property
     def work(self) -> int:
-        """Sampled points: what an interpreted kernel spends its time on."""
+        """The number of sampled points: the time of an interpreted kernel grows with it."""
         points = (
             self.points if isinstance(self.points, tuple) else (self.points,) * len(self.levels)
         )
         return self.batch * self.queries * self.heads * sum(points)
 
     def smaller(self, work: int) -> Case:
-        """With fewer queries, heads and batches until it is little work; hostile as before."""
+        """The case with fewer queries, heads and batches, so that `work` is at most this."""
         case = self
         for name, least in (
             ("queries", 2),
@@ -205,7 +324,7 @@ class Case:
         return (0, *ends[:-1])
 
     def make(self, dtypes: Dtypes, device: str = "cpu") -> OpInputs:
-        """The same numbers for every device; rounded to the dtypes."""
+        """The inputs, rounded to the dtypes; the same numbers for every device."""
         generator = torch.Generator().manual_seed(zlib.crc32(self.name.encode()))
         B, Q, M, D = self.batch, self.queries, self.heads, self.head_dim
         starts = self.level_starts
@@ -216,7 +335,7 @@ class Case:
         used = torch.zeros(S, dtype=torch.bool)
         for start, end in zip(starts, ends):
             used[start:end] = True
-        value[:, ~used] = NAN  # rows of no level are never read
+        value[:, ~used] = NAN  # rows that belong to no level must not be read
 
         if isinstance(self.points, tuple):
             point_shape: tuple[int, ...] = (sum(self.points),)
@@ -245,17 +364,17 @@ class Case:
 
 
 def lay_out(tensor: Tensor, layout: str) -> Tensor:
-    """The same numbers in another place: strided, behind an offset, or read again and again."""
+    """The same numbers in another memory layout, with NaN (or 10**9) around them."""
     if layout == "plain" or tensor.dim() == 0:
         return tensor
     if layout == "transposed":
         return tensor.transpose(0, 1).contiguous().transpose(0, 1)
     wall = NAN if tensor.is_floating_point() else 10**9
-    if layout == "strided":  # every other number of each dimension of a tensor full of NaN
+    if layout == "strided":  # every second element of each dimension
         wide = tensor.new_full([2 * n for n in tensor.shape], wall)
         view = wide[(slice(None, None, 2),) * tensor.dim()]
         return view.copy_(tensor)
-    if layout == "offset":  # contiguous, one number off any alignment, between walls of NaN
+    if layout == "offset":  # contiguous and misaligned by one element
         wide = tensor.new_full((tensor.numel() + 130,), wall)
         view = wide[65 : 65 + tensor.numel()].view(tensor.shape)
         return view.copy_(tensor)

@@ -1,7 +1,8 @@
-"""The truth: the operator in float64 from gathered pixels, exact at pixel knots.
+"""The oracle: the operator in float64 from gathered pixels, exact at pixel knots.
 
-Differentiable any number of times. Written apart from the package, so that a fault of the package
-is not a fault of its judge; `test_oracle.py` tries it against rational arithmetic.
+Differentiable any number of times, slow, on the CPU. It shares no code with the operator, so that
+an error of the operator is not repeated here; ``tests/test_oracle.py`` compares it with rational
+arithmetic.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import math
 import torch
 from torch import Tensor
 
-from .cases import OpInputs
+from .cases import FusedInputs, OpInputs, acc_dtype
 
 SPLITTER = 2.0**27 + 1  # splits a float64 into two halves whose products are exact (Veltkamp)
 LARGEST_SIDE = 2**26  # beyond it those products are not
 
 
-def settle(inputs: OpInputs) -> OpInputs:
-    """The inputs in the dtypes that the operator computes from; levels as numbers."""
+def operands(inputs: OpInputs) -> OpInputs:
+    """The inputs in the dtypes that the operator reads: locations and other weights are cast."""
     value, weights = inputs.value, inputs.attention_weights
-    real = torch.float64 if value.dtype is torch.float64 else torch.float32
-    if weights.dtype not in (value.dtype, real):
-        weights = weights.to(real)
+    acc = acc_dtype(value.dtype)
+    if weights.dtype not in (value.dtype, acc):
+        weights = weights.to(acc)
     return inputs.replace(
-        sampling_locations=inputs.sampling_locations.to(real), attention_weights=weights
+        sampling_locations=inputs.sampling_locations.to(acc), attention_weights=weights
     )
 
 
@@ -45,9 +46,16 @@ def level_table(inputs: OpInputs) -> list[tuple[int, int, int]]:
 
 
 def pixel_of(location: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pixel left of (or at) a location, the fraction towards the next one, is either on the map?
+    """The pixel left of (or at) a location, the fraction to the next one, is either sampled?
 
-    x = location * size - 1/2 is never rounded before its floor is taken.
+    ``x = location * size - 1/2`` is not rounded before its floor is taken.
+
+    Args:
+        location: float64, one coordinate, as a fraction of the map.
+        size: width or height of the map, less than ``LARGEST_SIDE``.
+
+    Returns:
+        int64 pixel (0 where not sampled), float64 fraction with the gradient of ``x``, bool.
     """
     assert size < LARGEST_SIDE
     near = location.detach().abs() <= 2  # false for NaN; beyond it no pixel of any map is reached
@@ -66,11 +74,18 @@ def pixel_of(location: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ms_deform_attn(inputs: OpInputs, *, all_rising: bool = False) -> Tensor:
-    """The output in float64, [B, Q, M * D]; gradients reach the tensors of `inputs`.
+    """The output in float64, ``[B, Q, M * D]``; gradients reach the tensors of `inputs`.
 
-    ``all_rising`` turns falling slopes into rising ones, for `sums_of_absolute_terms`.
+    Args:
+        inputs: on the CPU; any floating dtypes.
+        all_rising: falling slopes become rising ones, for `sums_of_absolute_terms`.
+
+    Example:
+        >>> from deform_attn.testing import CASES, DTYPES, oracle
+        >>> oracle.ms_deform_attn(CASES["non_square"].make(DTYPES["f16"])).dtype
+        torch.float64
     """
-    inputs = settle(inputs)
+    inputs = operands(inputs)
     value = inputs.value.double().transpose(1, 2)  # [B, M, S, D]
     B, M, S, D = value.shape
     levels = level_table(inputs)
@@ -79,7 +94,7 @@ def ms_deform_attn(inputs: OpInputs, *, all_rising: bool = False) -> Tensor:
     locations = inputs.sampling_locations.double().reshape(B, Q, M, sum(counts), 2)
     weights = inputs.attention_weights.double().reshape(B, Q, M, sum(counts))
 
-    # a term without pixels, so that the output hangs on every input even where nothing is sampled
+    # a zero that depends on the weights: without samples, too, the output has a gradient
     output = 0 * weights.sum(-1)[..., None].nan_to_num() + value.new_zeros(B, Q, M, D)
     for (height, width, start), xy, weight in zip(
         levels, locations.split(counts, dim=3), weights.split(counts, dim=3)
@@ -105,11 +120,12 @@ def ms_deform_attn(inputs: OpInputs, *, all_rising: bool = False) -> Tensor:
 
 
 def discrete(inputs: OpInputs, *, official_clamp: bool = False) -> Tensor:
-    """One pixel a point: ``method="discrete"``, in float64, point by point.
+    """``method="discrete"`` in float64, ``[B, Q, M * D]``: one pixel per point.
 
-    The pixel is what comes out in the dtype of the locations; only that is rounded.
+    The pixel is computed in the dtype of the locations, as the operator defines it; nothing else
+    is rounded.
     """
-    inputs = settle(inputs)
+    inputs = operands(inputs)
     value, locations, weights = inputs.tensors
     value, weights = value.double(), weights.double()
     B, _, M, D = value.shape
@@ -134,11 +150,39 @@ def discrete(inputs: OpInputs, *, official_clamp: bool = False) -> Tensor:
     return (picked * weights.reshape(*rows.shape, 1)).sum(3).reshape(B, Q, M * D)
 
 
+def ms_deform_attn_fused(inputs: FusedInputs) -> Tensor:
+    """The fused operator in float64, ``[B, Q, M * D]``: softmax, locations, attention."""
+    x = inputs.double()
+    B, Q, M = x.sampling_offsets.shape[:3]
+    counts = x.points_per_level
+    offsets = x.sampling_offsets.reshape(B, Q, M, sum(counts), 2)
+    weights = x.attention_logits.reshape(B, Q, M, sum(counts)).softmax(-1)
+    reference = x.reference_points.expand(-1, -1, len(counts), -1)
+    locations = []
+    for level, offset in enumerate(offsets.split(counts, 3)):
+        height, width = x.spatial_shapes[level]
+        point = reference[:, :, None, level, None]  # [B, Q, 1, 1, 2 or 4]
+        if point.shape[-1] == 2:
+            locations.append(point + offset / offset.new_tensor([width, height]))
+        else:
+            step = point[..., 2:] * x.offset_scale / max(1, counts[level])
+            locations.append(point[..., :2] + offset * step)
+    return ms_deform_attn(
+        OpInputs(x.value, x.spatial_shapes, None, torch.cat(locations, 3), weights, counts)
+    )
+
+
 def gradients(
     inputs: OpInputs, grad_output: Tensor, *, all_rising: bool = False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of value, sampling_locations and attention_weights in float64."""
-    leaves = [tensor.detach().double().requires_grad_() for tensor in settle(inputs).tensors]
+    """Gradients of value, sampling_locations and attention_weights in float64.
+
+    Args:
+        inputs: on the CPU; any floating dtypes.
+        grad_output: ``[B, Q, M * D]``.
+        all_rising: see `ms_deform_attn`.
+    """
+    leaves = [tensor.detach().double().requires_grad_() for tensor in operands(inputs).tensors]
     with torch.enable_grad():
         output = ms_deform_attn(inputs.replace_tensors(*leaves), all_rising=all_rising)
     grads = torch.autograd.grad(
@@ -148,8 +192,8 @@ def gradients(
 
 
 def sums_of_absolute_terms(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, ...]:
-    """Of the output and the three gradients: what the rounding errors of their sums grow with."""
-    value, locations, weights = settle(inputs).tensors
+    """Output and gradients with all terms made positive: the scale of their rounding errors."""
+    value, locations, weights = operands(inputs).tensors
     inputs = inputs.replace_tensors(
         value.double().abs(), locations.double(), weights.double().abs()
     )
