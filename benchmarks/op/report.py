@@ -39,10 +39,10 @@ def failures(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
+def find(rows: Iterable[Row], **fields: Any) -> Row | None:
     """The first row with times that has all of these fields."""
     for row in rows:
-        if "times" in row and all(row[key] == field for key, field in wanted.items()):
+        if "times" in row and all(row[key] == field for key, field in fields.items()):
             return row
     return None
 
