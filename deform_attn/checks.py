@@ -1,181 +1,110 @@
-"""The inputs of a call and what must hold of them: every error message a caller sees is here."""
+"""Checks of the operands of a call, with the error messages for callers."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from deform_attn.levels import LARGEST_SIDE, Levels, as_levels, readable
+from deform_attn.levels import (
+    LARGEST_SIDE,
+    METADATA_DTYPES,
+    Levels,
+    first_rows,
+    is_integer,
+    readable,
+)
+from deform_attn.operands import AnyOperands, FusedOperands, acc_dtype
 
 __all__ = [
-    "acc_dtype",
     "check",
-    "check_fused",
-    "check_fused_operands",
     "check_gradient",
     "check_method",
     "check_operands",
-    "if_wanted",
+    "check_tensor",
+    "converted",
+    "explained",
+    "masked",
 ]
 
-VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-METADATA_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+Result = TypeVar("Result")
 
-# Level sizes on a GPU are not read back (that would stop the stream), unless asked for.
+VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Whether level sizes on a GPU are read back and checked: every call then waits for the GPU.
 CHECK_DEVICE_METADATA = os.environ.get("DEFORM_ATTN_CHECK_METADATA", "0") == "1"
 
 
-def acc_dtype(value_dtype: torch.dtype) -> torch.dtype:
-    """The dtype of locations and sums: float64 for float64 values, else float32."""
-    return torch.float64 if value_dtype is torch.float64 else torch.float32
+def check(operands: AnyOperands) -> None:
+    """Raise a ValueError (TypeError for a wrong type) that names the first argument at fault.
 
-
-def check(
-    value: Tensor,
-    spatial_shapes: Levels,
-    level_start_index: Tensor | Sequence[int] | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    num_points: Sequence[int] | None,
-) -> None:
-    """Raise a ValueError (TypeError for a non-tensor) that names the first argument at fault.
-
-    The arguments are those of :func:`deform_attn.ms_deform_attn`. Sizes of levels are checked where
-    reading them is free: lists and CPU tensors. On other devices only with
-    ``DEFORM_ATTN_CHECK_METADATA=1``; without it the kernels treat a level that does not fit into
-    ``value`` as empty.
+    Levels may be tensors or lists, as callers of :func:`deform_attn.ms_deform_attn` pass them,
+    although the record declares tensors. Level sizes are checked if they are numbers or CPU
+    tensors. On other devices they are read and checked only with ``DEFORM_ATTN_CHECK_METADATA=1``,
+    because reading waits for the device; without it the kernels treat a level that does not fit
+    into ``value`` as empty.
     """
-    points = {"sampling_locations": sampling_locations, "attention_weights": attention_weights}
-    _check(value, spatial_shapes, level_start_index, points, num_points)
-
-
-def check_fused(
-    value: Tensor,
-    spatial_shapes: Levels,
-    level_start_index: Tensor | Sequence[int] | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    num_points: Sequence[int] | None,
-) -> None:
-    """As :func:`check`, for the arguments of :func:`deform_attn.ms_deform_attn_fused`."""
-    points = {"sampling_offsets": sampling_offsets, "attention_logits": attention_logits}
-    num_levels = _check(value, spatial_shapes, level_start_index, points, num_points)
-    if not isinstance(reference_points, Tensor):
-        raise TypeError(
-            f"reference_points: expected a tensor, got {type(reference_points).__name__}"
-        )
-    B, Q = sampling_offsets.shape[:2]
-    shape = tuple(reference_points.shape)
-    if len(shape) != 4 or shape[:2] != (B, Q) or shape[2] not in (1, num_levels):
-        raise ValueError(
-            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, 2 or 4], got {shape}"
-        )
-    if shape[3] not in (2, 4):
-        raise ValueError(
-            "reference_points: expected 2 numbers (x, y) or 4 (cx, cy, w, h) in the last "
-            f"dimension, got shape {shape}"
-        )
-    if not reference_points.dtype.is_floating_point:
-        raise ValueError(
-            f"reference_points: expected a floating dtype, got {reference_points.dtype}"
-        )
-    if reference_points.device != value.device:
-        raise ValueError(
-            f"reference_points: expected on value's device ({value.device}), "
-            f"got {reference_points.device}"
-        )
-
-
-def _check(
-    value: Tensor,
-    spatial_shapes: Levels,
-    level_start_index: Tensor | Sequence[int] | None,
-    points: dict[str, Tensor],
-    num_points: Sequence[int] | None,
-) -> int:
-    """Check what both operators take; ``points`` are locations or offsets, then weights or logits.
-
-    Returns the number of levels.
-    """
+    value: Tensor = operands.value
+    levels: Any = operands.spatial_shapes
+    starts: Any = operands.level_start_index
+    fused = isinstance(operands, FusedOperands)
+    first = 4 if fused else 3  # locations or offsets, then weights or logits
+    tensors: Any = operands[first : first + 2]
+    points: dict[str, Tensor] = dict(zip(operands._fields[first:], tensors))
     for name, tensor in {"value": value, **points}.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        check_tensor(name, tensor)
     _check_value(value)
-    num_levels = _check_levels(value, spatial_shapes, level_start_index)
-    _check_points(value, points, num_levels, num_points)
-    _check_level_sizes(value.shape[1], spatial_shapes, level_start_index)
-    return num_levels
+    num_levels = _check_levels(value, levels, starts)
+    _check_points(value, points, num_levels, operands.num_points)
+    _check_level_sizes(value.shape[1], levels, starts)
+    if isinstance(operands, FusedOperands):
+        _check_reference_points(operands, num_levels)
 
 
-def check_method(method: str) -> None:
-    """Raise a ValueError for a way of sampling that there is not."""
-    if method not in ("default", "discrete"):
-        raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
+def explained(
+    call: Callable[..., Result], check: Callable[[Any], None], arguments: Any, *options: Any
+) -> Result:
+    """``call(arguments, *options)``; after a failure, ``check(arguments)`` names the argument.
+
+    The messages of the kernels are short. The checks take as long as a small call, so they run only
+    after a failure.
+    """
+    if torch.compiler.is_compiling():
+        return call(arguments, *options)
+    try:
+        return call(arguments, *options)
+    except (RuntimeError, ValueError, TypeError, AttributeError):
+        check(arguments)
+        raise
 
 
-def check_operands(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-) -> None:
-    """As :func:`check`, for the operands of an operator (see :mod:`deform_attn.operator`)."""
-    levels = as_levels(spatial_shapes, level_sizes)
-    check(value, levels, level_start_index, sampling_locations, attention_weights, num_points)
-    real = acc_dtype(value.dtype)
-    _check_dtype("sampling_locations", sampling_locations, real)
-    _check_dtype("attention_weights", attention_weights, value.dtype, real)
-
-
-def check_fused_operands(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-    offset_scale: float,
-) -> None:
-    """As :func:`check_fused`, for the operands of an operator."""
-    levels = as_levels(spatial_shapes, level_sizes)
-    check_fused(
-        *(value, levels, level_start_index, reference_points, sampling_offsets),
-        *(attention_logits, num_points),
-    )
-    real = acc_dtype(value.dtype)
-    _check_dtype("reference_points", reference_points, real)
-    _check_dtype("attention_logits", attention_logits, value.dtype, real)
-    _check_dtype("sampling_offsets", sampling_offsets, attention_logits.dtype)
-
-
-def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
-    if tensor.dtype not in dtypes:
-        wanted = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
-        raise ValueError(f"{name}: expected {wanted}, got {tensor.dtype}")
+def check_operands(operands: AnyOperands) -> None:
+    """As :func:`check`, for operands as an operator takes them: converted to its dtypes."""
+    levels: Any = _levels_of(operands)
+    check(operands._replace(spatial_shapes=levels))
+    value, dtype = operands.value, acc_dtype(operands.value.dtype)
+    if isinstance(operands, FusedOperands):
+        _check_dtype("reference_points", operands.reference_points, dtype)
+        _check_dtype("attention_logits", operands.attention_logits, value.dtype, dtype)
+        _check_dtype("sampling_offsets", operands.sampling_offsets, operands.attention_logits.dtype)
+    else:
+        _check_dtype("sampling_locations", operands.sampling_locations, dtype)
+        _check_dtype("attention_weights", operands.attention_weights, value.dtype, dtype)
 
 
 def check_gradient(
-    grad_output: Tensor,
-    value: Tensor,
-    sampling_locations: Tensor,
-    wanted: Sequence[bool],
-    gradients: int,
+    grad_output: Tensor, operands: AnyOperands, output_mask: Sequence[bool], gradients: int
 ) -> None:
-    """Raise a ValueError where the output's gradient does not fit a call that was checked, or where
-    there is not a flag for each of the ``gradients``.
+    """Raise a ValueError where the output's gradient does not fit checked operands, or where
+    ``output_mask`` has not one flag for each of the ``gradients``.
     """
-    if len(wanted) != gradients:
-        raise ValueError(f"wanted: expected {gradients} flags, got {len(wanted)}")
-    shape = (value.shape[0], sampling_locations.shape[1], value.shape[2] * value.shape[3])
+    if len(output_mask) != gradients:
+        raise ValueError(f"output_mask: expected {gradients} flags, got {len(output_mask)}")
+    value, points = operands.value, operands[3]
+    shape = (value.shape[0], points.shape[1], value.shape[2] * value.shape[3])
     if tuple(grad_output.shape) != shape:
         raise ValueError(
             f"grad_output: expected the output's shape {shape}, got {tuple(grad_output.shape)}"
@@ -187,9 +116,82 @@ def check_gradient(
         )
 
 
-def if_wanted(wanted: Sequence[bool], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients, None for those that are not wanted."""
-    return tuple(gradient if flag else None for gradient, flag in zip(gradients, wanted))
+def check_method(method: str) -> None:
+    """Raise a ValueError for an unknown sampling method."""
+    if method not in ("default", "discrete"):
+        raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
+
+
+def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating tensor in another dtype."""
+    _check_floating(name, tensor)
+    return tensor.to(dtype)
+
+
+def masked(output_mask: Sequence[bool], *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients whose flag is set; None for the others."""
+    return tuple(gradient if flag else None for gradient, flag in zip(gradients, output_mask))
+
+
+def _levels_of(operands: AnyOperands) -> Levels:
+    """The levels of an operator's operands in the form of a caller: a tensor or pairs."""
+    shapes, sizes = operands.spatial_shapes, operands.level_sizes
+    if (shapes is None) == (sizes is None):
+        raise ValueError(
+            "spatial_shapes: expected either a tensor or level_sizes, got "
+            + ("neither" if sizes is None else "both")
+        )
+    if sizes is None:
+        assert shapes is not None
+        return shapes
+    if len(sizes) % 2:
+        raise ValueError(
+            f"level_sizes: expected a height and a width for each level, got {len(sizes)} numbers"
+        )
+    return list(zip(sizes[0::2], sizes[1::2]))
+
+
+def check_tensor(name: str, tensor: object) -> None:
+    """Raise a TypeError for anything but a tensor."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+
+
+def _check_floating(name: str, tensor: Tensor) -> None:
+    if not tensor.dtype.is_floating_point:
+        raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+
+
+def _check_device(name: str, tensor: Tensor, value: Tensor) -> None:
+    if tensor.device != value.device:
+        raise ValueError(
+            f"{name}: expected on value's device ({value.device}), got {tensor.device}"
+        )
+
+
+def _check_dtype(name: str, tensor: Tensor, *dtypes: torch.dtype) -> None:
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(dict.fromkeys(str(dtype) for dtype in dtypes))
+        raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
+
+
+def _check_reference_points(operands: FusedOperands, num_levels: int) -> None:
+    reference = operands.reference_points
+    check_tensor("reference_points", reference)
+    B, Q = operands.sampling_offsets.shape[:2]
+    shape = tuple(reference.shape)
+    if (
+        len(shape) != 4
+        or shape[:2] != (B, Q)
+        or shape[2] not in (1, num_levels)
+        or shape[3] not in (2, 4)
+    ):
+        raise ValueError(
+            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, 2] of points (x, y) "
+            f"or [{B}, {Q}, {num_levels} or 1, 4] of boxes (cx, cy, w, h), got {shape}"
+        )
+    _check_floating("reference_points", reference)
+    _check_device("reference_points", reference, operands.value)
 
 
 def _check_value(value: Tensor) -> None:
@@ -238,7 +240,7 @@ def _check_levels(
                 f"got {type(spatial_shapes).__name__}"
             ) from None
         for pair in pairs:
-            if len(pair) != 2 or not all(_is_integer(side) for side in pair):
+            if len(pair) != 2 or not all(is_integer(side) for side in pair):
                 raise ValueError(
                     f"spatial_shapes: expected pairs of integers (height, width), got {pair}"
                 )
@@ -254,7 +256,7 @@ def _check_levels(
                 f"got {tuple(level_start_index.shape)}"
             )
     elif level_start_index is not None and not (
-        isinstance(level_start_index, Sequence) and all(map(_is_integer, level_start_index))
+        isinstance(level_start_index, Sequence) and all(map(is_integer, level_start_index))
     ):
         raise TypeError(
             "level_start_index: expected a tensor [num_levels], a list of integers or None, "
@@ -268,10 +270,6 @@ def _check_levels(
     return num_levels
 
 
-def _is_integer(number: object) -> bool:
-    return isinstance(number, (int, torch.SymInt)) and not isinstance(number, bool)
-
-
 def _check_points(
     value: Tensor,
     points: dict[str, Tensor],
@@ -279,22 +277,18 @@ def _check_points(
     num_points: Sequence[int] | None,
 ) -> None:
     for name, tensor in points.items():
-        if not tensor.dtype.is_floating_point:
-            raise ValueError(f"{name}: expected a floating dtype, got {tensor.dtype}")
-        if tensor.device != value.device:
-            raise ValueError(
-                f"{name}: expected on value's device ({value.device}), got {tensor.device}"
-            )
+        _check_floating(name, tensor)
+        _check_device(name, tensor, value)
 
     (name, locations), (weights_name, weights) = points.items()
     shape = tuple(locations.shape)
     if num_points is None:
-        wanted = "[batch, queries, num_heads, num_levels, num_points, 2]"
+        layout = "[batch, queries, num_heads, num_levels, num_points, 2]"
         if len(shape) == 5:
-            wanted += " (or five dimensions and num_points, the list of points in each level)"
+            layout += " (or five dimensions and num_points, the list of points in each level)"
         rank = 6
     else:
-        if isinstance(num_points, int) or not all(_is_integer(n) for n in num_points):
+        if not isinstance(num_points, Sequence) or not all(is_integer(n) for n in num_points):
             raise ValueError(
                 f"num_points: expected a list with the points of each level, got {num_points!r}"
             )
@@ -303,10 +297,10 @@ def _check_points(
                 f"num_points: expected {num_levels} counts of at least 0, one for each level of "
                 f"spatial_shapes, got {list(num_points)}"
             )
-        wanted = "[batch, queries, num_heads, sum of num_points, 2]"
+        layout = "[batch, queries, num_heads, sum of num_points, 2]"
         rank = 5
     if len(shape) != rank or shape[-1] != 2:
-        raise ValueError(f"{name}: expected shape {wanted}, got {shape}")
+        raise ValueError(f"{name}: expected shape {layout}, got {shape}")
 
     expected = [("batch", 0, value.shape[0], "value"), ("num_heads", 2, value.shape[2], "value")]
     if num_points is None:
@@ -344,9 +338,7 @@ def _check_level_sizes(
     if not known(level_start_index):
         return
     if level_start_index is None:
-        starts = [0]
-        for height, width in sizes:
-            starts.append(starts[-1] + height * width)
+        starts = first_rows(sizes)
     elif isinstance(level_start_index, Tensor):
         starts = level_start_index.tolist()
     else:

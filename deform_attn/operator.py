@@ -1,8 +1,8 @@
-"""The schemas of MSDA, and what every backend gets from them: autograd, vmap, tracing.
+"""The operators' schemas, and what every backend gets from them: autograd, vmap, tracing.
 
-A backend implements pairs of PyTorch operators, forward and backward. They are defined here, in
-Python, so that the package imports and falls back where no binary was built; C++ only registers
-kernels for them.
+A backend implements pairs of PyTorch operators, forward and backward. They are defined in Python,
+so that the package imports and falls back where no binary was built; the C++ libraries only
+register kernels for them.
 """
 
 from __future__ import annotations
@@ -17,78 +17,90 @@ from torch.autograd import forward_ad
 from torch.library import Library
 
 from deform_attn import composite
-from deform_attn.checks import check_fused_operands, check_gradient, check_operands
+from deform_attn.checks import check_gradient, check_operands
+from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands
 
-__all__ = ["ATTENTION", "FUSED", "LIBRARY", "Operator", "Signature", "define"]
+__all__ = ["ATTENTION", "FUSED", "LIBRARY", "Operator", "Signature", "call_discrete", "define"]
 
 LIBRARY = Library("deform_attn", "DEF")
 
 Operator = Callable[..., Tensor]
 
+# Types of the operands that are not "Tensor".
+_TYPES = {
+    "spatial_shapes": "Tensor?",
+    "level_start_index": "Tensor?",
+    "level_sizes": "SymInt[]?",
+    "num_points": "int[]?",
+    "offset_scale": "float",
+    "official_clamp": "bool",
+}
+
 
 @dataclass(frozen=True)
 class Signature:
-    """What an operator takes: its tensors first, then host numbers."""
+    """The operands of an operator, tensors first, and how it is differentiated."""
 
-    tensors: tuple[str, ...]  # the first is value, the second and third are the levels
-    numbers: tuple[str, ...]
-    check: Callable[..., None]  # of all inputs
-    formula: Operator  # the same in plain PyTorch, differentiable any number of times
+    record: type[AnyOperands]  # its fields are the schema's arguments
+    names: tuple[str, ...]  # of the operands that have gradients
+    composite: Callable[
+        [Any], Tensor
+    ]  # the same in plain PyTorch, differentiable any number of times
 
     @property
-    def differentiable(self) -> tuple[int, ...]:
-        """Positions of the inputs that have gradients: all tensors but the levels."""
-        return (0, *range(3, len(self.tensors)))
+    def schema(self) -> str:
+        """The arguments with their types."""
+        return ", ".join(f"{_TYPES.get(name, 'Tensor')} {name}" for name in self.record._fields)
+
+    @property
+    def batched(self) -> list[int]:
+        """Positions of the tensors that have a batch dimension."""
+        return [i for i, name in enumerate(self.record._fields) if name not in _TYPES]
+
+    @property
+    def differentiable(self) -> list[int]:
+        """Positions of the operands that have gradients."""
+        return [self.record._fields.index(name) for name in self.names]
 
     def with_gradients(self, gradients: Any) -> tuple[Any, ...]:
-        """One gradient an input: None for levels and numbers."""
-        spread: list[Any] = [None] * (len(self.tensors) + len(self.numbers))
+        """One gradient per operand: None for those that have none."""
+        spread: list[Any] = [None] * len(self.record._fields)
         for position, gradient in zip(self.differentiable, gradients):
             spread[position] = gradient
         return tuple(spread)
 
 
-# level_sizes is [h0, w0, h1, w1, ...] as host numbers; it or spatial_shapes is given, never both.
-# Without level_start_index the levels follow one another. Locations have six dimensions, or five
-# and num_points.
-_LEVELS = ("Tensor value", "Tensor? spatial_shapes", "Tensor? level_start_index")
-_COUNTS = ("SymInt[]? level_sizes", "int[]? num_points")
 ATTENTION = Signature(
-    (*_LEVELS, "Tensor sampling_locations", "Tensor attention_weights"),
-    _COUNTS,
-    check_operands,
-    composite.attention,
+    Operands, ("value", "sampling_locations", "attention_weights"), composite.attention
 )
 FUSED = Signature(
-    (
-        *_LEVELS,
-        "Tensor reference_points",
-        "Tensor sampling_offsets",
-        "Tensor attention_logits",
-    ),
-    (*_COUNTS, "float offset_scale"),
-    check_fused_operands,
+    FusedOperands,
+    ("value", "reference_points", "sampling_offsets", "attention_logits"),
     composite.fused,
 )
+DISCRETE = Signature(DiscreteOperands, ("value", "attention_weights"), composite.discrete)
 
 
 def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any]]:
     """Define ``deform_attn::<name>`` and its backward.
 
-    The backward takes a flag for each gradient, ``wanted``; those that are not are None.
-    Returns the differentiable call of the pair, which takes the inputs of the signature by
-    position, and the backward operator for who has an autograd of his own.
+    The backward takes ``output_mask``, one flag per gradient, and returns None for those that are
+    not set.
+
+    Returns:
+        The differentiable call, which takes the operands by position, and the backward operator,
+        for callers with an autograd of their own.
     """
-    inputs = ", ".join((*signature.tensors, *signature.numbers))
-    outputs = ", ".join(["Tensor"] * len(signature.differentiable))
-    LIBRARY.define(f"{name}({inputs}) -> Tensor")
+    outputs = ", ".join(["Tensor"] * len(signature.names))
+    LIBRARY.define(f"{name}({signature.schema}) -> Tensor")
     LIBRARY.define(
-        f"{name}_backward(Tensor grad_output, {inputs}, bool deterministic, bool[] wanted) "
-        f"-> ({outputs})"
+        f"{name}_backward(Tensor grad_output, {signature.schema}, bool deterministic, "
+        f"bool[] output_mask) -> ({outputs})"
     )
     forward_op = getattr(torch.ops.deform_attn, name).default
     backward_op = getattr(torch.ops.deform_attn, f"{name}_backward").default
-    tensors, differentiable = len(signature.tensors), signature.differentiable
+    record, differentiable = signature.record, signature.differentiable
+    tensors = record._fields.index("level_sizes")
 
     class Backward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -101,29 +113,29 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.save_for_backward(*inputs[: 1 + tensors])
             ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + tensors : -2]
-            ctx.wanted = inputs[-1]
+            ctx.output_mask = inputs[-1]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
             grad_output = ctx.saved_tensors[0]
             operands = [*ctx.saved_tensors[1:], ctx.level_sizes, ctx.num_points, *ctx.others]
 
-            def those_wanted(gradients: Any) -> Any:
-                return tuple(grad for grad, wanted in zip(gradients, ctx.wanted) if wanted)
+            def masked(gradients: Any) -> Any:
+                return tuple(grad for grad, flag in zip(gradients, ctx.output_mask) if flag)
 
             def gradients(grad: Tensor, *varied: Tensor) -> Any:
                 def output(*varied: Tensor) -> Tensor:
                     now = list(operands)
                     for position, tensor in zip(differentiable, varied):
                         now[position] = tensor
-                    return signature.formula(*now)
+                    return signature.composite(record(*now))
 
-                return those_wanted(torch.func.vjp(output, *varied)[1](grad))
+                return masked(torch.func.vjp(output, *varied)[1](grad))
 
             varied = [operands[position] for position in differentiable]
             pull_back = torch.func.vjp(gradients, grad_output, *varied)[1]
-            of_output, *of_inputs = pull_back(those_wanted(grads))
-            return (of_output, *signature.with_gradients(of_inputs), None, None)
+            grad_grad_output, *grad_operands = pull_back(masked(grads))
+            return (grad_grad_output, *signature.with_gradients(grad_operands), None, None)
 
     class Forward(torch.autograd.Function):
         generate_vmap_rule = True
@@ -144,15 +156,15 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             gradients = backward_op if torch.compiler.is_compiling() else Backward.apply
             deterministic = torch.are_deterministic_algorithms_enabled()
             numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
-            wanted = [ctx.needs_input_grad[position] for position in differentiable]
+            output_mask = [ctx.needs_input_grad[position] for position in differentiable]
             return signature.with_gradients(
-                gradients(grad_output, *ctx.saved_tensors, *numbers, deterministic, wanted)
+                gradients(grad_output, *ctx.saved_tensors, *numbers, deterministic, output_mask)
             )
 
     def call(*inputs: Any) -> Tensor:
         output: Tensor
         if forward_ad._current_level >= 0:
-            output = signature.formula(*inputs)
+            output = signature.composite(record(*inputs))
         elif torch.is_grad_enabled() and any(inputs[i].requires_grad for i in differentiable):
             output = Forward.apply(*inputs)  # type: ignore[no-untyped-call]
         elif torch.compiler.is_compiling():
@@ -165,7 +177,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     def check(*inputs: Any) -> None:
         # Compared, a symbolic size would be a constant of the graph; kernels check when they run.
         if not torch.compiler.is_compiling():
-            signature.check(*inputs)
+            check_operands(record(*inputs))
 
     def fake_forward(*inputs: Any) -> Tensor:
         check(*inputs)
@@ -175,13 +187,13 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         return output
 
     def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
-        wanted = inputs[-1]
-        check(*inputs[:-2])
+        *call, _, output_mask = inputs
+        check(*call)
         if not torch.compiler.is_compiling():
-            check_gradient(grad_output, inputs[0], inputs[3], wanted, len(differentiable))
+            check_gradient(grad_output, record(*call), output_mask, len(differentiable))
         return tuple(
             inputs[i].new_empty(inputs[i].shape) if flag else None
-            for i, flag in zip(differentiable, wanted)
+            for i, flag in zip(differentiable, output_mask)
         )
 
     for op, fake, function, first in (
@@ -189,7 +201,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         (backward_op, fake_backward, Backward, 1),
     ):
         qualified = op._schema.name
-        batched = {*range(first), *(first + position for position in differentiable)}
+        batched = {*range(first), *(first + position for position in signature.batched)}
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         torch.library.register_vmap(qualified, _over_batch(op, batched), lib=LIBRARY)
         LIBRARY.impl(op._schema.name, _differentiable(op, function), "Autograd")
@@ -197,7 +209,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
 
 def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
-    """The operator under the Autograd key: who calls ``torch.ops`` directly loses no gradient."""
+    """The operator under the Autograd key, for callers of ``torch.ops``: with gradients."""
 
     def under_autograd(*inputs: Any) -> Any:
         if forward_ad._current_level >= 0:
@@ -241,3 +253,10 @@ def _over_batch(op: Any, batched: set[int]) -> Callable[..., Any]:
         )
 
     return rule
+
+
+call_discrete, _ = define("ms_deform_attn_discrete", DISCRETE)
+LIBRARY.impl("ms_deform_attn_discrete", composite.discrete_forward, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "ms_deform_attn_discrete_backward", composite.discrete_backward, "CompositeExplicitAutograd"
+)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deform_attn import ms_deform_attn, ms_deform_attn_fused
+from deform_attn import composite, ms_deform_attn, ms_deform_attn_fused
+from deform_attn.operands import DiscreteOperands, FusedOperands
 from deform_attn.testing import (
     CASES,
     ROUNDINGS_OF_SUMS,
@@ -123,12 +124,12 @@ def test_neighbours_have_no_part_in_a_point() -> None:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("backend", ["compiled", "reference"])
 def test_fused_is_the_composition(size: int, backend: str) -> None:
-    from deform_attn.composite import fused_points
     from tests.test_fused import SHAPES, draw
 
     inputs = [t.requires_grad_() for t in draw(torch.float32, size=size, num_points=[3, 0, 2])]
     value, *rest = inputs
-    points = fused_points(SHAPES, *rest, [3, 0, 2], 0.5)
+    sizes = torch.tensor(SHAPES)
+    points = composite.unfused(FusedOperands(value, sizes, None, *rest, None, [3, 0, 2]))[3:5]
     options = {"num_points": [3, 0, 2], "method": "discrete", "backend": backend}
     wanted = ms_deform_attn(value, SHAPES, None, *points, **options)
     got = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
@@ -147,13 +148,18 @@ def test_level_sizes_are_not_read() -> None:
 
 
 def test_levels_that_do_not_fit_sample_zero() -> None:
-    """What cannot be refused where sizes are not read: compiled, or on a GPU."""
-    torch._dynamo.reset()
-    inputs = one_point((3, 5), 0.5, 0.5)
-    compiled = torch.compile(call, backend="eager", fullgraph=True)
-    assert compiled(inputs).item() == call(inputs).item() == 13
-    for shape in ((3, 50), (0, 5), (-3, -5)):
-        assert compiled(inputs.replace(spatial_shapes=torch.tensor([shape]))).item() == 0
+    """On a GPU the sizes are not read, so such levels cannot be refused."""
+
+    def unchecked(shape: tuple[int, int], dtype: torch.dtype) -> float:
+        inputs = one_point((3, 5), 0.5, 0.5).replace(
+            spatial_shapes=torch.tensor([shape], dtype=dtype)
+        )
+        return composite.discrete(DiscreteOperands(*inputs.arguments)).item()
+
+    for dtype in (torch.int64, torch.int8):
+        assert unchecked((3, 5), dtype) == 13
+        for shape in ((3, 50), (0, 5), (-3, -5)):
+            assert unchecked(shape, dtype) == 0
 
 
 class Sampling(torch.nn.Module):
@@ -188,4 +194,4 @@ def test_compile_vmap_and_export() -> None:
     program = torch.export.export(sampling, arguments)
     torch.testing.assert_close(program.module()(*arguments), expected)
     targets = {str(node.target) for node in program.graph.nodes}
-    assert not any("grid" in target or "deform_attn" in target for target in targets)
+    assert "deform_attn.ms_deform_attn_discrete.default" in targets

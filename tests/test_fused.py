@@ -10,6 +10,7 @@ from torch import Tensor
 
 import deform_attn
 from deform_attn import composite, ms_deform_attn_fused
+from deform_attn.operands import FusedOperands
 from deform_attn.testing import Dtypes
 from tests.runners import Recorder, Runner, package
 
@@ -47,7 +48,9 @@ def draw(
 
 def truth(inputs: tuple[Tensor, ...], num_points: list[int] | None, scale: float) -> Tensor:
     value, reference, offsets, logits = inputs
-    return composite.fused(value, None, None, reference, offsets, logits, SIZES, num_points, scale)
+    return composite.fused(
+        FusedOperands(value, None, None, reference, offsets, logits, SIZES, num_points, scale)
+    )
 
 
 def with_gradients(function, inputs: tuple[Tensor, ...], grad: Tensor) -> list[Tensor]:
@@ -341,7 +344,8 @@ def test_an_encoders_first_locations_stay_on_their_knots() -> None:
 
     def composed(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
         sizes = torch.tensor([[height, width]])
-        points = composite.fused_points(sizes, reference, offsets, logits, None, 0.5)
+        fused = FusedOperands(value, sizes, None, reference, offsets, logits)
+        points = composite.unfused(fused)[3:5]
         return deform_attn.ms_deform_attn(
             value, [(height, width)], None, *points, backend="compiled"
         )

@@ -205,7 +205,9 @@ def test_kernels_by_name_are_contestants(name: str, monkeypatch: pytest.MonkeyPa
             small = scaled(WORKLOADS[workload], 0.05)
             x = draw(small, dtype={"f32": torch.float32, "bf16": torch.bfloat16}[dtype])
             op = peers.PEERS[name](small, "cuda")
-            assert check.verdict(check.errors_of(op, x, check.truth_of(x)), x.value.dtype) is None
+            assert (
+                check.verdict(check.errors_of(op, x, check.expected_of(x)), x.value.dtype) is None
+            )
         assert set(ways) == {peers.KERNELS[name]}
         with pytest.raises(peers.Missing, match="does not run on cpu"):
             peers.PEERS[name](small, "cpu")

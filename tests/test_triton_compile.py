@@ -52,7 +52,7 @@ COMPILE = """
 import dataclasses, json, sys
 from concurrent.futures import ProcessPoolExecutor
 from benchmarks.gates.triton_kernels import compile_kernel
-from deform_attn.backends.triton import Blocks
+from deform_attn.backends.triton_launcher import Blocks
 
 def compile(kernel):
     name, architecture, dtype, shape = kernel
@@ -72,7 +72,7 @@ COUNT = """
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from deform_attn.backends import _triton_kernels, triton
+from deform_attn.backends import _triton_kernels, triton_launcher
 
 class Device:
     def get_current_target(self): return GPUTarget("cuda", 90, 32)
@@ -84,8 +84,8 @@ def compile(kernel, programs, device, *arguments, blocks, **constants):
     getattr(_triton_kernels, kernel).warmup(*arguments, grid=(programs,), **constants, **options)
 
 driver.set_active(Device())
-triton._run = compile
-triton.why_not = lambda device_type, dtype: None
+triton_launcher._run = compile
+triton_launcher.why_not = lambda device_type, dtype: None
 for levels, queries, heads in (
     ([(8, 6), (4, 3)], 300, 8),
     ([(16, 1), (1, 1)], 1, 1),
@@ -96,8 +96,8 @@ for levels, queries, heads in (
     locations = torch.zeros(B, queries, heads, len(levels), P, 2)
     levels = [side for level in levels for side in level]
     inputs = value, None, None, locations, locations[..., 0], levels, None
-    output = triton.forward(*inputs)
-    triton.backward(output, *inputs, False, [True] * 3)
+    output = triton_launcher.forward(*inputs)
+    triton_launcher.backward(output, *inputs, False, [True] * 3)
 for name in "forward", "backward":
     print(name, len(getattr(_triton_kernels, name).device_caches[0][0]))
 """

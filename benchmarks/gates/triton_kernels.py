@@ -118,7 +118,7 @@ def compile_kernel(
     from triton.compiler import ASTSource
 
     from deform_attn.backends import _triton_kernels
-    from deform_attn.backends import triton as backend
+    from deform_attn.backends import triton_launcher as backend
 
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 is set: nothing can be compiled")

@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import gc
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -66,6 +67,11 @@ def kept_memory() -> Iterator[None]:
         libc.mallopt(mmap_max, 65536)  # the defaults
         libc.mallopt(trim_threshold, 128 * 1024)
         libc.malloc_trim(0)
+
+
+def page_faults() -> int:
+    """Page faults of this process until now that needed no I/O."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def race(

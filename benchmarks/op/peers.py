@@ -74,10 +74,10 @@ def _kernels(way: str) -> Loader:
 
             @staticmethod
             def backward(ctx: Any, grad_output: Tensor) -> Any:
-                of_value, of_locations, of_weights = ops.ms_deform_attn_by_backward(
+                grad_value, grad_locations, grad_weights = ops.ms_deform_attn_by_backward(
                     way, grad_output.contiguous(), *ctx.saved_tensors, None, ctx.num_points
                 )
-                return None, of_value, None, None, of_locations, of_weights
+                return None, grad_value, None, None, grad_locations, grad_weights
 
         def op(x: WorkloadInputs) -> Tensor:
             levels = x.spatial_shapes, x.level_start_index
@@ -258,9 +258,9 @@ def _differentiable(module: Any) -> Callable[..., Tensor]:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            of_value, of_locations, of_weights = module.ms_deform_attn_backward(
+            grad_value, grad_locations, grad_weights = module.ms_deform_attn_backward(
                 *ctx.saved_tensors, grad_output.contiguous(), ctx.step
             )
-            return of_value, None, None, of_locations, of_weights, None
+            return grad_value, None, None, grad_locations, grad_weights, None
 
     return Function.apply

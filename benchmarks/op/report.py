@@ -39,10 +39,10 @@ def failures(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
+def find(rows: Iterable[Row], **fields: Any) -> Row | None:
     """The first row with times that has all of these fields."""
     for row in rows:
-        if "times" in row and all(row[key] == field for key, field in wanted.items()):
+        if "times" in row and all(row[key] == field for key, field in fields.items()):
             return row
     return None
 
@@ -306,7 +306,8 @@ def _markdown_phase(rows: Sequence[Row], phase: str) -> list[str]:
         same = [row for row in rows if (row["workload"], row["batch"]) == (workload, 1)]
         threads = min((row["threads"] for row in same), default=1)
         fields = {"dtype": "f32", "threads": threads}
-        ours = find(same, contestant=OURS[0], **fields) or find(same, contestant=OURS[1], **fields)
+        found = (find(same, contestant=name, **fields) for name in OURS)
+        ours = next((row for row in found if row is not None), None)
         if ours is None or phase not in ours["times"]:
             continue
         cells = [_cell_of(ours, phase)]

@@ -133,7 +133,7 @@ def measure_workload(
     """A row for each entry: check, peak memory, then a race of all that are right."""
     rows: list[dict[str, Any]] = []
     inputs: dict[str, list[WorkloadInputs]] = {}
-    truths: dict[str, check.Truth] = {}
+    expected: dict[str, check.Expected] = {}
     right: list[tuple[dict[str, Any], measure.Entrant]] = []
     checked: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
@@ -155,16 +155,16 @@ def measure_workload(
             continue
         if entry.dtype not in inputs:
             inputs[entry.dtype] = _inputs(workload, batch, entry.dtype, device, seed)
-            truths[entry.dtype] = check.truth_of(inputs[entry.dtype][0])
+            expected[entry.dtype] = check.expected_of(inputs[entry.dtype][0])
         first = inputs[entry.dtype][0]
         key = (entry.contestant, entry.dtype)
         if key not in checked:
             tick(f"checking {entry.contestant} {entry.dtype}")
-            checked[key] = _examine(op, first, truths[entry.dtype])
+            checked[key] = _examine(op, first, expected[entry.dtype])
         row.update(checked[key])
         if row["status"] == "ok":
             right.append((row, measure.Entrant(op, inputs[entry.dtype], entry.threads)))
-    truths.clear()
+    expected.clear()
     tick("timing")
     measure.race([entrant for _, entrant in right], seconds, rounds, tick)
     for row, entrant in right:
@@ -176,22 +176,25 @@ def measure_workload(
     return rows
 
 
-def _scaling(
-    entrant: measure.Entrant, seconds: float, rounds: tuple[int, int]
-) -> dict[str, dict[str, list[float]]]:
-    """How many times as fast as with one thread, in a race of its own: slow contestants leave no
-    time for the many rounds that a ratio near 2 takes. Threads share what the op does, not how the
-    system provides memory. `handover`, before and after: how near the cores are to each other.
+def _scaling(entrant: measure.Entrant, seconds: float, rounds: tuple[int, int]) -> dict[str, Any]:
+    """Times with one thread over times with several, in a race of their own: a ratio near 2 takes
+    more rounds than slow contestants leave time for.
+
+    `handover`: the core-to-core latency before and after. `page_faults` of the race: many mean that
+    the process did not keep its memory, so that the system's page supply was timed too.
     """
     one, many = (measure.Entrant(entrant.op, entrant.inputs, n) for n in (1, entrant.threads))
     handover = [probe.handover()]
     with measure.kept_memory():
+        faults = measure.page_faults()
         measure.race([one, many], seconds, rounds)
+        faults = measure.page_faults() - faults
     handover.append(probe.handover())
     ratios = {
         phase: measure.ratios(one.times[phase], many.times[phase]) for phase in measure.PHASES
     }
-    return {"scaling": ratios, "handover": [ns for ns in handover if ns is not None]}
+    handover = [ns for ns in handover if ns is not None]
+    return {"scaling": ratios, "handover": handover, "page_faults": faults}
 
 
 def _inputs(
@@ -209,10 +212,10 @@ def _inputs(
     ]
 
 
-def _examine(op: Op, x: WorkloadInputs, truth: check.Truth) -> dict[str, Any]:
+def _examine(op: Op, x: WorkloadInputs, expected: check.Expected) -> dict[str, Any]:
     """Status, errors and peak memory; an op that raises is wrong too."""
     try:
-        errors = check.errors_of(op, x, truth)
+        errors = check.errors_of(op, x, expected)
         reason = check.verdict(errors, x.value.dtype)
         if reason is None:
             return {"status": "ok", "errors": errors, "memory": measure.peaks(op, x)}
@@ -244,12 +247,12 @@ def _enough_memory(entry: Entry, workload: Workload, batch: int, device: str) ->
 def measure_cost(device: str, contestants: Sequence[str]) -> list[dict[str, Any]]:
     """The cost of a call of each contestant that runs."""
     x = draw(TINY, device=device)
-    truth = check.truth_of(x)
+    expected = check.expected_of(x)
     ops = {}
     for name in contestants:
         with contextlib.suppress(Missing):
             op = PEERS[name](TINY, device)
-            if _examine(op, x, truth)["status"] == "ok":
+            if _examine(op, x, expected)["status"] == "ok":
                 ops[name] = op
     costs = measure.cost(list(ops.values()), x)
     return [{"contestant": name, "times": times} for name, times in zip(ops, costs)]
@@ -389,9 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if args.action != "run":
         loaded = [json.loads(file.read_text()) for file in args.files]
-        wanted = 2 if args.action == "compare" else 1
-        if len(loaded) != wanted:
-            console.print(f"{args.action}: expected {wanted} JSON file(s), got {len(loaded)}")
+        needed = 2 if args.action == "compare" else 1
+        if len(loaded) != needed:
+            console.print(f"{args.action}: expected {needed} JSON file(s), got {len(loaded)}")
             return 2
         if args.action == "compare":
             report.print_comparison(console, *loaded)

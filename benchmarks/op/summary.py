@@ -49,8 +49,8 @@ def tests(report_file: Path) -> list[str]:
     for case in suite.iter("testcase"):
         for child in case:
             if child.tag in ("failure", "error", "skipped"):
-                said = (child.get("message") or "").split("\n")[0][:150]
-                lines.append(f"- {child.tag}: `{case.get('name')}`: {said}")
+                text = (child.get("message") or "").split("\n")[0][:150]
+                lines.append(f"- {child.tag}: `{case.get('name')}`: {text}")
     return lines[:21]
 
 
@@ -59,8 +59,8 @@ def sanitizers(folder: Path) -> list[str]:
     lines = []
     for tool in SANITIZERS:
         log = folder / f"{tool}.log"
-        said = log.read_text().splitlines() if log.exists() else []
-        verdicts = [line.strip("= ") for line in said if "SUMMARY" in line]
+        text = log.read_text().splitlines() if log.exists() else []
+        verdicts = [line.strip("= ") for line in text if "SUMMARY" in line]
         lines.append(f"- {tool}: {verdicts[-1] if verdicts else '**no verdict**'}")
     return lines
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from deform_attn import operator
-from deform_attn.backends import compiled, reference, triton
+from deform_attn.backends import compiled, reference, triton_launcher
 
 __all__ = ["BACKENDS", "Backend", "choose_backend", "use_backend"]
 
@@ -23,22 +23,30 @@ logger = logging.getLogger("deform_attn")
 class Backend:
     """One implementation of the operators.
 
-    ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can.
-    ``call_fused`` is None where the fused operator has no kernel and is composed.
+    Attributes:
+        name: its name for ``backend=``, ``use_backend`` and ``DEFORM_ATTN_BACKEND``.
+        why_not: ``(device_type, dtype)`` to the reason why it cannot run there; None if it can.
+        call: ``ms_deform_attn``, differentiable; takes the fields of ``Operands`` by position.
+        backward: its backward operator, for callers with an autograd of their own.
+        call_fused: ``ms_deform_attn_fused``; None if the backend has no kernel for it, and
+            locations and weights are computed first.
     """
 
     name: str
     why_not: Callable[[str, torch.dtype], str | None]
     call: operator.Operator
-    backward: Callable[..., Any]  # of what `call` computes
+    backward: Callable[..., Any]
     call_fused: operator.Operator | None = None
 
 
 def _define_backends() -> dict[str, Backend]:
     attention, fused = "ms_deform_attn", "ms_deform_attn_fused"
     backends = {}
-    for module, suffix in ((compiled, ""), (triton, "_triton"), (reference, "_reference")):
-        name = module.__name__.rpartition(".")[2]
+    for name, module, suffix in (
+        ("compiled", compiled, ""),
+        ("triton", triton_launcher, "_triton"),
+        ("reference", reference, "_reference"),
+    ):
         calls = operator.define(attention + suffix, operator.ATTENTION)
         call_fused = None
         if module is not reference:
@@ -47,10 +55,12 @@ def _define_backends() -> dict[str, Backend]:
     for device in ("cpu", "cuda"):
         operator.LIBRARY.define(f"{device}_build() -> str")
     compiled.load()  # after the schemas: loading a library registers its kernels for them
-    kernels = [(f"{attention}_reference", reference, "CompositeExplicitAutograd", "")]
+    kernels: list[tuple[str, Any, str, str]] = [
+        (f"{attention}_reference", reference, "CompositeExplicitAutograd", "")
+    ]
     for key in ("CUDA", "CPU"):  # the CPU's are interpreted, for tests
-        kernels.append((f"{attention}_triton", triton, key, ""))
-        kernels.append((f"{fused}_triton", triton, key, "fused_"))
+        kernels.append((f"{attention}_triton", triton_launcher, key, ""))
+        kernels.append((f"{fused}_triton", triton_launcher, key, "fused_"))
     for name, module, key, prefix in kernels:
         operator.LIBRARY.impl(name, getattr(module, f"{prefix}forward"), key)
         operator.LIBRARY.impl(f"{name}_backward", getattr(module, f"{prefix}backward"), key)
@@ -60,7 +70,7 @@ def _define_backends() -> dict[str, Backend]:
 BACKENDS = _define_backends()
 
 _forced: str | None = None
-_told: set[str] = set()
+_announced: set[str] = set()
 
 
 def _check_name(name: str, source: str) -> None:
@@ -105,7 +115,8 @@ def choose_backend(
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
         dtype: dtype of value.
-        backend: force this one; None: as ``use_backend`` or ``DEFORM_ATTN_BACKEND`` say.
+        backend: force this one; None: the one of ``use_backend`` or ``DEFORM_ATTN_BACKEND``, if
+            set.
 
     Raises:
         ValueError: no backend has that name.
@@ -122,7 +133,7 @@ def choose_backend(
         reason = BACKENDS[name].why_not(device_type, dtype)
         if reason is not None:
             raise RuntimeError(
-                f"backend {name!r} was asked for but cannot run on {device_type} with {dtype}: "
+                f"backend {name!r} was requested but cannot run on {device_type} with {dtype}: "
                 f"{reason}. `python -m deform_attn.info` shows every backend."
             )
         return BACKENDS[name]
@@ -133,13 +144,13 @@ def choose_backend(
             break
         reasons.append(f"{candidate.name}: {reason}")
     if reasons and not torch.compiler.is_compiling():
-        _tell(candidate.name, device_type, reasons)
+        _announce(candidate.name, device_type, reasons)
     return candidate
 
 
-def _tell(name: str, device_type: str, reasons: list[str]) -> None:
-    """Say once that a slower backend serves a device, and why."""
-    message = f"{name} backend serves {device_type} ({'; '.join(reasons)})"
-    if message not in _told:
-        _told.add(message)
+def _announce(name: str, device_type: str, reasons: list[str]) -> None:
+    """Log once that a slower backend is used on a device, and why."""
+    message = f"using the {name} backend on {device_type} ({'; '.join(reasons)})"
+    if message not in _announced:
+        _announced.add(message)
         logger.warning(message)

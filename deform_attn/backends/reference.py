@@ -6,16 +6,18 @@ side, because grid_sample maps locations to [-1, 1] and back.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deform_attn.checks import acc_dtype, check_gradient, check_operands, if_wanted
-from deform_attn.levels import host_level_sizes, points_per_level
+from deform_attn.checks import check_gradient, check_operands, masked
+from deform_attn.levels import count_points, read_levels
+from deform_attn.operands import Operands, acc_dtype
 
-__all__ = ["backward", "forward", "why_not"]
+__all__ = ["backward", "forward", "sample", "why_not"]
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -23,69 +25,63 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def forward(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-) -> Tensor:
-    """The formula of Deformable DETR (arXiv 2010.04159, section 4.1) with ``grid_sample``."""
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    check_operands(*inputs, level_sizes, num_points)
+def forward(*inputs: Any) -> Tensor:
+    """The kernel of ``ms_deform_attn_reference``."""
+    operands = Operands(*inputs)
+    check_operands(operands)
+    return sample(operands)
+
+
+def sample(operands: Operands) -> Tensor:
+    """Deformable DETR (arXiv 2010.04159), section 4.1, with ``grid_sample``."""
+    value = operands.value
     B, _, M, D = value.shape
-    Q = sampling_locations.shape[1]
+    Q = operands.sampling_locations.shape[1]
     output = value.new_zeros((B * M, D, Q), dtype=acc_dtype(value.dtype))
-    for _, level, grid, weights in _levels(*inputs, level_sizes, num_points):
-        output += (_sample(level, grid) * weights).sum(-1)
+    for _, level, grid, weights in _levels(operands):
+        # not in place: this is exported to ONNX, too
+        output = output + (_sample(level, grid) * weights).sum(-1)
     return output.view(B, M * D, Q).transpose(1, 2).to(value.dtype).contiguous()
 
 
-def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-    deterministic: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of value, sampling_locations and attention_weights, as far as they are wanted."""
-    inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
-    check_operands(*inputs, level_sizes, num_points)
-    check_gradient(grad_output, value, sampling_locations, wanted, 3)
+def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    """The kernel of ``ms_deform_attn_reference_backward``: of value, locations and weights."""
+    *call, _, output_mask = inputs
+    operands = Operands(*call)
+    check_operands(operands)
+    check_gradient(grad_output, operands, output_mask, 3)
+    value, locations, weights = (
+        operands.value,
+        operands.sampling_locations,
+        operands.attention_weights,
+    )
     B, S, M, D = value.shape
-    Q = sampling_locations.shape[1]
-    real = acc_dtype(value.dtype)
-    grad = grad_output.to(real).transpose(1, 2).reshape(B * M, D, Q, 1)
-    grad_value = value.new_zeros((B, M, D, S), dtype=real) if wanted[0] else None
-    grad_grids, grad_weights = [], []
-    for start, level, grid, weights in _levels(*inputs, level_sizes, num_points):
+    Q = locations.shape[1]
+    dtype = acc_dtype(value.dtype)
+    grad = grad_output.to(dtype).transpose(1, 2).reshape(B * M, D, Q, 1)
+    grad_value = value.new_zeros((B, M, D, S), dtype=dtype) if output_mask[0] else None
+    grad_grids, grads_weight = [], []
+    for start, level, grid, weight in _levels(operands):
         rows = level.shape[2] * level.shape[3]
-        grad_weights.append((_sample(level, grid) * grad).sum(1))
+        grads_weight.append((_sample(level, grid) * grad).sum(1))
         grad_level, grad_grid = torch.zeros_like(level), torch.zeros_like(grid)
         if grid.numel() > 0:
             grad_level, grad_grid = torch.ops.aten.grid_sampler_2d_backward(
-                grad * weights, level, grid, 0, 0, False, (wanted[0], True)
+                grad * weight, level, grid, 0, 0, False, (output_mask[0], True)
             )
         if grad_value is not None:
             grad_value[..., start : start + rows] += grad_level.view(B, M, D, rows)
         grad_grids.append(grad_grid)
-    # grid = 2 * location - 1; a location that is nowhere near has no gradient
+    # grid = 2 * location - 1; a location without a pixel near has no gradient
     grad_locations = 2 * torch.cat(grad_grids, 2).unflatten(0, (B, M)).transpose(1, 2)
-    grad_locations = grad_locations.reshape(sampling_locations.shape).contiguous()
-    of_weights = torch.cat(grad_weights, 2).unflatten(0, (B, M)).transpose(1, 2)
-    of_weights = of_weights.reshape(attention_weights.shape).to(attention_weights.dtype)
-    return if_wanted(
-        wanted,
+    grad_locations = grad_locations.reshape(locations.shape).contiguous()
+    grad_weights = torch.cat(grads_weight, 2).unflatten(0, (B, M)).transpose(1, 2)
+    grad_weights = grad_weights.reshape(weights.shape).to(weights.dtype)
+    return masked(
+        output_mask,
         None if grad_value is None else grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
-        grad_locations.masked_fill(~_near(sampling_locations), 0),
-        of_weights.contiguous(),
+        grad_locations.masked_fill(~_near(locations), 0),
+        grad_weights.contiguous(),
     )
 
 
@@ -95,28 +91,21 @@ def _near(sampling_locations: Tensor) -> Tensor:
     return near.all(-1, keepdim=True)
 
 
-def _levels(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+def _levels(operands: Operands) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """For each level: first row, map ``[B*M, D, h, w]``, grid ``[B*M, Q, P, 2]``, weights."""
-    real = acc_dtype(value.dtype)
+    value, locations = operands.value, operands.sampling_locations
+    dtype = acc_dtype(value.dtype)
     B, _, M, D = value.shape
-    Q = sampling_locations.shape[1]
-    levels = host_level_sizes(spatial_shapes, level_start_index, level_sizes)
-    counts = points_per_level(sampling_locations, len(levels), num_points)
-    grids = 2 * sampling_locations.masked_fill(~_near(sampling_locations), -1) - 1
+    Q = locations.shape[1]
+    levels = read_levels(operands)
+    counts = count_points(locations, len(levels), operands.num_points)
+    grids = 2 * locations.masked_fill(~_near(locations), -1) - 1
     grids = grids.reshape(B, Q, M, sum(counts), 2)
-    weights = attention_weights.to(real).reshape(B, Q, M, sum(counts))
+    weights = operands.attention_weights.to(dtype).reshape(B, Q, M, sum(counts))
     for (height, width, start), grid, weight in zip(
         levels, grids.split(counts, dim=3), weights.split(counts, dim=3)
     ):
-        level = value[:, start : start + height * width].to(real)
+        level = value[:, start : start + height * width].to(dtype)
         yield (
             start,
             level.permute(0, 2, 3, 1).reshape(B * M, D, height, width),

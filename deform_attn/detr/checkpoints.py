@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import cast
+from pathlib import Path
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-Rules = list[tuple[str, str]]
+Rules = list[tuple[str, Any]]  # pattern, and replacement as re.sub takes it
 
 # Names inside layers.
 _LAYERS: Rules = [
@@ -127,6 +129,40 @@ _MR_DETR: Rules = [
     *_OTHERS,
 ]
 
+# Names of official backbones, in those of the library.
+_NORM = (r"\.(?:norm|bn)\.", ".normalization.")
+_CONV = (r"\.conv\.", ".convolution.")
+BACKBONES: dict[str, Rules] = {
+    "resnet": [  # torchvision's, in a body or not
+        (r"^backbone\.(?:0\.body\.|0\.)?", "backbone.body."),
+        (r"\.body\.conv1\.", ".body.embedder.embedder.convolution."),
+        (r"\.body\.bn1\.", ".body.embedder.embedder.normalization."),
+        (r"\.layer([1-4])\.(\d+)\.", lambda m: f".encoder.stages.{int(m[1]) - 1}.layers.{m[2]}."),
+        (r"\.downsample\.0\.", ".shortcut.convolution."),
+        (r"\.downsample\.1\.", ".shortcut.normalization."),
+        (r"\.conv([1-3])\.", lambda m: f".layer.{int(m[1]) - 1}.convolution."),
+        (r"\.bn([1-3])\.", lambda m: f".layer.{int(m[1]) - 1}.normalization."),
+    ],
+    "resnet_vd": [  # RT-DETR's
+        (
+            r"^backbone\.conv1\.conv1_(\d)\.",
+            lambda m: f"backbone.body.embedder.embedder.{int(m[1]) - 1}.",
+        ),
+        (r"^backbone\.res_layers\.(\d)\.blocks\.", r"backbone.body.encoder.stages.\1.layers."),
+        (r"\.branch2([a-c])\.", lambda m: f".layer.{'abc'.index(m[1])}."),
+        (r"\.short\.conv\.(conv|norm)\.", r".shortcut.1.\1."),
+        (r"\.short\.", ".shortcut."),
+        _CONV,
+        _NORM,
+    ],
+    "hgnetv2": [  # D-FINE's and RT-DETR's
+        (r"^backbone\.stem\.", "backbone.body.embedder."),
+        (r"^backbone\.stages\.", "backbone.body.encoder.stages."),
+        _CONV,
+        _NORM,
+    ],
+}
+
 # Buffers of RT-DETRv2 and D-FINE that depend on the size of the images; here they are computed.
 _DERIVED = ("decoder.anchors", "decoder.valid_mask")
 
@@ -176,3 +212,22 @@ def load_official(model: nn.Module, system: str, state: Mapping[str, Tensor]) ->
         if name not in given and id(tensor) in named:  # shared with a tensor of the checkpoint
             given[name] = given[named[id(tensor)]]
     model.load_state_dict(given, strict=True)
+
+
+def read_checkpoint(file: str | Path) -> dict[str, Any]:
+    """Content of a checkpoint, with the weights on the CPU.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, or not a checkpoint; the message names it.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load raises RuntimeError, EOFError, UnpicklingError, ...
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{file}: expected a checkpoint, got {reason}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a dict, got {type(content).__name__}")
+    return content

@@ -1,4 +1,4 @@
-"""Use a trained detector: `load` it by name or from a file, then ``predict`` on images."""
+"""Use a trained detector: :func:`load` it by name or from a file, then ``predict`` on images."""
 
 from __future__ import annotations
 
@@ -6,29 +6,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from deform_attn.detr.data import as_tensor, upright
+from deform_attn.detr.checkpoints import read_checkpoint
+from deform_attn.detr.images import as_tensor, pad, read_image
 from deform_attn.detr.recipes import build
 
 SHIPPED = Path(__file__).parent / "weights"
 
 
 class Predictor:
-    """A trained detector, with what it needs to be used.
+    """A trained detector with its preprocessing, postprocessing and class names.
 
     Attributes:
         model: the ``nn.Module``, in evaluation mode.
-        classes: name of each label.
-        size: sides of the square that images are stretched to.
-        facts: how it was trained: ``settings``, ``step`` and the ``ap`` reached.
+        classes: names, by label.
+        size: longer side of the images, in pixels.
+        resize: "stretch" to a square, or "fit", which keeps the ratio of the sides.
+        facts: of its training: ``settings``, ``step`` and the ``ap`` reached.
     """
 
     def __init__(self, content: dict[str, Any], device: str | torch.device = "cpu") -> None:
         self.classes, self.size = content["classes"], content["size"]
         self.facts = {name: content[name] for name in ("settings", "step", "ap")}
         settings = content["settings"]
+        self.resize = settings.get("resize", "stretch")
         sizes = (settings[name] for name in ("width", "layers", "queries"))
         system = build(settings["recipe"], len(self.classes), *sizes)
         system.model.load_state_dict(content["model"])
@@ -36,22 +41,25 @@ class Predictor:
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[str | Path | Image.Image], threshold: float = 0.5
+        self, images: Sequence[Any], threshold: float = 0.5, batch: int = 16
     ) -> list[dict[str, Any]]:
         """Detect in images of any sizes and modes.
 
         Args:
-            images: files or ``PIL`` images.
-            threshold: the lowest score that counts.
+            images: files, ``PIL`` images, arrays ``[H, W, 3]`` or tensors ``[3, H, W]``, see
+                :func:`~deform_attn.detr.images.read_image`.
+            threshold: lowest score.
+            batch: images per call of the model, and in memory at a time.
 
         Returns:
-            For each image ``boxes`` ``[n, 4]`` ``(x1, y1, x2, y2)`` in its pixels, ``scores``
-            ``[n]``, best first, ``labels`` ``[n]``, and ``names``, a list of n classes. A box has
-            one class, its best.
+            For each image ``boxes [n, 4]``, ``(x1, y1, x2, y2)`` in its pixels; ``scores [n]``,
+            best first; ``labels [n]``; and ``names``, a list of n classes. A box has one class,
+            its best.
 
         Raises:
             FileNotFoundError: no such file.
-            TypeError: one image in the place of a list of them.
+            TypeError: a single image instead of a list, or an image of another type.
+            ValueError: not an image.
 
         Example:
             >>> from PIL import Image
@@ -60,21 +68,31 @@ class Predictor:
             >>> found[0]["boxes"].shape
             torch.Size([0, 4])
         """
-        if isinstance(images, str | Path | Image.Image):
-            raise TypeError(f"images: expected a list of images or files, got {type(images)}")
-        opened = [i if isinstance(i, Image.Image) else Image.open(i) for i in images]
-        if not opened:
-            return []
-        device = next(self.model.parameters()).device
-        batch = torch.stack([as_tensor(image, self.size) for image in opened]).to(device)
-        sizes = torch.tensor([upright(image).size[::-1] for image in opened], device=device)
+        single = isinstance(images, str | Path | Image.Image)
+        if single or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
+            raise TypeError(f"images: expected a list of images, got {type(images).__name__}")
+        found: list[dict[str, Any]] = []
+        for first in range(0, len(images), batch):
+            found += self._predict(images[first : first + batch], threshold)
+        return found
+
+    def _predict(self, images: Sequence[Any], threshold: float) -> list[dict[str, Any]]:
+        parameter = next(self.model.parameters())
+        tensors, sizes = [], []
+        for one in images:
+            image = read_image(one)
+            tensors.append(as_tensor(image, self.size, self.resize))
+            sizes.append([image.height, image.width])
+        batch, mask = pad(tensors)
+        mask = None if mask is None else mask.to(parameter.device)
+        outputs = self.model(batch.to(parameter), mask)
         found = []
-        for one in self.postprocess(self.model(batch), sizes):
+        for one in self.postprocess(outputs, torch.tensor(sizes, device=parameter.device)):
             sure = {name: values[one["scores"] >= threshold] for name, values in one.items()}
             boxes = sure["boxes"]
-            # A query is named once, whatever other classes it may also be.
-            same = (boxes[:, None] == boxes).all(-1).tril(-1).any(-1)
-            kept = {name: values[~same] for name, values in sure.items()}
+            # A query may have several classes: the first one is its best.
+            again = (boxes[:, None] == boxes).all(-1).tril(-1).any(-1)
+            kept = {name: values[~again] for name, values in sure.items()}
             found.append({**kept, "names": [self.classes[i] for i in kept["labels"].tolist()]})
         return found
 
@@ -83,11 +101,12 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> Predic
     """Open a trained detector.
 
     Args:
-        name_or_path: ``digits``, which comes with the package, or ``model.pt`` of a training.
+        name_or_path: ``digits``, which is part of the package, or ``model.pt`` of a training.
         device: where it runs.
 
     Raises:
         FileNotFoundError: neither the name of a shipped detector nor a file.
+        ValueError: the file is damaged, or not of a training.
 
     Example:
         >>> from deform_attn.detr import load
@@ -96,8 +115,14 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> Predic
     """
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
     file = shipped.get(str(name_or_path), Path(name_or_path))
-    if not file.is_file():
+    if "\0" in str(file) or not file.is_file():
         raise FileNotFoundError(
             f"name_or_path: expected one of {sorted(shipped)} or a file, got {str(name_or_path)!r}"
         )
-    return Predictor(torch.load(file, map_location="cpu", weights_only=True), device)
+    content = read_checkpoint(file)
+    names = ("classes", "size", "settings", "step", "ap", "model")
+    if missing := [name for name in names if name not in content]:
+        raise ValueError(
+            f"{file}: expected model.pt of a training, got a file without {', '.join(missing)}"
+        )
+    return Predictor(content, device)

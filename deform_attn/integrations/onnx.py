@@ -14,14 +14,14 @@ form          becomes                          for
               Plugin_TRT node
 ============= ================================ ==================================================
 
-All three take points per level that differ. Discrete sampling (RT-DETRv2) is no operator of this
-package: it is exported as gathered pixels in every form.
+All three take points per level that differ. Discrete sampling (RT-DETRv2) becomes gathered pixels
+in every form.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deform_attn.backends import BACKENDS
-from deform_attn.checks import acc_dtype
-from deform_attn.composite import fused_points
-from deform_attn.levels import points_per_level
+from deform_attn.backends import BACKENDS, reference
+from deform_attn.composite import discrete, unfused
+from deform_attn.levels import count_points, level_pairs
+from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands, acc_dtype
 
 __all__ = ["FORMS", "decompositions", "export"]
 
@@ -124,125 +124,78 @@ def decompositions(
     Example:
         >>> from deform_attn.integrations.onnx import decompositions
         >>> len(decompositions("gather"))
-        5
+        6
     """
     if form not in FORMS:
         raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
 
-    def attention(
-        value: Tensor,
-        spatial_shapes: Tensor | None,
-        level_start_index: Tensor | None,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        level_sizes: Sequence[int] | None,
-        num_points: Sequence[int] | None,
-    ) -> Tensor:
-        inputs = (value, spatial_shapes, level_start_index, sampling_locations, attention_weights)
+    def attention(operands: Operands) -> Tensor:
         if form == "gather":
-            return _gathered(*inputs, level_sizes, num_points)
+            return _gathered(operands)
         if form == "tensorrt":
-            return _plugin(*inputs, level_sizes, num_points, plugin_version)
-        return _grid_sampled(*inputs, level_sizes, num_points)
+            return _plugin(operands, plugin_version)
+        return _grid_sampled(operands)
 
-    def layer(
-        value: Tensor,
-        spatial_shapes: Tensor | None,
-        level_start_index: Tensor | None,
-        reference_points: Tensor,
-        sampling_offsets: Tensor,
-        attention_logits: Tensor,
-        level_sizes: Sequence[int] | None,
-        num_points: Sequence[int] | None,
-        offset_scale: float,
-    ) -> Tensor:
-        locations, weights = fused_points(
-            _sizes(spatial_shapes, level_sizes),
-            *(reference_points, sampling_offsets, attention_logits, num_points, offset_scale),
-        )
-        return attention(
-            *(value, spatial_shapes, level_start_index, locations, weights),
-            *(level_sizes, num_points),
-        )
+    def decomposed(
+        record: type[AnyOperands], form: Callable[[Any], Tensor]
+    ) -> Callable[..., Tensor]:
+        return lambda *inputs, **kwargs: form(record(*inputs, **kwargs))
 
-    table: dict[torch._ops.OperatorBase, Callable[..., Any]] = {}
+    forms = {
+        "ms_deform_attn": decomposed(Operands, attention),
+        "ms_deform_attn_fused": decomposed(FusedOperands, lambda call: attention(unfused(call))),
+    }
+    table: dict[torch._ops.OperatorBase, Callable[..., Any]] = {
+        torch.ops.deform_attn.ms_deform_attn_discrete.default: decomposed(
+            DiscreteOperands, discrete
+        )
+    }
     for backend in BACKENDS.values():
         suffix = "" if backend.name == "compiled" else f"_{backend.name}"
-        table[getattr(torch.ops.deform_attn, f"ms_deform_attn{suffix}").default] = attention
-        if backend.call_fused is not None:
-            table[getattr(torch.ops.deform_attn, f"ms_deform_attn_fused{suffix}").default] = layer
+        for name, form_of_operator in forms.items():
+            operator = getattr(torch.ops.deform_attn, name + suffix, None)
+            if operator is not None:
+                table[operator.default] = form_of_operator
     return table
 
 
-def _grid_sampled(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-) -> Tensor:
-    """What the reference backend computes, without what a graph cannot hold: no sum in place."""
-    if level_sizes is None or level_start_index is not None:
-        name = "level_start_index" if level_sizes is not None else "spatial_shapes"
-        expected = "None" if level_sizes is not None else "a list of (height, width)"
+def _grid_sampled(operands: Operands) -> Tensor:
+    """What the reference backend computes, with the level sizes as constants of the graph."""
+    listed = operands.level_sizes is not None
+    if not listed or operands.level_start_index is not None:
+        name = "level_start_index" if listed else "spatial_shapes"
         raise ValueError(
-            f"{name}: expected {expected} for form 'grid_sample', which cuts the levels apart, got "
-            "a tensor; the forms 'gather' and 'tensorrt' take it"
+            f"{name}: expected {'None' if listed else 'a list of (height, width)'} for form "
+            "'grid_sample', which cuts the levels apart, got a tensor; the forms 'gather' and "
+            "'tensorrt' take it"
         )
-    real = acc_dtype(value.dtype)
-    B, _, M, D = value.shape
-    Q = sampling_locations.shape[1]
-    sizes = _sizes(spatial_shapes, level_sizes)
-    counts = points_per_level(sampling_locations, len(sizes), num_points)
-    near = ((sampling_locations >= -1) & (sampling_locations <= 2)).all(-1, keepdim=True)
-    grids = 2 * torch.where(near, sampling_locations, -1) - 1
-    grids = grids.reshape(B, Q, M, sum(counts), 2).transpose(1, 2).split(counts, 3)
-    weights = attention_weights.to(real).reshape(B, Q, M, sum(counts)).transpose(1, 2)
-    rows = value.to(real).permute(0, 2, 3, 1)  # [B, M, D, S]
-    output = rows.new_zeros((B, M, D, Q))
-    start = 0
-    for (height, width), grid, weight in zip(sizes, grids, weights.split(counts, 3)):
-        image = rows[..., start : start + height * width].reshape(B * M, D, height, width)
-        start = start + height * width
-        pixels = F.grid_sample(image, grid.flatten(0, 1), align_corners=False)  # [B * M, D, Q, P]
-        output = output + (pixels.unflatten(0, (B, M)) * weight[:, :, None]).sum(-1)
-    return output.flatten(1, 2).transpose(1, 2).to(value.dtype)
+    return reference.sample(operands)
 
 
-def _gathered(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-) -> Tensor:
+def _gathered(operands: Operands) -> Tensor:
     """Rows of D numbers from one list of all pixels, times their shares of the bilinear weights.
 
     In float32 where the formula that derivatives come from takes float64, which TensorRT has not:
     the side of a knot may be wrong, and makes no difference to a sum that is continuous there.
     """
-    real = acc_dtype(value.dtype)
+    value, starts = operands.value, operands.level_start_index
+    dtype = acc_dtype(value.dtype)
     B, S, M, D = value.shape
-    Q = sampling_locations.shape[1]
-    sizes = _sizes(spatial_shapes, level_sizes)
-    counts = points_per_level(sampling_locations, len(sizes), num_points)
+    Q, sizes = operands.sampling_locations.shape[1], level_pairs(operands)
+    counts = count_points(operands.sampling_locations, len(sizes), operands.num_points)
     nothing = B * S * M  # a row of zeros, for what is off the map: no pixel's NaN gets through
-    rows = value.to(real).reshape(nothing, D)
+    rows = value.to(dtype).reshape(nothing, D)
     rows = torch.cat((rows, rows.new_zeros((1, D))))
     image = torch.arange(B, device=value.device)[:, None, None, None] * S
     head = torch.arange(M, device=value.device)[:, None]
-    locations = sampling_locations.reshape(B, Q, M, sum(counts), 2).split(counts, 3)
-    weights = attention_weights.to(real).reshape(B, Q, M, sum(counts)).split(counts, 3)
+    locations = operands.sampling_locations.reshape(B, Q, M, sum(counts), 2).split(counts, 3)
+    weights = operands.attention_weights.to(dtype).reshape(B, Q, M, sum(counts)).split(counts, 3)
     output = rows.new_zeros((B, Q, M, 1, D))
     end: Any = 0
     for level, (location, weight) in enumerate(zip(locations, weights)):
         count = 4 * counts[level]
         height, width = sizes[level]
-        start = end if level_start_index is None else level_start_index[level].to(value.device)
+        start = end if starts is None else starts[level].to(value.device)
         end = start + height * width
         near = ((location >= -1) & (location <= 2)).all(-1, keepdim=True)
         x, y = torch.where(near, location, -1).unbind(-1)  # [B, Q, M, P]; NaN is nowhere
@@ -262,16 +215,7 @@ def _gathered(
     return output.reshape(B, Q, M * D).to(value.dtype)
 
 
-def _plugin(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-    version: str,
-) -> Tensor:
+def _plugin(operands: Operands, version: str) -> Tensor:
     """TensorRT's plugin of that name: no attributes, five inputs of these shapes.
 
     Its floats are all of one dtype, so all are float32, as locations have to be; level sizes and
@@ -279,24 +223,22 @@ def _plugin(
     onnxruntime's TensorRT provider has plugins in the domain "trt.plugins". Sources: the plugin's
     README in NVIDIA/TensorRT, FallbackPluginImporter in onnx/onnx-tensorrt.
     """
-    B, S, M, D = value.shape
-    Q = sampling_locations.shape[1]
-    sizes = _sizes(spatial_shapes, level_sizes)
+    value, shapes, starts, locations, weights, _, num_points = operands
+    B, _, M, D = value.shape
+    Q, sizes = locations.shape[1], level_pairs(operands)
     if num_points is not None:  # equal numbers of points: the missing ones weigh nothing
-        counts = points_per_level(sampling_locations, len(sizes), num_points)
+        counts = list(num_points)
         most = max(counts)
-        sampling_locations, attention_weights = (
+        locations, weights = (
             torch.stack([F.pad(level, (*after, 0, most - level.shape[3])) for level in levels], 3)
             for levels, after in (
-                (sampling_locations.split(counts, 3), (0, 0)),
-                (attention_weights.split(counts, 3), ()),
+                (locations.split(counts, 3), (0, 0)),
+                (weights.split(counts, 3), ()),
             )
         )
-    shapes = spatial_shapes
     if shapes is None:
         sides = [value.new_full((1,), side, dtype=torch.int64) for size in sizes for side in size]
         shapes = torch.cat(sides).reshape(-1, 2)
-    starts = level_start_index
     if starts is None:
         rows = shapes.prod(-1)
         starts = rows.cumsum(0) - rows
@@ -306,8 +248,8 @@ def _plugin(
             value.float(),
             shapes.to(value.device, torch.int32),
             starts.to(value.device, torch.int32),
-            sampling_locations.float(),
-            attention_weights.float(),
+            locations.float(),
+            weights.float(),
         ),
         {"plugin_version": version, "plugin_namespace": ""},
         dtype=torch.float32,
@@ -315,10 +257,3 @@ def _plugin(
         version=1,
     )
     return output.reshape(B, Q, M * D).to(value.dtype)
-
-
-def _sizes(spatial_shapes: Tensor | None, level_sizes: Sequence[int] | None) -> Any:
-    """(height, width) by level: numbers, or a tensor that the graph computes."""
-    if level_sizes is None:
-        return spatial_shapes
-    return list(zip(level_sizes[::2], level_sizes[1::2]))

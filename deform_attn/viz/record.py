@@ -1,8 +1,8 @@
 """Records what deformable attention samples while a model runs.
 
 A ``TorchDispatchMode`` sees every call of the package's operators, whichever module or function
-made it: this package's modules, accelerated models of transformers, or repositories that import a
-compiled extension. The operator's schema gives the names of its arguments. Outside a ``record``
+made it: this package's modules, accelerated models, or repositories that import a compiled
+extension. The operator's schema gives the names of its arguments. Outside a ``record``
 block there is no cost, because no code on the way to a kernel is changed.
 
 The operator does not receive everything: reference points and the padding of the images are
@@ -20,15 +20,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, overload
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deform_attn import functional
-from deform_attn.composite import discrete, fused_points
-from deform_attn.levels import points_per_level
+from deform_attn.composite import unfused
+from deform_attn.levels import count_points
+from deform_attn.operands import FusedOperands
 
 __all__ = ["Recording", "Recordings", "record"]
 
@@ -138,7 +137,6 @@ def record(module: nn.Module) -> Iterator[Recordings]:
             stack.callback(leave.remove)
         if "torch._dynamo" in sys.modules:  # set_stance would import it, which takes seconds
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        stack.enter_context(patch.object(functional, "discrete", recorder.of_function(discrete)))
         stack.enter_context(recorder)
         yield recorder.seen
     if not recorder.entered:
@@ -148,8 +146,7 @@ def record(module: nn.Module) -> Iterator[Recordings]:
     if not recorder.seen:
         raise RuntimeError(
             f"nothing recorded: found no call of deformable attention in {type(module).__name__}. "
-            "Functions of other packages are not recorded; if this is a model of transformers, "
-            "call deform_attn.integrations.transformers.accelerate(model) first"
+            "Functions of other libraries are recorded only after deform_attn.accelerate(model)"
         )
 
 
@@ -189,16 +186,6 @@ class _Recorder(TorchDispatchMode):
             self._on_call(dict(zip(names, args)) | kwargs)
         return output
 
-    def of_function(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """The function, with its calls recorded like those of an operator."""
-
-        def recorded(*args: Any) -> Tensor:
-            output = function(*args)
-            self._on_call(dict(zip(_parameters(function), args)))
-            return output
-
-        return recorded
-
     def _on_call(self, arguments: dict[str, Any]) -> None:
         """Record an operator's call, unless it is a backward pass or ``leave`` will record it."""
         if not self._stack or "grad_output" in arguments:
@@ -211,14 +198,8 @@ class _Recorder(TorchDispatchMode):
         shapes = _spatial_shapes(arguments)
         num_points = arguments.get("num_points")
         if "sampling_offsets" in arguments:
-            locations, weights = fused_points(
-                shapes,
-                arguments["reference_points"],
-                arguments["sampling_offsets"],
-                arguments["attention_logits"],
-                num_points,
-                arguments["offset_scale"],
-            )
+            operands = unfused(FusedOperands(**arguments))
+            locations, weights = operands.sampling_locations, operands.attention_weights
         else:
             locations, weights = arguments["sampling_locations"], arguments["attention_weights"]
         B, Q, M = locations.shape[:3]
@@ -229,7 +210,7 @@ class _Recorder(TorchDispatchMode):
             Recording(
                 layer=layers[-1] if layers else self._stack[-1][0],
                 spatial_shapes=shapes,
-                num_points=tuple(points_per_level(locations, L, num_points)),
+                num_points=tuple(count_points(locations, L, num_points)),
                 sampling_locations=_copy(locations).reshape(B, Q, M, -1, 2),
                 attention_weights=_copy(weights).reshape(B, Q, M, -1),
                 reference_points=self._find("reference_points", arguments, (B, Q), L, (2, 4)),

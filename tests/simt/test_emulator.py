@@ -42,7 +42,7 @@ def run(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         [str(program(sanitizer)), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         env=environment,
     )
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from deform_attn import composite
+from deform_attn.operands import FusedOperands
 from deform_attn.testing import DTYPES
 from tests.simt.emulated import Emulated
 
@@ -46,7 +47,9 @@ def composite_results(
     leaves = [tensor.clone().requires_grad_() for tensor in tensors[:4]]
     value, reference, offsets, logits = leaves
     sizes = torch.tensor(LEVELS)
-    output = composite.fused(value, sizes, None, reference, offsets, logits, None, counts, SCALE)
+    output = composite.fused(
+        FusedOperands(value, sizes, None, reference, offsets, logits, None, counts, SCALE)
+    )
     return output, *torch.autograd.grad(output, leaves, tensors[4])
 
 

@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deform_attn.checks import check_fused_operands, check_gradient, check_operands, if_wanted
-from deform_attn.levels import points_per_level
+from deform_attn.checks import check_gradient, check_operands, masked
+from deform_attn.levels import count_points
+from deform_attn.operands import FusedOperands, Operands
 
 __all__ = [
     "Blocks",
@@ -173,110 +174,52 @@ def constants(
     }
 
 
-def forward(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-) -> Tensor:
-    """The op; arguments as in the schema of operator.py."""
-    levels = spatial_shapes, level_start_index, level_sizes, num_points
-    return _Problem(value, *levels, sampling_locations, attention_weights).forward()
+def forward(*inputs: Any) -> Tensor:
+    """The kernel of ``ms_deform_attn_triton``."""
+    return _Call(Operands(*inputs)).forward()
 
 
-def backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-    deterministic: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of value, locations and weights, as far as they are ``wanted``.
+def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    """The kernel of ``ms_deform_attn_triton_backward``.
 
     The gradient of value is summed in float32 by atomic additions, in an order that differs from
     run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
-    a stable sort; it takes about 100 bytes of memory a point, for one batch element at a time.
+    a stable sort; it takes about 100 bytes of memory per point, for one batch element at a time.
     """
-    levels = spatial_shapes, level_start_index, level_sizes, num_points
-    problem = _Problem(value, *levels, sampling_locations, attention_weights)
-    return problem.backward(grad_output, deterministic, wanted)
+    *call, deterministic, output_mask = inputs
+    return _Call(Operands(*call)).backward(grad_output, deterministic, output_mask)
 
 
-def fused_forward(
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-    offset_scale: float,
-) -> Tensor:
-    """The op on what a layer projects: softmax and locations are computed inside the kernels."""
-    levels = spatial_shapes, level_start_index, level_sizes, num_points
-    reference = reference_points, offset_scale
-    return _Problem(value, *levels, sampling_offsets, attention_logits, *reference).forward()
+def fused_forward(*inputs: Any) -> Tensor:
+    """The kernel of ``ms_deform_attn_fused_triton``."""
+    return _Call(FusedOperands(*inputs)).forward()
 
 
-def fused_backward(
-    grad_output: Tensor,
-    value: Tensor,
-    spatial_shapes: Tensor | None,
-    level_start_index: Tensor | None,
-    reference_points: Tensor,
-    sampling_offsets: Tensor,
-    attention_logits: Tensor,
-    level_sizes: Sequence[int] | None,
-    num_points: Sequence[int] | None,
-    offset_scale: float,
-    deterministic: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor | None, ...]:
-    """Gradients of value, reference points, offsets and logits; see :func:`backward`."""
-    levels = spatial_shapes, level_start_index, level_sizes, num_points
-    reference = reference_points, offset_scale
-    problem = _Problem(value, *levels, sampling_offsets, attention_logits, *reference)
-    return problem.backward(grad_output, deterministic, wanted)
+def fused_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
+    """The kernel of ``ms_deform_attn_fused_triton_backward``; see :func:`backward`."""
+    *call, deterministic, output_mask = inputs
+    return _Call(FusedOperands(*call)).backward(grad_output, deterministic, output_mask)
 
 
-class _Problem:
-    """A call's inputs as the kernels take them, checked and contiguous, and the launches."""
+class _Call:
+    """A call's operands as the kernels take them, checked and contiguous, and the launches."""
 
-    def __init__(
-        self,
-        value: Tensor,
-        spatial_shapes: Tensor | None,
-        level_start_index: Tensor | None,
-        level_sizes: Sequence[int] | None,
-        num_points: Sequence[int] | None,
-        locations: Tensor,
-        weights: Tensor,
-        reference: Tensor | None = None,
-        offset_scale: float = 0.0,
-    ) -> None:
-        if reference is None:
-            operands = value, spatial_shapes, level_start_index, locations, weights
-            check_operands(*operands, level_sizes, num_points)
+    def __init__(self, operands: Operands | FusedOperands) -> None:
+        check_operands(operands)
+        self.operands = operands
+        value, shapes, starts, sizes = operands.value, *operands[1:3], operands.level_sizes
+        reference, offset_scale = None, 0.0
+        if isinstance(operands, FusedOperands):
+            reference, offset_scale = operands.reference_points, operands.offset_scale
+            locations, weights = operands.sampling_offsets, operands.attention_logits
         else:
-            check_fused_operands(
-                *(value, spatial_shapes, level_start_index, reference, locations, weights),
-                *(level_sizes, num_points, offset_scale),
-            )
+            locations, weights = operands.sampling_locations, operands.attention_weights
         reason = why_not(value.device.type, value.dtype)
         if reason is not None:
             raise RuntimeError(f"value: {reason}")
 
-        levels = len(level_sizes or ()) // 2 if spatial_shapes is None else len(spatial_shapes)
-        self.counts = tuple(points_per_level(locations, levels, num_points))
+        num_levels = len(sizes or ()) // 2 if shapes is None else len(shapes)
+        self.counts = tuple(count_points(locations, num_levels, operands.num_points))
         self.queries = locations.shape[1]
         self.value = value.contiguous()
         self.locations = locations.contiguous()
@@ -286,22 +229,21 @@ class _Problem:
         if reference is not None:
             self.reference_shape = (reference.shape[2], reference.shape[3])
 
-        # What lies on the device is read there, by the kernels; host numbers are passed by value.
-        shapes, starts = spatial_shapes, level_start_index
-        sizes: tuple[int, ...] = ()
-        starts_at: tuple[int, ...] | None = None
+        # The kernels read levels that lie on the device; host numbers are passed by value.
+        sizes_by_value: tuple[int, ...] = ()
+        starts_by_value: tuple[int, ...] | None = None
         if shapes is None:
-            sizes = _by_value(level_sizes or ())
+            sizes_by_value = _by_value(sizes or ())
         elif shapes.device != value.device:
-            sizes, shapes = _by_value(shapes.flatten().tolist()), None
+            sizes_by_value, shapes = _by_value(shapes.flatten().tolist()), None
         if starts is not None and starts.device != value.device:
-            starts_at, starts = _by_value(starts.tolist()), None
+            starts_by_value, starts = _by_value(starts.tolist()), None
         self.inputs = (
             self.value,
             None if shapes is None else shapes.contiguous(),
             None if starts is None else starts.contiguous(),
-            sizes,
-            starts_at,
+            sizes_by_value,
+            starts_by_value,
             self.reference,
             float(offset_scale),
             self.locations,
@@ -318,38 +260,38 @@ class _Problem:
         return output.to(self.value.dtype)
 
     def backward(
-        self, grad_output: Tensor, deterministic: bool, wanted: Sequence[bool]
+        self, grad_output: Tensor, deterministic: bool, output_mask: Sequence[bool]
     ) -> tuple[Tensor | None, ...]:
         """Gradients of value, of reference points if any, of locations or offsets, of weights or
-        logits, as far as they are wanted.
+        logits; None for those whose flag is not set.
         """
         fused = self.reference is not None
-        check_gradient(grad_output, self.value, self.locations, wanted, 4 if fused else 3)
+        check_gradient(grad_output, self.operands, output_mask, 4 if fused else 3)
         B, S, M, D = self.value.shape
         Q = self.queries
         grad_output = grad_output.contiguous()
-        of_locations = torch.empty_like(self.locations, dtype=_stored(self.locations.dtype))
-        of_weights = torch.empty_like(self.weights, dtype=_stored(self.weights.dtype))
-        of_value = of_reference = None
-        if self.reference is not None and wanted[1]:  # one of each head, added up below
-            of_reference = self.reference.new_zeros((B, Q, M, *self.reference_shape))
+        grad_locations = torch.empty_like(self.locations, dtype=_stored(self.locations.dtype))
+        grad_weights = torch.empty_like(self.weights, dtype=_stored(self.weights.dtype))
+        grad_value = grad_reference = None
+        if self.reference is not None and output_mask[1]:  # one of each head, added up below
+            grad_reference = self.reference.new_zeros((B, Q, M, *self.reference_shape))
         blocks = self.blocks(backward=True, deterministic=deterministic)
         programs = M * _ceil(Q, blocks.queries)
 
-        def launch(batch: int, programs: int, *of_value: Tensor | None) -> None:
-            gradients = (*of_value, of_reference, of_locations, of_weights)
+        def launch(batch: int, programs: int, *grad_value: Tensor | None) -> None:
+            gradients = (*grad_value, grad_reference, grad_locations, grad_weights)
             self.launch("backward", programs, blocks, grad_output, *self.inputs, *gradients, batch)
 
-        if not wanted[0]:
-            if of_weights.numel():
+        if not output_mask[0]:
+            if grad_weights.numel():
                 launch(0, B * programs, None, None, None)
-        elif not deterministic or of_weights.numel() == 0:
+        elif not deterministic or grad_weights.numel() == 0:
             # 16-bit sums would lose small gradients
-            of_value = torch.zeros_like(self.value, dtype=torch.float32)
-            if of_weights.numel():
-                launch(0, B * programs, of_value, None, None)
+            grad_value = torch.zeros_like(self.value, dtype=torch.float32)
+            if grad_weights.numel():
+                launch(0, B * programs, grad_value, None, None)
         else:
-            of_value = torch.empty_like(self.value, dtype=_stored(self.value.dtype))
+            grad_value = torch.empty_like(self.value, dtype=_stored(self.value.dtype))
             shape = (Q, M, sum(self.counts), 4)
             targets = torch.empty(
                 shape,
@@ -362,13 +304,13 @@ class _Problem:
                 launch(batch, programs, None, targets, shares)
                 by_row, order = targets.flatten().sort(stable=True)
                 begins = torch.searchsorted(by_row, rows)
-                self.add_up_rows(grad_output[batch], order, begins, shares, of_value[batch])
-        return if_wanted(
-            wanted,
-            None if of_value is None else of_value.to(self.value.dtype),
-            *([None if of_reference is None else of_reference.sum(2)] if fused else []),
-            of_locations.to(self.locations.dtype),
-            of_weights.to(self.weights.dtype),
+                self.add_up_rows(grad_output[batch], order, begins, shares, grad_value[batch])
+        return masked(
+            output_mask,
+            None if grad_value is None else grad_value.to(self.value.dtype),
+            *([None if grad_reference is None else grad_reference.sum(2)] if fused else []),
+            grad_locations.to(self.locations.dtype),
+            grad_weights.to(self.weights.dtype),
         )
 
     def blocks(self, *, backward: bool = False, deterministic: bool = False) -> Blocks:
