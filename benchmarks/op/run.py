@@ -393,9 +393,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if args.action != "run":
         loaded = [json.loads(file.read_text()) for file in args.files]
-        wanted = 2 if args.action == "compare" else 1
-        if len(loaded) != wanted:
-            console.print(f"{args.action}: expected {wanted} JSON file(s), got {len(loaded)}")
+        needed = 2 if args.action == "compare" else 1
+        if len(loaded) != needed:
+            console.print(f"{args.action}: expected {needed} JSON file(s), got {len(loaded)}")
             return 2
         if args.action == "compare":
             report.print_comparison(console, *loaded)
