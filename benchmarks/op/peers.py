@@ -182,7 +182,7 @@ def _hub_kernel(workload: Workload, device: str) -> Op:
     kernels = _import("kernels")
     try:
         module = kernels.get_kernel("kernels-community/deformable-detr")
-    except Exception as error:  # whatever a download may end in
+    except Exception as error:  # a failed download raises many types
         raise Missing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     _equal_points(workload)
     return _steps(_differentiable(module))

@@ -21,7 +21,7 @@ RIVAL = "torch-ms-deform-attn"
 
 
 def speedup(rows: Sequence[Row], row: Row, phase: str, contestant: str = BASELINE) -> float | None:
-    """How many times as fast as a contestant in float32 with as many threads; median of pairs."""
+    """Speed-up over a contestant in float32 with the same number of threads; median of pairs."""
     base = find(
         rows,
         contestant=contestant,
@@ -70,7 +70,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
 
 
 def print_environment(console: Console, results: dict[str, Any]) -> None:
-    """One line on the machine, one on the software."""
+    """The machine and the software."""
     facts = results["environment"]
     where = facts["gpu"]["name"] if results["device"] == "cuda" else facts["cpu"]
     console.print(
@@ -146,7 +146,7 @@ def _apart(handover: Sequence[float] | None) -> str:
 
 
 def print_cost(console: Console, costs: Sequence[Row]) -> None:
-    """Microseconds of a call on a tiny problem."""
+    """Overhead: microseconds of a call on a tiny problem."""
     table = Table(title="cost of a call (tiny problem)", title_justify="left", title_style="bold")
     table.add_column("contestant")
     for heading in ("no_grad", "recording gradients", "with its backward"):
@@ -177,7 +177,7 @@ def print_model(console: Console, model: Row) -> None:
 
 
 def print_missing(console: Console, rows: Sequence[Row]) -> None:
-    """Who could not take part, and why."""
+    """The contestants that could not take part, and why."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] == "missing":
@@ -196,7 +196,7 @@ def print_missing(console: Console, rows: Sequence[Row]) -> None:
 
 
 def print_comparison(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """How many times as fast the second run is, row by row."""
+    """Speed-up of the second run over the first, row by row."""
     for name, results in (("A", before), ("B", after)):
         facts = results["environment"]
         console.print(
@@ -388,7 +388,7 @@ def chart(results: dict[str, Any], file: Path) -> None:
 
 
 def _bars(rows: Sequence[Row]) -> list[Row]:
-    """A bar for each float32 row that has a baseline: where it stands, how long it is."""
+    """A bar per float32 row that has a baseline: its position and length."""
     bars: list[Row] = []
     y, group = 0.0, None
     order = list(COLORS)
