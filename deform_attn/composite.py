@@ -1,7 +1,8 @@
-"""MSDA in plain PyTorch: gathered pixels, differentiable any number of times in both modes.
+"""The operators in plain PyTorch: pixels are gathered by index, then weighted and summed.
 
-The kernels have first derivatives. Higher derivatives and forward-mode derivatives come from here,
-and so does discrete sampling, on every device.
+PyTorch can differentiate this any number of times, in reverse and forward mode. The kernels compute
+first derivatives only; higher derivatives and forward-mode derivatives are computed here. Discrete
+sampling is implemented here for every device.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ def attention(operands: Operands) -> Tensor:
 
     locations = locations.reshape(B, Q, M, K, 2)
     weights = operands.attention_weights.to(dtype).reshape(B, Q, M, K)
-    # beyond [-1, 2] no pixel is near; NaN fails both comparisons
+    # outside [-1, 2] a point touches no pixel of any map; NaN fails both comparisons
     near = ((locations >= -1) & (locations <= 2)).all(-1, keepdim=True)
-    # float64 holds the product exactly, so the pixel and the side of a knot are right
+    # float64 holds the product of a float32 location exactly: pixel and side of a knot are right
     pixel = locations.masked_fill(~near, -1).double() * sizes[level_of_point].flip(-1) - 0.5
     corner = pixel.detach().floor()
     right, down = (pixel - corner).to(dtype).unbind(-1)  # [B, Q, M, K]
@@ -59,7 +60,7 @@ def attention(operands: Operands) -> Tensor:
             on_map = fits & (x >= 0) & (x < width) & (y >= 0) & (y < height)
             row = torch.where(on_map, start + y * width + x, 0)
             share = (right if dx else 1 - right) * (down if dy else 1 - down) * weights
-            # where, not a product: what lies off the map must not pass on a NaN
+            # not a product with 0: a NaN outside the map would remain
             share = torch.where(on_map, share, 0)[..., None]
             corner_pixels = _gather(pixels, _positions(value, row))
             output = output + (share * torch.where(on_map[..., None], corner_pixels, 0)).sum(3)
@@ -103,8 +104,8 @@ def unfused(operands: FusedOperands) -> Operands:
 def discrete(operands: DiscreteOperands) -> Tensor:
     """``ms_deform_attn_discrete``: one pixel per point, RT-DETRv2's ``method="discrete"``.
 
-    Pixels are picked, not interpolated: a neighbour takes no part in a point, not even with a
-    rounding error. Level sizes on a GPU stay there, and numbers are not copied to it.
+    Each point reads exactly one pixel, so that its neighbours have no influence. Level sizes on a
+    GPU are not read, and level sizes on the host are not copied to the GPU.
     """
     value = operands.value
     B, S, M, D = value.shape
@@ -150,7 +151,7 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
 
 
 def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each level: position of each point's pixel in all of value's, and the point's weight."""
+    """For each level, of its points: positions of the pixels in ``[B * S * M, D]``, and weights."""
     value, dtype = operands.value, acc_dtype(operands.value.dtype)
     B, S, M, _ = value.shape
     Q, sizes = operands.sampling_locations.shape[1], level_pairs(operands)
@@ -170,16 +171,16 @@ def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
         if operands.official_clamp:
             x = x.clamp(max=height - 1)
         row = start + _nearest(location[..., 1], height) * width + x
-        if isinstance(end, Tensor):  # its number is not read: a level that does not fit is empty
+        if isinstance(end, Tensor):  # not checked on the host: a level that does not fit is empty
             fits = (height > 0) & (width > 0) & (start >= 0) & (end <= S)
             row, weight = torch.where(fits, row, 0), torch.where(fits, weight, 0)
         yield _positions(value, row), weight
 
 
 def _nearest(location: Tensor, size: Tensor | int) -> Tensor:
-    """``trunc(location * size + 1/2)``, or the nearest on the map; 0 for NaN."""
+    """``trunc(location * size + 1/2)``, clamped to the map; 0 for NaN."""
     index = (location * size + 0.5).nan_to_num(0.0)
-    # first to what int64 holds: a cast of anything else is undefined
+    # clamped before the cast too: the cast of a number outside int64 is undefined
     return index.clamp(0, LARGEST_SIDE).long().clamp(max=size - 1)
 
 

@@ -1,9 +1,9 @@
-"""Whole models on a photograph, as they ship and with deform_attn in place of their own op.
+"""Whole models on a photograph, as shipped and with deform_attn's operator.
 
-The models are Hugging Face's, built from configurations with random weights: nothing is downloaded.
-The photograph is one that matplotlib's wheel carries. Random initialisation leaves all attention
-weights equal and all offsets the same for every query; both are spread here, so that a wrong order
-of points would show in the outputs and memory is read as a trained model reads it.
+The models are those of transformers, built from configurations with random weights; nothing is
+downloaded. The photograph comes with matplotlib. The initial weights of these models make all
+attention weights equal and all offsets the same for every query. They are drawn at random here, so
+that a wrong order of points changes the outputs and memory is accessed as in a trained model.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure_model(
     seed: int = 0,
     tick: Callable[..., None] = lambda text=None: None,
 ) -> dict[str, Any]:
-    """Outputs and whole-model times of both, in turn; all threads that PyTorch has."""
+    """Compare the outputs of both, and time both in turn, with all of PyTorch's threads."""
     row: dict[str, Any] = {
         "model": f"{name} r50",
         "image": f"{size}x{size}",
@@ -107,7 +107,9 @@ def build(name: str, seed: int = 0) -> nn.Module:
         config = transformers.Mask2FormerConfig(
             backbone_config=transformers.ResNetConfig(out_features=stages)
         )
-        model = transformers.Mask2FormerModel(config)  # without its loss, which wants scipy
+        model = transformers.Mask2FormerModel(
+            config
+        )  # not the class with a loss, which needs scipy
     else:
         raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
     for module in model.modules():

@@ -1,11 +1,11 @@
-"""Benchmarks of multi-scale deformable attention: check against the truth, then time.
+"""Benchmarks of multi-scale deformable attention: compare with the oracle, then time.
 
     python -m benchmarks.op [--preset quick|default|full] [options]   measure; see --help
     python -m benchmarks.op compare A.json B.json                     ratio of each row
     python -m benchmarks.op table A.json                              the README's tables
     python -m benchmarks.op chart A.json                              draw the chart again
 
-A contestant that is wrong gets a red line with its error, and no time.
+A contestant that is wrong is reported in red with its error, and is not timed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.machine import probe
 from benchmarks.op import check, measure, report
 from benchmarks.op.environment import all_cores, environment
 from benchmarks.op.peers import BASELINE, KERNELS, OURS, PEERS, Loader, Missing, Op
+from benchmarks.op.rows import failures
 from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
 
 DTYPES = {
@@ -94,7 +95,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of the results to come."""
+    """A row of the results: a contestant, a dtype and a number of threads."""
 
     contestant: str
     dtype: str
@@ -102,7 +103,7 @@ class Entry:
 
 
 def plan(preset: Preset, workload: Workload, device: str) -> list[Entry]:
-    """Who takes part in a workload."""
+    """The rows of a workload."""
     counts = [count or all_cores() for count in preset.threads] if device == "cpu" else [1]
     if workload.name not in preset.all_threads:
         counts = counts[:1]
@@ -130,7 +131,7 @@ def measure_workload(
     peers: dict[str, Loader] = PEERS,
     tick: Any = lambda text=None: None,
 ) -> list[dict[str, Any]]:
-    """A row for each entry: check, peak memory, then a race of all that are right."""
+    """Check each entry, measure its peak memory, then time those that are right."""
     rows: list[dict[str, Any]] = []
     inputs: dict[str, list[WorkloadInputs]] = {}
     expected: dict[str, check.Expected] = {}
@@ -177,11 +178,10 @@ def measure_workload(
 
 
 def _scaling(entrant: measure.Entrant, seconds: float, rounds: tuple[int, int]) -> dict[str, Any]:
-    """Times with one thread over times with several, in a race of their own: a ratio near 2 takes
-    more rounds than slow contestants leave time for.
+    """Times with one thread over times with several, in a race of its own, which has more rounds.
 
-    `handover`: the core-to-core latency before and after. `page_faults` of the race: many mean that
-    the process did not keep its memory, so that the system's page supply was timed too.
+    `handover`: the core-to-core latency before and after. `page_faults` of the race: many of them
+    mean that the process did not keep its memory, so that the times include mapping pages.
     """
     one, many = (measure.Entrant(entrant.op, entrant.inputs, n) for n in (1, entrant.threads))
     handover = [probe.handover()]
@@ -220,7 +220,7 @@ def _examine(op: Op, x: WorkloadInputs, expected: check.Expected) -> dict[str, A
         if reason is None:
             return {"status": "ok", "errors": errors, "memory": measure.peaks(op, x)}
         return {"status": "wrong", "errors": errors, "reason": reason}
-    except Exception as error:  # of whatever kind: it belongs into the table
+    except Exception as error:  # any error of a contestant is a row of the table
         return {"status": "wrong", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
@@ -233,7 +233,7 @@ def _takes_dtype(entry: Entry, device: str) -> None:
 
 
 def _enough_memory(entry: Entry, workload: Workload, batch: int, device: str) -> None:
-    """The grid_sample formula keeps every sample: refuse what would fill the machine."""
+    """Raise Missing where the grid_sample formula, which stores every sample, would not fit."""
     if entry.contestant not in (BASELINE, "reference"):
         return
     size = 8 if entry.dtype == "f64" else 4
@@ -259,7 +259,7 @@ def measure_cost(device: str, contestants: Sequence[str]) -> list[dict[str, Any]
 
 
 def run(preset: Preset, device: str, seed: int, out: Path, console: Console) -> dict[str, Any]:
-    """Everything that a preset asks for; written to `out` after each step."""
+    """Run a preset; results are written to `out` after each workload."""
     start = time.perf_counter()
     results: dict[str, Any] = {
         "format": 1,
@@ -392,9 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if args.action != "run":
         loaded = [json.loads(file.read_text()) for file in args.files]
-        wanted = 2 if args.action == "compare" else 1
-        if len(loaded) != wanted:
-            console.print(f"{args.action}: expected {wanted} JSON file(s), got {len(loaded)}")
+        needed = 2 if args.action == "compare" else 1
+        if len(loaded) != needed:
+            console.print(f"{args.action}: expected {needed} JSON file(s), got {len(loaded)}")
             return 2
         if args.action == "compare":
             report.print_comparison(console, *loaded)
@@ -419,4 +419,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(
         f"{results['seconds']:.0f} s; written: {args.out}/bench.json, bench.png, bench.txt"
     )
-    return 1 if report.failures(results) else 0
+    return 1 if failures(results) else 0

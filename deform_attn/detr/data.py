@@ -1,7 +1,8 @@
 """Data sets: drawn shapes, handwritten digits on photographs, and folders with annotations.
 
 An item is ``(image, target)``: the image ``[3, h, w]``, float32 RGB in [0, 1]; the target a dict of
-``labels [n]``, int64, and ``boxes [n, 4]``, float32 ``(cx, cy, w, h)`` as fractions of the image.
+``labels [n]``, int64, and ``boxes [n, 4]``, float32 ``(cx, cy, w, h)`` as fractions of the image,
+before a batch pads it.
 """
 
 from __future__ import annotations

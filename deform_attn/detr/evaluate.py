@@ -33,9 +33,9 @@ def evaluate(
     Returns:
         As :func:`average_precision`.
     """
-    truth = dataset.ground_truth()
+    ground_truth = dataset.ground_truth()
     device = next(model.parameters()).device
-    sizes = torch.tensor([[facts["height"], facts["width"]] for facts in truth["images"]])
+    sizes = torch.tensor([[facts["height"], facts["width"]] for facts in ground_truth["images"]])
     detections: list[dict[str, Tensor]] = []
     training = model.training
     model.eval()
@@ -47,17 +47,17 @@ def evaluate(
             outputs = model(images.to(device), mask)
             detections += postprocess(outputs, sizes[part.start : part.stop].to(device))
     model.train(training)
-    return average_precision(truth, detections)
+    return average_precision(ground_truth, detections)
 
 
 def average_precision(
-    truth: dict[str, Any], detections: list[dict[str, Tensor]]
+    ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]
 ) -> dict[str, float | None]:
-    """COCO's numbers for the detections in each image.
+    """COCO's metrics for the detections in each image.
 
     Args:
-        truth: ``images``, ``annotations`` and ``categories``; labels number the categories in the
-            order of their ids.
+        ground_truth: ``images``, ``annotations`` and ``categories``; labels number the categories
+            in the order of their ids.
         detections: for each image ``boxes [n, 4]``, ``(x1, y1, x2, y2)`` in pixels, ``scores [n]``
             and ``labels [n]``; the 100 best of a class count.
 
@@ -67,7 +67,7 @@ def average_precision(
     Example:
         >>> import torch
         >>> from deform_attn.detr.evaluate import average_precision
-        >>> truth = {
+        >>> ground_truth = {
         ...     "images": [{"id": 1, "height": 9, "width": 9}],
         ...     "categories": [{"id": 7, "name": "cat"}],
         ...     "annotations": [
@@ -77,23 +77,23 @@ def average_precision(
         ... }
         >>> found = {"boxes": [[1.0, 1, 5, 4]], "scores": [0.9], "labels": [0]}  # IoU 0.75
         >>> found = {name: torch.tensor(numbers) for name, numbers in found.items()}
-        >>> result = average_precision(truth, [found])
+        >>> result = average_precision(ground_truth, [found])
         >>> round(result["AP50"], 2), result["AP_large"]
         (1.0, None)
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
-    areas = [one["area"] for one in truth["annotations"] if not one["iscrowd"]]
+    areas = [one["area"] for one in ground_truth["annotations"] if not one["iscrowd"]]
     if not areas:
         return dict.fromkeys(NAMES)
-    categories = sorted(category["id"] for category in truth["categories"])
+    categories = sorted(category["id"] for category in ground_truth["categories"])
     rows = []
-    for facts, detected in zip(truth["images"], detections):
+    for facts, detected in zip(ground_truth["images"], detections):
         columns = (detected[name].tolist() for name in ("boxes", "scores", "labels"))
         for (x1, y1, x2, y2), score, label in zip(*columns):
             one = {"category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1]}
             rows.append({"image_id": facts["id"], "score": score, **one})
-    reference = COCO(truth)
+    reference = COCO(ground_truth)
     results = reference.loadRes(rows)
     judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
     judge.run()

@@ -193,8 +193,10 @@ class _Run:
 
     def _check_queries(self) -> None:
         """Warn of images with more objects than queries can find."""
-        truth = self.data.ground_truth()
-        counts = Counter(one["image_id"] for one in truth["annotations"] if not one["iscrowd"])
+        ground_truth = self.data.ground_truth()
+        counts = Counter(
+            one["image_id"] for one in ground_truth["annotations"] if not one["iscrowd"]
+        )
         queries = self.settings.queries
         above = [count for count in counts.values() if count > queries]
         if above and self.settings.recipe != "stewart":  # whose boxes are those of its cells
