@@ -12,6 +12,7 @@ import torch
 from benchmarks.gates import kernels
 from benchmarks.machine import roofline
 from benchmarks.op import check, measure, models, peers, report, run
+from benchmarks.op.rows import KEY, failures
 from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw, scaled
 
 SMALL = scaled(WORKLOADS["rtdetr_decoder_640"], 0.1)
@@ -26,6 +27,7 @@ SMALL = scaled(WORKLOADS["rtdetr_decoder_640"], 0.1)
         ("dino_decoder_900q", 22223, 900, 8, 32, (4, 4, 4, 4)),
         ("mask2former_pixel_decoder_1024", 21504, 21504, 8, 32, (4, 4, 4)),
         ("rfdetr_decoder_560", 1600, 300, 16, 16, (2,)),
+        ("rfdetr_train", 1600, 3900, 16, 16, (2,)),
         ("dfine_decoder_640", 8400, 300, 8, 32, (3, 6, 3)),
     ],
 )
@@ -291,7 +293,7 @@ def test_end_to_end(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     statuses = {row["contestant"]: row["status"] for row in results["rows"]}
     assert statuses == {"reference": "ok", "grid_sample": "ok", "mmcv": "missing"}
     for row in results["rows"]:
-        assert {*report.KEY, "status"} <= row.keys()
+        assert {*KEY, "status"} <= row.keys()
         if row["status"] == "ok":
             assert row["times"].keys() == {measure.AGAIN, *measure.PHASES}
             assert min(map(min, row["times"].values())) > 0
@@ -317,9 +319,9 @@ def test_end_to_end(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_backend_fails_the_run() -> None:
     row = {"contestant": "compiled", "dtype": "f32", "workload": "w", "status": "wrong"}
     results = {"rows": [{**row, "reason": "output is off by 1"}], "models": []}
-    assert len(report.failures(results)) == 1
+    assert len(failures(results)) == 1
     results["rows"][0]["contestant"] = "mmcv"  # a peer's fault is shown, and is not ours
-    assert report.failures(results) == []
+    assert failures(results) == []
 
 
 def test_default_plan() -> None:

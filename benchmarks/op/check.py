@@ -42,11 +42,11 @@ class Expected:
     smooth: Tensor  # [B, N, ..., 1] locations away from knots
 
 
-def expected_of(x: WorkloadInputs, seed: int = 0) -> Expected:
-    """Run the oracle, on the CPU."""
+def expected_of(x: WorkloadInputs, seed: int = 0, points: int = 0) -> Expected:
+    """Run the oracle, on the CPU, for about so many points (0: SUBSET_POINTS)."""
     batch, queries = x.sampling_locations.shape[:2]
-    points = x.attention_weights[0, 0].numel() * batch
-    count = min(queries, max(1, SUBSET_POINTS // points))
+    of_query = x.attention_weights[0, 0].numel() * batch
+    count = min(queries, max(1, (points or SUBSET_POINTS) // of_query))
     generator = torch.Generator().manual_seed(seed)
     subset = torch.randperm(queries, generator=generator)[:count].sort().values
     locations, weights, grad_output = (

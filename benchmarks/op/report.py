@@ -1,16 +1,12 @@
 """Presents results: tables on the terminal, Markdown for README and docs, a chart, a comparison.
 
-All of them read the dictionary that run.py writes as JSON:
-rows    a workload, batch, device, threads, contestant and dtype each: status, errors, memory, times
-cost    seconds of a call on a tiny problem
-models  whole models
-A time is a list, one number a round; numbers at the same place of two lists belong together.
+The results are those of rows.py.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +14,10 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.op.measure import AGAIN, PHASES, ratio, summary
-from benchmarks.op.peers import BASELINE, KERNELS, OURS, PLAIN
+from benchmarks.op.peers import BASELINE, BASELINE_KERNEL, OURS
+from benchmarks.op.rows import KEY, Row, find, seconds
 
-Row = dict[str, Any]
 RIVAL = "torch-ms-deform-attn"
-KEY = ("workload", "batch", "device", "threads", "contestant", "dtype")
-
-
-def failures(results: dict[str, Any]) -> list[str]:
-    """Backends of deform_attn that were wrong, and models that differ with them."""
-    wrong = [
-        f"{row['contestant']} {row['dtype']} on {row['workload']}: {row['reason']}"
-        for row in results["rows"]
-        if row["contestant"] in (*OURS, *KERNELS) and row["status"] == "wrong"
-    ]
-    return wrong + [
-        f"{model['model']}: {model['reason']}"
-        for model in results["models"]
-        if model["status"] == "wrong"
-    ]
-
-
-def find(rows: Iterable[Row], **fields: Any) -> Row | None:
-    """The first row with times that has all of these fields."""
-    for row in rows:
-        if "times" in row and all(row[key] == field for key, field in fields.items()):
-            return row
-    return None
 
 
 def speedup(rows: Sequence[Row], row: Row, phase: str, contestant: str = BASELINE) -> float | None:
@@ -67,14 +40,6 @@ HEADINGS = {"forward": "forward", AGAIN: "forward again", "forward_backward": "f
 def phases_of(row: Row) -> list[str]:
     """The phases of a row that the tables show."""
     return [phase for phase in HEADINGS if phase in row["times"]]
-
-
-def seconds(value: float) -> str:
-    """A time with three digits and a unit."""
-    unit, scale = ("s", 1) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("us", 1e6)
-    number = value * scale
-    digits = 2 if number < 10 else 1 if number < 100 else 0
-    return f"{number:.{digits}f} {unit}"
 
 
 def _spread(times: Sequence[float]) -> str:
@@ -357,7 +322,7 @@ COLORS = {  # of the contestants, in the order of their bars
     "deformops": "#d55e00",
     "msda-triton": "#f0e442",
     "hub kernel": "#000000",
-    PLAIN: "#882255",
+    BASELINE_KERNEL: "#882255",
     "reference": "#999999",
 }
 

@@ -32,6 +32,7 @@ from benchmarks.machine import probe
 from benchmarks.op import check, measure, report
 from benchmarks.op.environment import all_cores, environment
 from benchmarks.op.peers import BASELINE, KERNELS, OURS, PEERS, Loader, Missing, Op
+from benchmarks.op.rows import failures
 from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
 
 DTYPES = {
@@ -418,4 +419,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(
         f"{results['seconds']:.0f} s; written: {args.out}/bench.json, bench.png, bench.txt"
     )
-    return 1 if report.failures(results) else 0
+    return 1 if failures(results) else 0

@@ -64,6 +64,8 @@ WORKLOADS = {
         _decoder("dino_decoder_900q", MODEL_800x1333, 900),
         _encoder("mask2former_pixel_decoder_1024", ((128, 128), (64, 64), (32, 32))),
         Workload("rfdetr_decoder_560", ((40, 40),), 300, 16, 16, (2,)),
+        # training: 13 groups of 300 queries
+        Workload("rfdetr_train", ((40, 40),), 3900, 16, 16, (2,)),
         Workload("dfine_decoder_640", MODEL_640, 300, 8, 32, (3, 6, 3)),
     )
 }
