@@ -29,8 +29,8 @@ help:  ## This list
 	$(PY) -m pip freeze --all | grep -iE '^torch==' > .venv/constraints.txt
 	@touch $@
 
-# An extra of pyproject.toml; the package itself is installed without compiling, which removes what
-# `build` made: then that is made again, from its objects.
+# An extra of pyproject.toml. Installing the package without compiling removes the libraries of
+# `build`; they are then linked again from its object files.
 .venv/dev .venv/bench .venv/detr .venv/docs: .venv/%: .venv/torch pyproject.toml
 	DEFORM_ATTN_SKIP_EXT=1 $(PIP) --constraint .venv/constraints.txt --no-build-isolation --editable '.[$*]'
 	@test ! -d build || $(BUILD)
@@ -45,7 +45,7 @@ build: .venv/torch  ## Compile the libraries into the tree, as far as they chang
 	$(BUILD)
 
 test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels, make docs
-	@# The CUDA library too: it must compile, link and register, though this machine may not run it.
+	@# The CUDA library too: it must compile, link and register, even if this machine cannot run it.
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(BUILD)
 	$(PY) -m pytest -n auto --maxprocesses 8
 	$(PY) build_tools/headers.py lowest newest
