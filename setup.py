@@ -14,7 +14,6 @@ A library that cannot be compiled is left out; the build prints the reason, and
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import sysconfig
@@ -23,7 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
-from toolchain import TORCH_FLOOR, NotFound, require_setuptools  # noqa: E402
+from toolchain import NotFound, require_setuptools  # noqa: E402
 
 require_setuptools()  # before anything that an older one lacks
 
@@ -34,8 +33,6 @@ from setuptools.command.build_ext import build_ext  # noqa: E402
 from setuptools.errors import CompileError  # noqa: E402
 
 LIBRARIES = {"cpu": "deform_attn._C_cpu", "cuda": "deform_attn._C_cuda"}
-# Tells the package the file of each library, or why there is none, and the lowest torch.
-RECORD = Path("deform_attn") / "_libraries.json"
 
 
 class BuildLibraries(build_ext):
@@ -48,10 +45,7 @@ class BuildLibraries(build_ext):
             file = Path(self.get_ext_fullpath(module))
             missing = self.build_library(name, file)
             built[name] = {"missing": missing} if missing else {"file": file.name}
-        record = ROOT / RECORD if self.inplace else Path(self.build_lib) / RECORD
-        record.parent.mkdir(parents=True, exist_ok=True)
-        facts = {"lowest_torch": TORCH_FLOOR, "libraries": built}
-        record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        libraries.write_record(ROOT if self.inplace else Path(self.build_lib), built)
 
     def build_library(self, name: str, library: Path) -> str | None:
         """Returns None where the library was built, else the reason."""

@@ -41,8 +41,8 @@ def headers_of(version: str) -> Torch:
         subprocess.run([*command, f"--dest={scratch}", requirement], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
-            wanted = ("torch/include/torch/", "torch/version.py")
-            names = [name for name in archive.namelist() if name.startswith(wanted)]
+            prefixes = ("torch/include/torch/", "torch/version.py")
+            names = [name for name in archive.namelist() if name.startswith(prefixes)]
             archive.extractall(kept.parent, names)
     found = torch_in(kept)
     if found is None:

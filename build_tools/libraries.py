@@ -1,9 +1,18 @@
-"""The two compiled libraries: their sources, the flags of each, how they are built and linked."""
+"""The two compiled libraries: their sources, the flags of each, how they are built and linked.
+
+    python build_tools/libraries.py
+
+builds both into deform_attn/ at the same time, with torch, a C++ compiler and (for CUDA) nvcc
+alone: no setuptools. The environment variables of a build are listed in setup.py. Exit status 1
+where a library is missing that FORCE_CUDA or DEFORM_ATTN_REQUIRE_EXT require.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -63,6 +72,10 @@ NVCC_FLAGS = [
     "-DUSE_CUDA",
     "-Xfatbin=-compress-all",
 ]
+
+
+# Tells the package the file of each library, or why there is none, and the lowest torch.
+RECORD = Path("deform_attn") / "_libraries.json"
 
 
 class BuildError(Exception):
@@ -252,3 +265,39 @@ def run(command: list[str]) -> None:
         raise BuildError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
     if done.stderr.strip():
         print(done.stderr, file=sys.stderr, flush=True)  # warnings
+
+
+def write_record(folder: Path, built: dict[str, dict[str, str]]) -> None:
+    """Writes RECORD below `folder`; `built` holds {"file": ...} or {"missing": ...} of each."""
+    record = folder / RECORD
+    record.parent.mkdir(parents=True, exist_ok=True)
+    facts = {"lowest_torch": TORCH_FLOOR, "libraries": built}
+    record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    """Builds both libraries into the tree, at the same time."""
+    text = (ROOT / "deform_attn" / "__init__.py").read_text(encoding="utf-8")
+    version = re.search(r'^__version__ = "(.*)"', text, re.MULTILINE)[1]  # type: ignore[index]
+
+    def build_one(name: str) -> tuple[dict[str, str], bool]:
+        library = ROOT / "deform_attn" / f"_C_{name}.abi3.so"
+        try:
+            how = build(name, library, ROOT / "build" / "libraries", version)
+        except (NotFound, BuildError) as error:
+            library.unlink(missing_ok=True)
+            failed = isinstance(error, BuildError)
+            print(f"deform_attn: no {name} library: {error}", file=sys.stderr, flush=True)
+            reason = error.summary() if failed else str(error)
+            return {"missing": reason}, is_forced(name, failed=failed)
+        print(f"deform_attn: built {library.name} ({how})", flush=True)
+        return {"file": library.name}, False
+
+    with ThreadPoolExecutor() as pool:
+        done = dict(zip(("cpu", "cuda"), pool.map(build_one, ("cpu", "cuda"))))
+    write_record(ROOT, {name: built for name, (built, _) in done.items()})
+    return 1 if any(forced for _, forced in done.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

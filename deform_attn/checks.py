@@ -1,4 +1,4 @@
-"""What must hold of the operands of a call. Every error message that a caller sees is here."""
+"""Checks of the operands of a call, with the error messages for callers."""
 
 from __future__ import annotations
 
@@ -34,17 +34,18 @@ Result = TypeVar("Result")
 
 VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# Level sizes on a GPU are not read back (that would stop the stream), unless asked for.
+# Whether level sizes on a GPU are read back and checked: every call then waits for the GPU.
 CHECK_DEVICE_METADATA = os.environ.get("DEFORM_ATTN_CHECK_METADATA", "0") == "1"
 
 
 def check(operands: AnyOperands) -> None:
     """Raise a ValueError (TypeError for a wrong type) that names the first argument at fault.
 
-    The levels are in the form of a caller of :func:`deform_attn.ms_deform_attn`: tensors or lists,
-    whatever the types of the record are. Level sizes are checked where reading them is free:
-    numbers and CPU tensors. On other devices only with ``DEFORM_ATTN_CHECK_METADATA=1``; without it
-    the kernels treat a level that does not fit into ``value`` as empty.
+    Levels may be tensors or lists, as callers of :func:`deform_attn.ms_deform_attn` pass them,
+    although the record declares tensors. Level sizes are checked if they are numbers or CPU
+    tensors. On other devices they are read and checked only with ``DEFORM_ATTN_CHECK_METADATA=1``,
+    because reading waits for the device; without it the kernels treat a level that does not fit
+    into ``value`` as empty.
     """
     value: Tensor = operands.value
     levels: Any = operands.spatial_shapes
@@ -66,10 +67,10 @@ def check(operands: AnyOperands) -> None:
 def explained(
     call: Callable[..., Result], check: Callable[[Any], None], arguments: Any, *options: Any
 ) -> Result:
-    """``call(arguments, *options)``; where it fails, ``check(arguments)`` names what is at fault.
+    """``call(arguments, *options)``; after a failure, ``check(arguments)`` names the argument.
 
-    Kernels refuse operands that do not fit, in few words. The checks take as long as a small call,
-    so they run only after a failure.
+    The messages of the kernels are short. The checks take as long as a small call, so they run only
+    after a failure.
     """
     if torch.compiler.is_compiling():
         return call(arguments, *options)

@@ -1,7 +1,8 @@
-"""MSDA in plain PyTorch: gathered pixels, differentiable any number of times in both modes.
+"""The operators in plain PyTorch: pixels are gathered by index, then weighted and summed.
 
-The kernels have first derivatives. Higher derivatives and forward-mode derivatives come from here,
-and so does discrete sampling, on every device.
+PyTorch can differentiate this any number of times, in reverse and forward mode. The kernels compute
+first derivatives only; higher derivatives and forward-mode derivatives are computed here. Discrete
+sampling is implemented here for every device.
 """
 
 from __future__ import annotations
@@ -194,8 +195,8 @@ def unfused(operands: FusedOperands) -> Operands:
 def discrete(operands: DiscreteOperands) -> Tensor:
     """``ms_deform_attn_discrete``: one pixel per point, RT-DETRv2's ``method="discrete"``.
 
-    Pixels are picked, not interpolated: a neighbour takes no part in a point, not even with a
-    rounding error. Level sizes on a GPU stay there, and numbers are not copied to it.
+    Each point reads exactly one pixel, so that its neighbours have no influence. Level sizes on a
+    GPU are not read, and level sizes on the host are not copied to the GPU.
     """
     value = operands.value
     M, D = value.shape[2:]
@@ -242,7 +243,7 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
 
 
 def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each level: position of each point's pixel in all of value's, and the point's weight."""
+    """For each level, of its points: positions of the pixels in ``[B * S * M, D]``, and weights."""
     value, dtype = operands.value, acc_dtype(operands.value.dtype)
     S, M = value.shape[1:3]
     B, Q = operands.sampling_locations.shape[:2]
@@ -272,9 +273,9 @@ def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _nearest(location: Tensor, size: Tensor | int) -> Tensor:
-    """``trunc(location * size + 1/2)``, or the nearest on the map; 0 for NaN."""
+    """``trunc(location * size + 1/2)``, clamped to the map; 0 for NaN."""
     index = (location * size + 0.5).nan_to_num(0.0)
-    # first to what int64 holds: a cast of anything else is undefined
+    # clamped before the cast too: the cast of a number outside int64 is undefined
     return index.clamp(0, LARGEST_SIDE).long().clamp(max=size - 1)
 
 

@@ -30,44 +30,45 @@ def ms_deform_attn(
     official_clamp: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """Sample feature maps of several scales at a few points a query and sum them, weighted.
+    """Sample feature maps of several scales at a few points per query, and sum the samples.
 
     For every query and head, ``output = sum over points of attention_weight * bilinear(value,
     sampling_location)``. A location is a fraction of its map: ``x = location_x * width - 1/2`` in
-    pixels, pixels outside are zero. Deformable DETR (arXiv 2010.04159), equation 3.
+    pixels; pixels outside the map are zero. Deformable DETR (arXiv 2010.04159), equation 3.
 
     Args:
-        value: feature maps of all levels, one row a pixel: ``[batch, rows, num_heads, head_dim]``
-            in float64, float32, float16 or bfloat16.
+        value: feature maps of all levels, one row per pixel: ``[batch, rows, num_heads,
+            head_dim]`` in float64, float32, float16 or bfloat16.
         spatial_shapes: ``(height, width)`` of each level: an integer tensor ``[num_levels, 2]`` on
             value's device or the CPU, or a list of pairs.
         level_start_index: row of each level's first pixel: ``[num_levels]`` as a tensor or a list;
-            None where the levels follow one another. Levels may overlap or leave gaps.
+            None if the levels follow one another. Levels may overlap or leave gaps.
         sampling_locations: ``(x, y)`` as fractions of the map,
             ``[batch, queries, num_heads, num_levels, points, 2]``, or with ``num_points``
             ``[batch, queries, num_heads, sum(num_points), 2]``. float32 (float64 for float64
-            values); other dtypes are converted. NaN and infinity sample zero.
+            values); other dtypes are converted. A location with NaN or infinity samples zero.
         attention_weights: shape of ``sampling_locations`` without its last dimension; in value's
-            or the locations' dtype, others are converted.
-        num_points: number of points in each level where they differ.
-        method: ``"default"``, or ``"discrete"`` as in RT-DETRv2 (arXiv 2407.17140):
-            a point samples the one pixel ``trunc(location * size + 1/2)``, or the nearest on the
-            map (pixel 0 for NaN), and locations get no gradient. Pixels are gathered in plain
-            PyTorch on every device: no kernel, and any order of derivatives.
-        official_clamp: for ``"discrete"``, pixels as RT-DETRv2's official code picks them, which
-            takes the height for the width: ``x`` is at most ``height - 1``. Needed for what was
-            trained that way on wide maps; the same on square ones.
+            or the locations' dtype, other dtypes are converted.
+        num_points: number of points in each level, if it differs between levels.
+        method: ``"default"``: bilinear interpolation. ``"discrete"`` as in RT-DETRv2 (arXiv
+            2407.17140): a point reads the one pixel ``trunc(location * size + 1/2)``, clamped to
+            the map (pixel 0 for NaN), and locations get no gradient. It runs in plain PyTorch on
+            every device.
+        official_clamp: only for ``"discrete"``: clamp ``x`` to ``height - 1`` instead of
+            ``width - 1``, as RT-DETRv2's official code does. Set it for weights that were trained
+            with that code on maps that are wider than high; on square maps it changes nothing.
         backend: ``"compiled"``, ``"triton"`` or ``"reference"``; None chooses the first that runs
             on value's device (see :func:`deform_attn.choose_backend`).
 
     Returns:
-        ``[batch, queries, num_heads * head_dim]`` in value's dtype. Sums are float32 at least.
+        ``[batch, queries, num_heads * head_dim]`` in value's dtype. Sums are computed in float32
+        (float64 for float64 values).
 
     Raises:
         TypeError: an argument that must be a tensor is not.
         ValueError: a rank, shape, dtype, device or level size does not fit; the message names the
             argument, what was expected and what came.
-        RuntimeError: the backend that was asked for cannot run.
+        RuntimeError: ``backend`` cannot run on value's device and dtype.
 
     Example:
         >>> import torch
@@ -104,27 +105,28 @@ def ms_deform_attn_fused(
     official_clamp: bool = False,
     backend: str | None = None,
 ) -> Tensor:
-    """The part of a layer between its projections: softmax, offsets to locations, attention.
+    """Compute softmax, sampling locations and attention in one operator.
 
-    As :func:`ms_deform_attn` with the softmax of ``attention_logits`` over all points of a head as
-    weights, and with locations relative to ``reference_points``: ``(x, y) + offset / (width,
-    height)`` for points, ``(cx, cy) + offset * (w, h) * offset_scale / points`` for boxes, where
-    ``points`` is the number of points in the level. One kernel that writes neither locations nor
-    weights to memory; the reference backend composes it.
+    :func:`ms_deform_attn` whose weights are the softmax of ``attention_logits`` over all points of
+    a query and head, and whose locations are relative to ``reference_points``: ``(x, y) + offset /
+    (width, height)`` for points, ``(cx, cy) + offset * (w, h) * offset_scale / points`` for boxes,
+    where ``points`` is the number of points in the level. The compiled and the Triton backend have
+    one kernel for it, which writes neither locations nor weights to memory; the reference backend
+    computes the steps one after the other.
 
     Args:
         value: as in :func:`ms_deform_attn`: ``[batch, rows, num_heads, head_dim]``.
         spatial_shapes: as in :func:`ms_deform_attn`.
         level_start_index: as in :func:`ms_deform_attn`.
         reference_points: ``[batch, queries, num_levels, 2]``, points ``(x, y)``, or
-            ``[batch, queries, num_levels, 4]``, boxes ``(cx, cy, w, h)``, as fractions of the map;
-            with one level, the same for all.
+            ``[batch, queries, num_levels, 4]``, boxes ``(cx, cy, w, h)``, as fractions of the map.
+            Dimension 2 may be 1: the same for all levels.
         sampling_offsets: ``[batch, queries, num_heads, num_levels, points, 2]``, or with
             ``num_points`` ``[batch, queries, num_heads, sum(num_points), 2]``; in pixels of the
-            level for points, in portions of the box for boxes.
+            level for points, in ``(w, h) * offset_scale / points`` for boxes.
         attention_logits: shape of ``sampling_offsets`` without its last dimension.
-        num_points: number of points in each level where they differ.
-        offset_scale: portion of a box's side that the offsets of a level span together.
+        num_points: number of points in each level, if it differs between levels.
+        offset_scale: fraction of a box's side that ``points`` offsets of 1 add up to.
         method: as in :func:`ms_deform_attn`; with ``"discrete"`` reference points and offsets get
             no gradient.
         official_clamp: as in :func:`ms_deform_attn`.
@@ -132,12 +134,12 @@ def ms_deform_attn_fused(
 
     Returns:
         ``[batch, queries, num_heads * head_dim]`` in value's dtype. Locations, softmax and sums are
-        float32 at least.
+        computed in float32 (float64 for float64 values).
 
     Raises:
         TypeError: an argument that must be a tensor is not.
         ValueError: a rank, shape, dtype, device or level size does not fit.
-        RuntimeError: the backend that was asked for cannot run.
+        RuntimeError: ``backend`` cannot run on value's device and dtype.
 
     Example:
         >>> import torch
@@ -215,7 +217,7 @@ def _as_operands(
     weights: Tensor,
     num_points: Sequence[int] | None,
 ) -> tuple[Any, ...]:
-    """The arguments as the operator takes them; a record would cost as much as all the rest."""
+    """The arguments as the operator takes them: a tuple, because building a record is slower."""
     dtype = acc_dtype(value.dtype)
     if locations.dtype is not dtype:
         locations = converted("sampling_locations", locations, dtype)

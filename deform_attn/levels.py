@@ -73,7 +73,7 @@ def _as_tensor(numbers: Sequence[Any]) -> Tensor:
 def level_pairs(operands: AnyOperands) -> Any:
     """``(height, width)`` of each level: numbers, or an int64 tensor on value's device.
 
-    The tensor is not read: that would stop the stream of a GPU, and a traced one has no numbers.
+    The tensor is not read: reading waits for the GPU, and a traced tensor has no numbers.
     """
     if operands.level_sizes is None:
         return level_tensor(operands)
@@ -119,7 +119,7 @@ def readable(tensor: Tensor, *, wait: bool = False) -> bool:
 
     Args:
         tensor: level sizes, a mask, ...
-        wait: to read them from another device is allowed.
+        wait: reading them from another device is allowed.
     """
     if torch.compiler.is_compiling() or type(tensor) is not Tensor:
         return False  # traced: there are no numbers yet

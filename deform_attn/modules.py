@@ -1,6 +1,7 @@
-"""Attention modules: projections round the operator, with the peers' names, weights and masks.
+"""Attention modules: the projections around the operator.
 
-One implementation, and a class for each way in which peers call it.
+``_Attention`` is the implementation. Each public class has the argument names, initial weights,
+state dict and mask convention of the modules that it replaces.
 """
 
 from __future__ import annotations
@@ -26,22 +27,26 @@ _Arguments: TypeAlias = tuple[Tensor, Tensor, Tensor, Levels, Tensor | None, Ten
 
 
 class _Attention(nn.Module):
-    """Projections with the official initial weights, checks, and the fused operator."""
+    """Projections with the official initial weights, then the fused operator.
+
+    A module's ``forward`` calls ``_attend``, which calls ``ms_deform_attn_fused`` with
+    ``sampling_offsets(query)`` and ``attention_weights(query)`` as offsets and logits.
+    """
 
     value_name, shapes_name, mask_name = "value", "spatial_shapes", "key_padding_mask"
-    mask_keeps = False  # whether True in a mask is for pixels, not for padding
-    layout = ""  # of query and value, if not [batch, rows, channels]
+    mask_keeps = False  # True: a mask is True for pixels; False: it is True for padding
+    layout = ""  # added to messages where query and value are not [batch, rows, channels]
     offset_scale, method, official_clamp = 0.5, "default", False
 
     def __init__(
         self, channels: int, heads: int, points: Sequence[int], value_channels: int | None
     ) -> None:
-        """``points`` of each level; ``value_channels`` None: value and output as they are."""
+        """``points`` per level; without ``value_channels`` no value and output projection."""
         super().__init__()
         self._channels, self._heads, self._points = channels, heads, list(points)
         self._head_dim = (channels if value_channels is None else value_channels) // heads
         total = heads * sum(points)
-        # drawn in this order, so that a seed gives the weights that it gives the peers
+        # created in the official order, so that a seed gives the same weights
         self.sampling_offsets = nn.Linear(channels, total * 2)
         self.attention_weights = nn.Linear(channels, total)
         self.value_proj: nn.Module = nn.Identity()
@@ -89,7 +94,7 @@ class _Attention(nn.Module):
         level_start_index: Tensor | None,
         mask: Tensor | None,
     ) -> Tensor:
-        """``[batch, queries, channels]`` from query and value of that form, batch first."""
+        """``[batch, queries, channels]``; query and value are batch first."""
         arguments = query, reference_points, value, spatial_shapes, level_start_index, mask
         return explained(self._attention, self._check, arguments)
 
@@ -118,7 +123,7 @@ class _Attention(nn.Module):
         return output
 
     def _check(self, arguments: _Arguments) -> None:
-        """What the operator does not check, or names otherwise; called after a failure."""
+        """Check what the operator does not check or names differently; called after a failure."""
         query, reference_points, value, spatial_shapes, _, _ = arguments
         channels, levels = self._channels, len(self._points)
         tensors = {self.value_name: value, "query": query, "reference_points": reference_points}
@@ -137,10 +142,10 @@ class _Attention(nn.Module):
             )
         if len(spatial_shapes) != levels:
             raise ValueError(
-                f"{self.shapes_name}: expected {levels} levels as the module was made for, "
-                f"got {len(spatial_shapes)}"
+                f"{self.shapes_name}: expected {levels} levels, the number that the module was "
+                f"created with, got {len(spatial_shapes)}"
             )
-        # offloaded parameters are on "meta" until they are used, quantized ones are none
+        # offloaded parameters are on "meta" until they are used; quantized layers have none
         devices = {parameter.device for parameter in self.parameters()} - {torch.device("meta")}
         for name, tensor in tensors.items():
             if devices and tensor.device not in devices:
@@ -166,8 +171,8 @@ class _Attention(nn.Module):
         padding = ~mask if self.mask_keeps else mask
         if readable(padding) and padding.numel() > 0 and padding.all():
             raise ValueError(
-                f"{self.mask_name}: expected {meaning}, got a mask that leaves no pixel: is it of "
-                "the other polarity?"
+                f"{self.mask_name}: expected {meaning}, got a mask that leaves no pixel; if it has "
+                f"the opposite meaning, pass ~{self.mask_name}"
             )
         return padding
 
@@ -223,11 +228,12 @@ def _check_sizes(channels: str, heads: str, **sizes: int) -> None:
 
 
 class MSDeformAttn(_Attention):
-    """Multi-scale deformable attention as Deformable DETR, DINO and Mask2Former call it.
+    """Multi-scale deformable attention with the interface of Deformable DETR.
 
-    Every query predicts, for each head and level, ``n_points`` offsets from its reference point
-    and their weights (a softmax over all levels' points). Deformable DETR (arXiv 2010.04159),
-    section 4.1; names, initial weights and state dict are those of its official module.
+    For each head and level, a query predicts ``n_points`` offsets from its reference point, and
+    their weights (a softmax over the points of all levels). Deformable DETR (arXiv 2010.04159),
+    section 4.1. Argument names, initial weights and state dict are those of its official module,
+    which DINO, Mask2Former, LW-DETR and RF-DETR use too.
 
     Args:
         d_model: channels of query, input and output.
@@ -259,7 +265,7 @@ class MSDeformAttn(_Attention):
         sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
         _check_sizes("d_model", "n_heads", **sizes)
         super().__init__(d_model, n_heads, [n_points] * n_levels, d_model)
-        self.im2col_step = 64  # callers of the official module set it; there is no such limit here
+        self.im2col_step = 64  # set by callers of the official module; not used here
         self.d_model = d_model
         self.n_levels = n_levels
         self.n_heads = n_heads
@@ -279,13 +285,13 @@ class MSDeformAttn(_Attention):
         Args:
             query: ``[batch, queries, d_model]``.
             reference_points: ``[batch, queries, n_levels, 2]``, the point ``(x, y)`` as fractions
-                of the map, or ``[batch, queries, n_levels, 4]``, a box ``(cx, cy, w, h)``: offsets
-                are pixels of the level, or ``n_points`` times half a box's sides; with one level,
-                the same for all.
-            input_flatten: feature maps, one row a pixel: ``[batch, rows, d_model]``.
+                of the map, or ``[batch, queries, n_levels, 4]``, a box ``(cx, cy, w, h)``. The
+                unit of an offset is a pixel of the level for points, and
+                ``(w, h) / 2 / n_points`` for boxes. Dimension 2 may be 1: the same for all levels.
+            input_flatten: feature maps, one row per pixel: ``[batch, rows, d_model]``.
             input_spatial_shapes: ``(height, width)`` of each level: ``[n_levels, 2]`` or a list.
             input_level_start_index: row of each level's first pixel, ``[n_levels]``.
-            input_padding_mask: ``[batch, rows]``, True for padding: such rows count as zero.
+            input_padding_mask: ``[batch, rows]``, True for padding; these rows are set to zero.
 
         Returns:
             ``[batch, queries, d_model]``.
@@ -294,27 +300,32 @@ class MSDeformAttn(_Attention):
             ValueError: a shape, device or mask does not fit; the message names the argument.
         """
         return self._attend(
-            *(query, reference_points, input_flatten, input_spatial_shapes),
-            *(input_level_start_index, input_padding_mask),
+            query,
+            reference_points,
+            input_flatten,
+            input_spatial_shapes,
+            input_level_start_index,
+            input_padding_mask,
         )
 
 
 class MultiScaleDeformableAttention(_Attention):
-    """Multi-scale deformable attention as mmcv and detrex call it, with the residual inside.
+    """Multi-scale deformable attention with the interface of mmcv and detrex.
 
-    :class:`MSDeformAttn` whose output goes through dropout and is added to the query as it came
-    in. Names, initial weights and state dict are those of mmcv's module; detrex's are the same.
+    Unlike :class:`MSDeformAttn` it applies dropout to the output and adds the query (or
+    ``identity``). Argument names, initial weights and state dict are those of the modules of mmcv
+    and detrex.
 
     Args:
         embed_dims: channels of query and output.
         num_heads: number of heads; divides ``embed_dims``.
         num_levels: number of feature maps.
         num_points: points that a query samples in each level and head.
-        im2col_step: mmcv's limit on a launch, which is not needed here.
-        dropout: probability with which a channel of the output is dropped in training.
+        im2col_step: accepted and ignored; mmcv's kernels need it.
+        dropout: dropout probability of the output.
         batch_first: query and value are ``[batch, rows, channels]``, not ``[rows, batch, ...]``.
-        norm_cfg: mmcv's, unused there too.
-        init_cfg: mmcv's, unused there too.
+        norm_cfg: accepted and ignored, as in mmcv.
+        init_cfg: accepted and ignored, as in mmcv.
         value_proj_ratio: channels of the projected value over ``embed_dims``.
         embed_dim: detrex's name for ``embed_dims``.
         img2col_step: detrex's name for ``im2col_step``.
@@ -376,7 +387,7 @@ class MultiScaleDeformableAttention(_Attention):
         self.norm_cfg = norm_cfg
         self.init_cfg = init_cfg
         if not batch_first:
-            self.layout = " (rows and batch exchanged, for batch_first is False)"
+            self.layout = " (after [rows, batch, ...] was transposed, as batch_first is False)"
 
     def init_weights(self) -> None:
         """The name of :meth:`reset_parameters` in mmcv, whose runners call it."""
@@ -401,16 +412,16 @@ class MultiScaleDeformableAttention(_Attention):
         Args:
             query: ``[queries, batch, embed_dims]``, or batch first.
             key: unused, as in mmcv.
-            value: feature maps, one row a pixel: ``[rows, batch, embed_dims]``, or batch first;
-                None: the query, without ``query_pos``.
-            identity: what the output is added to; None: the query, without ``query_pos``.
-            query_pos: added to the query; of its shape.
-            key_padding_mask: ``[batch, rows]``, True for padding: such rows count as zero.
+            value: feature maps, one row per pixel: ``[rows, batch, embed_dims]``, or batch first;
+                None: ``query``.
+            identity: added to the output; None: ``query``. ``query_pos`` is not part of it.
+            query_pos: added to the query before the projections; shape of ``query``.
+            key_padding_mask: ``[batch, rows]``, True for padding; these rows are set to zero.
             reference_points: ``[batch, queries, num_levels, 2 or 4]`` as in :class:`MSDeformAttn`.
             spatial_shapes: ``(height, width)`` of each level: ``[num_levels, 2]`` or a list.
             level_start_index: row of each level's first pixel, ``[num_levels]``.
             residual: deprecated name of ``identity``.
-            kwargs: ignored; mmcv's layers pass all that they have.
+            kwargs: ignored; mmcv's layers pass additional arguments.
 
         Returns:
             Shape of ``query``.
@@ -436,7 +447,7 @@ class MultiScaleDeformableAttention(_Attention):
         if not self.batch_first:
             query, value = query.transpose(0, 1), value.transpose(0, 1)
         output = self._attend(
-            *(query, reference_points, value, spatial_shapes, level_start_index, key_padding_mask)
+            query, reference_points, value, spatial_shapes, level_start_index, key_padding_mask
         )
         if not self.batch_first:
             output = output.transpose(0, 1)
@@ -448,27 +459,28 @@ VARIANTS = ("rtdetr", "rtdetrv2", "dfine")
 
 
 class MSDeformableAttention(_Attention):
-    """Multi-scale deformable attention as RT-DETR, RT-DETRv2, D-FINE and DEIM call it.
+    """Multi-scale deformable attention with the interface of RT-DETR, RT-DETRv2, D-FINE and DEIM.
 
-    Offsets are portions of the reference box: ``offset_scale / points`` of its sides, by the
-    points of the level. RT-DETR (arXiv 2304.08069), RT-DETRv2 (arXiv 2407.17140), D-FINE (arXiv
-    2410.13842); names, initial weights and state dict are those of their official modules.
+    The unit of an offset is ``(w, h) * offset_scale / points`` of the reference box, where
+    ``points`` is the number of points in the level. RT-DETR (arXiv 2304.08069), RT-DETRv2 (arXiv
+    2407.17140), D-FINE (arXiv 2410.13842). Argument names, initial weights and state dict are those
+    of their official modules.
 
     Args:
         embed_dim: channels of query, value and output.
         num_heads: number of heads; divides ``embed_dim``.
         num_levels: number of feature maps.
         num_points: points that a query samples in each level and head; a list where they differ.
-        method: ``"default"``, or ``"discrete"``: one pixel a point, and offsets that are not
-            learnt (see :func:`deform_attn.ms_deform_attn`).
-        offset_scale: portion of a box's side that the offsets of a level span together.
-        variant: ``"rtdetr"``; ``"rtdetrv2"``, which has a buffer ``num_points_scale`` too; or
-            ``"dfine"``, for DEIM too, which has the buffer, but no projection of value and output.
+        method: ``"default"`` (bilinear), or ``"discrete"``: each point reads one pixel, and the
+            offsets are not trained (see :func:`deform_attn.ms_deform_attn`).
+        offset_scale: fraction of a box's side that ``points`` offsets of 1 add up to.
+        variant: ``"rtdetr"``; ``"rtdetrv2"``, which also has the buffer ``num_points_scale``; or
+            ``"dfine"`` (D-FINE and DEIM), which has the buffer but no value and output projection.
         official_clamp: for ``"discrete"``, see :func:`deform_attn.ms_deform_attn`.
 
     Raises:
         ValueError: a size is less than 1, ``embed_dim`` is not a multiple of ``num_heads``, the
-            length of ``num_points`` is not ``num_levels``, or there is no such method or variant.
+            length of ``num_points`` is not ``num_levels``, or ``method`` or ``variant`` is unknown.
 
     Example:
         >>> import torch
@@ -561,13 +573,13 @@ class MSDeformableAttention(_Attention):
         Args:
             query: ``[batch, queries, embed_dim]``.
             reference_points: ``[batch, queries, 1 or num_levels, 4]``, a box ``(cx, cy, w, h)`` as
-                fractions of the map, or ``[..., 2]``, a point ``(x, y)``: then offsets are pixels
-                of the level.
-            value: feature maps, one row a pixel: ``[batch, rows, embed_dim]``, or for ``"dfine"``
-                also its official form, for each level ``[batch, num_heads, embed_dim / num_heads,
-                height * width]``, which is copied into that one.
+                fractions of the map, or ``[..., 2]``, a point ``(x, y)``; the unit of an offset is
+                then a pixel of the level.
+            value: feature maps, one row per pixel: ``[batch, rows, embed_dim]``. For ``"dfine"``
+                also the official form, a list with ``[batch, num_heads, embed_dim / num_heads,
+                height * width]`` of each level, which is copied to the first form.
             value_spatial_shapes: ``(height, width)`` of each level: a list or ``[num_levels, 2]``.
-            value_mask: ``[batch, rows]``, True for pixels, False for padding, which counts as zero.
+            value_mask: ``[batch, rows]``, True for pixels, False for padding, which is set to zero.
 
         Returns:
             ``[batch, queries, embed_dim]``.
@@ -580,7 +592,7 @@ class MSDeformableAttention(_Attention):
         return self._attend(query, reference_points, value, value_spatial_shapes, None, value_mask)
 
     def _joined(self, levels: Sequence[Tensor], spatial_shapes: Levels) -> Tensor:
-        """``[batch, rows, embed_dim]`` of D-FINE's ``[batch, heads, head_dim, rows]`` by level."""
+        """``[batch, rows, embed_dim]`` from a list of ``[batch, heads, head_dim, rows]``."""
         shape = [self.num_heads, self.embed_dim // self.num_heads]
         listed = not isinstance(spatial_shapes, Tensor) and not torch.compiler.is_compiling()
         for i, level in enumerate(levels):
@@ -589,7 +601,7 @@ class MSDeformableAttention(_Attention):
                 rows = math.prod(spatial_shapes[i])
             if level.dim() != 4 or [*level.shape[1:]] != [*shape, rows]:
                 raise ValueError(
-                    f"value: expected shape [batch, {shape[0]}, {shape[1]}, height * width], that "
-                    f"of level {i} with {rows} pixels, got {tuple(level.shape)}"
+                    f"value: expected shape [batch, {shape[0]}, {shape[1]}, {rows}] for level {i} "
+                    f"(height * width is {rows}), got {tuple(level.shape)}"
                 )
         return torch.cat([level.permute(0, 3, 1, 2) for level in levels], 1).flatten(2)

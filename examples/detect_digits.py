@@ -1,7 +1,7 @@
-"""The shipped detector finds handwritten digits on a photograph: ``make demo``.
+"""Finds handwritten digits on a photograph with the shipped detector: ``make demo``.
 
-It runs with every backend that runs here; all of them must find the same boxes. The picture shows
-them, and where the last layer of the decoder looked for one of them.
+It runs with every backend that can run here, and all of them must find the same boxes. The picture
+shows the boxes, and the sampling points of the decoder's last layer for one of them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ COLORS = {True: "#00a651", False: "#d62728"}  # right, wrong
 
 
 def picture(seed: int) -> tuple[Image.Image, list[list[float]], list[int]]:
-    """Digits that nobody trained on, on a photograph that nobody trained on; boxes and labels."""
+    """Digits and a photograph that are not in the training data; boxes and labels."""
     return Digits("val").draw(np.random.default_rng(seed), SIDE)
 
 
 def detect(image: Image.Image, device: str) -> dict[str, dict[str, Any]]:
-    """What each backend finds that runs on the device; asserts that it is the same."""
+    """Results of each backend that runs on the device; asserts that they agree."""
     predictor = load("digits", device)
     found = {}
     for name, backend in BACKENDS.items():
@@ -52,8 +52,8 @@ def detect(image: Image.Image, device: str) -> dict[str, dict[str, Any]]:
     return found
 
 
-def draw(image: Image.Image, found: dict[str, Any], truth: tuple[Any, Any], file: Path) -> None:
-    """Boxes and scores; beside them the sampling points of the surest detection."""
+def draw(image: Image.Image, found: dict[str, Any], targets: tuple[Any, Any], file: Path) -> None:
+    """Draw boxes and scores, and the sampling points of the detection with the highest score."""
     predictor = load("digits")
     with torch.no_grad(), viz.record(predictor.model) as seen:
         predictor.predict([image])
@@ -65,26 +65,28 @@ def draw(image: Image.Image, found: dict[str, Any], truth: tuple[Any, Any], file
     left.imshow(image)
     left.set(xticks=[], yticks=[])
     for box, name, score in zip(found["boxes"].tolist(), found["names"], found["scores"].tolist()):
-        color = COLORS[is_right(box, name, *truth)]
+        color = COLORS[is_right(box, name, *targets)]
         x1, y1, x2, y2 = box
         left.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, color=color, linewidth=2))
         label = {"color": "white", "fontsize": 10, "va": "bottom", "ha": "left"}
         around = {"facecolor": color, "edgecolor": color, "pad": 1.5}
         left.text(x1, y1 - 3, f"{name}  {score:.2f}", bbox=around, **label)
-    said = list(zip(found["boxes"].tolist(), found["names"]))
-    hits = sum(any(is_right(*one, [b], [label]) for one in said) for b, label in zip(*truth))
-    title = f"{hits} of {len(truth[0])} digits found, {len(said)} detections"
+    detections = list(zip(found["boxes"].tolist(), found["names"]))
+    hits = sum(
+        any(is_right(*one, [box], [label]) for one in detections) for box, label in zip(*targets)
+    )
+    title = f"{hits} of {len(targets[0])} digits found, {len(detections)} detections"
     left.set_title(title, loc="left")
     viz.draw(image, layer, query, axes=right)
     right.set_title(
-        f"where the decoder's last layer looked for the {found['names'][0]}", loc="left"
+        f"sampling points of the decoder's last layer for the {found['names'][0]}", loc="left"
     )
     right.legend(loc="upper left", bbox_to_anchor=(0, 0), ncols=3, frameon=False, fontsize=9)
     figure.savefig(file, dpi=100, bbox_inches="tight")
 
 
 def is_right(box: list[float], name: str, boxes: list[list[float]], labels: list[int]) -> bool:
-    """Whether a digit of that name is there, at an IoU of 0.5."""
+    """Whether a digit of that name overlaps the box with an IoU of at least 0.5."""
 
     def iou(other: list[float]) -> float:
         sides = [min(box[i + 2], other[i + 2]) - max(box[i], other[i]) for i in (0, 1)]
@@ -101,7 +103,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the picture")
     parser.add_argument("--seed", type=int, default=9, help="of the picture")
     arguments = parser.parse_args()
-    image, *truth = picture(arguments.seed)
+    image, *targets = picture(arguments.seed)
     found = detect(image, "cuda" if torch.cuda.is_available() else "cpu")
     table = Table("digit", *(f"{name}: score and box" for name in found), box=None)
     for i, name in enumerate(next(iter(found.values()))["names"]):
@@ -113,7 +115,7 @@ def main() -> None:
     Console(width=None if sys.stdout.isatty() else 150).print(table)
     arguments.out.mkdir(parents=True, exist_ok=True)
     file = arguments.out / "digits.png"
-    draw(image, next(iter(found.values())), tuple(truth), file)
+    draw(image, next(iter(found.values())), tuple(targets), file)
     print(f"{', '.join(found)}: the same to {TOLERANCE}; {file}")
 
 

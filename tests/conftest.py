@@ -1,9 +1,9 @@
-"""Options and fixtures: each test body runs for every runner, dtype and case that it asks for.
+"""Options and fixtures: each test body runs for every runner, dtype and case that it requests.
 
-Fixtures `runner`, `dtypes`, `case` (from runners.py and cases.py) are combined at collection; a
-combination that cannot run is not collected, and the header says which runners do not run and why.
-`golden_case` goes through the cases of the recorded modules (--goldens).
-The marker `only` narrows the choice, and further for slow runners (interpreted kernels):
+Fixtures `runner`, `dtypes`, `case` (from runners.py and `deform_attn.testing`) are combined at
+collection; a combination that cannot run is not collected, and the header lists the runners that do
+not run, with the reasons. `golden_case` goes through the recorded modules (--goldens).
+The marker `only` restricts the choice, and further for slow runners (interpreted kernels):
 
     @pytest.mark.only(runners=package, dtypes=["f64", "f32"], slow={"dtypes": ["f32"]})
     @pytest.mark.only(cases=lambda case: case.batch > 0, slow=None)  # none of them
@@ -11,6 +11,7 @@ The marker `only` narrows the choice, and further for slow runners (interpreted 
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import json
 import os
@@ -20,7 +21,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
@@ -30,10 +30,13 @@ from tests.runners import Runner, all_runners, unavailable
 
 ALL_DTYPES = DTYPES | MIXED_DTYPES
 
-quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-settings.register_profile("repeatable", derandomize=True, **quiet)
-settings.register_profile("explore", derandomize=False, print_blob=True, **quiet)
-settings.load_profile("repeatable")
+if importlib.util.find_spec("hypothesis"):  # tests of the operator run without it
+    from hypothesis import HealthCheck, settings
+
+    quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
+    settings.register_profile("repeatable", derandomize=True, **quiet)
+    settings.register_profile("explore", derandomize=False, print_blob=True, **quiet)
+    settings.load_profile("repeatable")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -50,17 +53,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "only(runners, dtypes, cases, slow): what to try")
-    wanted = [name for name in config.getoption("--runners").split(",") if name]
+    config.addinivalue_line(
+        "markers", "only(runners, dtypes, cases, slow): restricts the combinations"
+    )
+    named = [name for name in config.getoption("--runners").split(",") if name]
     known = {runner.name: runner for runner in all_runners()}
-    if unknown := set(wanted) - set(known):
-        raise pytest.UsageError(f"--runners: no {sorted(unknown)}; here are {sorted(known)}")
-    if wanted:
-        chosen = [known[name] for name in wanted]
+    if unknown := set(named) - set(known):
+        raise pytest.UsageError(f"--runners: no {sorted(unknown)}; known: {sorted(known)}")
+    if named:
+        chosen = [known[name] for name in named]
     else:
         chosen = [runner for runner in known.values() if runner.default]
     reasons = unavailable()
-    if impossible := [runner.name for runner in chosen if wanted and runner.name in reasons]:
+    if impossible := [runner.name for runner in chosen if named and runner.name in reasons]:
         raise pytest.UsageError(f"--runners: {impossible[0]} cannot run: {reasons[impossible[0]]}")
     config.stash[CHOSEN] = [runner for runner in chosen if runner.name not in reasons]
 
@@ -147,7 +152,7 @@ def goldens(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def poisoned() -> Iterator[None]:
-    """Fresh memory is full of NaN, so that an element nobody writes is seen; deterministic mode."""
+    """Fresh memory is full of NaN, so that an unwritten element is found; deterministic mode."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -1,11 +1,9 @@
-"""The benchmark tells the truth: its workloads, its check, its pairs, its file format."""
+"""The benchmark: its workloads, its check, its pairs of times and its file format; no clock."""
 
 from __future__ import annotations
 
 import json
-import platform
-import resource
-import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +12,7 @@ import torch
 from benchmarks.gates import kernels
 from benchmarks.machine import roofline
 from benchmarks.op import check, measure, models, peers, report, run
+from benchmarks.op.rows import KEY, failures
 from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw, scaled
 
 SMALL = scaled(WORKLOADS["rtdetr_decoder_640"], 0.1)
@@ -28,6 +27,7 @@ SMALL = scaled(WORKLOADS["rtdetr_decoder_640"], 0.1)
         ("dino_decoder_900q", 22223, 900, 8, 32, (4, 4, 4, 4)),
         ("mask2former_pixel_decoder_1024", 21504, 21504, 8, 32, (4, 4, 4)),
         ("rfdetr_decoder_560", 1600, 300, 16, 16, (2,)),
+        ("rfdetr_train", 1600, 3900, 16, 16, (2,)),
         ("dfine_decoder_640", 8400, 300, 8, 32, (3, 6, 3)),
     ],
 )
@@ -144,66 +144,49 @@ def test_a_wrong_contestant_gets_no_time(fault: str) -> None:
 
 
 def test_threads_are_raced_against_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of the test: one thread takes 2 s a phase, two threads take 1 s."""
     raced: list[list[int]] = []
-    race = run.measure.race
 
-    def spy(entrants: list[run.measure.Entrant], *rest: Any) -> None:
+    def race(entrants: list[run.measure.Entrant], *rest: Any) -> None:
         raced.append([entrant.threads for entrant in entrants])
-        race(entrants, *rest)
+        for entrant in entrants:
+            entrant.times = {phase: [2 / entrant.threads] * 3 for phase in measure.PHASES}
+            entrant.busy = [1.0]
 
-    monkeypatch.setattr(run.measure, "race", spy)
+    handover = iter([57.0, 93.0])
+    monkeypatch.setattr(run.measure, "race", race)
+    monkeypatch.setattr(run.probe, "handover", lambda: next(handover))
     entries = [run.Entry("grid_sample", "f32", 1), run.Entry("compiled", "f32", 2)]
-    rows = run.measure_workload(SMALL, 1, entries, seconds=0.0, rounds=(2, 2))
+    rows = run.measure_workload(SMALL, 1, entries)
     assert raced == [[1, 2], [1, 2]]  # both contestants, then ours with one thread and with two
     assert "scaling" not in rows[0]
-    assert all(len(ratios) >= 2 for ratios in rows[1]["scaling"].values())
-    assert all(10 < ns < 1e6 for ns in rows[1]["handover"])
+    assert rows[1]["scaling"] == dict.fromkeys(measure.PHASES, [2.0] * 3)
     line = report._scaling(rows)[0]
-    assert line.startswith("compiled f32, 2 threads against 1: forward ")
-    assert line.endswith(f"and back a cache line takes {max(rows[1]['handover']):.0f} ns)")
-
-
-def test_memory_is_kept_between_calls_and_given_back_after() -> None:
-    if platform.libc_ver()[0] != "glibc":
-        pytest.skip("glibc's malloc alone is told to keep memory")
-    bytes_of_each = 40 << 20
-
-    def faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        torch.ones(bytes_of_each // 4)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    # several: small things that stay may lie in the way of the next large one for a while
-    fresh = min(faults() for _ in range(10))
-    with measure.kept_memory():
-        again = min(faults() for _ in range(10))
-        resident = measure._status("VmRSS")
-    assert fresh >= 20  # by 2 MB or by 4 kB
-    assert again == 0
-    assert measure._status("VmRSS") < resident - bytes_of_each / 2
+    assert line.startswith("compiled f32, 2 threads against 1: forward 2.00")
+    assert line.endswith("(a cache line takes 93 ns to the other core and back)")
 
 
 def test_a_gradient_that_is_lost_outside_the_subset_is_found(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The value gradient of a query that the oracle was not asked about."""
+    """The value gradient of a query outside the subset that the oracle computes."""
     monkeypatch.setattr(check, "SUBSET_POINTS", 8 * 12 * 4)
     x = draw(SMALL)
-    truth = check.truth_of(x)
-    assert len(truth.queries) == 4 < SMALL.queries
-    unasked = next(q for q in range(SMALL.queries) if q not in truth.queries)
+    expected = check.expected_of(x)
+    assert len(expected.queries) == 4 < SMALL.queries
+    unseen = next(q for q in range(SMALL.queries) if q not in expected.queries)
     op = right(SMALL, "cpu")
     keep = torch.ones(1, SMALL.queries, 1)
-    keep[:, unasked] = 0
+    keep[:, unseen] = 0
 
     def loses(x: WorkloadInputs) -> torch.Tensor:
         through = op(x.map(lambda t: t.detach() if t is x.value else t))
         full = op(x)
         return torch.where(keep.bool(), full, through)
 
-    assert check.verdict(check.errors_of(op, x, truth), torch.float32) is None
+    assert check.verdict(check.errors_of(op, x, expected), torch.float32) is None
     assert "grad_value, all queries" in (
-        check.verdict(check.errors_of(loses, x, truth), torch.float32) or ""
+        check.verdict(check.errors_of(loses, x, expected), torch.float32) or ""
     )
 
 
@@ -212,7 +195,7 @@ def test_a_gradient_that_is_lost_outside_the_subset_is_found(
 def test_the_baseline_is_right(name: str, dtype: torch.dtype) -> None:
     workload = scaled(WORKLOADS[name], 0.2)
     x = draw(workload, batch=2, dtype=dtype)
-    errors = check.errors_of(right(workload, "cpu"), x, check.truth_of(x))
+    errors = check.errors_of(right(workload, "cpu"), x, check.expected_of(x))
     assert check.verdict(errors, dtype) is None
 
 
@@ -241,24 +224,37 @@ def test_a_race_is_interleaved_and_paired() -> None:
     assert "".join(order) == "aaabbb" + "bbbaaa" + "aaabbb" + "bbbaaa"
 
 
-def test_times_are_of_the_right_phase() -> None:
+def test_times_are_of_the_right_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock that only the op moves: 1 s in forward, 10 s in backward."""
+    now = 0.0
+
+    def pass_time(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
     class Slow(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+            pass_time(1)
             return tensor.clone()
 
         @staticmethod
         def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-            time.sleep(0.03)
+            pass_time(10)
             return grad
 
+    clock = SimpleNamespace(perf_counter=lambda: now, process_time=lambda: now)
+    monkeypatch.setattr(measure, "time", clock)
     op = right(SMALL, "cpu")
     entrant = measure.Entrant(lambda x: Slow.apply(op(x)), [draw(SMALL)])
     measure.race([entrant], seconds=0.0, rounds=(3, 3))
-    assert min(entrant.times["backward"]) >= 0.03
-    assert min(entrant.times["forward"]) < 0.03
-    for backward, both in zip(entrant.times["backward"], entrant.times["forward_backward"]):
-        assert both > backward
+    assert entrant.times == {
+        measure.AGAIN: [1.0] * 3,
+        "forward": [1.0] * 3,
+        "backward": [10.0] * 3,
+        "forward_backward": [11.0] * 3,
+    }
+    assert entrant.busy == [1.0] * 3
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -297,7 +293,7 @@ def test_end_to_end(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     statuses = {row["contestant"]: row["status"] for row in results["rows"]}
     assert statuses == {"reference": "ok", "grid_sample": "ok", "mmcv": "missing"}
     for row in results["rows"]:
-        assert {*report.KEY, "status"} <= row.keys()
+        assert {*KEY, "status"} <= row.keys()
         if row["status"] == "ok":
             assert row["times"].keys() == {measure.AGAIN, *measure.PHASES}
             assert min(map(min, row["times"].values())) > 0
@@ -323,9 +319,9 @@ def test_end_to_end(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_backend_fails_the_run() -> None:
     row = {"contestant": "compiled", "dtype": "f32", "workload": "w", "status": "wrong"}
     results = {"rows": [{**row, "reason": "output is off by 1"}], "models": []}
-    assert len(report.failures(results)) == 1
+    assert len(failures(results)) == 1
     results["rows"][0]["contestant"] = "mmcv"  # a peer's fault is shown, and is not ours
-    assert report.failures(results) == []
+    assert failures(results) == []
 
 
 def test_default_plan() -> None:
@@ -373,19 +369,18 @@ def test_roofline_bounds() -> None:
 
 
 def test_a_model_keeps_its_outputs_and_a_wrong_op_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers")
     model = models.build("deformable_detr")
     monkeypatch.setattr(models, "build", lambda name, seed: model)
     row = models.measure_model("deformable_detr", size=64, rounds=1)
     assert row["status"] == "ok"
     assert row["difference"] <= models.LARGEST_DIFFERENCE
     assert 0 < row["share"] < 1
-    exact = models.integration.ms_deform_attn
+    exact = models.adapters.ms_deform_attn
 
-    def swapped(*inputs: Any) -> torch.Tensor:
-        return exact(*inputs[:-1], inputs[-1].flip(-1))  # the points in a wrong order
+    def swapped(*inputs: Any, **options: Any) -> torch.Tensor:
+        return exact(*inputs[:-1], inputs[-1].flip(-1), **options)  # the points in a wrong order
 
-    monkeypatch.setattr(models.integration, "ms_deform_attn", swapped)
+    monkeypatch.setattr(models.adapters, "ms_deform_attn", swapped)
     assert models.measure_model("deformable_detr", size=64, rounds=1)["status"] == "wrong"
 
 
@@ -404,7 +399,7 @@ def test_kernel_limits(figures: dict[str, int], fails: bool) -> None:
     assert kernels.Kernel(90, "backward_teams", "f32", "", **backward).fails == fails
 
 
-def test_kernel_names_are_understood() -> None:
+def test_kernel_names_are_parsed() -> None:
     signature = "void deform_attn::backward_teams<__half, 8, int, true, deform_attn::FusedPoints<"
     kernel = kernels.parse(f"{signature}__half> >(deform_attn::Problem)", 90)
     assert (kernel.name, kernel.dtype) == ("backward_teams", "f16")

@@ -133,13 +133,13 @@ def test_kernels_run_clean(tmp_path: Path, sanitizer: str, instructions: Instruc
     program = tmp_path / "cpu_kernels"
     flags = ("-O1", "-g1", *SANITIZERS[sanitizer].split())
     build_program(find_cxx(), instructions, program, *flags)
-    done = subprocess.run([program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program], capture_output=True, text=True, timeout=1800)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.endswith("10 cases\n")
 
     # the sanitizer reports a fault where there is one
     fault, report = ("twice", "data race") if sanitizer == "thread" else ("short", "heap-buffer-")
-    done = subprocess.run([program, fault], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([program, fault], capture_output=True, text=True, timeout=1800)
     assert done.returncode != 0
     assert report in done.stderr
 
@@ -154,7 +154,7 @@ def test_kernels_on_an_emulated_arm_processor(tmp_path: Path) -> None:
     build_program(cxx, NEON, program, "-static")
     runs = [[emulator, "-cpu", cpu] for cpu in ("cortex-a53", "max")] if emulator else [[]]
     for command in runs:
-        done = subprocess.run([*command, program], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([*command, program], capture_output=True, text=True, timeout=1800)
         assert (done.returncode, done.stderr) == (0, ""), command
         assert done.stdout.endswith("10 cases\n")
 

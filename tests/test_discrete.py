@@ -12,14 +12,12 @@ from deform_attn import composite, ms_deform_attn, ms_deform_attn_fused
 from deform_attn.operands import DiscreteOperands, FusedOperands
 from deform_attn.testing import (
     CASES,
-    ROUNDINGS_OF_SUMS,
     Case,
     Dtypes,
     OpInputs,
-    error_of,
+    discrete_results,
+    expected_discrete,
     grad_output_for,
-    largest,
-    oracle,
 )
 from tests.runners import Runner
 
@@ -36,16 +34,6 @@ def call(inputs: OpInputs, official: bool = False, backend: str | None = None) -
         official_clamp=official,
         backend=backend,
     )
-
-
-def exact_results(inputs: OpInputs, grad_output: Tensor, official: bool) -> tuple[Tensor, ...]:
-    """Output, gradients of value and weights in float64."""
-    value, locations, weights = oracle.operands(inputs).tensors
-    leaves = [tensor.double().requires_grad_() for tensor in (value, weights)]
-    output = oracle.discrete(
-        inputs.replace_tensors(leaves[0], locations, leaves[1]), official_clamp=official
-    )
-    return output.detach(), *torch.autograd.grad(output, leaves, grad_output.double())
 
 
 @each_device

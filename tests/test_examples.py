@@ -15,7 +15,7 @@ BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(),
 
 # What a block of README.md takes from its reader: defined here, by a word of the block.
 GIVEN = {
-    "accelerate(": """
+    "= accelerate(": """
 from tests import transformers_models
 from tests.transformers_models import SMALL
 model = transformers_models.build(SMALL["deformable_detr"])

@@ -1,15 +1,17 @@
 """`.ci/gpu` without a GPU: its steps, limits and summary, with stand-ins for what a GPU would run.
 
-The stand-in for python keeps the script's own arguments wherever a CPU can follow them: tests run
-on the emulated kernels, those for the sanitizers are collected, and the benchmark times the CPU.
+Nothing here depends on time: where the test has to wait for the script, it reads from a pipe that a
+stand-in opens.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +21,8 @@ import pytest
 import torch
 
 import deform_attn
-from benchmarks.op import check, measure, peers, report, summary
+from benchmarks.op import check, measure, peers, summary, tune
+from benchmarks.op.rows import Row
 from benchmarks.op.workloads import WORKLOADS, draw, scaled
 from tests.simt import build
 from tests.simt.emulated import Emulated
@@ -27,46 +30,58 @@ from tests.simt.emulated import Emulated
 ROOT = Path(__file__).resolve().parent.parent
 
 PYTHON = """#!{python}
-import os, subprocess, sys
+import os, shutil, subprocess, sys
+from pathlib import Path
 arguments = sys.argv[1:]
 words = " ".join(arguments)
 failing = os.environ["FAILING"].split()
 def real(*arguments):
-    done = subprocess.run([sys.executable, *arguments])
-    sys.exit(done.returncode)
+    sys.exit(subprocess.run([sys.executable, *arguments]).returncode)
+def out():
+    return Path(arguments[arguments.index("--out") + 1])
+def stand_in(step, file=None):
+    if step in failing:
+        sys.exit("planted")
+    print("stand-in for", step)
+    if file:
+        shutil.copy(Path(os.environ["STAND_INS"]) / file, out() / file)
 if "get_device_capability" in words:
     print("9.0 12.0")
-elif words == "-c import xdist":
-    sys.exit(1)
-elif words == "setup.py build_ext --inplace":
+elif words == "build_tools/libraries.py":
     print("for", os.environ["TORCH_CUDA_ARCH_LIST"], os.environ["FORCE_CUDA"])
-    sys.exit("build" in failing)
-elif "tests -k cuda" in words:
-    some = "emulated/gather and f32 and (non_square or head_dim_32) and test_value"
-    real(*("tests/test_op.py" if a == "tests" else some if a == "cuda" else a for a in arguments))
-elif "--runners compiled/cuda" in words:
-    assert os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    real(*(argument.replace("compiled/cuda", "compiled/cpu") for argument in arguments))
-elif "benchmarks.op" in words:
-    if "bench" in failing:
-        sys.exit("planted")
-    at = arguments.index("--device")
-    assert arguments[at : at + 4] == ["--device", "cuda", "--preset", "gpu"]
-    arguments[at : at + 4] = [
-        *("--device", "cpu", "--preset", "quick", "--seconds", "0.1"),
-        *("--workloads", "rfdetr_decoder_560", "--contestants", "compiled,grid_sample"),
-    ]
+    stand_in("build")
+elif "deform_attn.check" in words:
+    assert words == "-m deform_attn.check --device cuda --quick"
+    stand_in("check")
+elif "benchmarks.op.tune" in words:
+    stand_in("table", "tune.json")
+elif "--runners compiled/cuda" in words or "-k cuda" in words:
+    if "compute-sanitizer" not in os.environ.get("UNDER", ""):
+        step = "first" if "first.xml" in words else "tests"
+        if os.environ.get("PIPE"):
+            Path(os.environ["PIPE"]).write_text(step)  # waits until the test reads it
+            os.kill(os.getpid(), 19)  # and stops
+        if step in failing:
+            sys.exit("planted")
+    if "-k cuda" in words:
+        sys.exit(0)
+    real(*(a.replace("compiled/cuda", "compiled/cpu") for a in arguments), "--collect-only")
+elif "benchmarks.op.summary" in words or words.startswith(("-c", "-")) and "-m" not in words:
     real(*arguments)
+elif "benchmarks.op" in words:
+    assert "--device cuda --preset gpu" in words
+    stand_in("bench", "bench.json")
 else:
     real(*arguments)
 """
 
 SANITIZER = """#!/bin/bash
 [[ $1 == --tool && $3 == --kernel-name && $4 == kns=deform_attn ]] || exit 9
+[[ $PYTORCH_NO_CUDA_MEMORY_CACHING == 1 ]] || exit 8
 tool=$2
 while [[ $1 != */python ]]; do shift; done
-"$@" --collect-only
-status=$?
+status=0
+[[ $tool == memcheck ]] || UNDER=compute-sanitizer "$@" || status=$?  # both run the same tests
 found=0
 [[ " $FAILING " == *" $tool "* ]] && found=2 status=1
 echo "========= ${tool^^} SUMMARY: $found errors"
@@ -74,77 +89,111 @@ exit $status
 """
 
 
-def run(folder: Path, *steps: str, failing: str = "") -> tuple[int, str, str]:
-    """Exit status, output and summary of the script."""
-    tools = folder / "bin"
+def start(
+    folder: Path, *steps: str, failing: str = "", **environment: str
+) -> subprocess.Popen[str]:
+    """The script, with a stand-in for python and for the sanitizer."""
+    tools, stand_ins = folder / "bin", folder / "stand-ins"
     tools.mkdir()
+    stand_ins.mkdir()
     for name, text in (
         ("python", PYTHON.replace("{python}", sys.executable)),
         ("compute-sanitizer", SANITIZER),
     ):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("TORCH_CUDA_ARCH")}
-    environment |= {
-        "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
-        "PYTHON": str(tools / "python"),
-        "FAILING": failing,
-    }
-    done = subprocess.run(
+    facts = {"torch": "2", "python": "3", "commit": "c", "date": "d"}
+    facts |= {"gpu": {"name": "a GPU", "capability": "9.0", "cuda": "13"}}
+    rows = [row("compiled", 2e-3), row("mmcv", 6e-3)]
+    for name, found in (
+        ("tune.json", {"environment": facts, "rows": TUNED}),
+        ("bench.json", {"environment": facts, "rows": rows, "models": []}),
+    ):
+        (stand_ins / name).write_text(json.dumps(found))
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("TORCH_CUDA_ARCH")}
+    return subprocess.Popen(
         [str(ROOT / ".ci" / "gpu"), str(folder / "out"), *steps],
-        env=environment,
-        capture_output=True,
+        env=inherited
+        | {
+            "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}",
+            "PYTHON": str(tools / "python"),
+            "STAND_INS": str(stand_ins),
+            "FAILING": failing,
+        }
+        | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        timeout=500,
+        start_new_session=True,
     )
-    return done.returncode, done.stdout + done.stderr, (folder / "out" / "summary.md").read_text()
 
 
-@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-def test_every_step_is_run_and_told(tmp_path: Path) -> None:
-    status, said, page = run(tmp_path)
+def run(folder: Path, *steps: str, failing: str = "") -> tuple[int, str, str]:
+    """Exit status, output and summary of the script."""
+    process = start(folder, *steps, failing=failing)
+    printed, _ = process.communicate()
+    return process.returncode, printed, (folder / "out" / "summary.md").read_text()
+
+
+def test_every_step_runs_in_order(tmp_path: Path) -> None:
+    status, printed, page = run(tmp_path)
     out = tmp_path / "out"
-    assert status == 0, said
-    assert (out / "build.log").read_text() == "for 9.0 12.0 1\n"
-    for step in ("build", "info", "test", "memcheck", "racecheck", "bench"):
-        assert re.search(rf"\| {step} \| passed \| \d+ \| \d+ \|", page), page
-    assert "Tests on the GPU: 2 passed, 0 failures, 0 errors, 0 skipped." in page
+    assert status == 0, printed
+    assert (out / "build.log").read_text() == "for 9.0 12.0 1\nstand-in for build\n"
+    ran = re.findall(r"^\| (\w+) \| passed \| \d+ \| \d+ \|$", page, re.MULTILINE)
+    assert ran == ["build", "check", "table", "first", "tests", "memcheck", "racecheck", "bench"]
+    assert page.startswith("# a GPU\n")
+    assert "stand-in for check" in page
+    assert "| encoder f32 backward | 40.0 ms | 4.00 ms | 8.00 ms |" in page
+    assert "- csrc/cuda/launch.cuh, choose_backward, 32-bit values: kScatter unless" in page
     assert "- memcheck: MEMCHECK SUMMARY: 0 errors" in page
     assert "- racecheck: RACECHECK SUMMARY: 0 errors" in page
-    assert "| rfdetr_decoder_560 f32 |" in page
-    results = json.loads((out / "bench.json").read_text())
-    assert {row["contestant"] for row in results["rows"]} == {"compiled", "grid_sample"}
-    assert (out / "bench.png").read_bytes().startswith(b"\x89PNG")
-    # the sanitizers get both layouts of points, the deterministic kernels and the fused ones
-    ran = (out / "racecheck.log").read_text()
+    assert "| w f32 |" in page
+    # about 400 tests first; the sanitizers get both layouts of points and every kind of kernel
+    found = re.search(r"(\d+)/\d+ tests collected", (out / "first.log").read_text())
+    assert found is not None
+    assert 350 < int(found[1]) < 500
+    listed = (out / "racecheck.log").read_text()
     for test in (
         "test_op.py::test_value_and_gradients[compiled/cpu-bf16-listed_points]",
         "test_op.py::test_every_element_is_written[compiled/cpu-f32-head_dim_71]",
         "test_fused.py::test_values_and_gradients[compiled/cpu-f32-4-3-listed]",
         "test_fused.py::test_every_element_is_written[compiled/cpu-bf16]",
     ):
-        assert test in ran
-    assert 40 < ran.count("::test_") < 120
+        assert test in listed
+    assert 40 < listed.count("::test_") < 120
 
 
 def test_a_step_that_fails_is_named_and_stops_nothing(tmp_path: Path) -> None:
-    status, said, page = run(
-        tmp_path, "build", "info", "racecheck", "bench", failing="build racecheck bench"
+    status, printed, page = run(
+        tmp_path, "build", "check", "memcheck", "bench", failing="build memcheck bench"
     )
     assert status == 1
-    assert "FAILED: build racecheck bench" in said
+    assert "FAILED: build memcheck bench" in printed
     for step, result in (
         ("build", "**failed**"),
-        ("info", "passed"),
-        ("racecheck", "**failed**"),
+        ("check", "passed"),
+        ("memcheck", "**failed**"),
         ("bench", "**failed**"),
     ):
         assert f"| {step} | {result} |" in page
-    assert "| memcheck |" not in page
-    assert "- racecheck: RACECHECK SUMMARY: 2 errors" in page
-    assert "- memcheck: **no verdict**" in page
-    assert "Tests: no report." in page
-    assert page.startswith("# No benchmark ran")
+    assert "| racecheck |" not in page
+    assert "- memcheck: MEMCHECK SUMMARY: 2 errors" in page
+    assert "- racecheck: **no verdict**" in page
+    assert "first: no report." in page
+    assert page.startswith("# Nothing was timed")
+
+
+def test_a_killed_run_leaves_what_it_had(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    process = start(tmp_path, PIPE=str(pipe))
+    assert pipe.read_text() == "first"  # the script has come to its fourth step
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    page = (tmp_path / "out" / "summary.md").read_text()
+    assert re.findall(r"^\| (\w+) \| passed", page, re.MULTILINE) == ["build", "check", "table"]
+    assert "| encoder f32 backward | 40.0 ms | 4.00 ms | 8.00 ms |" in page
 
 
 def test_a_machine_without_a_gpu_is_refused(tmp_path: Path) -> None:
@@ -158,15 +207,94 @@ def test_a_machine_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert "sees no GPU" in done.stderr
 
 
-def test_the_steps_fit_in_nine_minutes() -> None:
+def test_the_limits_add_up_to_eight_minutes() -> None:
     text = (ROOT / ".ci" / "gpu").read_text()
-    limits = [int(limit) for limit in re.findall(r"^\s*step \S+ (\d+) ", text, re.MULTILINE)]
+    limits = [int(limit) for limit in re.findall(r"^\s*step \w+ (\d+) ", text, re.MULTILINE)]
     sanitizers = len(re.findall(r"^sanitize \w+$", text, re.MULTILINE))
-    assert len(limits) == 5
-    assert sanitizers == 2
+    summaries = len(re.findall(r"^summarize( |$)", text, re.MULTILINE))
+    assert (len(limits), sanitizers, summaries) == (6, 2, 3)
     sanitizing = int(re.search(r'step "\$1" (\d+) ', text)[1])
-    assert sum(limits) + (sanitizers - 1) * sanitizing <= 9 * 60 - 30  # detection, summary
+    summarizing = int(re.search(r"timeout (\d+) ", text)[1])
+    assert sum(limits) + sanitizers * sanitizing + summaries * summarizing <= 8 * 60
 
+
+# The table and the choices that follow from it -----------------------------------------------
+
+
+def tuned(
+    workload: str, dtype: str, density: float, factor: float = 1.0, **milliseconds: float
+) -> list[Row]:
+    """Rows of one workload: the backward takes so many milliseconds, the forward `factor`."""
+    names = {
+        "baseline": peers.BASELINE_KERNEL,
+        "scatter": tune.SCATTER,
+        "gather": tune.GATHER,
+        "compiled": "compiled",
+        "triton": "triton",
+    }
+    return [
+        {
+            "workload": workload,
+            "dtype": dtype,
+            "contestant": names[name],
+            "points_per_row": density,
+            "reason": None,
+            "seconds": {
+                "forward": factor * 1e-3,
+                "backward": ms * 1e-3,
+                "forward_backward": (ms + factor) * 1e-3,
+            },
+        }
+        for name, ms in milliseconds.items()
+    ]
+
+
+TUNED = [
+    *tuned("encoder", "f32", 16, baseline=40, scatter=4, gather=8, compiled=4, triton=5),
+    *tuned("decoder", "f32", 0.2, baseline=2, scatter=1, gather=9, compiled=1, triton=1.5),
+    *tuned("encoder", "bf16", 16, baseline=40, scatter=6, gather=3, compiled=6, triton=3),
+    *tuned("decoder", "bf16", 0.2, baseline=2, scatter=1, gather=9, compiled=1, triton=0.5),
+]
+
+
+def test_the_table_gives_the_constants() -> None:
+    floats, halves = tune.choose_backward(TUNED)
+    assert "32-bit values: kScatter unless determinism is asked for; fastest in 2 of 2" in floats
+    assert "16-bit values: kGather from 16 points of a head per row of value on" in halves
+    assert "fastest in 2 of 2, at worst 1.00x" in halves
+    backend, fused = tune.choose_backend(TUNED)
+    mean = math.prod([6 / 5, 2.5 / 2, 4 / 7, 1.5 / 2]) ** 0.25
+    assert f"triton, compiled; triton takes {mean:.2f}x the time of compiled" in backend
+    assert "is faster on: encoder bf16 (1.75x), decoder bf16 (1.33x)" in backend
+    assert fused.endswith("not measured")
+    _, backward, _ = tune.against_baseline(TUNED)
+    assert backward == "backward: compiled is 2.00x to 10.00x as fast as the baseline"
+
+
+def test_the_table_is_measured_and_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a CPU the contestants are the chosen kernels, without and with fusion; then a fault."""
+    monkeypatch.setattr(tune, "NAMES", ("rfdetr_train",))
+    monkeypatch.setattr(tune, "CONTESTANTS", (peers.BASELINE_KERNEL, "compiled"))
+    monkeypatch.setattr(tune, "FUSED", ("compiled",))
+    monkeypatch.setattr(tune, "DTYPES", {"f32": torch.float32, "bf16": torch.bfloat16})
+    command = ["--device", "cpu", "--scale", "0.1", "--seconds", "0", "--out", str(tmp_path)]
+    assert tune.main(command) == 0
+    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    assert [(row["contestant"], "seconds" in row) for row in rows] == 2 * [
+        *((peers.BASELINE_KERNEL, False), ("compiled", True), ("compiled fused", True))
+    ]
+    assert "rfdetr_train*0.1 f32 forward: compiled " in capsys.readouterr().out
+    assert tune.main([str(tmp_path / "tune.json")]) == 0
+
+    right = peers.PEERS["compiled"]
+    monkeypatch.setitem(peers.PEERS, "compiled", lambda *a: lambda x: right(*a)(x) * 1.01)
+    assert tune.main(command) == 1
+    assert "compiled: output is off by 1.0e-02" in capsys.readouterr().out
+
+
+# The kernels by name -------------------------------------------------------------------------
 
 INPUTS = (
     "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, Tensor sampling_locations, "
@@ -178,21 +306,23 @@ INPUTS = (
 @pytest.mark.skipif(hasattr(torch.ops.deform_attn, "ms_deform_attn_by"), reason="the real one is")
 @pytest.mark.parametrize("name", peers.KERNELS)
 def test_kernels_by_name_are_contestants(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the CUDA library defines its private operators; here the emulated kernels answer."""
-    ways = []
+    """The private operators of the CUDA library, here computed by the emulated kernels."""
+    used = []
 
-    def forward(way: str, *inputs: Any) -> torch.Tensor:
-        ways.append(way)
-        return Emulated().forward(*inputs[:5], inputs[6], baseline=way == "baseline")
+    def forward(algorithm: str, *inputs: Any) -> torch.Tensor:
+        used.append(algorithm)
+        return Emulated().forward(*inputs[:5], inputs[6], baseline=algorithm == "baseline")
 
-    def backward(way: str, grad_output: torch.Tensor, *inputs: Any) -> tuple[torch.Tensor, ...]:
-        ways.append(way)
-        return Emulated().backward(grad_output, *inputs[:5], inputs[6], way=way)
+    def backward(
+        algorithm: str, grad_output: torch.Tensor, *inputs: Any
+    ) -> tuple[torch.Tensor, ...]:
+        used.append(algorithm)
+        return Emulated().backward(grad_output, *inputs[:5], inputs[6], way=algorithm)
 
     library = torch.library.Library("deform_attn", "FRAGMENT")
-    library.define(f"ms_deform_attn_by(str way, {INPUTS}) -> Tensor")
+    library.define(f"ms_deform_attn_by(str algorithm, {INPUTS}) -> Tensor")
     library.define(
-        f"ms_deform_attn_by_backward(str way, Tensor grad_output, {INPUTS}) -> "
+        f"ms_deform_attn_by_backward(str algorithm, Tensor grad_output, {INPUTS}) -> "
         "(Tensor, Tensor, Tensor)"
     )
     library.impl("ms_deform_attn_by", forward, "CPU")
@@ -205,26 +335,28 @@ def test_kernels_by_name_are_contestants(name: str, monkeypatch: pytest.MonkeyPa
             small = scaled(WORKLOADS[workload], 0.05)
             x = draw(small, dtype={"f32": torch.float32, "bf16": torch.bfloat16}[dtype])
             op = peers.PEERS[name](small, "cuda")
-            assert check.verdict(check.errors_of(op, x, check.truth_of(x)), x.value.dtype) is None
-        assert set(ways) == {peers.KERNELS[name]}
+            assert (
+                check.verdict(check.errors_of(op, x, check.expected_of(x)), x.value.dtype) is None
+            )
+        assert set(used) == {peers.KERNELS[name]}
         with pytest.raises(peers.Missing, match="does not run on cpu"):
             peers.PEERS[name](small, "cpu")
     finally:
         library._destroy()
 
 
-def row(contestant: str, seconds: float, **fields: Any) -> report.Row:
+def row(contestant: str, seconds: float, **fields: Any) -> Row:
     times = {phase: [seconds, 1.1 * seconds] for phase in measure.PHASES}
     call = {"workload": "w", "batch": 1, "device": "cuda", "threads": 1, "dtype": "f32"}
     return call | {"contestant": contestant, "status": "ok", "times": times} | fields
 
 
 def test_the_page_compares_kernels_and_backends(tmp_path: Path) -> None:
-    """Times that one can check by eye: who is faster than whom, and where a choice was wrong."""
+    """With times that are easy to compare by hand."""
     rows = [
         row("compiled", 2e-3),
         row("triton", 1e-3),  # twice as fast as what is chosen
-        row("plain kernel", 8e-3),
+        row("baseline kernel", 8e-3),
         row("compiled, scatter", 2e-3),
         row("compiled, gather", 4e-3),
         row("mmcv", 6e-3),

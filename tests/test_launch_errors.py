@@ -1,4 +1,4 @@
-"""What a failed CUDA launch says, and that no launch fails unseen. No GPU is needed."""
+"""The messages of failed CUDA launches; every launch is checked. Needs no GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PROGRAM = """
 #include <iostream>
 #include "errors.cuh"
 int main(int, char** argv) {
-  std::cout << deform_attn::launch_error("forward_teams", std::stoi(argv[1]), "the runtime's words",
+  std::cout << deform_attn::launch_error("forward_teams", std::stoi(argv[1]), "the message",
                                          std::stoi(argv[2]), deform_attn::architectures(argv[3]));
 }
 """
@@ -42,7 +42,7 @@ def message(program: Path, error: int, capability: int, built: str) -> str:
     ("error", "capability", "here"), [(209, 90, "9.0"), (98, 121, "12.1"), (222, 103, "10.3")]
 )
 def test_a_missing_image_is_named(program: Path, error: int, capability: int, here: str) -> None:
-    """The kernel, the GPU's architecture, those that were built, the command that builds it."""
+    """It names the kernel, the GPU's architecture, those built, and the command to build it."""
     text = message(program, error, capability, "750,860,1200")
     assert "CUDA kernel forward_teams was not built for this GPU, which has" in text
     assert f"capability {here}" in text
@@ -51,11 +51,11 @@ def test_a_missing_image_is_named(program: Path, error: int, capability: int, he
     assert ("driver is too old" in text) == (error == 222)
 
 
-def test_other_errors_keep_the_words_of_the_runtime(program: Path) -> None:
-    said = "CUDA kernel forward_teams was not launched: the runtime's words"
-    assert message(program, 9, 90, "900").endswith(said)  # invalid configuration
+def test_other_errors_keep_the_message_of_the_runtime(program: Path) -> None:
+    expected = "CUDA kernel forward_teams was not launched: the message"
+    assert message(program, 9, 90, "900").endswith(expected)  # invalid configuration
     text = message(program, 700, 90, "900")  # illegal address, of a kernel before this one
-    assert said in text
+    assert expected in text
     assert "CUDA_LAUNCH_BLOCKING=1" in text
 
 

@@ -179,7 +179,7 @@ def test_reference_error_is_small(dtypes: Dtypes, case: Case) -> None:
     grad_output = grad_output_for(inputs)
     found, exact = results(reference, inputs, grad_output), exact_results(inputs, grad_output)
     side = max(max(pair) for pair in case.levels)
-    moved = side * torch.finfo(oracle.settle(inputs).sampling_locations.dtype).eps
+    moved = side * torch.finfo(oracle.operands(inputs).sampling_locations.dtype).eps
     for result, e, limit in zip(found, exact, roundings(inputs, grad_output, exact)):
         assert error_of(result, e) <= limit + 8 * moved * largest(e)
 

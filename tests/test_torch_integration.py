@@ -506,7 +506,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     ]
     try:
         for process in processes:
-            output, errors = process.communicate(timeout=120)
+            output, errors = process.communicate(timeout=1800)
             assert process.returncode == 0, errors
             assert output.split() == list(FAMILY)
     finally:
@@ -746,7 +746,7 @@ def run_python(
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
 

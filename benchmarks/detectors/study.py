@@ -1,9 +1,9 @@
-"""AP against steps for every system of the line, on drawn shapes: table and chart.
+"""AP against training steps of every recipe, on drawn shapes: table and chart.
 
     python -m benchmarks.detectors --out results/detr --seeds 3
 
 trains each recipe with each seed (hours on one core) and writes ``table.md``, ``chart.png`` and
-``curves.json``. Started again, it goes on where it was stopped; it reports what is finished.
+``curves.json``. The same command resumes a run that was stopped; finished runs are reported.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from rich.markdown import Markdown
 from deform_attn.detr.recipes import RECIPES
 from deform_attn.detr.train import Settings, train
 
-# AP50 that is asked of a recipe; where its paper reports slow convergence, less.
+# AP50 that a recipe must reach; less where its paper reports slow convergence.
 BARS = dict.fromkeys(RECIPES, 0.45) | {"dab_deformable_detr": 0.3, "stewart": 0.3}
-# Dense attention learns where to look many times slower, and is shown more images; DETR, which does
-# not correct its boxes layer by layer, also gets another layer.
+# Dense attention converges many times more slowly, so these recipes train with larger batches. DETR
+# does not correct its boxes layer by layer and also has one more layer.
 OTHERWISE = {"detr": {"batch": 64, "layers": 3}, "dab_detr": {"batch": 64}}
 Curves = dict[str, dict[str, Any]]  # recipe -> seed -> {"ap": [{"step", "AP", ...}], "cpu_seconds"}
 
@@ -43,7 +43,7 @@ def curves_of(folder: Path, steps: int) -> Curves:
 
 
 def final(runs: dict[str, Any], number: str, step: int | None = None) -> list[float]:
-    """A number of each seed, at a step or at the end."""
+    """A metric of each seed, at a step or at the end."""
     return [
         next(row[number] for row in reversed(run["ap"]) if step is None or row["step"] == step)
         for run in runs.values()
@@ -51,13 +51,13 @@ def final(runs: dict[str, Any], number: str, step: int | None = None) -> list[fl
 
 
 def spread(values: list[float]) -> str:
-    """Median, and least to largest where there are several."""
+    """The median, and the range if there are several."""
     middle = f"{statistics.median(values):.2f}"
     return middle + (f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else "")
 
 
 def table(curves: Curves, steps: int) -> str:
-    """A row a recipe, as Markdown."""
+    """A Markdown table with a row per recipe."""
     early = steps // 4
     lines = [
         f"| recipe | seeds | AP50 after {early} steps | AP50 after {steps} | AP after {steps} "
@@ -76,7 +76,7 @@ def table(curves: Curves, steps: int) -> str:
 
 
 def chart(curves: Curves, file: Path) -> None:
-    """A small panel for each recipe: its curve in front of all others'."""
+    """A small panel per recipe: its curve, over those of all others."""
     from matplotlib.figure import Figure
 
     columns = 5
@@ -110,7 +110,7 @@ def chart(curves: Curves, file: Path) -> None:
 
 
 def main() -> None:
-    """Train what is not finished, then report."""
+    """Train the runs that are not finished, then report."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.detectors", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("results/detr"), help="folder of the runs")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gates.kernels [--architectures 75 90] [--json kernels.json]
 
-No GPU and no torch is needed: nvcc compiles csrc/cuda/launch.cuh, which launches every kernel with
+Needs no GPU and no torch: nvcc compiles csrc/cuda/dispatch.cuh, which launches every kernel with
 every dtype. Fails where a kernel spills registers, takes more of them than its limit, or leaves a
 multiprocessor less than half full.
 """
@@ -34,8 +34,8 @@ LEAST_OCCUPANCY = 50  # percent
 
 # A call of each launcher makes nvcc compile whatever it launches.
 SOURCE = """
-#include "cuda/launch.cuh"
-void all(const deform_attn::Inputs& in, const deform_attn::Outputs& out) {
+#include "cuda/dispatch.cuh"
+void all(const deform_attn::KernelCall& in, const deform_attn::Outputs& out) {
   deform_attn::forward_call(in, nullptr, {});
   deform_attn::backward_call(in, nullptr, out, {}, {});
 }

@@ -29,11 +29,10 @@ from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
 from tests.simt.emulated import Emulated
 
 KERNELS = Emulated(counting=True)
-BEFORE_SM_90 = Emulated(atomic_floats=1)  # counts nothing
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SECTOR = 32
 FUSED = "deformable_detr_encoder_800x1333"  # where the bytes of a whole layer are held to a bar
-FIXED = "fixed reference"  # reference points whose gradient nobody wants
+FIXED = "fixed reference"  # reference points without a gradient
 Counts = dict[str, float]
 
 
@@ -92,7 +91,7 @@ class Counter:
 
 
 def count(workload: Workload, dtype: str) -> dict[str, Counts]:
-    """Counts of the forward kernels and of each way to the gradients."""
+    """Counts of the forward kernels and of each backward algorithm."""
     inputs = draw(workload, dtype=DTYPES[dtype])
     # of an encoder's two, which have half of the heads: looking along an axis, and not
     processors = [0, 33] if workload.encoder else list(range(0, KERNELS.processors, 3))
@@ -112,14 +111,14 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     forward("teams", sources, lambda to: KERNELS.forward(*given, output=to))
     forward("fused", layer_sources, lambda to: KERNELS.fused_forward(*layer, output=to))
 
-    def backward(way: str, fused: bool = False, reference: bool = True) -> Counts:
+    def backward(algorithm: str, fused: bool = False, reference: bool = True) -> Counts:
         arguments: tuple[Any, ...] = given
         if fused:
             value, shapes, starts, anchors, *rest = layer
             arguments = (value, shapes, starts, *rest[:3], anchors, rest[3])
-        targets = KERNELS.targets(*arguments, way=way, wanted=(True, reference))
+        targets = KERNELS.targets(*arguments, algorithm=algorithm, output_mask=(True, reference))
         filled = [targets[4]]  # with zeros, by PyTorch
-        if way == "gather":
+        if algorithm == "gather":
             fill_bounds(inputs, targets[5])
         elif targets[4].numel() == 0:
             filled.append(targets[0])
@@ -129,10 +128,10 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         call = layer if fused else given
 
         def once() -> None:
-            run(inputs.grad_output, *call, way=way, targets=targets)
+            run(inputs.grad_output, *call, algorithm=algorithm, targets=targets)
 
         figures = counter.run(tensors, once)
-        if way != "gather" and not workload.encoder:
+        if algorithm != "gather" and not workload.encoder:
             # the blocks that are sampled hold other queries in another kernel: atomics of all
             sums = {"sums": filled[-1]}
             figures["atomics"] = counter.run(sums, once, every=True)["atomics"]
@@ -141,17 +140,16 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         figures["least_bytes"] += zeros
         return figures
 
-    for way in ("baseline", "scatter", "gather"):
-        found[f"backward {way}"] = backward(way)
-    way = KERNELS.way_of(*given)
-    found[f"backward {way} fused"] = backward(way, fused=True)
-    found[f"backward {way} fused, {FIXED}"] = backward(way, fused=True, reference=False)
+    for algorithm in ("baseline", "scatter", "gather"):
+        found[f"backward {algorithm}"] = backward(algorithm)
+    algorithm = KERNELS.chosen_algorithm(*given)
+    found[f"backward {algorithm} fused"] = backward(algorithm, fused=True)
+    found[f"backward {algorithm} fused, {FIXED}"] = backward(algorithm, fused=True, reference=False)
     found = {
         kernel: {name: round(figure, 4) for name, figure in figures.items()}
         for kernel, figures in found.items()
     }
-    found["chosen"] = {way: 1.0}
-    found["chosen before sm_90"] = {BEFORE_SM_90.way_of(*given): 1.0}
+    found["chosen"] = {algorithm: 1.0}
     return found
 
 
@@ -241,15 +239,15 @@ def torch_bytes(workload: Workload) -> dict[str, Counts]:
 def layer_table(counts: dict[str, Counts]) -> dict[str, tuple[float, float]]:
     """Bytes per point of the layer of FUSED: {what: (fused, not fused)}."""
     torch_moves = {name: sum(b.values()) for name, b in torch_bytes(WORKLOADS[FUSED]).items()}
-    (way,) = counts["chosen"]
+    (algorithm,) = counts["chosen"]
     rows = {}
     for measure in ("least_bytes", "l2_bytes"):
         fused, plain = counts["forward fused"][measure], counts["forward teams"][measure]
         plain += torch_moves["forward"]
         rows[f"forward, {measure}"] = (fused, plain)
-        plain += counts[f"backward {way}"][measure] + torch_moves["backward"]
+        plain += counts[f"backward {algorithm}"][measure] + torch_moves["backward"]
         for which, summed in (("", torch_moves["reference"]), (f", {FIXED}", 0.0)):
-            moved = fused + counts[f"backward {way} fused{which}"][measure]
+            moved = fused + counts[f"backward {algorithm} fused{which}"][measure]
             rows[f"forward + backward{which}, {measure}"] = (moved, plain + summed)
     return rows
 
@@ -279,7 +277,6 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
     narrow = Bar("forward: sectors read in bf16, of f32", 0.6)
     missed = Bar("forward, encoder: sectors that miss the modelled L1", 0.5)
     atomics = Bar("backward: atomics, of one thread per channel", 1 / 4)
-    older = Bar("the same before sm_90", 1 / 4)
     encoder = Bar("backward, encoder: atomic sectors", 0.6)
     others = Bar("backward, elsewhere: atomic sectors", 1)
     gathered = Bar("deterministic backward: sectors, of the atomic one", 3)
@@ -295,20 +292,20 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
         if "encoder" in case:
             missed.add(ours["l1_missed"] / plain["l1_missed"], case)
         plain = found["backward baseline"]
-        for chosen, bar in (("chosen", atomics), ("chosen before sm_90", older)):
-            (way,) = found[chosen]
-            ours = found[f"backward {way}"]
-            # one float at a time before sm_90, which only gathering is counted for
-            assert chosen == "chosen" or way == "gather"
-            bar.add(ours["atomics"] / plain["atomics"], f"{case}: {way}")
-            sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
-            (encoder if "encoder" in case else others).add(sectors, f"{case}: {way}")
+        (algorithm,) = found["chosen"]
+        ours = found[f"backward {algorithm}"]
+        atomics.add(ours["atomics"] / plain["atomics"], case)
+        sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
+        (encoder if "encoder" in case else others).add(sectors, case)
         moved = [
-            sum(found[f"backward {way}"][kind] for kind in ("read", "written", "atomic_sectors"))
-            for way in ("gather", "scatter")
+            sum(
+                found[f"backward {algorithm}"][kind]
+                for kind in ("read", "written", "atomic_sectors")
+            )
+            for algorithm in ("gather", "scatter")
         ]
         gathered.add(moved[0] / moved[1], case)
-    found_bars = [loads, read, narrow, missed, atomics, older, encoder, others, gathered]
+    found_bars = [loads, read, narrow, missed, atomics, encoder, others, gathered]
     for what, (fused, unfused) in layer_table(counts[f"{FUSED} f32"]).items():
         limit = 0.5 if what.startswith("forward,") else 0.6
         found_bars.append(Bar(f"layer fused: {what}", limit, fused / unfused, FUSED))
@@ -336,10 +333,9 @@ def table_of(all_counts: dict[str, dict[str, Counts]]) -> Table:
         table.add_column(column.replace("_", " "), justify="right")
     for case, counts in all_counts.items():
         table.add_section()
-        chosen = [f"{key}: {min(ways)}" for key, ways in counts.items() if key.startswith("chosen")]
-        table.add_row(f"[bold]{case}[/bold] ({', '.join(chosen)})")
+        table.add_row(f"[bold]{case}[/bold] (chosen: {min(counts['chosen'])})")
         for kernel, figures in counts.items():
-            if kernel.startswith("chosen"):
+            if kernel == "chosen":
                 continue
             plain = counts[kernel.split()[0] + " baseline"]
             cells = []

@@ -100,8 +100,8 @@ double stream(const float* data, int64_t size, int64_t repeats) {  // size: floa
   return seconds;
 }
 
-// Prefetching: 0 not at all, 1 into the first cache, 2 into the second one, farther ahead. What is
-// best depends on where the rows lie; asked for what the machine can do, take the fastest.
+// Prefetching: 0 none, 1 into the first-level cache, 2 into the second-level cache, farther ahead.
+// Which is fastest depends on the level that holds the rows; the caller takes the fastest of the three.
 double gather(const float* data, const int32_t* rows, const float* weights, int64_t count,
               int64_t repeats, int prefetching) {
   switch (prefetching) {

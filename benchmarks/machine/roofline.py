@@ -1,26 +1,26 @@
-"""How far is the CPU kernel from what the machine allows?
+"""Compares the CPU's forward kernel with lower bounds that are measured on this machine.
 
     python -m benchmarks.machine.roofline [--out results]
 
-A sampling point reads four rows of head_dim numbers and does four multiply-adds a channel. A probe
-(probe.cpp, compiled here for this processor) measures on one core what a multiply-add costs, and
-what reading a row of a set of some size costs, in random order with prefetching, as a good kernel
-would read. No kernel can take less than
+A sampling point reads four rows of head_dim numbers and does four multiply-adds per channel. A
+probe (probe.cpp, compiled for this processor) measures on one core the time of a multiply-add, and
+the time to read a row from sets of several sizes, in random order with prefetching. A kernel takes
+at least the largest of
 
-    arithmetic  the multiply-adds
-    L1          four rows of a set that fits into the nearest cache
-    far         each row that the workload touches is fetched once, from wherever a set as large as
-                all of them lies, and locations, weights and output pass by once
+    arithmetic  the time of the multiply-adds
+    L1          the time of four rows from a set that fits into the first-level cache
+    far         the time to fetch each row that the workload touches once, from a set of the size
+                of all of them, plus one pass over locations, weights and output
 
-and the bound is the greatest of the three. `L2` is what four rows from L2 would cost: no bound, but
-what a kernel pays where neighbouring queries do not find each other's rows in L1.
+`L2` is the time of four rows from the second-level cache. It is not a bound: a kernel takes this
+time if neighbouring queries do not find each other's rows in L1.
 
-A call may also find nothing in cache, as in a benchmark where other ops ran since: then `memory` is
-what the touched rows cost in random order from there, with all that passes by, and `cold` is what
-the kernel takes after a sweep through a large array.
+The inputs of a call may be in no cache, as in a benchmark where other ops ran before: `memory` is
+then the time to fetch the touched rows in random order from memory, plus the pass over locations,
+weights and output; `cold` is the measured time of the kernel after a sweep through a large array.
 
-Two columns are about all cores: how many times as fast they are as one, of the kernel and (in the
-table of the machine) of the probe, each core with rows of its own: what no kernel can exceed.
+Two columns compare all cores with one: the speed-up of the kernel, and (in the table of the
+machine) that of the probe, where each core reads rows of its own; it is an upper bound.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ SETS = {  # bytes that the probe reads
     "64 MB": 2**26,
     "512 MB": 2**29,
 }
-LARGEST_SHARED = 2**24  # of which every core gets a copy, to see how they scale
+LARGEST_SHARED = 2**24  # bytes of the largest set that each core gets a copy of, to measure scaling
 L1, L2 = 2**14, 2**18  # sets that fit into these caches of any processor of the last ten years
 
 
@@ -83,7 +83,7 @@ class Machine:
 
 
 def probed() -> Machine:
-    """Ask the probe; a few seconds."""
+    """Run the probe; takes a few seconds."""
     functions = probe.functions()
     count = 12_000_000
     multiply_add = min(functions.multiply_add(ctypes.c_int64(count)) for _ in range(REPEATS))
@@ -113,7 +113,7 @@ def probed() -> Machine:
             own = [data, *(data.copy() for _ in range(all_cores() - 1))]
             call = partial(_gather, functions, order, weights, rounds, way)
             scaling[size] = _scaling([partial(call, data) for data in own])
-    # a larger set is not faster to read: where it seems so, the smaller one was disturbed
+    # a larger set is not faster to read: if it seems so, the smaller measurement was disturbed
     row = {size: min(ns for other, ns in row.items() if other >= size) for size in row}
     work = [partial(functions.multiply_add, ctypes.c_int64(10 * count))] * all_cores()
     return Machine(
@@ -133,7 +133,7 @@ def _gather(
 
 
 def _scaling(work: Sequence[Callable[[], float]]) -> float:
-    """How many times as fast the calls are side by side as one after the other: the median."""
+    """Speed-up of the calls side by side over one after the other: the median."""
     found = []
     with ThreadPoolExecutor(len(work)) as pool:
         for _ in range(REPEATS):
@@ -147,7 +147,7 @@ def _pointer(array: Any) -> ctypes.c_void_p:
 
 
 def bounds(machine: Machine, workload: Workload, x: WorkloadInputs) -> dict[str, float]:
-    """Nanoseconds a point, and how many rows a point brings in from memory."""
+    """Nanoseconds per point, and rows per point that come from memory."""
     row_bytes = 4 * workload.head_dim
     share = workload.head_dim / ROW  # of the probe's row
     loads = 4 * workload.head_dim / machine.lanes
@@ -178,7 +178,7 @@ def _rows_touched(x: WorkloadInputs) -> int:
     levels = x.spatial_shapes.tolist()
     counts = x.num_points or [locations.shape[3] // len(levels)] * len(levels)
     touched = torch.zeros(batch, x.value.shape[1], heads, dtype=torch.bool)
-    who = torch.arange(batch)[:, None, None, None]
+    image = torch.arange(batch)[:, None, None, None]
     head = torch.arange(heads)[:, None]
     for (height, width), start, xy in zip(
         levels, x.level_start_index.tolist(), locations.split(counts, 3)
@@ -188,7 +188,7 @@ def _rows_touched(x: WorkloadInputs) -> int:
             for column in (left, left + 1):
                 inside = (y >= 0) & (y < height) & (column >= 0) & (column < width)
                 row = start + y.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-                where = torch.broadcast_tensors(who, row, head)
+                where = torch.broadcast_tensors(image, row, head)
                 touched[tuple(part[inside] for part in where)] = True
     return int(touched.sum())
 
@@ -217,7 +217,7 @@ def measure_workload(machine: Machine, workload: Workload, seconds: float) -> di
 
 
 def _cold(op: Op, x: WorkloadInputs, seconds: float) -> float:
-    """Seconds of forward on one thread, its inputs and its output's pages in no cache."""
+    """Seconds of forward on one thread, with inputs and output in no cache."""
     taken: list[float] = []
     everything = torch.zeros(max(SETS.values()) // 4)
     start = time.perf_counter()

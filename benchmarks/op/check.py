@@ -1,10 +1,10 @@
-"""Is an op right? Its output and gradients against the float64 oracle of the tests.
+"""Compares the output and gradients of an op with the float64 oracle of `deform_attn.testing`.
 
-The oracle takes seconds and gigabytes on an encoder, so it is asked about a random subset of the
-queries there. Output, location gradients and weight gradients of a query depend on that query
-alone: these rows of the full call are compared. The value gradient sums over all queries: it is
-compared for a grad_output that is zero outside the subset. The full one, g, has to satisfy
-<g, g> = <op(g), grad_output>, which holds because the op is linear in value.
+For an encoder the oracle needs seconds and gigabytes, so it computes a random subset of the
+queries. Output, location gradients and weight gradients of a query depend on that query alone:
+these rows of the full call are compared. The value gradient sums over all queries: it is compared
+for a grad_output that is zero outside the subset. For the full grad_output, the value gradient g
+must satisfy <g, g> = <op(g), grad_output>, because the op is linear in value.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from benchmarks.op.peers import Op
 from benchmarks.op.workloads import WorkloadInputs
 from deform_attn.testing import OpInputs, oracle
 
-# Largest difference over largest magnitude of the truth. A float32 location of a 167 pixels wide
-# map is known to 1e-5 pixel; 16-bit outputs and gradients are rounded to 11 or 8 bits.
+# Largest difference over largest magnitude. A float32 location on a map 167 pixels wide has a
+# precision of 1e-5 pixel; 16-bit outputs and gradients are rounded to 11 or 8 bits.
 TOLERANCES = {
     torch.float64: 1e-12,
     torch.float32: 3e-5,
@@ -27,14 +27,14 @@ TOLERANCES = {
     torch.bfloat16: 2**-7,
 }
 SUBSET_POINTS = 2**16  # the oracle keeps about 1 kB a point and channel pair
-# Nearer to the middle of a pixel the slope jumps, and peers that round the location take the other
-# side. Which side is right is tested elsewhere; a benchmark compares away from there.
+# At a pixel centre the slope jumps, and peers that round the location may take the other side. The
+# tests cover this; the benchmark compares away from there.
 KNOT = 1e-4  # pixel
 
 
 @dataclasses.dataclass(frozen=True)
-class Truth:
-    """What the oracle says about the queries of a subset."""
+class Expected:
+    """The oracle's results for a subset of the queries."""
 
     queries: Tensor  # [N] indices
     output: Tensor  # [B, N, M * D]
@@ -42,15 +42,15 @@ class Truth:
     smooth: Tensor  # [B, N, ..., 1] locations away from knots
 
 
-def truth_of(x: WorkloadInputs, seed: int = 0) -> Truth:
-    """Ask the oracle, on the CPU."""
+def expected_of(x: WorkloadInputs, seed: int = 0, points: int = 0) -> Expected:
+    """Run the oracle, on the CPU, for about so many points (0: SUBSET_POINTS)."""
     batch, queries = x.sampling_locations.shape[:2]
-    points = x.attention_weights[0, 0].numel() * batch
-    count = min(queries, max(1, SUBSET_POINTS // points))
+    of_query = x.attention_weights[0, 0].numel() * batch
+    count = min(queries, max(1, (points or SUBSET_POINTS) // of_query))
     generator = torch.Generator().manual_seed(seed)
-    chosen = torch.randperm(queries, generator=generator)[:count].sort().values
+    subset = torch.randperm(queries, generator=generator)[:count].sort().values
     locations, weights, grad_output = (
-        tensor.cpu()[:, chosen]
+        tensor.cpu()[:, subset]
         for tensor in (x.sampling_locations, x.attention_weights, x.grad_output)
     )
     call = OpInputs(
@@ -63,29 +63,29 @@ def truth_of(x: WorkloadInputs, seed: int = 0) -> Truth:
     )
     with torch.no_grad():
         output = oracle.ms_deform_attn(call)
-    return Truth(
-        chosen, output, oracle.gradients(call, grad_output), _away_from_knots(x, locations)
+    return Expected(
+        subset, output, oracle.gradients(call, grad_output), _away_from_knots(x, locations)
     )
 
 
-def errors_of(op: Op, x: WorkloadInputs, truth: Truth) -> dict[str, float]:
+def errors_of(op: Op, x: WorkloadInputs, expected: Expected) -> dict[str, float]:
     """Largest difference over largest magnitude, for the output and each gradient."""
     leaves = x.map(lambda tensor: tensor.detach().requires_grad_())
     output = op(leaves)
-    chosen = truth.queries.to(output.device)
+    subset = expected.queries.to(output.device)
     grads = torch.autograd.grad(output, leaves.differentiable, x.grad_output, retain_graph=True)
     masked = torch.zeros_like(x.grad_output)
-    masked[:, chosen] = x.grad_output[:, chosen]
-    (of_subset,) = torch.autograd.grad(output, leaves.value, masked)
-    smooth = truth.smooth.to(output.device)
+    masked[:, subset] = x.grad_output[:, subset]
+    (subset_grad_value,) = torch.autograd.grad(output, leaves.value, masked)
+    smooth = expected.smooth.to(output.device)
     return {
-        "output": _error(output[:, chosen], truth.output),
-        "grad_value": _error(of_subset, truth.gradients[0]),
+        "output": _error(output[:, subset], expected.output),
+        "grad_value": _error(subset_grad_value, expected.gradients[0]),
         "grad_value, all queries": _linearity_error(op, x, grads[0]),
         "grad_sampling_locations": _error(
-            grads[1][:, chosen] * smooth, truth.gradients[1] * truth.smooth
+            grads[1][:, subset] * smooth, expected.gradients[1] * expected.smooth
         ),
-        "grad_attention_weights": _error(grads[2][:, chosen], truth.gradients[2]),
+        "grad_attention_weights": _error(grads[2][:, subset], expected.gradients[2]),
     }
 
 
@@ -98,15 +98,15 @@ def verdict(errors: dict[str, float], dtype: torch.dtype) -> str | None:
     return f"{', '.join(wrong)} (at most {limit:.1e})" if wrong else None
 
 
-def _error(got: Tensor, truth: Tensor) -> float:
-    difference = (got.detach().cpu().double() - truth).abs().max()
-    return float(difference / truth.abs().max())  # NaN where either holds one
+def _error(got: Tensor, exact: Tensor) -> float:
+    difference = (got.detach().cpu().double() - exact).abs().max()
+    return float(difference / exact.abs().max())  # NaN if either holds a NaN
 
 
-def _linearity_error(op: Op, x: WorkloadInputs, of_value: Tensor) -> float:
+def _linearity_error(op: Op, x: WorkloadInputs, grad_value: Tensor) -> float:
     with torch.no_grad():
-        output = op(dataclasses.replace(x, value=of_value))
-    square = of_value.double().square().sum()
+        output = op(dataclasses.replace(x, value=grad_value))
+    square = grad_value.double().square().sum()
     product = (output.double() * x.grad_output.double()).sum()
     return float((product - square).abs() / square)
 

@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
 
 
 def all_cores() -> int:
-    """Threads that PyTorch would use by itself."""
+    """The number of threads that PyTorch uses by default."""
     return torch.get_num_threads()
 
 
@@ -58,7 +58,7 @@ def _cpu() -> str:
             key, _, fact = line.partition(":")
             facts.setdefault(key.strip(), fact.strip())
         name = facts.get("model name") or facts.get("CPU part", "")
-        if "cpu family" in facts:  # tells what a virtual machine's plain "AMD EPYC" is
+        if "cpu family" in facts:  # a virtual machine may report only "AMD EPYC" as its name
             name += f" (family {facts['cpu family']}, model {facts.get('model')})"
         return name or platform.processor()
     return platform.processor()
@@ -85,7 +85,7 @@ def _commit() -> str | None:
 
 
 def _builds() -> dict[str, Any]:
-    """What the compiled libraries say of themselves, with the instruction set in use."""
+    """Build facts of the compiled libraries, with the instruction set in use."""
     builds = {}
     for device in ("cpu", "cuda"):
         try:

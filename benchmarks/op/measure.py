@@ -1,9 +1,9 @@
 """Time and memory of ops, on a CPU or a GPU.
 
 race    forward, backward and forward + backward of several ops, interleaved round by round, so
-        that what disturbs the machine for a while disturbs all of them
-peaks   peak memory of a call, above its inputs
-cost    what one call costs apart from its arithmetic: microseconds on a tiny problem
+        that a disturbance of the machine affects all of them
+peaks   peak memory of a call, in addition to its inputs
+cost    overhead of a call: microseconds on a tiny problem
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import ctypes
 import dataclasses
 import gc
 import platform
+import resource
 import statistics
 import sys
 import time
@@ -27,14 +28,16 @@ from benchmarks.op.workloads import WorkloadInputs
 
 Cost = dict[str, list[float]]
 PHASES = ("forward", "backward", "forward_backward")
-AGAIN = "forward_again"  # on a CPU: forward, called once more at once, its inputs now in cache
+AGAIN = (
+    "forward_again"  # on a CPU: a second forward right after the first, with its inputs in cache
+)
 
 
 @dataclasses.dataclass
 class Entrant:
-    """An op in a race: the inputs that it takes in turn, its threads, and its times in seconds.
+    """An op in a race: its inputs, taken in turn, its threads, and its times in seconds.
 
-    `busy` is CPU time over wall time: below 1 on one thread, something else had the core.
+    `busy` is CPU time over wall time: below 1 on one thread, another process used the core.
     """
 
     op: Op
@@ -46,12 +49,11 @@ class Entrant:
 
 @contextlib.contextmanager
 def kept_memory() -> Iterator[None]:
-    """What is freed within stays with the process, for the next call, as PyTorch keeps a GPU's.
+    """Keep freed memory in the process for the next call, as PyTorch does on a GPU.
 
-    Otherwise large tensors are fresh from the system in each call. How long that takes is not the
-    op's doing, and no constant: where a virtual machine reports its free pages to the host (Linux's
-    "free page reporting"), the same 34 MB came in 0.2 to 25 ms. With glibc's malloc; elsewhere this
-    does nothing.
+    Otherwise the system maps fresh pages for large tensors in each call, which takes a time that
+    varies and does not depend on the op (docs/benchmarks.md has figures). Only with glibc's malloc;
+    elsewhere this does nothing.
     """
     if platform.libc_ver()[0] != "glibc":
         yield
@@ -68,16 +70,21 @@ def kept_memory() -> Iterator[None]:
         libc.malloc_trim(0)
 
 
+def page_faults() -> int:
+    """Page faults of this process until now that needed no I/O."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
 def race(
     entrants: Sequence[Entrant],
     seconds: float,
     rounds: tuple[int, int] = (3, 100),
     tick: Callable[[], None] = lambda: None,
 ) -> None:
-    """Fill the times of every entrant: all of them once a round, each round in another order.
+    """Time every entrant once per round, in an order that changes from round to round.
 
-    The first round warms up and is dropped, unless it alone takes a third of `seconds`. Rounds go
-    on for `seconds`, at least rounds[0] and at most rounds[1]. The times of one round belong
+    The first round is a warm-up and is dropped, unless it takes a third of `seconds`. Rounds
+    continue for `seconds`, at least rounds[0] and at most rounds[1]. The times of one round belong
     together: a ratio of two entrants is taken round by round.
     """
     if not entrants:
@@ -179,11 +186,10 @@ def one_thread() -> Iterator[None]:
 
 
 def cost(ops: Sequence[Op], x: WorkloadInputs, calls: int = 200, rounds: int = 9) -> list[Cost]:
-    """Seconds of a call that returns at once, op by op in turn, on one thread.
+    """Seconds of a call with almost no arithmetic, for each op in turn, on one thread.
 
-    `x` has to be tiny. Three kinds: a call under no_grad; the forward call where all three tensors
-    want gradients, which is what a training step pays before any kernel runs; and that call with
-    its backward.
+    `x` has to be tiny. Three kinds of calls: under no_grad; forward with gradients for all three
+    tensors; and forward and backward.
     """
     leaves = x.map(lambda tensor: tensor.detach().requires_grad_())
     tensors = leaves.differentiable
@@ -254,7 +260,7 @@ def _cpu_peak(call: Callable[[], None]) -> float | None:
         peak = _high_water_mark(call)
     except (AttributeError, OSError):
         return None
-    # pages of libraries that the system takes away meanwhile make a peak look lower
+    # pages of libraries that the system evicts during the call lower the measured peak
     again = 0 if time.perf_counter() - start > 0.2 else 2
     return max([peak, *(_high_water_mark(call) for _ in range(again))])
 
@@ -275,7 +281,7 @@ def _status(key: str) -> float:
 
 
 def available_memory() -> float:
-    """Bytes that a new allocation can have on the host; infinity where the system does not say."""
+    """Bytes that a new allocation can have on the host; infinity if unknown."""
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         for line in meminfo.read_text().splitlines():

@@ -1,9 +1,9 @@
-"""Whole models on a photograph, as they ship and with deform_attn in place of their own op.
+"""Whole models on a photograph, as shipped and with deform_attn's operator.
 
-The models are Hugging Face's, built from configurations with random weights: nothing is downloaded.
-The photograph is one that matplotlib's wheel carries. Random initialisation leaves all attention
-weights equal and all offsets the same for every query; both are spread here, so that a wrong order
-of points would show in the outputs and memory is read as a trained model reads it.
+The models are those of transformers, built from configurations with random weights; nothing is
+downloaded. The photograph comes with matplotlib. The initial weights of these models make all
+attention weights equal and all offsets the same for every query. They are drawn at random here, so
+that a wrong order of points changes the outputs and memory is accessed as in a trained model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deform_attn.integrations import transformers as integration
+from deform_attn.integrations import accelerate, adapters, restore
 
 SIZE = 640  # height and width of the image
 LARGEST_DIFFERENCE = 1e-4  # of the outputs, over their largest magnitude
@@ -34,7 +34,7 @@ def measure_model(
     seed: int = 0,
     tick: Callable[..., None] = lambda text=None: None,
 ) -> dict[str, Any]:
-    """Outputs and whole-model times of both, in turn; all threads that PyTorch has."""
+    """Compare the outputs of both, and time both in turn, with all of PyTorch's threads."""
     row: dict[str, Any] = {
         "model": f"{name} r50",
         "image": f"{size}x{size}",
@@ -107,7 +107,9 @@ def build(name: str, seed: int = 0) -> nn.Module:
         config = transformers.Mask2FormerConfig(
             backbone_config=transformers.ResNetConfig(out_features=stages)
         )
-        model = transformers.Mask2FormerModel(config)  # without its loss, which wants scipy
+        model = transformers.Mask2FormerModel(
+            config
+        )  # not the class with a loss, which needs scipy
     else:
         raise ValueError(f"name: expected one of {', '.join(MODELS)}, got {name!r}")
     for module in model.modules():
@@ -120,13 +122,13 @@ def build(name: str, seed: int = 0) -> nn.Module:
 @contextlib.contextmanager
 def accelerated(model: nn.Module) -> Iterator[None]:
     """The model with deform_attn's operator inside a `with` block."""
-    _, report = integration.accelerate(model)
+    _, report = accelerate(model)
     if not report.replaced or report.left:
         raise RuntimeError(str(report))
     try:
         yield
     finally:
-        integration.restore(model)
+        restore(model)
 
 
 def _outputs(output: Any) -> list[Tensor]:
@@ -149,12 +151,14 @@ def _seconds(model: nn.Module, image: Tensor) -> float:
 
 
 def _share_of_op(model: nn.Module, image: Tensor) -> float:
-    """Part of the time of the model as shipped that its own op takes."""
+    """The op's share of the time of the model as shipped."""
     from transformers.models.mask2former import modeling_mask2former as module
 
     spent = 0.0
 
-    def timed(value: Tensor, shapes: Any, _: None, locations: Tensor, weights: Tensor) -> Tensor:
+    def timed(
+        value: Tensor, shapes: Any, _: None, locations: Tensor, weights: Tensor, **options: Any
+    ) -> Tensor:
         nonlocal spent
         if image.is_cuda:
             torch.cuda.synchronize()
@@ -166,6 +170,6 @@ def _share_of_op(model: nn.Module, image: Tensor) -> float:
         spent += time.perf_counter() - start
         return output
 
-    with accelerated(model), mock.patch.object(integration, "ms_deform_attn", timed):
+    with accelerated(model), mock.patch.object(adapters, "ms_deform_attn", timed):
         whole = _seconds(model, image)
     return spent / whole

@@ -1,7 +1,7 @@
 """The contestants of a benchmark: backends of deform_attn and other implementations of the op.
 
 PEERS maps a name to a loader. `loader(workload, device)` returns `op(inputs) -> output`, or raises
-Missing with the reason why the contestant cannot take part. Implementations that want one dtype for
+Missing with the reason why the contestant cannot take part. Implementations that take one dtype for
 all tensors get 16-bit inputs converted to float32, and their output is converted back: rounding the
 locations to 16 bits instead would move the samples.
 """
@@ -25,9 +25,13 @@ Loader = Callable[[Workload, str], Op]
 
 BASELINE = "grid_sample"
 OURS = ("compiled", "triton", "reference")
-PLAIN = "plain kernel"  # CUDA, one thread a channel as in 2020, written here
-# The CUDA kernels by name, with their way to the gradient of value; a call chooses one by shape.
-KERNELS = {PLAIN: "baseline", "compiled, scatter": "scatter", "compiled, gather": "gather"}
+BASELINE_KERNEL = "baseline kernel"  # CUDA, one thread per channel as in 2020, written here
+# The CUDA kernels by name, with their BackwardAlgorithm; a call without a name chooses one.
+KERNELS = {
+    BASELINE_KERNEL: "baseline",
+    "compiled, scatter": "scatter",
+    "compiled, gather": "gather",
+}
 
 
 class Missing(Exception):
@@ -56,7 +60,7 @@ def _backend(name: str) -> Loader:
     return load
 
 
-def _kernels(way: str) -> Loader:
+def _kernels(algorithm: str) -> Loader:
     def load(workload: Workload, device: str) -> Op:
         _only_cuda(device, "CUDA kernels")
         reason = deform_attn.BACKENDS["compiled"].why_not(device, torch.float32)
@@ -69,15 +73,15 @@ def _kernels(way: str) -> Loader:
             def forward(ctx: Any, num_points: list[int] | None, *tensors: Tensor) -> Tensor:
                 ctx.num_points = num_points
                 ctx.save_for_backward(*tensors)
-                output: Tensor = ops.ms_deform_attn_by(way, *tensors, None, num_points)
+                output: Tensor = ops.ms_deform_attn_by(algorithm, *tensors, None, num_points)
                 return output
 
             @staticmethod
             def backward(ctx: Any, grad_output: Tensor) -> Any:
-                of_value, of_locations, of_weights = ops.ms_deform_attn_by_backward(
-                    way, grad_output.contiguous(), *ctx.saved_tensors, None, ctx.num_points
+                grad_value, grad_locations, grad_weights = ops.ms_deform_attn_by_backward(
+                    algorithm, grad_output.contiguous(), *ctx.saved_tensors, None, ctx.num_points
                 )
-                return None, of_value, None, None, of_locations, of_weights
+                return None, grad_value, None, None, grad_locations, grad_weights
 
         def op(x: WorkloadInputs) -> Tensor:
             levels = x.spatial_shapes, x.level_start_index
@@ -178,7 +182,7 @@ def _hub_kernel(workload: Workload, device: str) -> Op:
     kernels = _import("kernels")
     try:
         module = kernels.get_kernel("kernels-community/deformable-detr")
-    except Exception as error:  # whatever a download may end in
+    except Exception as error:  # a failed download raises many types
         raise Missing(f"{type(error).__name__}: {error}".splitlines()[0]) from error
     _equal_points(workload)
     return _steps(_differentiable(module))
@@ -186,7 +190,7 @@ def _hub_kernel(workload: Workload, device: str) -> Op:
 
 PEERS: dict[str, Loader] = {
     **{name: _backend(name) for name in OURS},
-    **{name: _kernels(way) for name, way in KERNELS.items()},
+    **{name: _kernels(algorithm) for name, algorithm in KERNELS.items()},
     BASELINE: _grid_sample,
     "torch-ms-deform-attn": _torch_ms_deform_attn,
     "mmcv": _mmcv,
@@ -220,7 +224,7 @@ def _only_cuda(device: str, reason: str) -> None:
 
 def _equal_points(workload: Workload) -> None:
     if workload.num_points is not None:
-        raise Missing("wants the same number of points in each level")
+        raise Missing("requires the same number of points in each level")
 
 
 def _in_one_dtype(x: WorkloadInputs) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,9 +262,9 @@ def _differentiable(module: Any) -> Callable[..., Tensor]:
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            of_value, of_locations, of_weights = module.ms_deform_attn_backward(
+            grad_value, grad_locations, grad_weights = module.ms_deform_attn_backward(
                 *ctx.saved_tensors, grad_output.contiguous(), ctx.step
             )
-            return of_value, None, None, of_locations, of_weights, None
+            return grad_value, None, None, grad_locations, grad_weights, None
 
     return Function.apply

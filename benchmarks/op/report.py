@@ -1,16 +1,12 @@
 """Presents results: tables on the terminal, Markdown for README and docs, a chart, a comparison.
 
-All of them read the dictionary that run.py writes as JSON:
-rows    a workload, batch, device, threads, contestant and dtype each: status, errors, memory, times
-cost    seconds of a call on a tiny problem
-models  whole models
-A time is a list, one number a round; numbers at the same place of two lists belong together.
+The results are those of rows.py.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +14,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.op.measure import AGAIN, PHASES, ratio, summary
-from benchmarks.op.peers import BASELINE, KERNELS, OURS, PLAIN
+from benchmarks.op.peers import BASELINE, BASELINE_KERNEL, OURS
+from benchmarks.op.rows import KEY, Row, find, seconds
 
-Row = dict[str, Any]
 RIVAL = "torch-ms-deform-attn"
-KEY = ("workload", "batch", "device", "threads", "contestant", "dtype")
-
-
-def failures(results: dict[str, Any]) -> list[str]:
-    """Backends of deform_attn that were wrong, and models that differ with them."""
-    wrong = [
-        f"{row['contestant']} {row['dtype']} on {row['workload']}: {row['reason']}"
-        for row in results["rows"]
-        if row["contestant"] in (*OURS, *KERNELS) and row["status"] == "wrong"
-    ]
-    return wrong + [
-        f"{model['model']}: {model['reason']}"
-        for model in results["models"]
-        if model["status"] == "wrong"
-    ]
-
-
-def find(rows: Iterable[Row], **wanted: Any) -> Row | None:
-    """The first row with times that has all of these fields."""
-    for row in rows:
-        if "times" in row and all(row[key] == field for key, field in wanted.items()):
-            return row
-    return None
 
 
 def speedup(rows: Sequence[Row], row: Row, phase: str, contestant: str = BASELINE) -> float | None:
-    """How many times as fast as a contestant in float32 with as many threads; median of pairs."""
+    """Speed-up over a contestant in float32 with the same number of threads; median of pairs."""
     base = find(
         rows,
         contestant=contestant,
@@ -67,14 +40,6 @@ HEADINGS = {"forward": "forward", AGAIN: "forward again", "forward_backward": "f
 def phases_of(row: Row) -> list[str]:
     """The phases of a row that the tables show."""
     return [phase for phase in HEADINGS if phase in row["times"]]
-
-
-def seconds(value: float) -> str:
-    """Three digits and a unit."""
-    unit, scale = ("s", 1) if value >= 1 else ("ms", 1e3) if value >= 1e-3 else ("us", 1e6)
-    number = value * scale
-    digits = 2 if number < 10 else 1 if number < 100 else 0
-    return f"{number:.{digits}f} {unit}"
 
 
 def _spread(times: Sequence[float]) -> str:
@@ -105,7 +70,7 @@ def print_results(console: Console, results: dict[str, Any]) -> None:
 
 
 def print_environment(console: Console, results: dict[str, Any]) -> None:
-    """One line on the machine, one on the software."""
+    """The machine and the software."""
     facts = results["environment"]
     where = facts["gpu"]["name"] if results["device"] == "cuda" else facts["cpu"]
     console.print(
@@ -181,7 +146,7 @@ def _apart(handover: Sequence[float] | None) -> str:
 
 
 def print_cost(console: Console, costs: Sequence[Row]) -> None:
-    """Microseconds of a call on a tiny problem."""
+    """Overhead: microseconds of a call on a tiny problem."""
     table = Table(title="cost of a call (tiny problem)", title_justify="left", title_style="bold")
     table.add_column("contestant")
     for heading in ("no_grad", "recording gradients", "with its backward"):
@@ -212,7 +177,7 @@ def print_model(console: Console, model: Row) -> None:
 
 
 def print_missing(console: Console, rows: Sequence[Row]) -> None:
-    """Who could not take part, and why."""
+    """The contestants that could not take part, and why."""
     reasons: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if row["status"] == "missing":
@@ -231,7 +196,7 @@ def print_missing(console: Console, rows: Sequence[Row]) -> None:
 
 
 def print_comparison(console: Console, before: dict[str, Any], after: dict[str, Any]) -> None:
-    """How many times as fast the second run is, row by row."""
+    """Speed-up of the second run over the first, row by row."""
     for name, results in (("A", before), ("B", after)):
         facts = results["environment"]
         console.print(
@@ -306,7 +271,8 @@ def _markdown_phase(rows: Sequence[Row], phase: str) -> list[str]:
         same = [row for row in rows if (row["workload"], row["batch"]) == (workload, 1)]
         threads = min((row["threads"] for row in same), default=1)
         fields = {"dtype": "f32", "threads": threads}
-        ours = find(same, contestant=OURS[0], **fields) or find(same, contestant=OURS[1], **fields)
+        found = (find(same, contestant=name, **fields) for name in OURS)
+        ours = next((row for row in found if row is not None), None)
         if ours is None or phase not in ours["times"]:
             continue
         cells = [_cell_of(ours, phase)]
@@ -356,7 +322,7 @@ COLORS = {  # of the contestants, in the order of their bars
     "deformops": "#d55e00",
     "msda-triton": "#f0e442",
     "hub kernel": "#000000",
-    PLAIN: "#882255",
+    BASELINE_KERNEL: "#882255",
     "reference": "#999999",
 }
 
@@ -422,7 +388,7 @@ def chart(results: dict[str, Any], file: Path) -> None:
 
 
 def _bars(rows: Sequence[Row]) -> list[Row]:
-    """A bar for each float32 row that has a baseline: where it stands, how long it is."""
+    """A bar per float32 row that has a baseline: its position and length."""
     bars: list[Row] = []
     y, group = 0.0, None
     order = list(COLORS)

@@ -1,11 +1,11 @@
-"""Benchmarks of multi-scale deformable attention: check against the truth, then time.
+"""Benchmarks of multi-scale deformable attention: compare with the oracle, then time.
 
     python -m benchmarks.op [--preset quick|default|full] [options]   measure; see --help
     python -m benchmarks.op compare A.json B.json                     ratio of each row
     python -m benchmarks.op table A.json                              the README's tables
     python -m benchmarks.op chart A.json                              draw the chart again
 
-A contestant that is wrong gets a red line with its error, and no time.
+A contestant that is wrong is reported in red with its error, and is not timed.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from benchmarks.machine import probe
 from benchmarks.op import check, measure, report
 from benchmarks.op.environment import all_cores, environment
 from benchmarks.op.peers import BASELINE, KERNELS, OURS, PEERS, Loader, Missing, Op
+from benchmarks.op.rows import failures
 from benchmarks.op.workloads import WORKLOADS, Workload, WorkloadInputs, draw
 
 DTYPES = {
@@ -94,7 +95,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """A line of the results to come."""
+    """A row of the results: a contestant, a dtype and a number of threads."""
 
     contestant: str
     dtype: str
@@ -102,7 +103,7 @@ class Entry:
 
 
 def plan(preset: Preset, workload: Workload, device: str) -> list[Entry]:
-    """Who takes part in a workload."""
+    """The rows of a workload."""
     counts = [count or all_cores() for count in preset.threads] if device == "cpu" else [1]
     if workload.name not in preset.all_threads:
         counts = counts[:1]
@@ -130,10 +131,10 @@ def measure_workload(
     peers: dict[str, Loader] = PEERS,
     tick: Any = lambda text=None: None,
 ) -> list[dict[str, Any]]:
-    """A row for each entry: check, peak memory, then a race of all that are right."""
+    """Check each entry, measure its peak memory, then time those that are right."""
     rows: list[dict[str, Any]] = []
     inputs: dict[str, list[WorkloadInputs]] = {}
-    truths: dict[str, check.Truth] = {}
+    expected: dict[str, check.Expected] = {}
     right: list[tuple[dict[str, Any], measure.Entrant]] = []
     checked: dict[tuple[str, str], dict[str, Any]] = {}
     for entry in entries:
@@ -155,16 +156,16 @@ def measure_workload(
             continue
         if entry.dtype not in inputs:
             inputs[entry.dtype] = _inputs(workload, batch, entry.dtype, device, seed)
-            truths[entry.dtype] = check.truth_of(inputs[entry.dtype][0])
+            expected[entry.dtype] = check.expected_of(inputs[entry.dtype][0])
         first = inputs[entry.dtype][0]
         key = (entry.contestant, entry.dtype)
         if key not in checked:
             tick(f"checking {entry.contestant} {entry.dtype}")
-            checked[key] = _examine(op, first, truths[entry.dtype])
+            checked[key] = _examine(op, first, expected[entry.dtype])
         row.update(checked[key])
         if row["status"] == "ok":
             right.append((row, measure.Entrant(op, inputs[entry.dtype], entry.threads)))
-    truths.clear()
+    expected.clear()
     tick("timing")
     measure.race([entrant for _, entrant in right], seconds, rounds, tick)
     for row, entrant in right:
@@ -176,22 +177,24 @@ def measure_workload(
     return rows
 
 
-def _scaling(
-    entrant: measure.Entrant, seconds: float, rounds: tuple[int, int]
-) -> dict[str, dict[str, list[float]]]:
-    """How many times as fast as with one thread, in a race of its own: slow contestants leave no
-    time for the many rounds that a ratio near 2 takes. Threads share what the op does, not how the
-    system provides memory. `handover`, before and after: how near the cores are to each other.
+def _scaling(entrant: measure.Entrant, seconds: float, rounds: tuple[int, int]) -> dict[str, Any]:
+    """Times with one thread over times with several, in a race of its own, which has more rounds.
+
+    `handover`: the core-to-core latency before and after. `page_faults` of the race: many of them
+    mean that the process did not keep its memory, so that the times include mapping pages.
     """
     one, many = (measure.Entrant(entrant.op, entrant.inputs, n) for n in (1, entrant.threads))
     handover = [probe.handover()]
     with measure.kept_memory():
+        faults = measure.page_faults()
         measure.race([one, many], seconds, rounds)
+        faults = measure.page_faults() - faults
     handover.append(probe.handover())
     ratios = {
         phase: measure.ratios(one.times[phase], many.times[phase]) for phase in measure.PHASES
     }
-    return {"scaling": ratios, "handover": [ns for ns in handover if ns is not None]}
+    handover = [ns for ns in handover if ns is not None]
+    return {"scaling": ratios, "handover": handover, "page_faults": faults}
 
 
 def _inputs(
@@ -209,15 +212,15 @@ def _inputs(
     ]
 
 
-def _examine(op: Op, x: WorkloadInputs, truth: check.Truth) -> dict[str, Any]:
+def _examine(op: Op, x: WorkloadInputs, expected: check.Expected) -> dict[str, Any]:
     """Status, errors and peak memory; an op that raises is wrong too."""
     try:
-        errors = check.errors_of(op, x, truth)
+        errors = check.errors_of(op, x, expected)
         reason = check.verdict(errors, x.value.dtype)
         if reason is None:
             return {"status": "ok", "errors": errors, "memory": measure.peaks(op, x)}
         return {"status": "wrong", "errors": errors, "reason": reason}
-    except Exception as error:  # of whatever kind: it belongs into the table
+    except Exception as error:  # any error of a contestant is a row of the table
         return {"status": "wrong", "reason": f"{type(error).__name__}: {error}".splitlines()[0]}
 
 
@@ -230,7 +233,7 @@ def _takes_dtype(entry: Entry, device: str) -> None:
 
 
 def _enough_memory(entry: Entry, workload: Workload, batch: int, device: str) -> None:
-    """The grid_sample formula keeps every sample: refuse what would fill the machine."""
+    """Raise Missing where the grid_sample formula, which stores every sample, would not fit."""
     if entry.contestant not in (BASELINE, "reference"):
         return
     size = 8 if entry.dtype == "f64" else 4
@@ -244,19 +247,19 @@ def _enough_memory(entry: Entry, workload: Workload, batch: int, device: str) ->
 def measure_cost(device: str, contestants: Sequence[str]) -> list[dict[str, Any]]:
     """The cost of a call of each contestant that runs."""
     x = draw(TINY, device=device)
-    truth = check.truth_of(x)
+    expected = check.expected_of(x)
     ops = {}
     for name in contestants:
         with contextlib.suppress(Missing):
             op = PEERS[name](TINY, device)
-            if _examine(op, x, truth)["status"] == "ok":
+            if _examine(op, x, expected)["status"] == "ok":
                 ops[name] = op
     costs = measure.cost(list(ops.values()), x)
     return [{"contestant": name, "times": times} for name, times in zip(ops, costs)]
 
 
 def run(preset: Preset, device: str, seed: int, out: Path, console: Console) -> dict[str, Any]:
-    """Everything that a preset asks for; written to `out` after each step."""
+    """Run a preset; results are written to `out` after each workload."""
     start = time.perf_counter()
     results: dict[str, Any] = {
         "format": 1,
@@ -389,9 +392,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if args.action != "run":
         loaded = [json.loads(file.read_text()) for file in args.files]
-        wanted = 2 if args.action == "compare" else 1
-        if len(loaded) != wanted:
-            console.print(f"{args.action}: expected {wanted} JSON file(s), got {len(loaded)}")
+        needed = 2 if args.action == "compare" else 1
+        if len(loaded) != needed:
+            console.print(f"{args.action}: expected {needed} JSON file(s), got {len(loaded)}")
             return 2
         if args.action == "compare":
             report.print_comparison(console, *loaded)
@@ -416,4 +419,4 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(
         f"{results['seconds']:.0f} s; written: {args.out}/bench.json, bench.png, bench.txt"
     )
-    return 1 if report.failures(results) else 0
+    return 1 if failures(results) else 0

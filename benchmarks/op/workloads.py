@@ -1,7 +1,6 @@
 """The named workloads, and how inputs are drawn for them.
 
-WORKLOADS  the shapes of the models that use the op; every benchmark and performance test takes its
-           shapes from here
+WORKLOADS  the shapes of models that use the op, for every benchmark and performance test
 draw       inputs of a workload: seeded, the same numbers on every device
 scaled     a workload with smaller maps and the same pattern of access
 """
@@ -65,6 +64,8 @@ WORKLOADS = {
         _decoder("dino_decoder_900q", MODEL_800x1333, 900),
         _encoder("mask2former_pixel_decoder_1024", ((128, 128), (64, 64), (32, 32))),
         Workload("rfdetr_decoder_560", ((40, 40),), 300, 16, 16, (2,)),
+        # training: 13 groups of 300 queries
+        Workload("rfdetr_train", ((40, 40),), 3900, 16, 16, (2,)),
         Workload("dfine_decoder_640", MODEL_640, 300, 8, 32, (3, 6, 3)),
     )
 }
@@ -73,8 +74,8 @@ WORKLOADS = {
 def scaled(workload: Workload, factor: float) -> Workload:
     """The workload with each side of each map times `factor` (at least 1 pixel).
 
-    Offsets are drawn in pixels, so the distance between the reads of one query stays what it is in
-    the full workload: for counting and for tests.
+    Offsets are drawn in pixels, so the distance between the points of a query does not change. For
+    counting and for tests.
     """
     levels = tuple(
         (max(1, round(height * factor)), max(1, round(width * factor)))
@@ -118,14 +119,14 @@ def draw(
     device: str | torch.device = "cpu",
     seed: int = 0,
 ) -> WorkloadInputs:
-    """Inputs as a model makes them: sampling points a few pixels round their reference points.
+    """Inputs like those of a model: sampling points a few pixels away from their reference points.
 
     Encoders have a reference point at the centre of each pixel, in the order of the maps; decoders
-    have boxes, several to an object. A head looks in its own direction, point p at p + 1 steps (the
-    initialisation of the paper), spread as training spreads it: by one step in each axis. A step is
-    a pixel of the level for encoders, a fraction of the box for decoders. Weights are a softmax
-    over all points of a head. `value` and the weights have `dtype`, locations float32 (float64 with
-    a float64 value).
+    have boxes, several per object. Each head has a direction, and point p lies p + 1 steps away in
+    it (the initialisation of the paper), plus random noise of one step in each axis, as after
+    training. A step is a pixel of the level for encoders, a fraction of the box for decoders.
+    Weights are a softmax over all points of a head. `value` and the weights have `dtype`, locations
+    float32 (float64 with a float64 value).
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -154,13 +155,13 @@ def draw(
         locations, weights = locations.unflatten(3, split), weights.unflatten(3, split)
 
     areas = torch.tensor([0, *(height * width for height, width in workload.levels)])
-    location_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     width = heads * workload.head_dim
     return WorkloadInputs(
         value=normal(batch, workload.rows, heads, workload.head_dim).to(device, dtype),
         spatial_shapes=torch.tensor(workload.levels, device=device),
         level_start_index=areas.cumsum(0)[:-1].to(device),
-        sampling_locations=locations.to(device, location_dtype),
+        sampling_locations=locations.to(device, acc_dtype),
         attention_weights=weights.to(device, dtype),
         grad_output=normal(batch, workload.queries, width).to(device, dtype),
         num_points=workload.num_points,
@@ -181,7 +182,7 @@ def _pixel_centers(workload: Workload) -> Tensor:
 
 
 def _boxes(batch: int, queries: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centres and sizes [B, Q, 2] of boxes: about ten queries to an object, in no order."""
+    """Centres and sizes [B, Q, 2] of boxes: about ten queries per object, in random order."""
     objects = max(1, queries // 10)
 
     def uniform(*shape: int) -> Tensor:

@@ -20,6 +20,7 @@
 #include <new>
 #include <tuple>
 
+#include "../boxed.h"
 #include "../checks.h"
 #include "kernels.h"
 
@@ -344,14 +345,14 @@ std::string build() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CPU, library) {
-  library.impl("ms_deform_attn", TORCH_BOX(&forward));
-  library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
-  library.impl("ms_deform_attn_fused", TORCH_BOX(&fused_forward));
-  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&fused_backward));
+  library.impl("ms_deform_attn", DEFORM_ATTN_BOX(&forward));
+  library.impl("ms_deform_attn_backward", DEFORM_ATTN_BOX(&backward));
+  library.impl("ms_deform_attn_fused", DEFORM_ATTN_BOX(&fused_forward));
+  library.impl("ms_deform_attn_fused_backward", DEFORM_ATTN_BOX(&fused_backward));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {
-  library.impl("cpu_build", TORCH_BOX(&build));
+  library.impl("cpu_build", DEFORM_ATTN_BOX(&build));
 }
 
 }  // namespace deform_attn

@@ -1,20 +1,20 @@
-// Failed launches in words. Free of CUDA and torch, so that a test compiles it alone.
+// The messages of failed launches. Free of CUDA and torch, so that a test compiles it alone.
 //
 //   version_of       "9.0" of 90
 //   architectures    "7.5, 9.0" of nvcc's list "750,900"
-//   launch_error     what happened, in which kernel, and what to do about it
+//   launch_error     the message: the kernel, the error, and what to do about it
 #pragma once
 
 #include <string>
 
 namespace deform_attn {
 
-// cudaError_t, as far as a launch error needs to be told from others.
+// The cudaError_t that have a message of their own.
 enum LaunchErrors {
   kInvalidDeviceFunction = 98,
   kNoKernelImage = 209,
   kUnsupportedPtx = 222,
-  kFirstOfKernels = 700,  // to kLastOfKernels: faults of a kernel while it ran
+  kFirstOfKernels = 700,  // to kLastOfKernels: errors of a kernel while it runs
   kLastOfKernels = 721,
 };
 
@@ -36,7 +36,7 @@ inline std::string architectures(const std::string& nvcc_list) {
   return text;
 }
 
-// `what`: the runtime's words for the error.
+// `what`: the message of the CUDA runtime.
 inline std::string launch_error(const char* kernel, int error, const char* what, int capability,
                                 const std::string& built_for) {
   const std::string name = std::string("deform_attn: CUDA kernel ") + kernel;
@@ -55,7 +55,7 @@ inline std::string launch_error(const char* kernel, int error, const char* what,
   const std::string failed = name + " was not launched: " + what;
   if (error >= kFirstOfKernels && error <= kLastOfKernels) {
     return failed +
-           " (a fault of a kernel that ran before, perhaps not one of deform_attn; "
+           " (an earlier kernel failed, perhaps not one of deform_attn; "
            "CUDA_LAUNCH_BLOCKING=1 in the environment shows which)";
   }
   return failed;

@@ -1,71 +1,21 @@
-// Forward kernels: the output from value, points and weights.
+// The forward kernel: the output from value and sampling points.
 //
-//   forward_baseline   a thread per output number: the design of 2020, kept as the yardstick and as
-//                   the text to read first
-//   forward_teams   16-byte loads; each point's coordinates are computed once a query and head and
-//                   shared by its lanes; neighbouring queries of an encoder run together
-//
-// Free of torch: the tests compile these for a CPU too.
+// After any edit: make kernels traffic
 #pragma once
 
 #include "points.cuh"
 
 namespace deform_attn {
 
-constexpr int kBlock = 256;  // the most threads of a block
-
-// Blocks that are half of a multiprocessor's threads, or more. Kernels whose shared memory leaves no
-// room for a fourth where there are 1536, take its registers.
-#if defined(__CUDA_ARCH__) && \
-    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
-constexpr int kLeastBlocks = 3;
-#else
-constexpr int kLeastBlocks = 4;
-#endif
-
-template <typename T>
-__global__ void __launch_bounds__(kBlock)
-    forward_baseline(Problem problem, LevelTable table, GivenPoints<T> points,
-                     const T* __restrict__ value, T* __restrict__ output) {
-  using Acc = AccOf<T>;
-  __shared__ BlockLevels levels;
-  read_levels(table, problem, levels);
-  const int64_t total = problem.batch * problem.queries * problem.row_stride();
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
-    const int channel = static_cast<int>(i % problem.head_dim);
-    const int64_t item = i / problem.head_dim;  // (batch, query, head)
-    const int head = static_cast<int>(item % problem.heads);
-    const int64_t batch = item / problem.heads / problem.queries;
-    const T* const source = value + problem.value_at(batch, 0, head) + channel;
-    Acc sum = 0;
-    for (int l = 0; l < table.count; ++l) {
-      const Level level = levels.level[l];
-      for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
-        const Sample<Acc> sample = points.at({item * problem.points}, k, l, levels);
-        Footprint<Acc> foot;
-        foot.place(sample.x, sample.y, level.height, level.width);
-        const auto corner =
-            corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
-        for (int j = 0; j < 4; ++j) {
-          if (foot.on[j]) sum += corner.weight[j] * static_cast<Acc>(source[corner.at[j]]);
-        }
-      }
-    }
-    output[i] = static_cast<T>(sum);
-  }
-}
-
-// A block works on `positions` queries of one head; its warps take them by turns, a team of lanes
-// for each query. Points go through shared memory, kStaged a warp at a time: there lane i computes
-// points that belong to query i % teams, and every team reads its own.
+// A block works on `positions` queries of one head, a team of lanes on each query. Each lane stages the
+// corners of points of query i % teams in shared memory; then each team reads those of its query.
 template <typename T, int kVec, typename Offset, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
     forward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
                   T* __restrict__ output, int positions, int lane_bits) {
   using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
-  __shared__ Part part;  // here and not in registers, which the pixels need
+  __shared__ Part part;  // not in registers: the pixels need them
   __shared__ Corner<Acc, Offset> all_corners[kBlock / kWarp][kStaged<Acc>];
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, positions, kVec << lane_bits);
   read_levels(table, problem, levels);

@@ -1,32 +1,38 @@
-// From a call to launches: which kernels, with what dtype, vectors and offsets, in which blocks.
+// From a call to launches: which kernels, with which dtype, vector width and offsets, in which blocks.
 //
-//   Inputs, Device              what a call is about, and where it runs
-//   LaunchConfig                       the blocks of `forward_teams` and `backward_teams`
-//   check_launch                an error that names the kernel, and what to do about it
-//   forward_call                launches a forward kernel
-//   choose_backward, plan_backward   whether to scatter or to gather, and the memory that it takes
-//   backward_call               launches the backward kernels
+//   KernelCall                       the operands of a call, as the kernels take them
+//   Device                           where it runs
+//   LaunchConfig                     the blocks of forward_teams and backward_teams
+//   choose_backward, plan_backward   how the gradient of value is computed, and the memory that takes
+//   launch_forward, launch_backward  launch the kernels of a call, for one dtype
 //
-// Free of torch: the emulator's tests and the extension call the same functions.
+// Each dtype and pass is instantiated in a source of its own (forward_float.cu ...), which compile in
+// parallel.
+//
+// After any edit: make kernels traffic
 #pragma once
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
 
-#include "backward.cuh"
+#include "baseline.cuh"
 #include "errors.cuh"
+#include "forward.cuh"
+#include "gather.cuh"
+#include "scatter.cuh"
+#include "sums.cuh"
 
 namespace deform_attn {
 
-struct Inputs {
+struct KernelCall {
   Problem problem;
   LevelTable levels;
   Type type;             // of value, output and their gradients
-  bool weights_are_acc;  // weights have the dtype of locations, not that of value
+  bool weights_are_acc;  // weights have acc_dtype, not the dtype of value
   const void* value;
-  const void* locations;  // of a layer: offsets, in the dtype of weights
-  const void* weights;    // of a layer: logits
+  const void* locations;  // in a fused call: offsets, in the dtype of weights
+  const void* weights;    // in a fused call: logits
   Fused fused;
 };
 
@@ -34,12 +40,12 @@ struct Device {
   int processors;  // multiprocessors
   int capability;  // 90 for 9.0
   cudaStream_t stream;
-  bool long_offsets = false;  // int64_t offsets where int would do: for tests
+  bool long_offsets = false;  // int64_t offsets where int suffices, for tests
 };
 
-// Calls body with where the points come from. `statistics`: of FusedPoints.
+// Calls body with GivenPoints or FusedPoints. `statistics`: of FusedPoints.
 template <typename T, typename Body>
-void with_points(const Inputs& in, void* statistics, const Body& body) {
+void with_points(const KernelCall& in, void* statistics, const Body& body) {
   if (!in.fused.reference) {
     return body(
         GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights, in.weights_are_acc});
@@ -50,29 +56,14 @@ void with_points(const Inputs& in, void* statistics, const Body& body) {
                       in.weights_are_acc});
 }
 
-// Calls body with a null T* for the dtype.
-template <typename Body>
-void with_type(Type type, const Body& body) {
-  switch (type) {
-    case Type::kDouble:
-      return body(static_cast<double*>(nullptr));
-    case Type::kFloat:
-      return body(static_cast<float*>(nullptr));
-    case Type::kHalf:
-      return body(static_cast<__half*>(nullptr));
-    case Type::kBFloat16:
-      return body(static_cast<__nv_bfloat16*>(nullptr));
-  }
-}
-
 template <int kVec_, typename Offset_>
 struct Access {
   static constexpr int kVec = kVec_;
   using Offset = Offset_;
 };
 
-// Calls body with how memory is accessed: 16 bytes at a time where channels and addresses allow it
-// (`aligned`), with int offsets where they suffice; else number by number with int64_t offsets.
+// Calls body with an Access: 16 bytes at a time where channels and addresses allow it (`aligned`), with
+// int offsets where they suffice; else one element at a time with int64_t offsets.
 template <typename T, typename Body>
 void with_access(const Problem& problem, bool aligned, bool long_offsets, const Body& body) {
   constexpr int kVec = kWidest<T>;
@@ -83,7 +74,7 @@ void with_access(const Problem& problem, bool aligned, bool long_offsets, const 
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// The blocks of `forward_teams` and `backward_teams`.
+// The blocks of forward_teams and backward_teams.
 struct LaunchConfig {
   int lane_bits;  // of the lanes that work on one query
   int positions;  // queries of a block
@@ -91,8 +82,8 @@ struct LaunchConfig {
   int64_t blocks;
 };
 
-// Big problems get blocks of 64 queries, a tile of an encoder's map; small ones get smaller blocks
-// until every multiprocessor has two.
+// Large problems get blocks of 64 queries, a tile of an encoder's map; small ones get smaller blocks, so
+// that every multiprocessor has two.
 inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
                                   bool split_channels, int processors) {
   int lane_bits = least_lane_bits;
@@ -110,7 +101,7 @@ inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lan
   return {lane_bits, positions, static_cast<unsigned>(warps * kWarp), blocks()};
 }
 
-// The architectures that this file was compiled for, as nvcc lists them.
+// The architectures that the kernels were compiled for, as nvcc lists them.
 #define DEFORM_ATTN_TEXT_(...) #__VA_ARGS__
 #define DEFORM_ATTN_TEXT(...) DEFORM_ATTN_TEXT_(__VA_ARGS__)
 #if defined(__CUDA_ARCH_LIST__)
@@ -137,70 +128,59 @@ inline unsigned grid_striding(int64_t threads) {
   return static_cast<unsigned>(blocks < (1 << 30) ? blocks : (1 << 30));
 }
 
-// output [B, Q, M, D]; every element is written.
-inline void forward_call(const Inputs& in, void* output, const Device& device,
-                         bool baseline = false) {
+template <typename T>
+void launch_forward(const KernelCall& in, void* output, const Device& device, bool baseline) {
   const Problem& problem = in.problem;
   const int64_t numbers = problem.batch * problem.queries * problem.row_stride();
   if (numbers == 0) return;
-  with_type(in.type, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const T* const value = static_cast<const T*>(in.value);
-    T* const to = static_cast<T*>(output);
-    if (baseline) {
-      const GivenPoints<T> points = {static_cast<const AccOf<T>*>(in.locations), in.weights,
-                                     in.weights_are_acc};
-      LAUNCH(forward_baseline<T>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
-             points, value, to);
-      return check_launch("forward_baseline", device);
-    }
-    with_points<T>(in, nullptr, [&](const auto& points) {
-      using Points = std::decay_t<decltype(points)>;
-      with_access<T>(problem, aligned(value) && aligned(to), device.long_offsets, [&](auto access) {
-        using A = decltype(access);
-        const LaunchConfig config = launch_config(problem, A::kVec, 0, true, device.processors);
-        LAUNCH((forward_teams<T, A::kVec, typename A::Offset, Points>),
-               grid_of("forward_teams", config.blocks), config.threads, device.stream, problem,
-               in.levels, points, value, to, config.positions, config.lane_bits);
-        check_launch("forward_teams", device);
-      });
+  const T* const value = static_cast<const T*>(in.value);
+  T* const to = static_cast<T*>(output);
+  if (baseline) {
+    const GivenPoints<T> points = {static_cast<const AccOf<T>*>(in.locations), in.weights,
+                                   in.weights_are_acc};
+    LAUNCH(forward_baseline<T>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+           points, value, to);
+    return check_launch("forward_baseline", device);
+  }
+  with_points<T>(in, nullptr, [&](const auto& points) {
+    using Points = std::decay_t<decltype(points)>;
+    with_access<T>(problem, aligned(value) && aligned(to), device.long_offsets, [&](auto access) {
+      using A = decltype(access);
+      const LaunchConfig config = launch_config(problem, A::kVec, 0, true, device.processors);
+      LAUNCH((forward_teams<T, A::kVec, typename A::Offset, Points>),
+             grid_of("forward_teams", config.blocks), config.threads, device.stream, problem,
+             in.levels, points, value, to, config.positions, config.lane_bits);
+      check_launch("forward_teams", device);
     });
   });
 }
 
-// kBaseline: as in 2020. kScatter: one kernel, atomics. kGather: no atomics, the same bits every time.
+// kBaseline: as in 2020. kScatter: atomics. kGather: no atomics, the same bits every time.
 enum class BackwardAlgorithm { kBaseline, kScatter, kGather };
 
-// Gathering costs a look at every tile of the maps, scattering an atomic for every pixel of a point:
-// gather where a pixel of value is hit at least once on average. Before sm_90 an atomic adds one
-// float at a time, 126 a point on rtdetr_decoder_640; gathering moves fewer bytes through L2 there
-// (855 a point against 1123; dino_decoder_900q 791 against 1047), though more through L1: gather.
-// From sm_90 on an atomic adds four. By `make traffic`, an estimate until a GPU has timed it.
-inline BackwardAlgorithm choose_backward(const Problem& problem, bool deterministic,
-                                         const Device& device) {
-  const bool dense = problem.queries * problem.points >= problem.rows;
-  const bool gathers = deterministic || dense || device.capability < 90;
-  return gathers ? BackwardAlgorithm::kGather : BackwardAlgorithm::kScatter;
+// Scattering takes far fewer instructions; gathering is repeatable to the bit.
+inline BackwardAlgorithm choose_backward(bool deterministic) {
+  return deterministic ? BackwardAlgorithm::kGather : BackwardAlgorithm::kScatter;
 }
 
-// Gradients that take work of their own; the others always come.
+// Which of the gradients that take extra work are requested; the others are always computed.
 struct OutputMask {
   bool value = true, reference = true;
 };
 
-// Working memory, in bytes.
+// The working memory of a backward call, in bytes.
 struct BackwardPlan {
   BackwardAlgorithm algorithm;
   bool zeros;         // the gradient of value must be zeros before; else every element is written
-  size_t sums;        // zeros: the gradient of a 16-bit value in float, to be rounded once
+  size_t sums;        // the gradient of a 16-bit value in float, zeros before; rounded once
   size_t bounds;      // of backward_gather
   size_t statistics;  // of FusedPoints
   size_t by_weight;   // of FusedPointGradients
   size_t parts;       // of FusedPointGradients
 };
 
-// Queries that share a rectangle of pixels that they reach: those of a block where they may be the
-// pixels of the maps, neighbours then, and each its own elsewhere.
+// Queries that share a Rectangle: those of a block where the queries may be the pixels of the levels, so
+// that they are neighbours; else one.
 inline int run_of(const Problem& problem, const LaunchConfig& config) {
   return problem.queries == problem.rows ? config.positions : 1;
 }
@@ -209,7 +189,7 @@ inline bool nothing_to_do(const Problem& problem) {
   return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
 }
 
-inline BackwardPlan plan_backward(const Inputs& in, BackwardAlgorithm algorithm,
+inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algorithm,
                                   const Device& device, const OutputMask& output_mask = {}) {
   const Problem& problem = in.problem;
   const bool narrow = in.type == Type::kHalf || in.type == Type::kBFloat16;
@@ -222,7 +202,7 @@ inline BackwardPlan plan_backward(const Inputs& in, BackwardAlgorithm algorithm,
     plan.zeros = false;
   } else if (algorithm == BackwardAlgorithm::kGather) {
     plan.zeros = false;
-    // no access has more runs than that number by number
+    // the most runs of any Access
     const int run = run_of(problem, launch_config(problem, 1, 2, false, device.processors));
     const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
@@ -244,9 +224,9 @@ inline BackwardPlan plan_backward(const Inputs& in, BackwardAlgorithm algorithm,
 
 struct Outputs {
   void* value;      // [B, S, M, D]; null: not requested
-  void* locations;  // [B, Q, M, K, 2]; of a layer: of its offsets
-  void* weights;    // [B, Q, M, K]; of a layer: of its logits
-  void* reference;  // of a layer; null: not requested
+  void* locations;  // [B, Q, M, K, 2]; of a fused call: of offsets
+  void* weights;    // [B, Q, M, K]; of a fused call: of logits
+  void* reference;  // of a fused call; null: not requested
   void* sums;       // this and what follows: as planned
   void* bounds;
   void* statistics;
@@ -254,7 +234,6 @@ struct Outputs {
   void* parts;
 };
 
-// Where the gradients of these points go.
 template <typename T>
 GivenPointGradients<T> gradients_of(const GivenPoints<T>& points, const Outputs& out) {
   return {static_cast<AccOf<T>*>(out.locations), out.weights, points.wide};
@@ -266,11 +245,11 @@ FusedPointGradients<T> gradients_of(const FusedPoints<T>& points, const Outputs&
 }
 
 template <typename T, typename Points>
-void gather_value(const Inputs& in, const Points& points, const T* grad_output, const Outputs& out,
-                  int run, const Device& device) {
+void gather_value(const KernelCall& in, const Points& points, const T* grad_output,
+                  const Outputs& out, int run, const Device& device) {
   const Problem& problem = in.problem;
-  // Sizes on the device cannot be counted here: enough blocks for maps as large as `value`. Blocks
-  // without a tile end at once, and take several where there are more.
+  // Level sizes on the device are unknown here: enough blocks for maps as large as value. A block without
+  // a tile ends at once; where there are more tiles than blocks, each takes several.
   constexpr int kWidth = kTileWidth<T>;
   int64_t tiles = problem.levels;
   if (in.levels.shapes) {
@@ -290,64 +269,61 @@ void gather_value(const Inputs& in, const Points& points, const T* grad_output, 
   check_launch("backward_gather", device);
 }
 
-inline void backward_call(const Inputs& in, const void* grad_output, const Outputs& out,
-                          const BackwardPlan& plan, const Device& device) {
+template <typename T>
+void launch_backward(const KernelCall& in, const void* grad_output, const Outputs& out,
+                     const BackwardPlan& plan, const Device& device) {
   const Problem& problem = in.problem;
   if (nothing_to_do(problem)) return;
-  with_type(in.type, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    using Acc = AccOf<T>;
-    const T* const value = static_cast<const T*>(in.value);
-    const T* const grad = static_cast<const T*>(grad_output);
-    Acc* const sums = static_cast<Acc*>(plan.sums ? out.sums : out.value);
-    if (plan.algorithm == BackwardAlgorithm::kBaseline) {
-      const GivenPoints<T> points = {static_cast<const Acc*>(in.locations), in.weights,
-                                     in.weights_are_acc};
-      const int64_t items = problem.batch * problem.queries * problem.heads;
-      const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
-      LAUNCH(backward_baseline<T>, grid_of("backward_baseline", items),
-             static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream, problem,
-             in.levels, points, value, grad, sums, gradients_of(points, out));
-      check_launch("backward_baseline", device);
-    } else {
-      with_points<T>(in, out.statistics, [&](const auto& points) {
-        using Points = std::decay_t<decltype(points)>;
-        const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
-        with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
-          using A = decltype(access);
-          const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
-          const auto launch = [&](auto scatter) {
-            LAUNCH(
-                (backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points>),
-                grid_of("backward_teams", config.blocks), config.threads, device.stream, problem,
-                in.levels, points, value, grad, sums, gradients_of(points, out),
-                static_cast<Rectangle*>(out.bounds), run_of(problem, config), config.positions,
-                config.lane_bits);
-            check_launch("backward_teams", device);
-          };
-          if (out.value && plan.algorithm == BackwardAlgorithm::kScatter)
-            return launch(std::true_type());
-          launch(std::false_type());
-          if (out.value) gather_value<T>(in, points, grad, out, run_of(problem, config), device);
-        });
-        if (Points::kFused && out.reference) {
-          const int64_t numbers = problem.batch * problem.queries * in.fused.levels * in.fused.size;
-          LAUNCH(sum_heads<Acc>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
-                 static_cast<const Acc*>(out.parts), static_cast<Acc*>(out.reference),
-                 in.fused.levels, in.fused.size);
-          check_launch("sum_heads", device);
-        }
+  using Acc = AccOf<T>;
+  const T* const value = static_cast<const T*>(in.value);
+  const T* const grad = static_cast<const T*>(grad_output);
+  Acc* const sums = static_cast<Acc*>(plan.sums ? out.sums : out.value);
+  if (plan.algorithm == BackwardAlgorithm::kBaseline) {
+    const GivenPoints<T> points = {static_cast<const Acc*>(in.locations), in.weights,
+                                   in.weights_are_acc};
+    const int64_t items = problem.batch * problem.queries * problem.heads;
+    const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
+    LAUNCH(backward_baseline<T>, grid_of("backward_baseline", items),
+           static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream, problem,
+           in.levels, points, value, grad, sums, gradients_of(points, out));
+    check_launch("backward_baseline", device);
+  } else {
+    with_points<T>(in, out.statistics, [&](const auto& points) {
+      using Points = std::decay_t<decltype(points)>;
+      const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
+      with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
+        using A = decltype(access);
+        const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
+        const auto launch = [&](auto scatter) {
+          LAUNCH((backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points>),
+                 grid_of("backward_teams", config.blocks), config.threads, device.stream, problem,
+                 in.levels, points, value, grad, sums, gradients_of(points, out),
+                 static_cast<Rectangle*>(out.bounds), run_of(problem, config), config.positions,
+                 config.lane_bits);
+          check_launch("backward_teams", device);
+        };
+        if (out.value && plan.algorithm == BackwardAlgorithm::kScatter)
+          return launch(std::true_type());
+        launch(std::false_type());
+        if (out.value) gather_value<T>(in, points, grad, out, run_of(problem, config), device);
       });
-    }
-    if constexpr (sizeof(T) == 2) {
-      if (plan.sums) {
-        const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
-        LAUNCH(round_sums<T>, grid_striding(numbers), kBlock, device.stream, sums,
-               static_cast<T*>(out.value), numbers);
-        check_launch("round_sums", device);
+      if (Points::kFused && out.reference) {
+        const int64_t numbers = problem.batch * problem.queries * in.fused.levels * in.fused.size;
+        LAUNCH(sum_heads<Acc>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+               static_cast<const Acc*>(out.parts), static_cast<Acc*>(out.reference),
+               in.fused.levels, in.fused.size);
+        check_launch("sum_heads", device);
       }
+    });
+  }
+  if constexpr (sizeof(T) == 2) {
+    if (plan.sums) {
+      const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
+      LAUNCH(round_sums<T>, grid_striding(numbers), kBlock, device.stream, sums,
+             static_cast<T*>(out.value), numbers);
+      check_launch("round_sums", device);
     }
-  });
+  }
 }
 
 }  // namespace deform_attn

@@ -1,8 +1,10 @@
-// The levels as a block of threads knows them, and the order in which queries are visited.
+// The levels in shared memory, and the order in which a kernel processes the queries.
 //
-//   BlockLevels    the levels of a call in shared memory, each fitted into the rows of `value`
-//   read_levels    fills it; level sizes may lie on the device, where nobody has checked them
-//   query_at       the query visited as number `position`
+//   BlockLevels    the levels of a call, in shared memory; an invalid level is empty
+//   read_levels    fills it, from the kernel's parameter or from tensors on the device
+//   query_at       the query at a position of the order
+//
+// After any edit: make kernels traffic
 #pragma once
 
 #include "../problem.h"
@@ -13,13 +15,13 @@ namespace deform_attn {
 struct BlockLevels {
   Level level[kMaxLevels];
   int first_point[kMaxLevels + 1];
-  bool fill_value;          // one behind the other, from the first row of `value` to the last
-  bool queries_are_pixels;  // query q is pixel q of the maps, as in an encoder
+  bool fill_value;          // the levels follow one another and cover every row of value
+  bool queries_are_pixels;  // query q is row q of value, as in an encoder
 };
 
 __device__ inline int64_t area(const Level& level) { return int64_t{level.height} * level.width; }
 
-// Fills `levels`. Every thread of the block calls it; it ends with a barrier.
+// Fills `levels`. Called by every thread of the block; ends with a barrier.
 __device__ inline void read_levels(const LevelTable& table, const Problem& problem,
                                    BlockLevels& levels) {
   if (threadIdx.x < kWarp) {
@@ -45,7 +47,7 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
         in_line = in_line && level.height > 0 && level.start == before;
         if (l == table.count - 1) in_line = in_line && before + area(level) == problem.rows;
       }
-      __syncwarp();  // sizes of other levels are read above, a level that does not fit loses its own
+      __syncwarp();  // the sizes read above are written below
       if (l < table.count) levels.level[l] = level;
       __syncwarp();
     }
@@ -59,15 +61,11 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
   __syncthreads();
 }
 
-constexpr int kBand = 8;  // image rows that are visited together
+constexpr int kBand = 8;  // image rows of a band
 
-// Where the queries are the pixels of the maps, they are visited in bands of kBand image rows,
-// column by column: 64 in a row are a tile of 8 x 8 pixels, whose samples share most of their
-// pixels of `value`. Elsewhere they are visited in order.
-//
-// Not staged in shared memory: on deformable_detr_encoder_800x1333 the rectangles round the samples
-// of a tile are 4.5 sectors of `value` a point, 2.4 where they are cut to 56 KB and each pixel beyond
-// is read once. Visited in this order, 2.3 miss the modelled L1, and the shared memory stays free.
+// Where the queries are the pixels of the levels, they are processed in bands of kBand image rows,
+// column by column: 64 consecutive positions are a tile of 8 x 8 pixels, whose samples share most of
+// their pixels. Elsewhere they are processed in order.
 __device__ inline int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
   if (!levels.queries_are_pixels) return position;
   int l = count - 1;

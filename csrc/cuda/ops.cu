@@ -1,10 +1,10 @@
 // The CUDA library: registers the CUDA kernels through torch's stable ABI.
 //
-//   CallContext              the device and stream of a call, entered for as long as it lasts
-//   level_table       the levels as kernels take them: never waits for the device
+//   CallContext                 the device and stream of a call, current while it lasts
+//   level_table                 the levels as the kernels take them; never waits for the device
 //   forward, backward, fused_forward, fused_backward
-//   forward_by, backward_by       the first two by kernels that are named, to time them
-//   build                         what this library was built with
+//   forward_by, backward_by     forward and backward by a named algorithm, for benchmarks
+//   build                       what this library was built with
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -13,10 +13,15 @@
 #include <memory>
 #include <tuple>
 
+#include "../boxed.h"
 #include "../checks.h"
-#include "launch.cuh"
+#if defined(__CUDACC__)
+#define DEFORM_ATTN_SEPARATE
+#endif
+#include "dispatch.cuh"
 
 namespace deform_attn {
+
 namespace {
 
 using Gradients = std::tuple<Tensor, Tensor, Tensor>;
@@ -50,7 +55,7 @@ class CallContext {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-// Metadata as the kernels read it, and whatever must live until they have been launched.
+// The levels as the kernels take them, and the tensors that must live until the launch.
 struct Levels {
   LevelTable table = {};
   std::vector<Tensor> held;
@@ -73,7 +78,7 @@ Levels level_table(const Call& call) {
   const bool starts_on_device = call.starts && call.starts->is_cuda();
   if (shapes_on_device) table.shapes = on_device(*call.shapes);
   if (starts_on_device) table.starts = on_device(*call.starts);
-  if (!shapes_on_device && !starts_on_device) {  // the host knows all, and refuses what is wrong
+  if (!shapes_on_device && !starts_on_device) {  // all on the host, which refuses invalid levels
     const std::vector<Level> known = levels_on_host(call);
     for (size_t l = 0; l < known.size(); ++l) {
       table.height[l] = known[l].height;
@@ -90,23 +95,23 @@ Levels level_table(const Call& call) {
     }
   }
   if (!starts_on_device) {
-    std::vector<int64_t> starts(static_cast<size_t>(table.count), -1);  // behind one another
+    std::vector<int64_t> starts(static_cast<size_t>(table.count), -1);  // one after the other
     if (call.starts) starts = numbers_of(*call.starts);
     for (int l = 0; l < table.count; ++l) table.start[l] = starts[static_cast<size_t>(l)];
   }
   return levels;
 }
 
-// Locations are read two numbers at a time: a view that starts between two is copied.
+// The kernels read locations in pairs: copies a view whose start is not aligned to a pair.
 Tensor pairwise_aligned(const Tensor& locations) {
   const size_t pair = 2 * locations.element_size();
   const bool fits = reinterpret_cast<uintptr_t>(locations.const_data_ptr()) % pair == 0;
   return fits ? locations : torch::stable::clone(locations);
 }
 
-Inputs inputs_of(const Call& call, const Levels& levels, const Tensor& locations,
-                 double offset_scale = 0) {
-  Inputs in;
+KernelCall kernel_call(const Call& call, const Levels& levels, const Tensor& locations,
+                       double offset_scale = 0) {
+  KernelCall in;
   in.problem = call.problem;
   in.levels = levels.table;
   in.type = type_of(call.type);
@@ -144,14 +149,12 @@ Tensor forward_with(bool baseline, const Tensor& value, const MaybeTensor& spati
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
   Tensor output = torch::stable::new_empty(call.value, call.output_shape());
-  forward_call(inputs_of(call, levels, locations), output.mutable_data_ptr(), context.device,
+  forward_call(kernel_call(call, levels, locations), output.mutable_data_ptr(), context.device,
                baseline);
   return output;
 }
 
-// algorithm_of: Problem, Device -> BackwardAlgorithm
-template <typename Choice>
-Gradients backward_with(const Choice& algorithm_of, const Tensor& grad_output, const Tensor& value,
+Gradients backward_with(BackwardAlgorithm algorithm, const Tensor& grad_output, const Tensor& value,
                         const MaybeTensor& spatial_shapes, const MaybeTensor& level_start_index,
                         const Tensor& sampling_locations, const Tensor& attention_weights,
                         const MaybeSizes& level_sizes, const MaybeSizes& num_points,
@@ -162,9 +165,8 @@ Gradients backward_with(const Choice& algorithm_of, const Tensor& grad_output, c
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
-  const Inputs in = inputs_of(call, levels, locations);
-  const BackwardPlan plan =
-      plan_backward(in, algorithm_of(in.problem, context.device), context.device, {output_mask[0]});
+  const KernelCall in = kernel_call(call, levels, locations);
+  const BackwardPlan plan = plan_backward(in, algorithm, context.device, {output_mask[0]});
 
   Tensor grad_value = grad_value_like(call.value, output_mask[0], plan);
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
@@ -194,11 +196,9 @@ Gradients backward(const Tensor grad_output, const Tensor value, const MaybeTens
                    const MaybeTensor level_start_index, const Tensor sampling_locations,
                    const Tensor attention_weights, const MaybeSizes level_sizes,
                    const MaybeSizes num_points, bool deterministic, const Flags output_mask) {
-  const auto algorithm_of = [&](const Problem& problem, const Device& device) {
-    return choose_backward(problem, deterministic, device);
-  };
-  return backward_with(algorithm_of, grad_output, value, spatial_shapes, level_start_index,
-                       sampling_locations, attention_weights, level_sizes, num_points, output_mask);
+  return backward_with(choose_backward(deterministic), grad_output, value, spatial_shapes,
+                       level_start_index, sampling_locations, attention_weights, level_sizes,
+                       num_points, output_mask);
 }
 
 BackwardAlgorithm named(const std::string& name) {
@@ -221,9 +221,9 @@ Gradients backward_by(const std::string algorithm, const Tensor grad_output, con
                       const MaybeTensor spatial_shapes, const MaybeTensor level_start_index,
                       const Tensor sampling_locations, const Tensor attention_weights,
                       const MaybeSizes level_sizes, const MaybeSizes num_points) {
-  return backward_with([&](const Problem&, const Device&) { return named(algorithm); }, grad_output,
-                       value, spatial_shapes, level_start_index, sampling_locations,
-                       attention_weights, level_sizes, num_points, {true, true, true});
+  return backward_with(named(algorithm), grad_output, value, spatial_shapes, level_start_index,
+                       sampling_locations, attention_weights, level_sizes, num_points,
+                       {true, true, true});
 }
 
 Tensor fused_forward(const Tensor value, const MaybeTensor spatial_shapes,
@@ -237,7 +237,7 @@ Tensor fused_forward(const Tensor value, const MaybeTensor spatial_shapes,
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
   Tensor output = torch::stable::new_empty(call.value, call.output_shape());
-  forward_call(inputs_of(call, levels, offsets, offset_scale), output.mutable_data_ptr(),
+  forward_call(kernel_call(call, levels, offsets, offset_scale), output.mutable_data_ptr(),
                context.device);
   return output;
 }
@@ -253,14 +253,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
-  const Inputs in = inputs_of(call, levels, offsets, offset_scale);
-  const BackwardPlan plan =
-      plan_backward(in, choose_backward(in.problem, deterministic, context.device), context.device,
-                    {output_mask[0], output_mask[1]});
+  const KernelCall in = kernel_call(call, levels, offsets, offset_scale);
+  const BackwardPlan plan = plan_backward(in, choose_backward(deterministic), context.device,
+                                          {output_mask[0], output_mask[1]});
 
   Tensor grad_value = grad_value_like(call.value, output_mask[0], plan);
   Tensor grad_reference;
-  if (output_mask[1]) {  // zeros: a call without points has none of the gradients below written
+  if (output_mask[1]) {  // zeros: without points no kernel writes it
     grad_reference = torch::stable::new_zeros(*call.reference, call.reference->sizes());
   }
   Tensor grad_offsets = torch::stable::new_empty(call.locations, call.locations.sizes());
@@ -298,15 +297,15 @@ std::string build() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CUDA, library) {
-  library.impl("ms_deform_attn", TORCH_BOX(&forward));
-  library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
-  library.impl("ms_deform_attn_fused", TORCH_BOX(&fused_forward));
-  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&fused_backward));
-  library.impl("ms_deform_attn_by", TORCH_BOX(&forward_by));
-  library.impl("ms_deform_attn_by_backward", TORCH_BOX(&backward_by));
+  library.impl("ms_deform_attn", DEFORM_ATTN_BOX(&forward));
+  library.impl("ms_deform_attn_backward", DEFORM_ATTN_BOX(&backward));
+  library.impl("ms_deform_attn_fused", DEFORM_ATTN_BOX(&fused_forward));
+  library.impl("ms_deform_attn_fused_backward", DEFORM_ATTN_BOX(&fused_backward));
+  library.impl("ms_deform_attn_by", DEFORM_ATTN_BOX(&forward_by));
+  library.impl("ms_deform_attn_by_backward", DEFORM_ATTN_BOX(&backward_by));
 }
 
-// Private: benchmarks compare the kernels of a call with the others, and with the baseline.
+// Private: benchmarks compare the algorithms with each other and with the baseline.
 STABLE_TORCH_LIBRARY_FRAGMENT(deform_attn, library) {
 #define DEFORM_ATTN_INPUTS                                            \
   "Tensor value, Tensor? spatial_shapes, Tensor? level_start_index, " \
@@ -317,7 +316,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deform_attn, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {
-  library.impl("cuda_build", TORCH_BOX(&build));
+  library.impl("cuda_build", DEFORM_ATTN_BOX(&build));
 }
 
 }  // namespace deform_attn

@@ -1,11 +1,14 @@
-// Where sampling points come from, and the table through which the lanes of a warp share them.
+// Where sampling points come from, and how the lanes of a warp share them.
 //
-//   Sample        location and weight of one point
-//   GivenPoints   points as the caller's locations and weights
-//   FusedPoints   points as the caller's reference points, offsets and logits
-//   Teams         which (query, head) a lane works for, and on which of its channels
-//   Part          which queries, head and channels a block works on
-//   Corner        the four pixels of a point and what each counts for
+//   Sample           location and weight of one point
+//   GivenPoints      points from sampling_locations and attention_weights
+//   FusedPoints      points from reference_points, sampling_offsets and attention_logits
+//   Teams            the query that a lane works on, and its channels
+//   Part             the queries, head and channels that a block works on
+//   Corner           the four pixels of a point, with their weights
+//   point_gradient   the gradients of a point
+//
+// After any edit: make kernels traffic
 #pragma once
 
 #include "../bilinear.h"
@@ -18,19 +21,18 @@ struct Sample {
   Acc x, y, weight;
 };
 
-// A source of points answers, for a query of a head:
+// A source of points (GivenPoints, FusedPoints) has, for one query and head:
 //
-//   open      what is to be known of the query before its points, or a query of no points where
-//             `query` is negative. All lanes of a warp call it together; lane i works for the query
-//             of team i % teams
-//   reopen    the same, for a lane alone, after an earlier kernel has opened the query
-//   find      the same, without what the weights need
-//   location  where point k lies, which samples `level`
-//   along     one coordinate of it to the bit: x (axis 0) or y (1)
-//   weight    what it counts for
+//   open      Query: what its points have in common. Called by all lanes of a warp together, lane i
+//             for the query of team i % teams; a negative `query` has no points
+//   reopen    the same in a later kernel, for one lane
+//   find      the same without what `weight` needs
+//   location  (x, y) of point k, which samples `level`
+//   along     x (axis 0) or y (axis 1) of it, the same bits
+//   weight    its attention weight
 //   at        location and weight
 
-// Where the gradients of given points go.
+// The gradients of GivenPoints.
 template <typename T>
 struct GivenPointGradients {
   AccOf<T>* locations;
@@ -47,16 +49,16 @@ struct GivenPointGradients {
   }
 };
 
-// Where those of a layer go.
+// The gradients of FusedPoints.
 template <typename T>
 struct FusedPointGradients {
   using Acc = AccOf<T>;
   void* offsets;
   void* logits;
-  Acc* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the reference points';
-                         // null: nobody wants them
+  Acc* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the gradient of
+                         // reference_points; null: not requested
   Acc* by_weight;        // [B, Q, M, K]: working memory, where shared memory is too small for it
-  bool wide;             // offsets and logits have the dtype of the sums
+  bool wide;             // offsets and logits have acc_dtype, not the dtype of value
 
   __device__ void set_offset(int64_t point, Acc x, Acc y) const {
     if (wide) {
@@ -75,8 +77,7 @@ struct FusedPointGradients {
   }
 };
 
-// Points as the caller gives them. Weights have the dtype of `value`, or that of the sums where
-// `wide`.
+// Points as the caller gives them. Weights have the dtype of value, or acc_dtype where `wide`.
 template <typename T>
 struct GivenPoints {
   static constexpr bool kFused = false;
@@ -117,9 +118,8 @@ struct GivenPoints {
   }
 };
 
-// Points as a layer projects them: offsets from reference points or boxes, and logits whose softmax
-// over all points of a query and head are the weights. Neither locations nor weights are written to
-// memory.
+// Points of a fused call: offsets from reference points or boxes, and logits whose softmax over all
+// points of a query and head gives the weights. Locations and weights are never written to memory.
 template <typename T>
 struct FusedPoints {
   static constexpr bool kFused = true;
@@ -129,11 +129,11 @@ struct FusedPoints {
   const Acc* reference;  // [B, Q, L or 1, 2 or 4]: (x, y), or (x, y, width, height)
   const void* offsets;   // [B, Q, M, K, 2]: in pixels, or in parts of the box
   const void* logits;    // [B, Q, M, K]
-  Acc* statistics;       // [B, Q, M, 2], for `reopen`; null: nobody will
+  Acc* statistics;       // [B, Q, M, 2], for `reopen`; null: not needed
   Acc offset_scale;
   int reference_levels;
   int reference_size;
-  bool wide;  // offsets and logits have the dtype of the sums
+  bool wide;  // offsets and logits have acc_dtype, not the dtype of value
 
   struct Query {
     int64_t first_point;       // -1: none
@@ -159,18 +159,18 @@ struct FusedPoints {
     const int64_t row = item * reference_levels + (reference_levels > 1 ? level : 0);
     return reference + row * reference_size;
   }
-  // Of a box's side, the length of one offset.
+  // An offset of 1, as a fraction of the side of a box.
   __device__ Acc portion(int level, const BlockLevels& levels) const {
     const int points = levels.first_point[level + 1] - levels.first_point[level];
     return offset_scale / static_cast<Acc>(max(points, 1));
   }
-  // How far an offset of one moves a location along an axis.
+  // How far an offset of 1 moves the location along an axis.
   __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
     if (reference_size == 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
     const Level& map = levels.level[level];
     return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
-  // A coordinate, rounded once: the same bits wherever it is inlined.
+  // A coordinate, rounded once: every caller gets the same bits.
   __device__ Acc moved(int64_t item, int level, const BlockLevels& levels, int axis,
                        Acc offset) const {
     return Numbers<Acc>::multiply_add(offset, step_of(item, level, levels, axis),
@@ -186,7 +186,7 @@ struct FusedPoints {
     opened.item = batch * problem.queries + query;
     opened.largest = -INFINITY;
     const int count = query < 0 ? 0 : problem.points;
-#pragma unroll 1  // more at a time, and registers spill
+#pragma unroll 1  // unrolled, the kernel spills registers
     for (int k = lane / teams; k < count; k += kWarp / teams) {
       opened.largest = max(opened.largest, logit(opened.first_point + k));
     }
@@ -216,7 +216,7 @@ struct FusedPoints {
   __device__ Query find(const Problem& problem, int64_t batch, int64_t query, int head) const {
     return {problem.point_at(batch, query, head), batch * problem.queries + query, 0, 0};
   }
-  // step_of is written out here: called, it makes registers of the float64 kernels spill.
+  // Calls to step_of instead of this code make the float64 kernels spill registers.
   __device__ Pack<Acc, 2> location(const Query& query, int k, int level,
                                    const BlockLevels& levels) const {
     const Acc* const from = reference_of(query.item, level);
@@ -256,8 +256,8 @@ struct Teams {
   __device__ int channel_lane() const { return lane & (lanes() - 1); }
 };
 
-// The block's part of the work: `count` queries of one image and head, from `first` on in the order
-// of visits, and the channels from `channel` on.
+// The part of the work that one block does: `count` queries of one image and head, from `first` on in
+// the order of query_at, and the channels from `channel` on.
 struct Part {
   int64_t batch;
   int64_t first;
@@ -266,8 +266,8 @@ struct Part {
   int count;
 };
 
-// Blocks are numbered with the channels and then the head fastest, so that blocks which run
-// together read the same stretch of `value`, locations and weights.
+// The channels change fastest with the block number, then the head: blocks that run at the same time
+// read neighbouring parts of value, locations and weights.
 __device__ inline Part part_of(int64_t block, const Problem& problem, int positions, int channels) {
   const int64_t parts = (problem.queries + positions - 1) / positions;
   const int pieces = (problem.head_dim + channels - 1) / channels;
@@ -280,11 +280,11 @@ __device__ inline Part part_of(int64_t block, const Problem& problem, int positi
   return {block / parts, first, head, channel, static_cast<int>(min(left, int64_t{positions}))};
 }
 
-// Points that a warp shares at a time.
+// Points that a warp stages in shared memory at a time.
 template <typename Acc>
 constexpr int kStaged = sizeof(Acc) == 8 ? 32 : 64;
 
-// Offset: int where every offset into `value` fits, int64_t elsewhere.
+// Offset: int where every offset into value fits, else int64_t.
 template <typename Acc, typename Offset>
 struct alignas(16) Corner {
   Offset at[4];   // of the pixel's first channel; -1: not on the map
@@ -310,6 +310,18 @@ __device__ Corner<Acc, Offset> corner_of(const Footprint<Acc>& foot, const Level
     corner.weight[i] = foot.weight(i) * weight;
   }
   return corner;
+}
+
+// The gradients of a point's coordinates and weight, from the dot products of its four pixels with
+// grad_output.
+template <typename Acc>
+__device__ Sample<Acc> point_gradient(const Footprint<Acc>& foot, const Level& level, Acc weight,
+                                      const Acc (&dot)[4]) {
+  Sample<Acc> gradient;
+  foot.pull_back(dot, gradient.weight, gradient.x, gradient.y);
+  gradient.x *= weight * static_cast<Acc>(level.width);
+  gradient.y *= weight * static_cast<Acc>(level.height);
+  return gradient;
 }
 
 }  // namespace deform_attn

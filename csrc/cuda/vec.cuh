@@ -1,9 +1,11 @@
-// What the hardware does for several numbers or several lanes at once.
+// Operations on several elements or by several lanes at once.
 //
-//   AccOf            what a dtype is summed in: float, or double for double
-//   Pack             kVec neighbouring numbers, one load or store of up to 16 bytes
-//   atomic_add       kWidth neighbouring numbers, one atomic where the architecture has it
-//   sum_four_ways    four sums over the lanes of a group in fewer shuffles than four sums take
+//   AccOf            the dtype that sums of a dtype are accumulated in: float, or double for double
+//   Pack             kVec neighbouring elements, one load or store of up to 16 bytes
+//   atomic_add       adds to kWidth neighbouring elements, in one atomic where the architecture has it
+//   sum_four_ways    four sums over a group of lanes, in fewer shuffles than four separate sums
+//
+// After any edit: make kernels traffic
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,6 +22,16 @@ namespace deform_attn {
 
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kBlock = 256;  // the most threads of a block
+
+// Blocks that must fit on a multiprocessor at once, for __launch_bounds__: half of its threads or more.
+// Three where it has 1536 threads: the shared memory of these kernels leaves no room for a fourth block.
+#if defined(__CUDA_ARCH__) && \
+    (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
+constexpr int kLeastBlocks = 3;
+#else
+constexpr int kLeastBlocks = 4;
+#endif
 
 template <typename T>
 using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
@@ -29,7 +41,7 @@ struct alignas(sizeof(T) * kVec) Pack {
   T at[kVec];
 };
 
-// The most numbers of a dtype that one load moves.
+// The most elements of a dtype that one load moves.
 template <typename T>
 constexpr int kWidest = 16 / static_cast<int>(sizeof(T));
 
@@ -38,7 +50,7 @@ __device__ Pack<T, kVec> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kVec>*>(from);
 }
 
-// Zeros where there is nothing to load.
+// Zeros where `there` is false.
 template <int kVec, typename T>
 __device__ Pack<T, kVec> load_if(bool there, const T* from) {
   using Word = std::conditional_t<sizeof(T) * kVec % 4 == 0, uint32_t, uint16_t>;
@@ -53,16 +65,16 @@ __device__ Pack<T, kVec> load_if(bool there, const T* from) {
   return pack;
 }
 
-// Floats that one atomic adds to: 4 since sm_90, 1 before it.
+// Floats that one atomic adds to: 4 from sm_90 on, 1 before.
 #if defined(ATOMIC_FLOATS)
-constexpr int kAtomicFloats = ATOMIC_FLOATS;  // the emulator runs both
+constexpr int kAtomicFloats = ATOMIC_FLOATS;  // set by the emulator, which runs both
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kAtomicFloats = 1;
 #else
 constexpr int kAtomicFloats = 4;
 #endif
 
-// How many of the kVec numbers of a lane one atomic adds.
+// How many of the kVec elements of a lane one atomic adds.
 template <typename Acc, int kVec>
 constexpr int kAtomicWidth =
     std::is_same_v<Acc, float> && kVec % kAtomicFloats == 0 ? kAtomicFloats : 1;
@@ -76,9 +88,9 @@ __device__ void atomic_add(Acc* to, const Acc* term) {
   }
 }
 
-// Sums of term[0..3] over the `lanes` lanes of a group (a power of two, 4 to 32). Lane j < 4 of
-// the group gets the sum of term[j]; the other lanes' results are of no use. Each step of the
-// first two halves how many sums a lane still carries.
+// Sums of term[0..3] over the `lanes` lanes of a group (a power of two, 4 to 32). Lane j < 4 of the
+// group gets the sum of term[j]; the results of the other lanes are meaningless. Each of the first two
+// steps halves the number of sums that a lane carries.
 template <typename Acc>
 __device__ Acc sum_four_ways(const Acc (&term)[4], int lane, int lanes) {
   const bool odd = lane & 1, high = lane & 2;

@@ -23,28 +23,33 @@ logger = logging.getLogger("deform_attn")
 class Backend:
     """One implementation of the operators.
 
-    ``why_not(device_type, dtype)`` says why it cannot run there, or None where it can.
-    ``call_fused`` is None where the fused operator has no kernel and is composed.
+    Attributes:
+        name: its name for ``backend=``, ``use_backend`` and ``DEFORM_ATTN_BACKEND``.
+        why_not: ``(device_type, dtype)`` to the reason why it cannot run there; None if it can.
+        call: ``ms_deform_attn``, differentiable; takes the fields of ``Operands`` by position.
+        backward: its backward operator, for callers with an autograd of their own.
+        call_fused: ``ms_deform_attn_fused``; None if the backend has no kernel for it, and
+            locations and weights are computed first.
     """
 
     name: str
     why_not: Callable[[str, torch.dtype], str | None]
     call: operator.Operator
-    backward: Callable[..., Any]  # of what `call` computes
+    backward: Callable[..., Any]
     call_fused: operator.Operator | None = None
 
 
 def _define_backends() -> dict[str, Backend]:
     attention, fused = "ms_deform_attn", "ms_deform_attn_fused"
     backends = {}
-    for name, module, suffix in (
-        ("compiled", compiled, ""),
-        ("triton", triton_launcher, "_triton"),
-        ("reference", reference, "_reference"),
+    for name, module, suffix, has_fused in (
+        ("compiled", compiled, "", True),
+        ("triton", triton_launcher, "_triton", True),
+        ("reference", reference, "_reference", False),
     ):
         calls = operator.define(attention + suffix, operator.ATTENTION)
         call_fused = None
-        if module is not reference:
+        if has_fused:
             call_fused, _ = operator.define(fused + suffix, operator.FUSED)
         backends[name] = Backend(name, module.why_not, *calls, call_fused)
     for device in ("cpu", "cuda"):
@@ -110,7 +115,8 @@ def choose_backend(
     Args:
         device_type: ``"cpu"``, ``"cuda"``, ...
         dtype: dtype of value.
-        backend: force this one; None: as ``use_backend`` or ``DEFORM_ATTN_BACKEND`` say.
+        backend: force this one; None: the one of ``use_backend`` or ``DEFORM_ATTN_BACKEND``, if
+            set.
 
     Raises:
         ValueError: no backend has that name.
@@ -127,7 +133,7 @@ def choose_backend(
         reason = BACKENDS[name].why_not(device_type, dtype)
         if reason is not None:
             raise RuntimeError(
-                f"backend {name!r} was asked for but cannot run on {device_type} with {dtype}: "
+                f"backend {name!r} was requested but cannot run on {device_type} with {dtype}: "
                 f"{reason}. `python -m deform_attn.info` shows every backend."
             )
         return BACKENDS[name]
@@ -143,8 +149,8 @@ def choose_backend(
 
 
 def _announce(name: str, device_type: str, reasons: list[str]) -> None:
-    """Log once that a slower backend serves a device, and why."""
-    message = f"{name} backend serves {device_type} ({'; '.join(reasons)})"
+    """Log once that a slower backend is used on a device, and why."""
+    message = f"using the {name} backend on {device_type} ({'; '.join(reasons)})"
     if message not in _announced:
         _announced.add(message)
         logger.warning(message)

@@ -1,8 +1,8 @@
-"""Augmentation: one warp for flip, crop, zoom and mosaic; mixup; and when each of them is on.
+"""Augmentation: one affine warp for flip, crop, zoom and mosaic; mixup; and their schedule.
 
-Every random number of an item comes from a generator seeded with (seed, step, place in the batch):
-nothing is carried from one step to the next, so training goes on where it stopped, to the bit, and
-processes that share a batch draw what one process would. Mixup alone stays inside a process.
+The random numbers of an item come from a generator seeded with (seed, step, place in the batch).
+Nothing is carried from step to step, so that a resumed training is the same to the bit, and
+processes that share a batch draw what one process would. Only mixup is limited to a process.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deform_attn.detr.data import Detection, Sample
+from deform_attn.detr.images import pad
 
-GRAY = 0.447  # what is seen outside an image
+GRAY = 0.447  # outside of an image
 
-# Parts of training, from 0 to 1, in which each augmentation is on. `dense` is DEIM's dense
-# one-to-one (arXiv 2412.04234, section 3.2): of 58 epochs, mosaic and mixup run from 4 to 29, which
-# multiplies the objects of an image, and all but the flip is off before 4 and after 50.
+# Begin and end of each augmentation, as fractions of the training. "dense" is DEIM's dense
+# one-to-one schedule (arXiv 2412.04234, section 3.2) of 58 epochs.
 AUGMENTATIONS: dict[str, dict[str, tuple[float, float]]] = {
     "none": {},
     "flip": {"flip": (0, 1)},
@@ -38,16 +38,16 @@ AUGMENTATIONS: dict[str, dict[str, tuple[float, float]]] = {
 
 
 def warp(sample: Sample, output_to_input: np.ndarray) -> Sample:
-    """Resample an image through an affine map, and move its boxes with it.
+    """Resample an image through an affine map, and transform its boxes.
 
     Args:
-        sample: image ``[3, H, W]`` and its target; a turned box becomes the upright one round it.
-        output_to_input: ``[2, 3]``, from a point (x, y) of the new image to one of the old, both in
-            [-1, 1].
+        sample: image ``[3, H, W]`` and its target; rotated boxes become their bounding boxes.
+        output_to_input: ``[2, 3]``, from a point (x, y) of the new image to one of the old image,
+            both in [-1, 1].
 
     Returns:
-        The new sample, of the same size. Boxes are clipped; one of which less than a quarter is
-        left, or less than 1/64 of a side, is dropped.
+        The new sample, of the same size. Boxes are clipped, and dropped if less than a quarter of
+        their area or less than 1/64 of the image's side is left.
     """
     image, target = sample
     theta = torch.from_numpy(output_to_input).float()[None]
@@ -68,12 +68,12 @@ def warp(sample: Sample, output_to_input: np.ndarray) -> Sample:
 
 
 def _window(center: np.ndarray, half: np.ndarray | float) -> np.ndarray:
-    """The map under which the new image shows that part of the old one; [-1, 1] is all of it."""
+    """The map whose new image is a part of the old one, centre +- half; all of it is 0 +- 1."""
     return np.concatenate([np.diag(np.broadcast_to(half, 2)), np.reshape(center, (2, 1))], 1)
 
 
 def _colors(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Brightness, contrast and the balance of the channels."""
+    """Random brightness, contrast and balance of the channels."""
     mean = image.mean()
     balance = torch.from_numpy(rng.uniform(0.8, 1.2, (3, 1, 1))).float()
     varied = (image - mean) * rng.uniform(0.7, 1.3) + mean * rng.uniform(0.7, 1.3)
@@ -81,11 +81,11 @@ def _colors(image: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def mosaic(samples: Sequence[Sample], rng: np.random.Generator) -> Sample:
-    """Four images at half their size in one, turned, moved and scaled as in DEIM.
+    """Four images at half their size, rotated, shifted and scaled as in DEIM.
 
     Args:
         samples: four of one size.
-        rng: draws a turn of up to 10 degrees, a shift of up to a tenth, a scale of 0.5 to 1.5.
+        rng: draws a rotation of up to 10 degrees, a shift of up to a tenth, a scale of 0.5 to 1.5.
 
     Raises:
         ValueError: not four samples.
@@ -104,12 +104,12 @@ def mosaic(samples: Sequence[Sample], rng: np.random.Generator) -> Sample:
 
 
 def mixup(images: Tensor, targets: list[dict[str, Tensor]], rng: np.random.Generator) -> None:
-    """Blend each image of a batch with the one before it and give it the objects of both, in place.
+    """Blend each image of a batch with the one before, in place; it gets the objects of both.
 
     Args:
         images: ``[B, 3, H, W]``.
         targets: one for each.
-        rng: draws the share of an image itself, from 0.45 to 0.55.
+        rng: draws the weight of the image itself, from 0.45 to 0.55.
     """
     share = rng.uniform(0.45, 0.55)
     images.mul_(share).add_(images.roll(1, 0), alpha=(1 - share) / share)
@@ -121,7 +121,7 @@ def mixup(images: Tensor, targets: list[dict[str, Tensor]], rng: np.random.Gener
 
 
 class Item(NamedTuple):
-    """A place in the batch of a step, and the number of the image that goes there."""
+    """An image of a batch: the step, the place in the batch, and the index of the image."""
 
     step: int
     place: int
@@ -131,19 +131,19 @@ class Item(NamedTuple):
 def batches(
     length: int, batch: int, steps: range, seed: int, part: tuple[int, int] = (0, 1)
 ) -> Iterator[list[Item]]:
-    """The batches of these steps: every image once an epoch, in an order of its own.
+    """The batches of these steps: every image once per epoch, in a random order.
 
     A batch may begin in one epoch and end in the next.
 
     Args:
-        length: images in the dataset.
-        batch: images in a batch of all processes together.
+        length: number of images.
+        batch: images in a batch, of all processes together.
         steps: from the first to the last.
         seed: of the order.
         part: (i, n): the i-th of n equal parts of each batch.
 
     Raises:
-        ValueError: the batch cannot be shared equally.
+        ValueError: the batch has no n equal parts.
     """
     if batch % part[1]:
         raise ValueError(f"batch: expected a multiple of {part[1]} processes, got {batch}")
@@ -161,13 +161,16 @@ def batches(
 
 
 class Augmented(Dataset[tuple[Item, Sample]]):
-    """A dataset as a step of training sees it; its items are those of `batches`.
+    """A data set with augmentation; its items are those of :func:`batches`.
 
     Args:
-        dataset: where the images come from.
-        name: which of AUGMENTATIONS.
+        dataset: of the images.
+        name: one of AUGMENTATIONS.
         steps: length of the training.
-        seed: of all that is drawn.
+        seed: of all random numbers.
+
+    Raises:
+        ValueError: an unknown name.
     """
 
     def __init__(self, dataset: Detection, name: str, steps: int, seed: int) -> None:
@@ -177,7 +180,7 @@ class Augmented(Dataset[tuple[Item, Sample]]):
         self._active = AUGMENTATIONS[name]
 
     def is_on(self, name: str, step: int) -> bool:
-        """Whether the augmentation may be drawn in that step."""
+        """Whether an augmentation may be applied in a step."""
         begin, end = self._active.get(name, (0, 0))
         return begin <= step / self.steps < end
 
@@ -186,8 +189,9 @@ class Augmented(Dataset[tuple[Item, Sample]]):
         sample = self.dataset[item.image]
         if self.is_on("mosaic", item.step) and rng.random() < 0.5:
             others = rng.integers(len(self.dataset), size=3).tolist()
-            sample = mosaic([sample, *(self.dataset[i] for i in others)], rng)
-        else:  # the mosaic takes the place of zoom and crop
+            four = [sample, *(self.dataset[i] for i in others)]
+            sample = mosaic([_square(one, self.dataset.size) for one in four], rng)
+        else:  # zoom and crop are not applied to a mosaic
             if self.is_on("zoom_out", item.step) and rng.random() < 0.5:
                 half = rng.uniform(1, 2)
                 sample = warp(sample, _window(rng.uniform(1 - half, half - 1, 2), half))
@@ -200,16 +204,37 @@ class Augmented(Dataset[tuple[Item, Sample]]):
             sample = warp(sample, _window(np.zeros(2), np.array([-1.0, 1.0])))
         return item, sample
 
-    def batch(self, drawn: list[tuple[Item, Sample]]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Items as images ``[B, 3, size, size]`` and a list of targets, mixed up while it is on."""
-        images, targets = collate([sample for _, sample in drawn])
-        step = drawn[0][0].step
+    def batch(self, drawn: list[tuple[Item, Sample]]) -> Batch:
+        """Items as a batch, with mixup while that is on."""
+        samples, step = [sample for _, sample in drawn], drawn[0][0].step
         rng = np.random.default_rng((self.seed, step))
-        if self.is_on("mixup", step) and rng.random() < 0.5:
-            mixup(images, targets, rng)
-        return images, targets
+        if not self.is_on("mixup", step) or rng.random() >= 0.5:
+            return collate(samples)
+        height, width = (max(image.shape[i] for image, _ in samples) for i in (1, 2))
+        images, _, targets = collate([_extended(one, height, width) for one in samples])
+        mixup(images, targets, rng)
+        return images, None, targets
 
 
-def collate(samples: Sequence[Sample]) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Images of one size as one tensor, and their targets."""
-    return torch.stack([image for image, _ in samples]), [target for _, target in samples]
+Batch = tuple[Tensor, Tensor | None, list[dict[str, Tensor]]]
+
+
+def collate(samples: Sequence[Sample]) -> Batch:
+    """Images padded to one size ``[B, 3, H, W]``, their padding mask or None, and their targets."""
+    images, padding_mask = pad([image for image, _ in samples])
+    return images, padding_mask, [target for _, target in samples]
+
+
+def _extended(sample: Sample, height: int, width: int) -> Sample:
+    """A sample whose padding, on the right and below, is part of the image."""
+    image, target = sample
+    h, w = image.shape[1:]
+    if (h, w) == (height, width):
+        return sample
+    image = F.pad(image, (0, width - w, 0, height - h), value=GRAY)
+    scale = torch.tensor([w / width, h / height]).repeat(2)
+    return image, {**target, "boxes": target["boxes"] * scale}
+
+
+def _square(sample: Sample, size: int) -> Sample:
+    return _extended(sample, size, size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,11 @@ class Backbone(Protocol):
 
     One that was pretrained on normalised images has the attributes ``mean`` and ``std`` too, three
     numbers each, with which detectors normalise their images.
-
-    Attributes:
-        channels: of each map.
     """
 
-    channels: Sequence[int]
+    @property
+    def channels(self) -> Sequence[int]:
+        """Of each map."""
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         """``[B, 3, h, w]`` to maps ``[B, c, H, W]``, large ones first."""
@@ -76,3 +75,148 @@ class SmallBackbone(nn.Module):
         for stage in self.stages:
             maps.append(stage(maps[-1]))
         return maps[1:]
+
+
+# --- Backbones of transformers ----------------------------------------------------------------
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class LibraryBackbone(nn.Module):
+    """A backbone of the library transformers, which the extra ``backbones`` installs.
+
+    Attributes:
+        body: the library's module; its tensors keep its names.
+        channels: of each map.
+        mean: of the images that the official weights were trained on, by colour.
+        std: standard deviation of the same.
+        frozen: batch norms keep their statistics and their parameters in training.
+    """
+
+    def __init__(
+        self,
+        body: Any,
+        *,
+        mean: Sequence[float] = (0.0, 0.0, 0.0),
+        std: Sequence[float] = (1.0, 1.0, 1.0),
+        frozen: bool = False,
+    ) -> None:
+        super().__init__()
+        self.body, self.channels = body, tuple(body.channels)
+        self.mean, self.std, self.frozen = tuple(mean), tuple(std), frozen
+        for norm in self._norms() if frozen else ():
+            norm.requires_grad_(False)
+
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.body.modules() if isinstance(module, nn.BatchNorm2d)]
+
+    def train(self, mode: bool = True) -> LibraryBackbone:
+        """As :meth:`torch.nn.Module.train`; frozen batch norms stay in evaluation mode."""
+        super().train(mode)
+        for norm in self._norms() if self.frozen else ():
+            norm.eval()
+        return self
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """``[B, 3, h, w]`` to a map of each stage."""
+        return list(self.body(images).feature_maps)
+
+
+def _library() -> Any:
+    try:
+        import transformers
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "backbones of official models need transformers: pip install deform_attn[backbones]"
+        ) from error
+    return transformers
+
+
+def _stages(maps: int) -> list[str]:
+    return [f"stage{i}" for i in range(5 - maps, 5)]
+
+
+RESNET_DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 4, 23, 3]}
+
+
+def _resnet_sizes(depth: int) -> dict[str, Any]:
+    basic = depth < 50
+    sizes = [64, 128, 256, 512] if basic else [256, 512, 1024, 2048]
+    kind = "basic" if basic else "bottleneck"
+    return {"depths": RESNET_DEPTHS[depth], "hidden_sizes": sizes, "layer_type": kind}
+
+
+def resnet(depth: int = 50, maps: int = 3, *, dilated: bool = False) -> LibraryBackbone:
+    """ResNet as in torchvision, with frozen batch norms and normalised images (DETR's line).
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        maps: number of the last stages whose maps are used.
+        dilated: the last stage keeps the resolution, with dilated convolutions (DC5).
+    """
+    library = _library()
+    config = library.ResNetConfig(out_features=_stages(maps), **_resnet_sizes(depth))
+    body = library.ResNetBackbone(config)
+    if dilated:
+        for i, layer in enumerate(body.encoder.stages[-1].layers):
+            for module in layer.modules():
+                if isinstance(module, nn.Conv2d):
+                    module.stride = (1, 1)
+                    if i > 0 and module.kernel_size == (3, 3):
+                        module.dilation = module.padding = (2, 2)
+    return LibraryBackbone(body, mean=IMAGENET_MEAN, std=IMAGENET_STD, frozen=True)
+
+
+def resnet_vd(depth: int = 50, maps: int = 3, *, frozen: bool = False) -> LibraryBackbone:
+    """ResNet-vd of RT-DETR.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        maps: number of the last stages whose maps are used.
+        frozen: batch norms are frozen (RT-DETR from depth 50 on).
+    """
+    library = _library()
+    sizes = _resnet_sizes(depth)
+    config = library.RTDetrResNetConfig(out_features=_stages(maps), **sizes)
+    return LibraryBackbone(library.RTDetrResNetBackbone(config), frozen=frozen)
+
+
+# stem (middle, out), then of each stage: channels (middle, out), blocks; layers of all blocks
+HGNET: dict[str, tuple[tuple[int, int], list[tuple[int, int, int]], int]] = {
+    "B0": ((16, 16), [(16, 64, 1), (32, 256, 1), (64, 512, 2), (128, 1024, 1)], 3),
+    "B2": ((24, 32), [(32, 96, 1), (64, 384, 1), (128, 768, 3), (256, 1536, 1)], 4),
+    "B4": ((32, 48), [(48, 128, 1), (96, 512, 1), (192, 1024, 3), (384, 2048, 1)], 6),
+    "B5": ((32, 64), [(64, 128, 1), (128, 512, 2), (256, 1024, 5), (512, 2048, 2)], 6),
+}
+
+
+def hgnetv2(
+    name: str, maps: int = 3, *, affine: bool = False, frozen: bool = False
+) -> LibraryBackbone:
+    """HGNetV2 of D-FINE, DEIM and RT-DETR.
+
+    Args:
+        name: B0, B2, B4 (RT-DETR's L) or B5 (its X).
+        maps: number of the last stages whose maps are used.
+        affine: learnable affine blocks after the activations (D-FINE-N, S and M).
+        frozen: batch norms are frozen (D-FINE-L and X).
+    """
+    (stem_mid, stem_out), stages, layers = HGNET[name]
+    middle, out, blocks = (list(column) for column in zip(*stages))
+    library = _library()
+    config = library.HGNetV2Config(
+        out_features=_stages(maps),
+        stem_channels=[3, stem_mid, stem_out],
+        stage_in_channels=[stem_out, *out[:-1]],
+        stage_mid_channels=middle,
+        stage_out_channels=out,
+        hidden_sizes=out,
+        depths=[1] * 4,
+        stage_num_blocks=blocks,
+        stage_downsample=[False, True, True, True],
+        stage_light_block=[False, False, True, True],
+        stage_kernel_size=[3, 3, 5, 5],
+        stage_numb_of_layers=[layers] * 4,
+        use_learnable_affine_block=affine,
+    )
+    return LibraryBackbone(library.HGNetV2Backbone(config), frozen=frozen)

@@ -1,55 +1,74 @@
-"""Data to train on: drawn shapes, handwritten digits on photographs, a COCO folder of your own.
+"""Data sets: drawn shapes, handwritten digits on photographs, and folders with annotations.
 
-A dataset gives ``(image, target)``: the image ``[3, size, size]``, float32 in [0, 1]; the target a
-dict of ``labels`` ``[n]``, int64, and ``boxes`` ``[n, 4]``, float32 ``(cx, cy, w, h)`` in [0, 1].
-``ground_truth()`` is the same in COCO's format, in pixels of the original images, for the AP.
+An item is ``(image, target)``: the image ``[3, h, w]``, float32 RGB in [0, 1]; the target a dict of
+``labels [n]``, int64, and ``boxes [n, 4]``, float32 ``(cx, cy, w, h)`` as fractions of the image,
+before a batch pads it.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-import reprlib
-from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Annotated, Any, ClassVar, Protocol
+from collections.abc import Sequence
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
-from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from deform_attn.detr.boxes import from_corners
+from deform_attn.detr.images import as_tensor
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 
 
 class Detection(Protocol):
-    """What training and evaluation ask of a dataset."""
+    """What training and evaluation need of a data set.
+
+    Attributes:
+        classes: names, by label.
+        size: longer side of the images, in pixels.
+        flips: whether a mirrored object keeps its class.
+        identity: changes where the content of the data set does.
+    """
 
     classes: tuple[str, ...]
-    size: int  # sides of the images, in pixels
-    flips: bool  # whether a mirrored object is one of its class
+    size: int
+    flips: bool
+    identity: str
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
     def ground_truth(self) -> dict[str, Any]:
-        """``images``, ``annotations`` and ``categories`` of COCO; image i is that of item i."""
+        """``images``, ``annotations`` and ``categories`` in COCO's format, in pixels of the files.
+
+        Image i is that of item i; ids of categories are labels.
+        """
 
 
-def open_dataset(name: str, split: str, size: int = 0, seed: int = 0) -> Detection:
-    """The dataset that a command line names.
+def open_dataset(
+    name: str,
+    split: str,
+    size: int = 0,
+    seed: int = 0,
+    resize: str = "stretch",
+    classes: Sequence[str] | None = None,
+) -> Detection:
+    """A data set by its name on the command line.
 
     Args:
         name: ``shapes``, ``digits`` or ``coco:FOLDER``.
         split: ``train`` or ``val``.
-        size: sides of the images in pixels; 0: 64, 128 and 640.
+        size: longer side of the images in pixels; 0: 64 for shapes, 128 for digits, 640 for a
+            folder.
         seed: of what is drawn; a folder has none.
+        resize: of a folder's images: "stretch" to a square, or "fit", which keeps the ratio.
+        classes: names by label, where they are given, as those of the training images are for the
+            evaluation.
 
     Raises:
-        ValueError: another name or split, or a folder with faults; each is named.
+        ValueError: an unknown name or split, or an invalid folder; the message names each fault.
 
     Example:
         >>> from deform_attn.detr.data import open_dataset
@@ -57,36 +76,27 @@ def open_dataset(name: str, split: str, size: int = 0, seed: int = 0) -> Detecti
         >>> image.shape, target["boxes"].shape[-1]
         (torch.Size([3, 64, 64]), 4)
     """
+    from deform_attn.detr.coco import CocoFolder
+
     if split not in ("train", "val"):
         raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
     if name in (drawn := {"shapes": Shapes, "digits": Digits}):
         return drawn[name](split, size, seed)
     kind, _, folder = name.partition(":")
     if kind == "coco" and folder:
-        return CocoFolder(folder, split, size or 640)
+        return CocoFolder(folder, split, size or 640, resize, classes)
     raise ValueError(f"data: expected 'shapes', 'digits' or 'coco:FOLDER', got {name!r}")
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """An image as it is meant to be seen: cameras may store it on its side."""
-    return ImageOps.exif_transpose(image)
-
-
-def as_tensor(image: Image.Image, size: int) -> Tensor:
-    """An image of any mode as ``[3, size, size]`` in [0, 1], upright and stretched to a square."""
-    resized = upright(image).convert("RGB").resize((size, size))
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 
 Drawing = tuple[Image.Image, list[list[float]], list[int]]
 
 
 class _Drawn(Detection):
-    """Images drawn when they are asked for: the same for the same seed, split and index.
+    """Images drawn on access, the same for the same seed, split and index.
 
     Args:
-        split: ``train`` or ``val``: 2000 images to train on, or 200 to test.
-        size: sides of the image, in pixels; 0: those of the class.
+        split: ``train``, 2000 images, or ``val``, 200 others.
+        size: side of the images in pixels; 0: that of the class.
         seed: another seed draws other images.
     """
 
@@ -95,33 +105,36 @@ class _Drawn(Detection):
 
     def __init__(self, split: str = "train", size: int = 0, seed: int = 0) -> None:
         self.split, self.size, self.seed = split, size or self.side, seed
+        self.identity = f"{type(self).__name__} {split} {len(self)} {self.size} {seed}"
 
     def __len__(self) -> int:
         return self.lengths[self.split]
 
     def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
-        rng = np.random.default_rng((self.seed, list(self.lengths).index(self.split), index))
-        image, boxes, labels = self.draw(rng, self.size)
+        image, boxes, labels = self._drawn(index)
         corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / self.size
         target = {"labels": torch.tensor(labels).long(), "boxes": from_corners(corners)}
         return as_tensor(image, self.size), target
 
+    def _drawn(self, index: int) -> Drawing:
+        if not 0 <= index < len(self):
+            raise IndexError(f"index: expected 0 to {len(self) - 1}, got {index}")
+        rng = np.random.default_rng((self.seed, list(self.lengths).index(self.split), index))
+        return self.draw(rng, self.size)
+
     def draw(self, rng: np.random.Generator, size: int) -> Drawing:
-        """An image of that size, its boxes ``(x1, y1, x2, y2)`` in pixels, and their classes."""
+        """A square image of that size, boxes ``(x1, y1, x2, y2)`` in pixels, and labels."""
         raise NotImplementedError
 
-    def ground_truth(self) -> dict[str, Any]:
-        """All objects in COCO's format, in pixels."""
+    @functools.cached_property
+    def _ground_truth(self) -> dict[str, Any]:
         annotations: list[dict[str, Any]] = []
         for image_id in range(len(self)):
-            target = self[image_id][1]
-            for (cx, cy, w, h), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
-                box = [self.size * side for side in (cx - w / 2, cy - h / 2, w, h)]
+            _, boxes, labels = self._drawn(image_id)
+            for (x1, y1, x2, y2), label in zip(boxes, labels):
+                box = [x1, y1, x2 - x1, y2 - y1]
                 ids = {"id": len(annotations) + 1, "image_id": image_id, "category_id": label}
-                shape = {"bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-                annotations.append(ids | shape)
+                annotations.append(ids | {"bbox": box, "area": box[2] * box[3], "iscrowd": 0})
         size = {"height": self.size, "width": self.size}
         return {
             "images": [{"id": i, **size} for i in range(len(self))],
@@ -129,23 +142,27 @@ class _Drawn(Detection):
             "categories": [{"id": i, "name": name} for i, name in enumerate(self.classes)],
         }
 
+    def ground_truth(self) -> dict[str, Any]:
+        """All objects in COCO's format, in pixels."""
+        return self._ground_truth
+
 
 class Shapes(_Drawn):
-    """One to four discs, squares and triangles on a noisy ground, in 64 by 64 pixels."""
+    """One to four discs, squares and triangles on a noisy background, 64 x 64 pixels."""
 
     classes = ("disc", "square", "triangle")
     flips, side = True, 64
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawing:
-        """Shapes that do not touch, drawn finely and then averaged."""
-        fine = 4  # drawn so many times as large, for smooth edges
+        """Shapes that do not touch, drawn enlarged and averaged for smooth edges."""
+        fine = 4
         ground = rng.integers(88, 168, (4, 4, 3), dtype=np.uint8)
         image = Image.fromarray(ground).resize((size * fine, size * fine), Image.Resampling.BICUBIC)
         pen = ImageDraw.Draw(image)
         boxes: list[list[float]] = []
         labels: list[int] = []
-        wanted = int(rng.integers(1, 5))
-        while len(boxes) < wanted:
+        count = int(rng.integers(1, 5))
+        while len(boxes) < count:
             label = int(rng.integers(len(self.classes)))
             corners = (64, 4, 3)[label]
             angles = rng.uniform(0, 2 * math.pi) + np.arange(corners) * (2 * math.pi / corners)
@@ -169,15 +186,16 @@ def _touches(box: list[float], others: list[list[float]]) -> bool:
 
 
 class Digits(_Drawn):
-    """Real handwritten digits on real photographs: scikit-learn's and scikit-image's own, in 128
-    by 128 pixels. Neither a digit nor a photograph of the test images is in one to train on.
+    """Handwritten digits on photographs, from scikit-learn and scikit-image, 128 x 128 pixels.
+
+    Images to train on and test images share neither digits nor photographs.
     """
 
     classes = tuple("0123456789")
     flips, side = False, 128
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawing:
-        """Digits that do not touch, light where the photograph is dark and dark elsewhere."""
+        """Digits that do not touch, light on dark parts of the photograph, dark on light."""
         photographs = _photographs(self.split)
         photograph = photographs[int(rng.integers(len(photographs)))]
         side = rng.uniform(0.4, 1) * min(photograph.size)
@@ -186,8 +204,8 @@ class Digits(_Drawn):
         digits, names = _handwriting(self.split)
         boxes: list[list[float]] = []
         labels: list[int] = []
-        wanted = int(rng.integers(1, 7))
-        while len(boxes) < wanted:
+        count = int(rng.integers(1, 7))
+        while len(boxes) < count:
             which = int(rng.integers(len(digits)))
             sides = rng.uniform(0.15, 0.36) * size * rng.uniform(0.8, 1.2, 2)
             width, height = (int(side) for side in sides)
@@ -209,7 +227,7 @@ class Digits(_Drawn):
 
 @functools.cache
 def _handwriting(split: str) -> tuple[list[Image.Image], list[int]]:
-    """Ink (0 to 255) of 1400 digits to train on or of the 397 others, and what they are."""
+    """Ink (0 to 255) and labels of the 1400 digits to train on, or of the 397 others."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -220,7 +238,7 @@ def _handwriting(split: str) -> tuple[list[Image.Image], list[int]]:
 
 @functools.cache
 def _photographs(split: str) -> list[Image.Image]:
-    """Photographs that come with the wheels, so that nothing is downloaded."""
+    """Photographs that are in the wheels, without a download."""
     from skimage import data
     from sklearn.datasets import load_sample_image
 
@@ -232,132 +250,3 @@ def _photographs(split: str) -> list[Image.Image]:
     for photograph in photographs:
         photograph.thumbnail((640, 640))
     return photographs
-
-
-# What an annotation file must hold, and of which types; whatever else it holds is kept.
-
-
-class _Row(BaseModel, strict=True, extra="allow"):
-    id: int
-
-
-class _Image(_Row):
-    file_name: str
-    height: PositiveInt
-    width: PositiveInt
-
-
-class _Annotation(_Row):
-    image_id: int
-    category_id: int
-    bbox: Annotated[list[FiniteFloat], Field(min_length=4, max_length=4)]
-    iscrowd: Annotated[int, Field(strict=False)] = 0  # true and false are seen too
-
-
-class _Category(_Row):
-    name: str
-
-
-class _Content(BaseModel, strict=True, extra="allow"):
-    images: Annotated[list[_Image], Field(min_length=1)]
-    annotations: list[_Annotation]
-    categories: Annotated[list[_Category], Field(min_length=1)]
-
-
-class CocoFolder:
-    """Your own images, annotated in COCO's format; every fault is found before training starts.
-
-    The folder holds ``annotations/instances_NAME.json`` and the images in ``NAME/``, where NAME
-    starts with the split: ``train`` or ``train2017``. Images without objects and objects of a crowd
-    are kept: both count in the AP, and the model is trained on the former. Boxes may be outside the
-    image by one pixel, as rounding leaves them; they are then clipped.
-
-    Args:
-        folder: that folder.
-        split: ``train`` or ``val``.
-        size: images are stretched to a square with these sides.
-
-    Raises:
-        ValueError: no such file, or anything wrong in it: one line for each fault, with its place
-            in the file or its id, what was expected and what came. Keys and types come first; where
-            they are right, ids, images, boxes and references.
-    """
-
-    flips = True
-
-    def __init__(self, folder: str | Path, split: str, size: int) -> None:
-        pattern = f"annotations/instances_{split}*.json"
-        found = sorted(Path(folder).glob(pattern))
-        if len(found) != 1:
-            names = [file.name for file in found] or "none"
-            raise ValueError(f"{folder}: expected one file {pattern}, got {names}")
-        self.size = size
-        self.images = Path(folder) / found[0].stem.removeprefix("instances_")
-        try:
-            self._content = _Content.model_validate_json(found[0].read_bytes()).model_dump()
-            faults = [*_faults(self._content, self.images)]
-        except ValidationError as error:
-            brief = reprlib.Repr()
-            brief.maxlevel = 1
-            wrong = [(".".join(map(str, e["loc"])), e["msg"], e["input"]) for e in error.errors()]
-            faults = [f"{path}: {text}, got {brief.repr(got)}" for path, text, got in wrong]
-        if faults:
-            shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if faults[20:] else [])
-            raise ValueError("\n  ".join([f"{found[0]}: {len(faults)} faults", *shown]))
-        categories = sorted(self._content["categories"], key=lambda category: category["id"])
-        self.classes = tuple(category["name"] for category in categories)
-        self._label = {category["id"]: i for i, category in enumerate(categories)}
-        self._objects: dict[Any, list[dict[str, Any]]] = {}
-        for one in self._content["annotations"]:
-            self._objects.setdefault(one["image_id"], []).append(one)
-
-    def __len__(self) -> int:
-        return len(self._content["images"])
-
-    def __getitem__(self, index: int) -> Sample:
-        facts = self._content["images"][index]
-        objects = [one for one in self._objects.get(facts["id"], []) if not one["iscrowd"]]
-        boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
-        sides = torch.tensor([facts["width"], facts["height"]])
-        low = boxes[:, :2].clamp(min=0)
-        high = torch.minimum(boxes[:, :2] + boxes[:, 2:], sides)
-        labels = torch.tensor([self._label[one["category_id"]] for one in objects]).long()
-        boxes = from_corners(torch.cat([low, high], -1)) / sides.repeat(2)
-        with Image.open(self.images / facts["file_name"]) as image:
-            return as_tensor(image, self.size), {"labels": labels, "boxes": boxes}
-
-    def ground_truth(self) -> dict[str, Any]:
-        """The file, with the areas and crowd flags that it may leave out."""
-        rows = self._content["annotations"]
-        areas = [{"area": one["bbox"][2] * one["bbox"][3], **one} for one in rows]
-        return {**self._content, "annotations": areas}
-
-
-def _faults(content: dict[str, Any], folder: Path) -> Iterator[str]:
-    """What is wrong with ids, images, boxes and references of an annotation file."""
-    for part in ("images", "annotations", "categories"):
-        counts = Counter(one["id"] for one in content[part])
-        yield from (f"{part}: expected one of id {i}, got {n}" for i, n in counts.items() if n > 1)
-    for facts in content["images"]:
-        name, file = f"image {facts['id']}", folder / facts["file_name"]
-        listed, found = (facts["width"], facts["height"]), None
-        try:
-            with Image.open(file) as image:
-                found = upright(image).size
-        except OSError as error:
-            yield f"{name}: expected an image in {file}, got {error}"
-        if found not in (None, listed):
-            yield f"{name}: expected (width, height) of {file} to be {listed}, got {found}"
-    images = {facts["id"]: (facts["width"], facts["height"]) for facts in content["images"]}
-    known = sorted(category["id"] for category in content["categories"])
-    for one in content["annotations"]:
-        name, (x, y, w, h) = f"annotation {one['id']} (image {one['image_id']})", one["bbox"]
-        width, height = images.get(one["image_id"], (math.inf, math.inf))
-        if one["image_id"] not in images:
-            yield f"{name}: expected image_id of a listed image, got {one['image_id']}"
-        if w <= 0 or h <= 0:
-            yield f"{name}: expected bbox with width and height above 0, got {[x, y, w, h]}"
-        elif x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-            yield f"{name}: expected bbox inside {width} x {height} pixels, got {[x, y, w, h]}"
-        if one["category_id"] not in known:
-            yield f"{name}: expected category_id among {known}, got {one['category_id']}"

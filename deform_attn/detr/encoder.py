@@ -65,12 +65,12 @@ class DenseEncoder(nn.Module):
 
     def encode(self, x: Tensor, pos: Tensor, padding_mask: Tensor) -> Memory:
         """From a projected map and its positions ``[B, d_model, H, W]``, and ``[B, H, W]``."""
-        memory = replace(Memory.of([x], [padding_mask]), valid_ratios=None, pos=flatten([pos]))
-        x = memory.features
+        memory = replace(Memory.of([x], [padding_mask]), valid_ratios=None)
+        x, pixel_pos = memory.features, flatten([pos])
         for layer in self.layers:
             scale = 1 if self.query_scale is None else self.query_scale(x)
-            x = layer(x, memory.pos * scale, None, memory.padding_mask)
-        return replace(memory, features=x)
+            x = layer(x, pixel_pos * scale, None, memory.padding_mask)
+        return replace(memory, features=x, pos=pixel_pos)
 
 
 class DeformableEncoder(nn.Module):

@@ -1,4 +1,4 @@
-"""Average precision, as COCO defines it (by faster-coco-eval), and the curves of a training."""
+"""Average precision as COCO defines it, computed by faster-coco-eval, and curves of a training."""
 
 from __future__ import annotations
 
@@ -14,52 +14,60 @@ from deform_attn.detr.data import Detection
 
 Postprocess = Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]]
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+AREAS = {"AP_small": (0, 32**2), "AP_medium": (32**2, 96**2), "AP_large": (96**2, 1e10)}
 
 
 def evaluate(
     model: nn.Module, postprocess: Postprocess, dataset: Detection, batch: int = 16
-) -> dict[str, float]:
-    """The AP of a model on a dataset.
+) -> dict[str, float | None]:
+    """The AP of a model on a data set.
 
     Args:
-        model: called with images ``[B, 3, size, size]`` on its own device, in evaluation mode.
-        postprocess: from its outputs and sizes ``[B, 2]`` (height, width) to boxes in pixels
-            ``(x1, y1, x2, y2)``, scores and labels of each image.
-        dataset: what to detect.
-        batch: images at a time.
+        model: called in evaluation mode, on its own device, with images ``[B, 3, H, W]`` and their
+            padding mask ``[B, H, W]`` or None.
+        postprocess: of its outputs and sizes ``[B, (height, width)]`` to boxes ``(x1, y1, x2, y2)``
+            in pixels, scores and labels of each image.
+        dataset: the images.
+        batch: images per call of the model.
 
     Returns:
-        COCO's numbers by name (``AP``, ``AP50``, ...), in [0, 1].
+        As :func:`average_precision`.
     """
-    truth = dataset.ground_truth()
+    ground_truth = dataset.ground_truth()
     device = next(model.parameters()).device
-    sizes = torch.tensor([[facts["height"], facts["width"]] for facts in truth["images"]])
+    sizes = torch.tensor([[facts["height"], facts["width"]] for facts in ground_truth["images"]])
     detections: list[dict[str, Tensor]] = []
     training = model.training
     model.eval()
     with torch.no_grad():
         for first in range(0, len(dataset), batch):
-            part = slice(first, first + batch)
-            images = collate([dataset[i] for i in range(len(dataset))[part]])[0].to(device)
-            detections += postprocess(model(images), sizes[part].to(device))
+            part = range(len(dataset))[first : first + batch]
+            images, mask, _ = collate([dataset[i] for i in part])
+            mask = None if mask is None else mask.to(device)
+            outputs = model(images.to(device), mask)
+            detections += postprocess(outputs, sizes[part.start : part.stop].to(device))
     model.train(training)
-    return average_precision(truth, detections)
+    return average_precision(ground_truth, detections)
 
 
 def average_precision(
-    truth: dict[str, Any], detections: list[dict[str, Tensor]]
-) -> dict[str, float]:
-    """COCO's numbers for what was detected in each image.
+    ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]
+) -> dict[str, float | None]:
+    """COCO's metrics for the detections in each image.
 
     Args:
-        truth: ``images``, ``annotations``, ``categories``; labels count the categories by id.
-        detections: for each image ``boxes`` ``[n, 4]`` ``(x1, y1, x2, y2)`` in pixels, ``scores``
-            ``[n]`` and ``labels`` ``[n]``; the 100 best of a class are judged.
+        ground_truth: ``images``, ``annotations`` and ``categories``; labels number the categories
+            in the order of their ids.
+        detections: for each image ``boxes [n, 4]``, ``(x1, y1, x2, y2)`` in pixels, ``scores [n]``
+            and ``labels [n]``; the 100 best of a class count.
+
+    Returns:
+        ``AP``, ``AP50``, ... in [0, 1]; None where there is no object to find.
 
     Example:
         >>> import torch
         >>> from deform_attn.detr.evaluate import average_precision
-        >>> truth = {
+        >>> ground_truth = {
         ...     "images": [{"id": 1, "height": 9, "width": 9}],
         ...     "categories": [{"id": 7, "name": "cat"}],
         ...     "annotations": [
@@ -69,27 +77,42 @@ def average_precision(
         ... }
         >>> found = {"boxes": [[1.0, 1, 5, 4]], "scores": [0.9], "labels": [0]}  # IoU 0.75
         >>> found = {name: torch.tensor(numbers) for name, numbers in found.items()}
-        >>> {name: round(v, 2) for name, v in average_precision(truth, [found]).items()}["AP50"]
-        1.0
+        >>> result = average_precision(ground_truth, [found])
+        >>> round(result["AP50"], 2), result["AP_large"]
+        (1.0, None)
     """
     from faster_coco_eval import COCO, COCOeval_faster
 
-    categories = sorted(category["id"] for category in truth["categories"])
+    areas = [one["area"] for one in ground_truth["annotations"] if not one["iscrowd"]]
+    if not areas:
+        return dict.fromkeys(NAMES)
+    categories = sorted(category["id"] for category in ground_truth["categories"])
     rows = []
-    for facts, found in zip(truth["images"], detections):
-        of_image = (found[name].tolist() for name in ("boxes", "scores", "labels"))
-        for (x1, y1, x2, y2), score, label in zip(*of_image):
-            what = {"category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1]}
-            rows.append({"image_id": facts["id"], "score": score, **what})
-    reference = COCO(truth)
+    for facts, detected in zip(ground_truth["images"], detections):
+        columns = (detected[name].tolist() for name in ("boxes", "scores", "labels"))
+        for (x1, y1, x2, y2), score, label in zip(*columns):
+            one = {"category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            rows.append({"image_id": facts["id"], "score": score, **one})
+    reference = COCO(ground_truth)
     results = reference.loadRes(rows)
     judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
     judge.run()
-    return dict(zip(NAMES, np.maximum(judge.stats[: len(NAMES)], 0).tolist()))
+    found: dict[str, float | None] = dict(
+        zip(NAMES, np.maximum(judge.stats[: len(NAMES)], 0).tolist())
+    )
+    for name, (low, high) in AREAS.items():
+        if not any(low <= area <= high for area in areas):
+            found[name] = None
+    return found
+
+
+def as_text(value: float | None) -> str:
+    """A number of :func:`average_precision` with three digits; a dash where it is undefined."""
+    return "-" if value is None else f"{value:.3f}"
 
 
 def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
-    """The loss of every step and the AP of every evaluation, as a PNG."""
+    """Write a PNG with the loss of every step and the AP of every evaluation."""
     from matplotlib.figure import Figure
 
     figure = Figure((9, 3.4), layout="constrained")
@@ -100,9 +123,11 @@ def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
     ends = np.cumsum([len(part) for part in parts])
     left.plot(ends, [part.mean() for part in parts], color="#08519c")
     left.set_title("loss", loc="left")
-    steps = [row["step"] for row in history["ap"]]
-    for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")) if steps else ():
-        values = [row[name] for row in history["ap"]]
+    for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")):
+        rows = [(row["step"], row[name]) for row in history["ap"] if row[name] is not None]
+        if not rows:
+            continue
+        steps, values = zip(*rows)
         right.plot(steps, values, "o-", color=color, markersize=3)
         text = f" {name} {values[-1]:.2f}"
         right.annotate(text, (steps[-1], values[-1]), color=color, va="center")

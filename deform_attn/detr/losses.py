@@ -297,12 +297,12 @@ class Criterion:
         quality = (
             one_hot * logits.new_zeros(label.shape).index_put(where, iou.to(logits))[..., None]
         )
-        rows = [logits, one_hot, quality]
         if "counted" in prediction:
-            rows = [x[prediction["counted"]] for x in rows]
+            keep = prediction["counted"]
+            logits, one_hot, quality = logits[keep], one_hot[keep], quality[keep]
         else:
-            rows = [x.flatten(0, 1) for x in rows]
-        return self.classification(*rows, num_objects)
+            logits, one_hot, quality = (x.flatten(0, 1) for x in (logits, one_hot, quality))
+        return self.classification(logits, one_hot, quality, num_objects)
 
     def box_losses(self, one: LossInput, balance: tuple[int, int]) -> dict[str, Tensor]:
         """Losses of the boxes of matched queries.

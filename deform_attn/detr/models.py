@@ -123,7 +123,8 @@ class Detector(nn.Module):
         self.backbone, self.encoder = backbone, encoder
         self.normalize = Normalize.of(backbone)
         self.queries, self.decoder, self.denoising = queries, decoder, denoising
-        self.o2m_queries, self.o2m_decoder = o2m or (None, None)
+        self.o2m_queries = o2m[0] if o2m is not None else None
+        self.o2m_decoder = o2m[1] if o2m is not None else None
         self.sep_decoder = sep
 
     def forward(

@@ -1,57 +1,77 @@
-"""Use a trained detector: `load` it by name or from a file, then ``predict`` on images."""
+"""Use a trained detector: :func:`load` it by name or from a file, then ``predict`` on images."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
-from deform_attn.detr.data import as_tensor, upright
+from deform_attn.detr.checkpoints import official_state, read_checkpoint
+from deform_attn.detr.images import as_tensor, pad, read_image
+from deform_attn.detr.models import System
 from deform_attn.detr.recipes import build
+from deform_attn.detr.zoo import configuration, from_official
 
 SHIPPED = Path(__file__).parent / "weights"
 
 
 class Predictor:
-    """A trained detector, with what it needs to be used.
+    """A trained detector with its preprocessing, postprocessing and class names.
 
     Attributes:
         model: the ``nn.Module``, in evaluation mode.
-        classes: name of each label.
-        size: sides of the square that images are stretched to.
-        facts: how it was trained: ``settings``, ``step`` and the ``ap`` reached.
+        postprocess: of its outputs, see :class:`~deform_attn.detr.models.System`.
+        classes: names, by label.
+        size: of the images, in pixels.
+        resize: how they get that size, see :func:`~deform_attn.detr.images.as_tensor`.
+        resample: interpolation.
+        facts: of its training: ``settings``, ``step`` and the ``ap`` reached; or ``model``, the
+            name of the official configuration.
     """
 
-    def __init__(self, content: dict[str, Any], device: str | torch.device = "cpu") -> None:
-        self.classes, self.size = content["classes"], content["size"]
-        self.facts = {name: content[name] for name in ("settings", "step", "ap")}
-        settings = content["settings"]
-        sizes = (settings[name] for name in ("width", "layers", "queries"))
-        system = build(settings["recipe"], len(self.classes), *sizes)
-        system.model.load_state_dict(content["model"])
-        self.model, self.postprocess = system.model.eval().to(device), system.postprocess
+    def __init__(
+        self,
+        system: System,
+        classes: Sequence[str],
+        size: int,
+        resize: str = "stretch",
+        *,
+        resample: Image.Resampling = Image.Resampling.BILINEAR,
+        facts: dict[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.model = system.model.eval().to(device)
+        self.postprocess = system.postprocess
+        self.classes, self.size, self.resize = list(classes), size, resize
+        self.resample, self.facts = resample, facts or {}
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[str | Path | Image.Image], threshold: float = 0.5
+        self, images: Sequence[Any], threshold: float = 0.5, batch: int = 16
     ) -> list[dict[str, Any]]:
         """Detect in images of any sizes and modes.
 
         Args:
-            images: files or ``PIL`` images.
-            threshold: the lowest score that counts.
+            images: files, ``PIL`` images, arrays ``[H, W, 3]`` or tensors ``[3, H, W]``, see
+                :func:`~deform_attn.detr.images.read_image`.
+            threshold: lowest score.
+            batch: images per call of the model, and in memory at a time.
 
         Returns:
-            For each image ``boxes`` ``[n, 4]`` ``(x1, y1, x2, y2)`` in its pixels, ``scores``
-            ``[n]``, best first, ``labels`` ``[n]``, and ``names``, a list of n classes. A box has
-            one class, its best.
+            For each image ``boxes [n, 4]``, ``(x1, y1, x2, y2)`` in its pixels; ``scores [n]``,
+            best first; ``labels [n]``; and ``names``, a list of n classes. A box has one class,
+            its best.
 
         Raises:
             FileNotFoundError: no such file.
-            TypeError: one image in the place of a list of them.
+            TypeError: a single image instead of a list, or an image of another type.
+            ValueError: not an image.
 
         Example:
             >>> from PIL import Image
@@ -60,34 +80,54 @@ class Predictor:
             >>> found[0]["boxes"].shape
             torch.Size([0, 4])
         """
-        if isinstance(images, str | Path | Image.Image):
-            raise TypeError(f"images: expected a list of images or files, got {type(images)}")
-        opened = [i if isinstance(i, Image.Image) else Image.open(i) for i in images]
-        if not opened:
-            return []
-        device = next(self.model.parameters()).device
-        batch = torch.stack([as_tensor(image, self.size) for image in opened]).to(device)
-        sizes = torch.tensor([upright(image).size[::-1] for image in opened], device=device)
+        single = isinstance(images, str | Path | Image.Image)
+        if single or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
+            raise TypeError(f"images: expected a list of images, got {type(images).__name__}")
+        found: list[dict[str, Any]] = []
+        for first in range(0, len(images), batch):
+            found += self._predict(images[first : first + batch], threshold)
+        return found
+
+    def _predict(self, images: Sequence[Any], threshold: float) -> list[dict[str, Any]]:
+        parameter = next(self.model.parameters())
+        tensors, sizes = [], []
+        for one in images:
+            image = read_image(one)
+            tensors.append(as_tensor(image, self.size, self.resize, self.resample))
+            sizes.append([image.height, image.width])
+        batch, mask = pad(tensors)
+        mask = None if mask is None else mask.to(parameter.device)
+        outputs = self.model(batch.to(parameter), mask)
         found = []
-        for one in self.postprocess(self.model(batch), sizes):
+        for one in self.postprocess(outputs, torch.tensor(sizes, device=parameter.device)):
             sure = {name: values[one["scores"] >= threshold] for name, values in one.items()}
             boxes = sure["boxes"]
-            # A query is named once, whatever other classes it may also be.
-            same = (boxes[:, None] == boxes).all(-1).tril(-1).any(-1)
-            kept = {name: values[~same] for name, values in sure.items()}
+            # A query may have several classes: the first one is its best.
+            again = (boxes[:, None] == boxes).all(-1).tril(-1).any(-1)
+            kept = {name: values[~again] for name, values in sure.items()}
             found.append({**kept, "names": [self.classes[i] for i in kept["labels"].tolist()]})
         return found
 
 
-def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> Predictor:
+def load(
+    name_or_path: str | Path, device: str | torch.device = "cpu", *, model: str | None = None
+) -> Predictor:
     """Open a trained detector.
 
     Args:
-        name_or_path: ``digits``, which comes with the package, or ``model.pt`` of a training.
+        name_or_path: ``digits``, which is part of the package; ``model.pt`` of a training; an
+            official checkpoint, of DETR, Deformable DETR, DAB-DETR, DN-DETR, DINO, RT-DETR,
+            RT-DETRv2, D-FINE, DEIM or Mr. DETR; or a folder or a name on the Hugging Face hub of a
+            detr, deformable_detr, rt_detr, rt_detr_v2 or d_fine of transformers.
         device: where it runs.
+        model: one of :data:`~deform_attn.detr.zoo.CONFIGURATIONS`, for an official checkpoint; by
+            default it is found out from names and shapes.
 
     Raises:
-        FileNotFoundError: neither the name of a shipped detector nor a file.
+        FileNotFoundError: neither the name of a shipped detector, nor a file or folder.
+        ModuleNotFoundError: official models need transformers, the extra ``backbones``.
+        ValueError: the file is damaged, or its model is not known.
+        RuntimeError: ``model`` does not fit the file.
 
     Example:
         >>> from deform_attn.detr import load
@@ -95,9 +135,52 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> Predic
         ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']
     """
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
-    file = shipped.get(str(name_or_path), Path(name_or_path))
-    if not file.is_file():
+    name = str(name_or_path)
+    file = shipped.get(name, Path(name))
+    on_hub = isinstance(name_or_path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    exists = "\0" not in name and file.exists()
+    if (exists and file.is_dir()) or (on_hub and not exists and not file.suffix):
+        return _from_transformers(name, device)
+    if not exists:
         raise FileNotFoundError(
-            f"name_or_path: expected one of {sorted(shipped)} or a file, got {str(name_or_path)!r}"
+            f"name_or_path: expected one of {sorted(shipped)}, a file, a folder or a name on the "
+            f"hub, got {name!r}"
         )
-    return Predictor(torch.load(file, map_location="cpu", weights_only=True), device)
+    content = read_checkpoint(file)
+    if "settings" in content and "classes" in content:
+        return _from_training(content, device)
+    try:
+        state = official_state(content)
+        name, system, num_classes = from_official(state, file.name, model)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    one = configuration(name)
+    classes = one.classes
+    if num_classes != len(classes):
+        classes = tuple(f"class {i}" for i in range(num_classes))
+    facts = {"model": name}
+    return Predictor(system, classes, one.image_size, one.resize, facts=facts, device=device)
+
+
+def _from_training(content: dict[str, Any], device: str | torch.device) -> Predictor:
+    """From ``model.pt`` of a training."""
+    settings = content["settings"]
+    sizes = (settings[name] for name in ("width", "layers", "queries"))
+    system = build(settings["recipe"], len(content["classes"]), *sizes)
+    system.model.load_state_dict(content["model"])
+    return Predictor(
+        system,
+        content["classes"],
+        content["size"],
+        settings.get("resize", "stretch"),
+        resample=Image.Resampling.BICUBIC,
+        facts={name: content[name] for name in ("settings", "step", "ap")},
+        device=device,
+    )
+
+
+def _from_transformers(name: str, device: str | torch.device) -> Predictor:
+    from deform_attn.detr.hub import from_transformers
+
+    system, classes, size, resize = from_transformers(name)
+    return Predictor(system, classes, size, resize, facts={"model": name}, device=device)

@@ -1,8 +1,9 @@
 """Train a detector: ``python -m deform_attn.detr.train --recipe rtdetr --data shapes --out RUN``.
 
-RUN then holds ``model.pt`` (what `deform_attn.detr.load` opens), ``curves.png``, ``history.json``
-and ``checkpoint.pt``. The same command goes on where a killed one stopped, to the bit. Under
-``torchrun --nproc-per-node N -m deform_attn.detr.train ...`` N processes share each batch.
+RUN then holds ``model.pt`` for `deform_attn.detr.load`, ``curves.png``, ``history.json`` and
+``checkpoint.pt``. The same command resumes a training that was stopped, with the same result to the
+bit. Under ``torchrun --nproc-per-node N -m deform_attn.detr.train ...`` N processes share each
+batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,9 +28,11 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.detr.augment import Augmented, batches
+from deform_attn.detr.augment import AUGMENTATIONS, Augmented, batches
+from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
-from deform_attn.detr.evaluate import draw_curves, evaluate
+from deform_attn.detr.evaluate import as_text, draw_curves, evaluate
+from deform_attn.detr.images import RESIZE
 from deform_attn.detr.recipes import RECIPES, build
 
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,38 +40,61 @@ AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Settings:
-    """All that the result of a training depends on; a checkpoint goes on under the same alone."""
+    """Everything that decides the result of a training.
+
+    Raises:
+        ValueError: a setting has an invalid value; the message names it.
+    """
 
     recipe: str  # one of RECIPES
     data: str  # shapes, digits or coco:FOLDER
     steps: int = 800
-    batch: int = 16  # images of a step, of all processes together
-    size: int = 0  # sides of the images in pixels; 0: those of the data
+    batch: int = 16  # images per step, of all processes together
+    size: int = 0  # longer side of the images in pixels; 0: that of the data
+    resize: str = "stretch"  # to a square; or "fit": keep the ratio of the sides, and pad
     width: int = 64  # channels, a multiple of 32
     layers: int = 2  # of the decoder
     queries: int = 20
     lr: float = 1e-3
-    backbone_lr: float = 1.0  # times lr; 0.1 is usual for a backbone that was trained before
+    backbone_lr: float = 1.0  # times lr; 0.1 is usual for a pretrained backbone
     weight_decay: float = 1e-4
-    clip: float = 0.1  # largest norm of all gradients together
-    augment: str = ""  # one of AUGMENTATIONS; by default the recipe's
-    amp: str = "none"  # matrix products in bfloat16, or in float16 with scaled losses
-    freeze_norms: int = 0  # 1: batch norms keep their statistics, as those of DETR's backbone do
+    clip: float = 0.1  # largest norm of the gradients
+    augment: str = ""  # one of AUGMENTATIONS; empty: that of the recipe
+    amp: str = "none"  # or bfloat16, or float16 with scaled losses
+    freeze_norms: int = 0  # 1: batch norms keep their statistics, as in DETR's backbone
     seed: int = 0
     evaluate_every: int = 100  # steps
     save_every: int = 100  # steps
 
     def __post_init__(self) -> None:
-        for name, known in (("recipe", RECIPES), ("amp", AMP)):
+        choices: dict[str, Iterable[str]] = {
+            "recipe": RECIPES,
+            "amp": AMP,
+            "resize": RESIZE,
+            "augment": ("", *AUGMENTATIONS),
+        }
+        for name, known in choices.items():
             if (got := getattr(self, name)) not in known:
-                raise ValueError(f"{name}: expected one of {', '.join(known)}; got {got!r}")
-        for name in ("steps", "batch", "evaluate_every", "save_every"):
+                listed = ", ".join(filter(None, known))
+                raise ValueError(f"{name}: expected one of {listed}; got {got!r}")
+        counts = ("steps", "batch", "layers", "queries", "evaluate_every", "save_every")
+        for name in counts:
             if (got := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {got}")
+        for name in ("lr", "clip"):
+            if not 0 < (got := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a number above 0, got {got}")
+        for name in ("backbone_lr", "weight_decay", "seed", "size"):
+            if not 0 <= (got := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name}: expected a number from 0, got {got}")
+        if self.width < 32 or self.width % 32:
+            raise ValueError(f"width: expected a multiple of 32, got {self.width}")
+        if self.freeze_norms not in (0, 1):
+            raise ValueError(f"freeze_norms: expected 0 or 1, got {self.freeze_norms}")
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """DEIM's shape: a quadratic warm-up, flat to the middle, a cosine; it ends at a twentieth.
+    """DEIM's schedule: a quadratic warm-up, constant until the middle, then a cosine to 0.05.
 
     Example:
         >>> from deform_attn.detr.train import learning_rate_factor
@@ -83,8 +110,9 @@ def learning_rate_factor(step: int, steps: int) -> float:
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """Parameters by learning rate and weight decay.
 
-    The backbone's rate is its own; offsets and reference points learn at a tenth where the recipe
-    says so (Deformable DETR, arXiv 2010.04159, section 5); biases and norms do not decay.
+    The backbone has a factor of its own. Sampling offsets and reference points have a tenth of the
+    rate in some recipes (Deformable DETR, arXiv 2010.04159, section 5). Biases and norms have no
+    weight decay.
     """
     slow = RECIPES[settings.recipe].slow
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
@@ -100,44 +128,45 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 
 def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
-    """Train until the last step, from the checkpoint in ``out`` where there is one.
+    """Train until the last step; resumes from the checkpoint in ``out``, if there is one.
 
     Args:
-        settings: what to train, on what, how.
+        settings: of the training.
         out: folder of the run.
-        workers: processes that draw batches ahead; they change no number.
+        workers: processes that prepare batches; they do not change the result.
 
     Returns:
         The history: ``loss`` of each step; ``parts``, each loss by name, and ``ap``, COCO's
         numbers, at each evaluation, with its ``step``; ``cpu_seconds`` of this process.
 
     Raises:
-        ValueError: a setting that is not possible, or not that of the checkpoint in ``out``.
-        FloatingPointError: a loss that is not finite.
+        ValueError: an invalid setting, or another than in the checkpoint.
+        FloatingPointError: the loss is not finite.
     """
-    shared = "RANK" in os.environ  # with other processes of torchrun
-    if shared:
+    distributed_run = "RANK" in os.environ  # started by torchrun
+    if distributed_run:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         return _Run(settings, out).go(workers)
     finally:
-        if shared:
+        if distributed_run:
             distributed.destroy_process_group()
 
 
 class _Run:
-    """A training: what a checkpoint holds, and the loop."""
+    """The state of a training, its checkpoints, and the loop."""
 
     def __init__(self, settings: Settings, out: Path) -> None:
         self.settings, self.out = settings, out
-        of_process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        rank, world, local = (int(os.environ.get(name, n)) for name, n in of_process.items())
+        process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+        rank, world, local = (int(os.environ.get(name, n)) for name, n in process.items())
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.rank, self.world, self.device = rank, world, device
         self.console = Console(quiet=rank > 0, highlight=False)
-        name, how = settings.data, (settings.size, settings.seed)
-        self.data, self.test = (open_dataset(name, split, *how) for split in ("train", "val"))
+        options = (settings.size, settings.seed, settings.resize)
+        self.data = open_dataset(settings.data, "train", *options)
+        self.test = open_dataset(settings.data, "val", *options, self.data.classes)
         augment = settings.augment or RECIPES[settings.recipe].augment
         self.augmented = Augmented(self.data, augment, settings.steps, settings.seed)
         torch.manual_seed(settings.seed)
@@ -154,28 +183,43 @@ class _Run:
         self.parts = {name: getattr(self, name) for name in parts}
         self.step = 0
         self.history: dict[str, Any] = {"loss": [], "parts": [], "ap": [], "cpu_seconds": 0.0}
-        torch.manual_seed(settings.seed + 1000 * rank)  # each process draws noise of its own
+        self._check_queries()
+        torch.manual_seed(settings.seed + 1000 * rank)  # processes draw different noise
         self.random = [torch.default_generator]
         self.random += [torch.cuda.default_generators[local]] if cuda else []
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():
             self._load(out / "checkpoint.pt")
 
-    def _of_all(self, mine: Any) -> list[Any]:
-        """What each process has."""
-        everybody = [mine] * self.world
+    def _check_queries(self) -> None:
+        """Warn of images with more objects than queries can find."""
+        ground_truth = self.data.ground_truth()
+        counts = Counter(
+            one["image_id"] for one in ground_truth["annotations"] if not one["iscrowd"]
+        )
+        queries = self.settings.queries
+        above = [count for count in counts.values() if count > queries]
+        if above and self.settings.recipe != "stewart":  # whose boxes are those of its cells
+            self.console.print(
+                f"warning: queries: {len(above)} images have more objects than {queries} queries, "
+                f"up to {max(above)}; the others are never learnt"
+            )
+
+    def _gathered(self, value: Any) -> list[Any]:
+        """A value of each process."""
+        values = [value] * self.world
         if self.world > 1:
-            distributed.all_gather_object(everybody, mine)
-        return everybody
+            distributed.all_gather_object(values, value)
+        return values
 
     # Checkpoints. Learning rates, order and augmentation of the images follow from seed and step.
 
     def _save(self) -> None:
-        random = self._of_all([generator.get_state() for generator in self.random])
+        random = self._gathered([generator.get_state() for generator in self.random])
         if self.rank > 0:
             return
         facts = {"settings": asdict(self.settings), "step": self.step}
-        checkpoint = facts | {"history": self.history, "random": random}
+        checkpoint = facts | {"history": self.history, "random": random, "data": self._data()}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         trained = facts | {"classes": list(self.data.classes), "size": self.data.size}
         trained |= {"ap": self.history["ap"][-1:], "model": self.average.state_dict()}
@@ -188,11 +232,25 @@ class _Run:
         }.items():
             _write(self.out / name, write)
 
+    def _data(self) -> dict[str, str]:
+        return {"train": self.data.identity, "val": self.test.identity}
+
     def _load(self, file: Path) -> None:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = read_checkpoint(file)
+        needed = ("settings", "step", "history", "random", "data", *self.parts)
+        if missing := [name for name in needed if name not in checkpoint]:
+            raise ValueError(f"{file}: expected a training, got none of {', '.join(missing)}")
         for name, now in asdict(self.settings).items():
-            if (then := checkpoint["settings"][name]) != now:
+            if name == "data" and now.startswith("coco:"):  # compared by its content
+                continue
+            if (then := checkpoint["settings"].get(name)) != now:
                 raise ValueError(f"{name}: expected {then!r} as in {file}, got {now!r}")
+        for split, identity in self._data().items():
+            if checkpoint["data"][split] != identity:
+                raise ValueError(
+                    f"data: expected the {split} images of {file}, got others from "
+                    f"{self.settings.data}; train in another folder"
+                )
         if (then := len(checkpoint["random"])) != self.world:
             raise ValueError(f"processes: expected {then} as in {file}, got {self.world}")
         for name, part in self.parts.items():
@@ -200,35 +258,35 @@ class _Run:
         self.step, self.history = checkpoint["step"], checkpoint["history"]
         for generator, state in zip(self.random, checkpoint["random"][self.rank]):
             generator.set_state(state)
-        self.console.print(f"going on after step {self.step} of {self.settings.steps}")
+        self.console.print(f"resumes after step {self.step} of {self.settings.steps}")
 
     # The loop
 
     def go(self, workers: int) -> dict[str, Any]:
-        """All steps that are left."""
+        """Run the remaining steps."""
         settings, part = self.settings, (self.rank, self.world)
-        left = range(self.step, settings.steps)
+        remaining = range(self.step, settings.steps)
         loader = DataLoader(
             self.augmented,
-            batch_sampler=batches(len(self.data), settings.batch, left, settings.seed, part),
+            batch_sampler=batches(len(self.data), settings.batch, remaining, settings.seed, part),
             collate_fn=self.augmented.batch,
             num_workers=workers,
-            generator=torch.Generator(),  # the loader draws from it, not from the global one
+            generator=torch.Generator(),  # else the loader draws from the global one
         )
         model: nn.Module = self.model
         if self.world > 1:
-            model = DistributedDataParallel(model, find_unused_parameters=True)
+            model = DistributedDataParallel(model)
         model.train()
         for module in self.model.modules() if settings.freeze_norms else ():
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
         began = time.process_time() - self.history["cpu_seconds"]
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
-        hidden = not self.console.is_terminal  # a bar, where somebody can see it move
-        with Progress(*columns, console=self.console, disable=hidden) as bar:
+        no_bar = not self.console.is_terminal
+        with Progress(*columns, console=self.console, disable=no_bar) as bar:
             task = bar.add_task("", total=settings.steps, completed=self.step)
-            for images, targets in loader:
-                losses = self._step(model, images, targets)
+            for batch in loader:
+                losses = self._step(model, *batch)
                 self.history["loss"].append(sum(losses.values()))
                 last = self.step == settings.steps
                 if last or self.step % settings.evaluate_every == 0:
@@ -237,19 +295,25 @@ class _Run:
                 if last or self.step % settings.save_every == 0:
                     self._save()
                 bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
-        if self.world > 1:  # gloo's threads let go of the last tensors; else Python ends under them
+        if self.world > 1:  # gloo's threads may still use tensors when Python ends: wait
             distributed.barrier()
         return self.history
 
     def _step(
-        self, model: nn.Module, images: Tensor, targets: list[dict[str, Tensor]]
+        self,
+        model: nn.Module,
+        images: Tensor,
+        padding_mask: Tensor | None,
+        targets: list[dict[str, Tensor]],
     ) -> dict[str, float]:
         """One step of the optimizer; the losses, averaged over processes."""
         images = images.to(self.device)
+        if padding_mask is not None:
+            padding_mask = padding_mask.to(self.device)
         targets = [{key: t.to(self.device) for key, t in one.items()} for one in targets]
         half = AMP[self.settings.amp]
         with torch.autocast(self.device.type, half, enabled=half is not None):
-            outputs = model(images, None, targets)
+            outputs = model(images, padding_mask, targets)
         losses = self.criterion(outputs, targets)
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
@@ -264,18 +328,19 @@ class _Run:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        self._follow()
+        self._average_weights()
         numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
-        of_all = self._of_all(dict(zip(losses, numbers)))  # those without objects have no denoising
-        names = dict.fromkeys(name for one in of_all for name in one)
-        return {name: sum(one.get(name, 0.0) for one in of_all) / self.world for name in names}
+        gathered = self._gathered(dict(zip(losses, numbers)))
+        # A process without objects has no denoising losses.
+        names = dict.fromkeys(name for one in gathered for name in one)
+        return {name: sum(one.get(name, 0.0) for one in gathered) / self.world for name in names}
 
-    def _follow(self) -> None:
-        """Move the average of the weights: over a twentieth of the training, less at its start."""
+    def _average_weights(self) -> None:
+        """Update the moving average, over a twentieth of the training, less at its start."""
         span = max(1.0, min(self.settings.steps / 20, self.step / 4))
-        follow, lead = ([*m.parameters(), *m.buffers()] for m in (self.average, self.model))
+        averages, current = ([*m.parameters(), *m.buffers()] for m in (self.average, self.model))
         with torch.no_grad():
-            for mean, now in zip(follow, lead):
+            for mean, now in zip(averages, current):
                 mean.copy_(mean.lerp(now, 1 / span) if mean.is_floating_point() else now)
 
     def _evaluate(self, losses: dict[str, float]) -> None:
@@ -284,17 +349,25 @@ class _Run:
             ap = evaluate(self.average, self.postprocess, self.test, self.settings.batch)
             self.history["ap"].append({"step": self.step, **ap})
             done = f"step {self.step:5}  loss {self.history['loss'][-1]:.3f}"
-            self.console.print(f"{done}  AP {ap['AP']:.3f}  AP50 {ap['AP50']:.3f}")
+            self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")
 
 
 def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Whatever kills this, at any time: the file is the old one or the new one."""
+    """Atomic write: temporary file, fsync, rename.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk; the message names it.
+    """
     partial = file.with_name(file.name + ".partial")
-    with open(partial, "wb") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(partial, file)
+    try:
+        with open(partial, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written: {error}") from error
 
 
 def main() -> None:
@@ -302,7 +375,7 @@ def main() -> None:
     prog = "python -m deform_attn.detr.train"
     try:
         tyro.cli(train, prog=prog, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"{prog}: error: {error}")
 
 

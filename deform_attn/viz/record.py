@@ -1,8 +1,8 @@
 """Records what deformable attention samples while a model runs.
 
 A ``TorchDispatchMode`` sees every call of the package's operators, whichever module or function
-made it: this package's modules, accelerated models of transformers, or repositories that import a
-compiled extension. The operator's schema gives the names of its arguments. Outside a ``record``
+made it: this package's modules, accelerated models, or repositories that import a compiled
+extension. The operator's schema gives the names of its arguments. Outside a ``record``
 block there is no cost, because no code on the way to a kernel is changed.
 
 The operator does not receive everything: reference points and the padding of the images are
@@ -146,8 +146,7 @@ def record(module: nn.Module) -> Iterator[Recordings]:
     if not recorder.seen:
         raise RuntimeError(
             f"nothing recorded: found no call of deformable attention in {type(module).__name__}. "
-            "Functions of other packages are not recorded; if this is a model of transformers, "
-            "call deform_attn.integrations.transformers.accelerate(model) first"
+            "Functions of other libraries are recorded only after deform_attn.accelerate(model)"
         )
 
 

@@ -1,4 +1,4 @@
-"""Data: drawn alike every time, boxes that fit, folders whose every fault is named."""
+"""Data sets: the same images every time, boxes that fit, and errors for invalid folders."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from deform_attn.detr.augment import Augmented, Item, batches, mixup, mosaic, warp
-from deform_attn.detr.data import CocoFolder, Digits, Shapes, open_dataset
+from deform_attn.detr.augment import Augmented, Item, batches, collate, mixup, mosaic, warp
+from deform_attn.detr.coco import CocoFolder
+from deform_attn.detr.data import Digits, Shapes, open_dataset
 from deform_attn.detr.evaluate import average_precision
 
 
@@ -168,11 +169,11 @@ def test_nothing_of_a_folder_is_lost(tmp_path: Path) -> None:
 FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing image": (
         lambda c: c["images"][1].update(file_name="no.png"),
-        r"image 3: expected an image in .*no\.png, got .*No such file",
+        r"image 3: expected an image in .*no\.png', got .*No such file",
     ),
     "not an image": (
         lambda c: c["images"][1].update(file_name="../annotations"),
-        r"image 3: expected an image in .*annotations, got .*directory",
+        r"image 3: expected an image in .*annotations', got .*directory",
     ),
     "other size": (
         lambda c: c["images"][1].update(width=41),
@@ -203,6 +204,23 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "unknown image": (
         lambda c: c["annotations"][2].update(image_id=71),
         r"annotation 3 \(image 71\): expected image_id of a listed image, got 71",
+    ),
+    "nothing of the box inside": (
+        lambda c: c["annotations"][0].update(bbox=[-1, 10, 0.5, 5]),
+        r"annotation 1 \(image 70\): expected bbox with a part inside 40 x 30 pixels, "
+        r"got \[-1\.0, 10\.0, 0\.5, 5\.0\]",
+    ),
+    "box beside the image": (
+        lambda c: c["annotations"][0].update(bbox=[40, 10, 1, 5]),
+        r"annotation 1 \(image 70\): expected bbox with a part inside 40 x 30 pixels",
+    ),
+    "class twice": (
+        lambda c: c["categories"][0].update(name="ant"),
+        r"categories: expected one named 'ant', got 2",
+    ),
+    "null byte": (
+        lambda c: c["images"][0].update(file_name="a\0.png"),
+        r"image 70: expected an image in '.*a\\x00\.png', got embedded null byte",
     ),
     "id twice": (
         lambda c: c["annotations"][2].update(id=1),
@@ -259,6 +277,75 @@ def test_a_broken_image_and_a_missing_file_are_named(tmp_path: Path) -> None:
         open_dataset("voc", "train")
     with pytest.raises(ValueError, match="split: expected 'train' or 'val', got 'test'"):
         open_dataset("shapes", "test")
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    file = folder / "annotations" / "instances_train2017.json"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(CocoFolder(folder, "train", 32)) == 3
+
+
+def test_a_size_that_exif_data_exchange_is_explained(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (40, 30)).save(folder / "train2017" / "gray.png", exif=exif)
+    with pytest.raises(ValueError, match=r"to be \(40, 30\), got \(30, 40\), because its EXIF"):
+        CocoFolder(folder, "train", 32)
+
+
+def test_labels_of_the_evaluation_are_those_of_the_training_by_name(tmp_path: Path) -> None:
+    """Other ids, and fewer categories: a perfect detector still has an AP of 1."""
+
+    def renumber(content: dict[str, Any]) -> None:
+        content["categories"] = [{"id": 7, "name": "zebra"}]
+        content["annotations"] = content["annotations"][:1]
+        content["annotations"][0]["category_id"] = 7
+
+    train = CocoFolder(coco_folder(tmp_path / "one"), "train", 32)
+    other = coco_folder(tmp_path / "two", renumber)
+    val = CocoFolder(other, "train", 32, classes=train.classes)
+    assert val.classes == train.classes == ("ant", "zebra")
+    assert val[0][1]["labels"].tolist() == [1]
+    found = {"boxes": torch.tensor([[10.0, 5, 30, 15]]), "scores": torch.ones(1)}
+    found["labels"] = torch.tensor([1])
+    nothing = {name: numbers[:0] for name, numbers in found.items()}
+    result = average_precision(val.ground_truth(), [found, nothing, nothing])
+    assert result["AP"] == pytest.approx(1)
+    assert result["AP_large"] is None
+    with pytest.raises(
+        ValueError, match=r"names of the training images, \['ant'\], got \['zebra'\]"
+    ):
+        CocoFolder(other, "train", 32, classes=["ant"])
+
+
+def test_the_identity_of_a_folder_is_its_content(tmp_path: Path) -> None:
+    first = CocoFolder(coco_folder(tmp_path / "a"), "train", 32).identity
+    assert CocoFolder(coco_folder(tmp_path / "b"), "train", 64).identity == first
+    cut = coco_folder(tmp_path / "c", lambda c: c["annotations"].pop())
+    assert CocoFolder(cut, "train", 32).identity != first
+
+
+def test_images_keep_their_ratio_where_asked(tmp_path: Path) -> None:
+    dataset = CocoFolder(coco_folder(tmp_path), "train", 32, resize="fit")
+    assert dataset[0][0].shape == (3, 24, 32)
+    Image.new("RGB", (20, 60)).save(tmp_path / "train2017/gray.png")
+    file = tmp_path / "annotations/instances_train2017.json"
+    text = file.read_text(encoding="utf-8")
+    content = json.loads(text)
+    content["images"][1].update(width=20, height=60)
+    file.write_text(json.dumps(content))
+    dataset = CocoFolder(tmp_path, "train", 32, resize="fit")
+    images, mask, targets = collate([dataset[0], dataset[1]])
+    assert images.shape == (2, 3, 32, 32)
+    assert mask is not None
+    assert (~mask).sum((1, 2)).tolist() == [24 * 32, 11 * 32]
+    assert not images[mask[:, None].expand_as(images)].any()
+    assert targets[0]["boxes"][1].tolist() == [0.5, 0.5, 1, 1]
+    assert collate([dataset[0], dataset[0]])[1] is None
+    with pytest.raises(ValueError, match="resize: expected one of stretch, fit, got 'crop'"):
+        CocoFolder(tmp_path, "train", 32, resize="crop")
 
 
 # Augmentation
@@ -331,7 +418,7 @@ def test_mosaic_and_mixup_multiply_objects_and_stop_half_way() -> None:
 
     def objects(step: int) -> int:
         drawn = [data[Item(step + i % 5, i, i)] for i in range(64)]
-        return sum(len(target["boxes"]) for target in data.batch(drawn)[1])
+        return sum(len(target["boxes"]) for target in data.batch(drawn)[2])
 
     assert objects(12) > 1.5 * objects(50)
     with pytest.raises(ValueError, match="augment: expected one of"):
@@ -351,6 +438,6 @@ def test_batches_are_the_same_wherever_training_starts_and_however_it_is_shared(
     data = Augmented(Shapes("train"), "dense", steps=20, seed=1)
     one, two = (data.batch([data[item] for item in whole[5]]) for _ in range(2))
     assert torch.equal(one[0], two[0])
-    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(one[1], two[1]))
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(one[2], two[2]))
     with pytest.raises(ValueError, match="multiple of 3 processes, got 8"):
         next(batches(50, 8, range(20), seed=1, part=(0, 3)))

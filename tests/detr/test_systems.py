@@ -92,11 +92,16 @@ def numbers(outputs: Any) -> list[Tensor]:
     return [outputs] if floating else []
 
 
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "weights"])
 @pytest.mark.parametrize("name", SYSTEMS)
-def test_half_precision(name: str) -> None:
+def test_half_precision(name: str, autocast: bool) -> None:
+    """Predictions and losses are float32, whether operations or weights are bfloat16."""
     model, criterion, _ = made(name)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = model(*padded(), TARGETS)
+    images, mask = padded()
+    if not autocast:
+        model, images = model.to(torch.bfloat16), images.to(torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        outputs = model(images, mask, TARGETS)
     assert {x.dtype for x in numbers(outputs)} == {torch.float32}
     found = criterion(outputs, TARGETS)
     assert all(loss.isfinite() and loss.dtype is torch.float32 for loss in found.values())
@@ -105,10 +110,13 @@ def test_half_precision(name: str) -> None:
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_images_without_objects(name: str) -> None:
+    """No loss of boxes, and a gradient of every parameter, which DDP needs."""
     model, criterion, _ = made(name)
     found = criterion(model(*padded(), NOTHING), NOTHING)
     assert all(loss.isfinite() for loss in found.values()), found
     assert all(not loss for key, loss in found.items() if key.startswith(("l1", "giou")))
+    torch.stack(list(found.values())).sum().backward()
+    assert not {n for n, p in model.named_parameters() if p.requires_grad and p.grad is None}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from deform_attn.detr import load
 from deform_attn.detr.data import Shapes
+from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
-from deform_attn.detr.train import Settings, parameter_groups, train
+from deform_attn.detr.train import Settings, _write, parameter_groups, train
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +52,15 @@ def command(out: Path, **settings: Any) -> list[str]:
     return ["-m", "deform_attn.detr.train", "--out", str(out), *options]
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the environment of the commands: sums have the same order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
@@ -68,34 +81,68 @@ def differing(one: Any, two: Any, path: str = "") -> list[str]:
     return [] if same else [path]
 
 
-def test_a_killed_training_goes_on_to_the_bit(short: dict[str, Any], tmp_path: Path) -> None:
-    """Denoising draws random numbers, DEIM's augmentation mixes; killed twice, at any step."""
+# Runs a training that kills itself: after a step, or while a file is written.
+KILLED = """
+import os, signal, sys
+from deform_attn.detr import train
+
+where, number = sys.argv.pop(1), int(sys.argv.pop(1))
+step, write = train._Run._step, train._write
+
+def killed() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def stepped(run, *args):
+    losses = step(run, *args)
+    if where == "step" and run.step == number:
+        killed()
+    return losses
+
+def written(file, to):
+    def half(f):
+        to(f)
+        f.truncate(1000)
+        killed()
+    saved = file.with_name("checkpoint.pt").exists()
+    write(file, half if where == file.name and saved else to)
+
+train._Run._step, train._write = stepped, written
+train.main()
+"""
+
+
+def test_a_killed_training_resumes_to_the_bit(
+    short: dict[str, Any], tmp_path: Path, one_thread: None
+) -> None:
+    """With random denoising and augmentation; killed after a step and while saving."""
     settings = short | {"recipe": "deim", "amp": "bfloat16"}
-    train_command = [sys.executable, *command(tmp_path / "whole", **settings)]
-    subprocess.run(train_command, check=True, env=environment())
-    cut = [sys.executable, *command(tmp_path / "cut", **settings)]
-    random = torch.Generator().manual_seed(time.time_ns() % 2**32)
-    for _ in range(2):
-        before = (tmp_path / "cut/checkpoint.pt").exists() and checkpoint(tmp_path / "cut")["step"]
-        process = subprocess.Popen(cut, env=environment())
-        while process.poll() is None:
-            time.sleep(0.05)
-            if (tmp_path / "cut/checkpoint.pt").exists():
-                now = checkpoint(tmp_path / "cut")["step"]
-                if now > before:
-                    time.sleep(0.3 * torch.rand((), generator=random).item())
-                    break
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
-    subprocess.run(cut, check=True, env=environment())
-    whole, cut_short = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
-    for one in (whole, cut_short):
+    train(Settings(**settings), tmp_path / "whole")
+    for where in (("step", "5"), ("checkpoint.pt", "0")):
+        arguments = command(tmp_path / "cut", **settings)[2:]
+        killed = [sys.executable, "-c", KILLED, *where, *arguments]
+        assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
+        assert checkpoint(tmp_path / "cut")["step"] == 3  # that of the last complete save
+    train(Settings(**settings), tmp_path / "cut")
+    whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
+    for one in (whole, cut):
         del one["history"]["cpu_seconds"]
     assert whole["step"] == short["steps"]
-    assert differing(whole, cut_short) == []
+    assert differing(whole, cut) == []
     for name in ("model.pt", "history.json", "curves.png"):
         assert (tmp_path / "cut" / name).stat().st_size > 0
     assert not list((tmp_path / "cut").glob("*.partial"))
+
+
+def test_a_full_disk_is_named_and_leaves_no_partial_file(tmp_path: Path) -> None:
+    def full(f: BinaryIO) -> None:
+        f.write(b"part")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    (tmp_path / "model.pt").write_bytes(b"old")
+    with pytest.raises(OSError, match=r"model\.pt: cannot be written: .*No space left"):
+        _write(tmp_path / "model.pt", full)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    assert (tmp_path / "model.pt").read_bytes() == b"old"
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(
@@ -107,12 +154,19 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     differ.
     """
     settings = short | {"recipe": "deformable_detr", "freeze_norms": 1, "clip": 1e9}
+    script = tmp_path / "two.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from deform_attn.detr.train import Settings, train\n"
+        "for steps in (1, 5):\n"
+        f"    folder = Path({str(tmp_path)!r}) / f'two{{steps}}'\n"
+        f"    train(Settings(**{settings!r} | {{'steps': steps}}), folder)\n"
+    )
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node=2", str(script)]
+    subprocess.run(torchrun, check=True, env=environment(), capture_output=True)
     for steps in (1, 5):
-        now = settings | {"steps": steps}
-        train(Settings(**now), tmp_path / f"one{steps}")
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        torchrun += ["--nproc-per-node=2", *command(tmp_path / f"two{steps}", **now)]
-        subprocess.run(torchrun, check=True, env=environment(), capture_output=True)
+        train(Settings(**settings | {"steps": steps}), tmp_path / f"one{steps}")
     one, two = (checkpoint(tmp_path / f"{name}1") for name in ("one", "two"))
     states = zip(one["optimizer"]["state"].values(), two["optimizer"]["state"].values())
     for mine, theirs in states:
@@ -181,7 +235,15 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"amp": "int8"}, "amp: expected one of none, bfloat16, float16; got 'int8'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"data": "voc"}, "data: expected 'shapes'"),
-        ({"augment": "more"}, "augment: expected one of"),
+        ({"augment": "more"}, "augment: expected one of none, flip, crop, dense; got 'more'"),
+        ({"resize": "crop"}, "resize: expected one of stretch, fit; got 'crop'"),
+        ({"queries": 0}, "queries: expected at least 1, got 0"),
+        ({"layers": 0}, "layers: expected at least 1, got 0"),
+        ({"width": 48}, "width: expected a multiple of 32, got 48"),
+        ({"clip": -1.0}, r"clip: expected a number above 0, got -1\.0"),
+        ({"lr": math.nan}, "lr: expected a number above 0, got nan"),
+        ({"weight_decay": -1.0}, r"weight_decay: expected a number from 0, got -1\.0"),
+        ({"freeze_norms": 2}, "freeze_norms: expected 0 or 1, got 2"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -189,6 +251,80 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
     train(Settings(**settings), tmp_path)
     with pytest.raises(ValueError, match=r"lr: expected 0\.001 as in .*checkpoint\.pt, got 0\.1"):
         train(Settings(**settings | {"lr": 0.1}), tmp_path)
+
+
+def test_a_folder_is_known_by_its_content_not_by_its_path(
+    short: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = Path(short["data"].removeprefix("coco:"))
+    settings = short | {"recipe": "deformable_detr", "steps": 1, "batch": 2}
+    train(Settings(**settings), tmp_path / "out")
+    (tmp_path / "link").symlink_to(folder)
+    train(Settings(**settings | {"data": f"coco:{tmp_path / 'link'}"}), tmp_path / "out")
+    shutil.copytree(folder, tmp_path / "cut")
+    file = tmp_path / "cut/annotations/instances_train.json"
+    truth = json.loads(file.read_text())
+    truth["images"] = truth["images"][:5]
+    truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] < 5]
+    file.write_text(json.dumps(truth))
+    with pytest.raises(ValueError, match="data: expected the train images of .*, got others"):
+        train(Settings(**settings | {"data": f"coco:{tmp_path / 'cut'}"}), tmp_path / "out")
+
+
+def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_path: Path) -> None:
+    settings = Settings(**short | {"recipe": "detr", "steps": 1, "batch": 2})
+    file = tmp_path / "checkpoint.pt"
+    file.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a checkpoint, got"):
+        train(settings, tmp_path)
+    torch.save({"model": {}}, file)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a training, got none of set"):
+        train(settings, tmp_path)
+
+
+def test_more_objects_than_queries_are_warned_of(
+    short: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = short | {"recipe": "detr", "steps": 1, "batch": 2, "queries": 2}
+    train(Settings(**settings), tmp_path)
+    assert "images have more objects than 2 queries, up to 4" in capsys.readouterr().out
+
+
+def test_images_of_different_sizes_are_padded_and_masked(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "data"
+    shutil.copytree(short["data"].removeprefix("coco:"), folder)
+    for split in ("train", "val"):
+        file = folder / f"annotations/instances_{split}.json"
+        truth = json.loads(file.read_text())
+        for facts in truth["images"][::2]:
+            facts["height"] = 128
+            with Image.open(folder / split / facts["file_name"]) as image:
+                tall = ImageOps.pad(image, (64, 128), centering=(0, 0))
+            tall.save(folder / split / facts["file_name"])
+        file.write_text(json.dumps(truth))
+    masks = []
+    forward = Detector.forward
+
+    def seen(self: Any, images: Tensor, padding_mask: Any = None, targets: Any = None) -> Any:
+        masks.append(padding_mask)
+        return forward(self, images, padding_mask, targets)
+
+    monkeypatch.setattr(Detector, "forward", seen)
+    settings = {"data": f"coco:{folder}", "resize": "fit", "recipe": "dino", "augment": "dense"}
+    train(Settings(**short | settings | {"steps": 6, "size": 128}), tmp_path / "out")
+    padded = [mask for mask in masks if mask is not None]
+    assert padded
+    assert all(mask.any() and not mask.all(-1).all(-1).any() for mask in padded)
+    files = sorted((folder / "val").glob("*.png"))
+    predictor = load(tmp_path / "out/model.pt")
+    masks.clear()
+    together = predictor.predict(files[:2], threshold=0)
+    assert masks[0] is not None
+    alone = [predictor.predict([file], threshold=0)[0] for file in files[:2]]
+    for one, other in zip(alone, together):  # convolutions see padding beyond the border
+        torch.testing.assert_close(one["scores"], other["scores"], rtol=0.5, atol=0.05)
 
 
 def test_rates_and_decay_are_those_of_the_parameter() -> None:
@@ -206,7 +342,8 @@ def test_rates_and_decay_are_those_of_the_parameter() -> None:
         assert rates[id(parameter)] == (lr, 1e-4 if parameter.dim() > 1 else 0), name
 
 
-def test_a_detector_learns(tmp_path: Path) -> None:
+def test_a_detector_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Shapes, "lengths", Shapes.lengths | {"val": 60})
     history = train(Settings(recipe="rtdetr", data="shapes", steps=80, lr=2e-3), tmp_path)
     assert sum(history["loss"][-10:]) < 0.7 * sum(history["loss"][:10])
     assert history["ap"][-1]["AP50"] > 0.1

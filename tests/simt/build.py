@@ -88,7 +88,7 @@ def _compile(source: str, target: Path, command: list[str], link: tuple[str, ...
         _run([*command, "-c", str(HERE / source), "-o", str(objects)])
         _run([COMPILER, *link, str(objects), "-o", str(unfinished), "-ldl"])
         objects.unlink()
-    unfinished.replace(target)  # at once: no half a file is ever taken for whole
+    unfinished.replace(target)  # atomic: an unfinished file is never used
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The emulated kernels as functions of torch tensors.
 
-Emulated   one build of the kernels: forward, backward, and what it was made to do
+Emulated   one build of the kernels: forward and backward
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import Tensor
 from tests.simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-WAYS = ("baseline", "scatter", "gather", "planned")
+ALGORITHMS = ("baseline", "scatter", "gather", "planned")
 NAN = float("nan")
-PROCESSORS = 132  # multiprocessors of the GPU that block sizes are chosen for
+PROCESSORS = 132  # multiprocessors of the emulated GPU
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Emulated:
 
     atomic_floats: int = 4
     processors: int = PROCESSORS
-    long_offsets: bool = False  # int64 offsets where int32 would do
+    long_offsets: bool = False  # int64 offsets where int32 suffices
 
     counting: bool = False  # a build that counts what the kernels access
 
@@ -82,12 +82,12 @@ class Emulated:
         sampling_locations: Tensor,
         attention_weights: Tensor,
         num_points: Sequence[int] | None = None,
-        way: str = "planned",
-        targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
-        wanted: tuple[bool, bool] = (True, True),  # as there
+        algorithm: str = "planned",
+        targets: tuple[Tensor, ...] | None = None,  # from targets()
+        output_mask: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of value, sampling_locations and attention_weights."""
-        assert way in WAYS
+        assert algorithm in ALGORITHMS
         call = _Call(
             value,
             spatial_shapes,
@@ -100,41 +100,41 @@ class Emulated:
             targets = self.targets(
                 *(value, spatial_shapes, level_start_index),
                 *(sampling_locations, attention_weights, num_points),
-                way=way,
-                wanted=wanted,
+                algorithm=algorithm,
+                output_mask=output_mask,
             )
-        self._backward(call, grad_output, targets, way)
+        self._backward(call, grad_output, targets, algorithm)
         return targets[0], targets[1], targets[2]
 
     def targets(
-        self, *arguments: Any, way: str, wanted: tuple[bool, bool] = (True, True)
+        self, *arguments: Any, algorithm: str, output_mask: tuple[bool, bool] = (True, True)
     ) -> tuple[Tensor, ...]:
-        """What the kernels write, as it must be before the call, in the order of Outputs.
+        """The tensors that the kernels write to, as before the call, in the order of Outputs.
 
-        The arguments are those of a call. Gradients of value, locations (offsets), weights (logits)
-        and reference points come first, then working memory. `wanted`: those of value and of
-        reference points, empty where not.
+        The arguments are those of a call. First the gradients of value, locations (offsets),
+        weights (logits) and reference points, then working memory. `output_mask`: whether those of
+        value and of reference points are requested; else they are empty.
         """
         call = _Call(*arguments)
-        _, zeros, sizes = self.module.plan(call.fields, way, self.processors, *wanted)
+        _, zeros, sizes = self.module.plan(call.fields, algorithm, self.processors, *output_mask)
         value, locations, weights, reference = call.tensors
         sums, *others = sizes
         nothing = torch.empty(0)
-        of_value = torch.zeros_like(value) if zeros else torch.full_like(value, NAN)
+        grad_value = torch.zeros_like(value) if zeros else torch.full_like(value, NAN)
         return (
-            of_value if wanted[0] else nothing,
+            grad_value if output_mask[0] else nothing,
             torch.full_like(locations, NAN),
             torch.full_like(weights, NAN),
-            nothing if reference is None or not wanted[1] else torch.full_like(reference, NAN),
+            nothing if reference is None or not output_mask[1] else torch.full_like(reference, NAN),
             torch.zeros(sums, dtype=torch.uint8),
             *(torch.full((size,), 255, dtype=torch.uint8) for size in others),
         )
 
     def _backward(
-        self, call: _Call, grad_output: Tensor, targets: tuple[Tensor, ...], way: str
+        self, call: _Call, grad_output: Tensor, targets: tuple[Tensor, ...], algorithm: str
     ) -> None:
         self.module.backward(
-            *(call.fields, grad_output.data_ptr(), tuple(t.data_ptr() for t in targets), way),
+            *(call.fields, grad_output.data_ptr(), tuple(t.data_ptr() for t in targets), algorithm),
             *(self.processors, self.long_offsets),
         )
 
@@ -174,9 +174,9 @@ class Emulated:
         attention_logits: Tensor,
         num_points: Sequence[int] | None,
         offset_scale: float,
-        way: str = "planned",
-        targets: tuple[Tensor, ...] | None = None,  # made by the method of this name
-        wanted: tuple[bool, bool] = (True, True),  # as there
+        algorithm: str = "planned",
+        targets: tuple[Tensor, ...] | None = None,  # from targets()
+        output_mask: tuple[bool, bool] = (True, True),  # as there
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of value, reference_points, sampling_offsets and attention_logits."""
         arguments = (
@@ -184,17 +184,17 @@ class Emulated:
             *(num_points, reference_points, offset_scale),
         )
         if targets is None:
-            targets = self.targets(*arguments, way=way, wanted=wanted)
-        self._backward(_Call(*arguments), grad_output, targets, way)
+            targets = self.targets(*arguments, algorithm=algorithm, output_mask=output_mask)
+        self._backward(_Call(*arguments), grad_output, targets, algorithm)
         return targets[0], targets[3], targets[1], targets[2]
 
-    def way_of(self, *arguments: Any) -> str:
-        """The way that is chosen for a call."""
+    def chosen_algorithm(self, *arguments: Any) -> str:
+        """The algorithm that choose_backward takes for a call."""
         return self.module.plan(_Call(*arguments).fields, "planned", self.processors, True, True)[0]
 
 
 class _Call:
-    """The arguments as the module takes them, and the tensors that must live as long."""
+    """The arguments as the module takes them, and the tensors that must outlive the call."""
 
     def __init__(
         self,
@@ -219,11 +219,13 @@ class _Call:
             tensor.long().contiguous() if isinstance(tensor, Tensor) else None
             for tensor in (spatial_shapes, level_start_index)
         ]
-        real = torch.float64 if value.dtype == torch.float64 else torch.float32
-        layer = reference_points is not None
-        assert sampling_locations.dtype == (attention_weights.dtype if layer else real)
-        assert attention_weights.dtype in (real, value.dtype)
-        assert not layer or (reference_points.dtype == real and reference_points.is_contiguous())
+        acc_dtype = torch.float64 if value.dtype == torch.float64 else torch.float32
+        fused = reference_points is not None
+        assert sampling_locations.dtype == (attention_weights.dtype if fused else acc_dtype)
+        assert attention_weights.dtype in (acc_dtype, value.dtype)
+        assert not fused or (
+            reference_points.dtype == acc_dtype and reference_points.is_contiguous()
+        )
         B, S, M, D = value.shape
         self.fields = {
             "batch": B,
@@ -238,12 +240,12 @@ class _Call:
             "sizes": [] if on_device else [(int(h), int(w)) for h, w in spatial_shapes],
             "first_point": [0, *itertools.accumulate(counts)],
             "type": TYPES[value.dtype],
-            "weights_are_acc": attention_weights.dtype == real,
+            "weights_are_acc": attention_weights.dtype == acc_dtype,
             "value": value.data_ptr(),
             "locations": sampling_locations.data_ptr(),
             "weights": attention_weights.data_ptr(),
-            "reference": reference_points.data_ptr() if layer else 0,
-            "reference_levels": reference_points.shape[2] if layer else 0,
-            "reference_size": reference_points.shape[3] if layer else 0,
+            "reference": reference_points.data_ptr() if fused else 0,
+            "reference_levels": reference_points.shape[2] if fused else 0,
+            "reference_size": reference_points.shape[3] if fused else 0,
             "offset_scale": offset_scale,
         }

@@ -6,7 +6,7 @@
 
 #include "simt.h"
 // after simt.h
-#include "cuda/launch.cuh"
+#include "cuda/dispatch.cuh"
 #if defined(SIMT_TRAFFIC)
 #include "traffic.h"
 #endif
@@ -21,8 +21,8 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-Inputs inputs_of(const py::dict& call) {
-  Inputs in = {};
+KernelCall kernel_call(const py::dict& call) {
+  KernelCall in = {};
   const auto number = [&](const char* name) { return call[name].cast<int64_t>(); };
   in.problem.batch = number("batch");
   in.problem.rows = number("rows");
@@ -56,12 +56,11 @@ Device device(int processors, bool long_offsets) {
   return {processors, kAtomicFloats == 4 ? 90 : 80, nullptr, long_offsets};
 }
 
-BackwardPlan plan(const Inputs& in, const std::string& name, const Device& device,
+BackwardPlan plan(const KernelCall& in, const std::string& name, const Device& device,
                   const OutputMask& output_mask) {
-  const BackwardAlgorithm algorithm = name == "baseline" ? BackwardAlgorithm::kBaseline
-                                      : name == "scatter"
-                                          ? BackwardAlgorithm::kScatter
-                                          : choose_backward(in.problem, name == "gather", device);
+  const BackwardAlgorithm algorithm = name == "baseline"  ? BackwardAlgorithm::kBaseline
+                                      : name == "scatter" ? BackwardAlgorithm::kScatter
+                                                          : choose_backward(name == "gather");
   return plan_backward(in, algorithm, device, output_mask);
 }
 
@@ -79,7 +78,7 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
 
   module.def("forward", [](const py::dict& call, uintptr_t output, bool baseline, int processors,
                            bool long_offsets) {
-    const Inputs in = inputs_of(call);
+    const KernelCall in = kernel_call(call);
     const py::gil_scoped_release release;
     forward_call(in, at(output), device(processors, long_offsets), baseline);
   });
@@ -87,14 +86,14 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   module.def("plan", [](const py::dict& call, const std::string& name, int processors, bool value,
                         bool reference) {
     const BackwardPlan it =
-        plan(inputs_of(call), name, device(processors, false), {value, reference});
+        plan(kernel_call(call), name, device(processors, false), {value, reference});
     return py::make_tuple(
         name_of(it.algorithm), it.zeros,
         py::make_tuple(it.sums, it.bounds, it.statistics, it.by_weight, it.parts));
   });
   module.def("backward", [](const py::dict& call, uintptr_t grad_output, const py::tuple& outputs,
                             const std::string& name, int processors, bool long_offsets) {
-    const Inputs in = inputs_of(call);
+    const KernelCall in = kernel_call(call);
     const auto address = [&](size_t i) { return at(outputs[i].cast<uintptr_t>()); };
     const Outputs out = {address(0), address(1), address(2), address(3), address(4),
                          address(5), address(6), address(7), address(8)};

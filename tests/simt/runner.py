@@ -1,4 +1,4 @@
-"""The emulated kernels as runners: every test body that tries the CPU kernel tries them too."""
+"""The emulated kernels as runners: every test of a backend runs with them too."""
 
 from __future__ import annotations
 
@@ -11,30 +11,34 @@ from tests.runners import Runner
 from tests.simt import build
 from tests.simt.emulated import Emulated
 
-LARGEST_WORK = 300  # of a case: a fiber a thread takes its time
+LARGEST_WORK = 300  # of a case: emulation is slow
 
 
-def _runner(name: str, kernels: Emulated, way: str) -> Runner:
+def _runner(name: str, kernels: Emulated, algorithm: str) -> Runner:
     def forward(inputs: OpInputs) -> Tensor:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
-        return kernels.forward(*inputs.arguments, inputs.num_points, baseline=way == "baseline")
+        return kernels.forward(
+            *inputs.arguments, inputs.num_points, baseline=algorithm == "baseline"
+        )
 
     def backward(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
-        return kernels.backward(grad_output, *inputs.arguments, inputs.num_points, way=way)
+        return kernels.backward(
+            grad_output, *inputs.arguments, inputs.num_points, algorithm=algorithm
+        )
 
     return Runner.from_kernels(
         name,
         forward,
         backward,
         why_not=lambda dtypes: build.why_not(),
-        deterministic=way == "gather",
+        deterministic=algorithm == "gather",
         largest_work=LARGEST_WORK,
     )
 
 
 def runners() -> Iterator[Runner]:
-    """Each way to the gradient of value, with the atomics of new and old GPUs."""
+    """Each backward algorithm, with the atomics of new and old GPUs."""
     yield _runner("emulated/gather", Emulated(), "gather")
     yield _runner("emulated/scatter", Emulated(), "scatter")
     yield _runner("emulated/scatter_before_sm_90", Emulated(atomic_floats=1), "scatter")

@@ -1,20 +1,20 @@
 // A program that runs kernels under the emulator, to be built with a sanitizer.
 //
 //   sanitized kernels    all kernels on small hostile calls; each against forward_baseline or
-//                        backward_baseline on the same call, fused layers too; then each kernel's name
+//                        backward_baseline on the same call, fused calls too; then each kernel's name
 //                        and the number of cases that reach it
-//   sanitized able       what the emulator can do
+//   sanitized able       tests of the emulator's functions
 //   sanitized NAME       one kernel of selftest.h with its fault
 //   sanitized ok:NAME    the same kernel without it
 //
-// Exit status 0: all as it should be; 1: a wrong result; 2: the emulator refused, and said why.
+// Exit status 0: all correct; 1: a wrong result; 2: the emulator refused, with a message.
 #include <cmath>
 #include <cstdio>
 #include <set>
 
 #include "simt.h"
 // after simt.h
-#include "cuda/launch.cuh"
+#include "cuda/dispatch.cuh"
 #include "selftest.h"
 
 using namespace deform_attn;
@@ -37,7 +37,7 @@ struct Case {
   std::vector<int> counts;      // points of each level
   int64_t batch, queries;       // queries 0: the pixels
   int heads, head_dim;
-  bool lies;  // sizes on the device that do not fit
+  bool invalid;  // level sizes on the device that do not fit into value
 };
 
 const Case kCases[] = {
@@ -61,7 +61,7 @@ std::vector<T> drawn(size_t count, std::mt19937& random, float low, float high) 
   return numbers;
 }
 
-int level_of_point(const Inputs& in, int k) {
+int level_of_point(const KernelCall& in, int k) {
   int l = 0;
   while (k >= in.levels.first_point[l + 1]) ++l;
   return l;
@@ -82,7 +82,7 @@ bool close(const std::vector<T>& a, const std::vector<T>& b, double tolerance) {
   return true;
 }
 
-// What a backward pass gives. Of a layer, locations and weights are its offsets and logits.
+// The results of a backward call; of a fused one, locations and weights are offsets and logits.
 template <typename T>
 struct Gradients {
   std::vector<T> value;
@@ -91,7 +91,7 @@ struct Gradients {
 };
 
 template <typename T>
-Gradients<T> backward(const Inputs& in, const T* grad, BackwardAlgorithm algorithm,
+Gradients<T> backward(const KernelCall& in, const T* grad, BackwardAlgorithm algorithm,
                       const Device& device) {
   const Problem& problem = in.problem;
   const size_t numbers = static_cast<size_t>(problem.batch * problem.rows * problem.row_stride());
@@ -124,10 +124,10 @@ Gradients<T> backward(const Inputs& in, const T* grad, BackwardAlgorithm algorit
   return found;
 }
 
-// A fused call against the baseline kernels on the locations and weights that it stands for.
+// A fused call, compared with the baseline kernels on the same locations and weights.
 template <typename T>
-void run_fused(Inputs in, const Case& test, size_t index, const std::string& name, double tolerance,
-               const std::vector<T>& grad, const Device& device) {
+void run_fused(KernelCall in, const Case& test, size_t index, const std::string& name,
+               double tolerance, const std::vector<T>& grad, const Device& device) {
   using Acc = AccOf<T>;
   const Problem& problem = in.problem;
   std::mt19937 random(static_cast<unsigned>(index));
@@ -162,7 +162,7 @@ void run_fused(Inputs in, const Case& test, size_t index, const std::string& nam
       }
     }
   }
-  Inputs given = in;
+  KernelCall given = in;
   given.locations = locations.data();
   given.weights = weights.data();
   given.weights_are_acc = true;
@@ -176,7 +176,7 @@ void run_fused(Inputs in, const Case& test, size_t index, const std::string& nam
   forward_call(given, plain.data(), device, true);
   forward_call(in, output.data(), device);
   const auto alike = [&](const auto& a, const auto& b, const char* what) {
-    expect(test.lies || close(a, b, tolerance), name + "fused, " + what);
+    expect(test.invalid || close(a, b, tolerance), name + "fused, " + what);
   };
   alike(plain, output, "forward");
   const Gradients<T> by_given = backward(given, grad.data(), BackwardAlgorithm::kBaseline, device);
@@ -221,7 +221,7 @@ void run_fused(Inputs in, const Case& test, size_t index, const std::string& nam
 template <typename T>
 void run(const Case& test, Type type, size_t index) {
   using Acc = AccOf<T>;
-  Inputs in = {};
+  KernelCall in = {};
   Problem& problem = in.problem;
   std::vector<int64_t> shapes, starts = test.starts;
   int64_t rows = 0;
@@ -229,11 +229,11 @@ void run(const Case& test, Type type, size_t index) {
     const auto [height, width] = test.levels[l];
     shapes.push_back(height);
     shapes.push_back(width);
-    if (!test.lies) rows = std::max(rows, (starts.empty() ? rows : starts[l]) + height * width);
+    if (!test.invalid) rows = std::max(rows, (starts.empty() ? rows : starts[l]) + height * width);
     in.levels.start[l] = -1;
     in.levels.first_point[l + 1] = in.levels.first_point[l] + test.counts[l];
   }
-  if (test.lies) rows = 28;
+  if (test.invalid) rows = 28;
   in.levels.count = problem.levels = static_cast<int>(test.levels.size());
   in.levels.shapes = shapes.data();
   in.levels.starts = starts.empty() ? nullptr : starts.data();

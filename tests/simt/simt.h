@@ -1,15 +1,15 @@
 // CUDA kernels on a CPU: every CUDA thread is a fiber, every block runs on one thread of the CPU.
 //
-//   fibers           switching between them; what the sanitizers are told of it
+//   fibers           switching between them, announced to the sanitizers
 //   Worker           runs one block after the other: warps, lanes, barriers, collectives
 //   built-ins        threadIdx and the like, __syncthreads, __shfl_sync, atomicAdd, ...
 //   LAUNCH           runs a grid on two workers; defined before the kernels are included
 //
-// A fiber runs until it must wait for others. Strict where a GPU is lenient: lanes that meet at
-// different collectives, or that leave while others wait for them, are an error with a name. What is
-// not emulated: memory that is not coherent, clocks, asynchronous copies, inline PTX.
+// A fiber runs until it must wait for others. Stricter than a GPU: it is an error where lanes meet at
+// different collectives, or leave while others wait for them. Not emulated: incoherent memory, clocks,
+// asynchronous copies, inline PTX.
 //
-// Shared memory is static per worker: the sanitizers see it, and a block finds what the last one
+// Shared memory is static per worker: the sanitizers check it, and a block finds what the block before
 // left there, as on a GPU. Accesses can be watched: see traffic.h.
 #pragma once
 
@@ -52,7 +52,7 @@
 #define SIMT_ASAN 0
 #endif
 
-// The emulator's own work is no access of a kernel.
+// Functions of the emulator itself, which no sanitizer checks.
 #define SIMT_OWN __attribute__((no_sanitize("thread", "address", "undefined")))
 
 #undef __global__
@@ -72,7 +72,7 @@
 
 namespace simt {
 
-// ---- what a program chooses --------------------------------------------------------------------
+// ---- options --------------------------------------------------------------------
 
 enum class Order { kForward, kReversed, kShuffled };  // of the warps of a block and lanes of a warp
 
@@ -83,7 +83,7 @@ struct Options {
 };
 inline Options options;
 
-// What the next launch "returns", for trying what callers make of errors.
+// The error that the next launch returns, for tests of error handling.
 inline cudaError_t planted_error = cudaSuccess;
 
 inline std::map<std::string, int>& launches() {  // of each kernel, by name
@@ -91,10 +91,10 @@ inline std::map<std::string, int>& launches() {  // of each kernel, by name
   return counts;
 }
 
-// Told of each launch.
+// Called at each launch.
 inline std::function<void(const std::string& kernel, void* stream)> on_launch;
 
-// What watches accesses; see traffic.h.
+// Observes accesses; see traffic.h.
 struct Watcher {
   virtual ~Watcher() = default;
   virtual void atomic(const void* address, int bytes) = 0;
@@ -580,7 +580,6 @@ inline bool __any_sync(unsigned mask, bool yes) { return simt::vote(mask, "__any
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
 
-// The value before is not given: no kernel here asks for it.
 inline void atomicAdd(float* to, float term) {
   simt::watch_atomic(to, 4);
   simt::add<float, uint32_t>(to, term);

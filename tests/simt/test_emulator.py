@@ -1,4 +1,4 @@
-"""The emulator finds what it is there to find, and the shipped kernels have nothing of it."""
+"""The emulator finds planted faults, and none in the shipped kernels."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import pytest
 
 from tests.simt import build
 
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
-
 SANITIZERS = {
     "plain": ("-O1",),
     "asan_ubsan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-O1", "-g", "-fsanitize=thread"),
 }
-# fault -> the build that finds it, and words of its report
+# fault -> the build that finds it, and parts of its report
 FAULTS = {
     "missing_barrier": ("tsan", "data race", "in selftest::missing_barrier"),
     "missing_warp_barrier": ("tsan", "data race", "in selftest::missing_warp_barrier"),
@@ -44,7 +42,7 @@ def run(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         [str(program(sanitizer)), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
         env=environment,
     )
 
@@ -70,7 +68,7 @@ def test_planted_fault_is_found(fault: str) -> None:
 
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_kernels_have_no_fault(sanitizer: str) -> None:
-    """Every kernel on hostile calls: no report, and the same results as the plain kernels."""
+    """Every kernel on hostile calls: no report, and the results of the baseline kernels."""
     done = run(sanitizer, "kernels")
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""

@@ -1,6 +1,6 @@
-"""What only the CUDA kernels have: ways to one result, orders of threads, levels that lie.
+"""The CUDA kernels beyond the operator: algorithms, orders of threads, invalid levels.
 
-That they compute the operator is tried where every other backend is: see runner.py.
+test_op.py tests what they compute, through runner.py.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from deform_attn.testing import (
     oracle,
 )
 from tests.simt import build
-from tests.simt.emulated import WAYS, Emulated
-
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+from tests.simt.emulated import ALGORITHMS, Emulated
 
 KERNELS = Emulated()
 OLD = Emulated(atomic_floats=1)
@@ -43,38 +41,40 @@ def usual_order() -> Iterator[None]:
         kernels.set_order("forward")
 
 
-def run(inputs: OpInputs, grad_output: Tensor, kernels: Emulated, way: str) -> tuple[Tensor, ...]:
+def run(
+    inputs: OpInputs, grad_output: Tensor, kernels: Emulated, algorithm: str
+) -> tuple[Tensor, ...]:
     """The four RESULTS."""
     arguments = (*inputs.arguments, inputs.num_points)
-    output = kernels.forward(*arguments, baseline=way == "baseline")
-    return output, *kernels.backward(grad_output, *arguments, way=way)
+    output = kernels.forward(*arguments, baseline=algorithm == "baseline")
+    return output, *kernels.backward(grad_output, *arguments, algorithm=algorithm)
 
 
-def tried(inputs: OpInputs, kernels: Emulated = KERNELS, way: str = "planned") -> None:
+def check_call(inputs: OpInputs, kernels: Emulated = KERNELS, algorithm: str = "planned") -> None:
     grad_output = grad_output_for(inputs)
-    check_results(run(inputs, grad_output, kernels, way), inputs, grad_output)
+    check_results(run(inputs, grad_output, kernels, algorithm), inputs, grad_output)
 
 
 @pytest.mark.parametrize("head_dim", [1, 4, 8, 16, 30, 32, 64, 71, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-def test_head_dims(head_dim: int, dtype: str, way: str) -> None:
-    """Queries that are the pixels, so that tiles, bands and shared pixels are all at work."""
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
+    """Queries that are the pixels, so that tiles, bands and shared pixels occur."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
-    tried(case.make(DTYPES[dtype]), way=way)
+    check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", WAYS)
-def test_encoder(dtype: str, way: str) -> None:
-    tried(ENCODER.make(DTYPES[dtype]), way=way)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_encoder(dtype: str, algorithm: str) -> None:
+    check_call(ENCODER.make(DTYPES[dtype]), algorithm=algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-def test_long_offsets(dtype: str, way: str) -> None:
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+def test_long_offsets(dtype: str, algorithm: str) -> None:
     """The kernels for tensors of 2**31 elements and more, on small ones."""
-    tried(ENCODER.make(DTYPES[dtype]), Emulated(long_offsets=True), way)
+    check_call(ENCODER.make(DTYPES[dtype]), Emulated(long_offsets=True), algorithm)
 
 
 def untouched(*shape: int) -> Tensor:
@@ -94,16 +94,14 @@ def test_tensor_of_more_than_2_31_elements() -> None:
     large[:, start:] = small.value
     starts = torch.tensor([start, start + 35])
     grad_output = grad_output_for(small)
-    arguments = (
-        large,
-        case.levels,
-        starts,
-        *small.tensors[1:],
-    )  # sizes that the host knows: few tiles
-    _, *targets = KERNELS.targets(*small.arguments, way="gather")
+    # level sizes from the host: few tiles
+    arguments = (large, case.levels, starts, *small.tensors[1:])
+    _, *targets = KERNELS.targets(*small.arguments, algorithm="gather")
     found = (
         KERNELS.forward(*arguments),
-        *KERNELS.backward(grad_output, *arguments, way="gather", targets=(grad_value, *targets)),
+        *KERNELS.backward(
+            grad_output, *arguments, algorithm="gather", targets=(grad_value, *targets)
+        ),
     )
     expected = run(small, grad_output, KERNELS, "gather")
     assert torch.equal(found[1][:, start:], expected[1])
@@ -112,12 +110,12 @@ def test_tensor_of_more_than_2_31_elements() -> None:
 
 
 @pytest.mark.parametrize("processors", [1, 1000])
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-def test_block_sizes(processors: int, way: str) -> None:
-    """A GPU of one multiprocessor gets the largest blocks, one of a thousand the smallest."""
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+def test_block_sizes(processors: int, algorithm: str) -> None:
+    """With one multiprocessor the blocks are the largest, with a thousand the smallest."""
     for name in ("shared_among_threads", "listed_points", "head_dim_64"):
         case = CASES[name].smaller(400)
-        tried(case.make(DTYPES["f32"]), Emulated(processors=processors), way)
+        check_call(case.make(DTYPES["f32"]), Emulated(processors=processors), algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -136,7 +134,7 @@ def test_deterministic(dtype: str, metadata: str) -> None:
 
 
 def test_scattered_sums_depend_on_the_order() -> None:
-    """The test above can fail: with atomics the bits do change."""
+    """With atomics the bits change: test_deterministic can fail."""
     inputs = CASES["same_point"].make(DTYPES["f32"])
     inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
     grad_output = grad_output_for(inputs)
@@ -148,13 +146,13 @@ def test_scattered_sums_depend_on_the_order() -> None:
     assert len(found) > 1
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
 @pytest.mark.parametrize("kernels", [KERNELS, OLD], ids=["sm_90", "before_sm_90"])
-def test_orders_of_threads(kernels: Emulated, way: str) -> None:
+def test_orders_of_threads(kernels: Emulated, algorithm: str) -> None:
     inputs = ENCODER.make(DTYPES["f32"])
     for order in ("reversed", "shuffled"):
         kernels.set_order(order, seed=3)
-        tried(inputs, kernels, way)
+        check_call(inputs, kernels, algorithm)
 
 
 def test_small_gradients_are_not_lost() -> None:
@@ -165,12 +163,14 @@ def test_small_gradients_are_not_lost() -> None:
     weights = torch.full((B, Q, M, 1, 1), 2.0**-12)
     weights[:, 0] = 1
     grad_output = torch.ones(B, Q, M * D, dtype=torch.bfloat16)
-    for way in ("scatter", "gather", "baseline"):
-        grad = KERNELS.backward(grad_output, value, [(2, 2)], None, locations, weights, way=way)[0]
-        assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), way
+    for algorithm in ("scatter", "gather", "baseline"):
+        grad = KERNELS.backward(
+            grad_output, value, [(2, 2)], None, locations, weights, algorithm=algorithm
+        )[0]
+        assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), algorithm
 
 
-LIES = {
+INVALID = {
     "huge": [(2**40, 2**40), (4, 5), (3, 3)],
     "negative": [(-4, -5), (4, 5), (3, 3)],
     "zero": [(0, 5), (4, 0), (3, 3)],
@@ -180,28 +180,28 @@ LIES = {
 }
 
 
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize("invalid", INVALID)
 @pytest.mark.parametrize("starts", [None, (0, 20, 40), (-1, 2**62, 49), (2**63 - 1, -(2**63), 7)])
-def test_levels_that_lie(lie: str, starts: tuple[int, ...] | None) -> None:
-    """Such a level counts as empty: the oracle's rule, and nothing outside is read or written."""
-    case = Case("lie", levels=((1, 1), (1, 1), (1, 1)), rows=49, batch=1, head_dim=4, queries=7)
-    shapes = torch.tensor(LIES[lie])
+def test_invalid_levels(invalid: str, starts: tuple[int, ...] | None) -> None:
+    """Such a level is empty, as in the oracle; nothing is read or written out of bounds."""
+    case = Case("invalid", levels=((1, 1), (1, 1), (1, 1)), rows=49, batch=1, head_dim=4, queries=7)
+    shapes = torch.tensor(INVALID[invalid])
     inputs = case.make(DTYPES["f32"]).replace(spatial_shapes=shapes)
     inputs = inputs.replace_tensors(inputs.value.nan_to_num(0.5), *inputs.tensors[1:])
-    if starts is None:  # as the kernels lay them out: a level that fits nowhere has no rows
-        areas = [h * w if h > 0 and w > 0 and h * w <= 49 else 0 for h, w in LIES[lie]]
+    if starts is None:  # the rule of the kernels: an invalid level has no rows
+        areas = [h * w if h > 0 and w > 0 and h * w <= 49 else 0 for h, w in INVALID[invalid]]
         starts = tuple(sum(areas[:i]) for i in range(3))
         given = None
     else:
         given = torch.tensor(starts)
-    truthful = inputs.replace(level_start_index=torch.tensor(starts))
+    explicit = inputs.replace(level_start_index=torch.tensor(starts))
     grad_output = grad_output_for(inputs)
-    exact = (oracle.ms_deform_attn(truthful), *oracle.gradients(truthful, grad_output))
-    for way in WAYS:
-        found = run(inputs.replace(level_start_index=given), grad_output, KERNELS, way)
+    exact = (oracle.ms_deform_attn(explicit), *oracle.gradients(explicit, grad_output))
+    for algorithm in ALGORITHMS:
+        found = run(inputs.replace(level_start_index=given), grad_output, KERNELS, algorithm)
         for name, one, true in zip(RESULTS, found, exact):
             error = (one.double() - true).abs().max().item()
-            assert error <= 1e-4 * true.abs().max().clamp(min=1).item(), f"{way}: {name}"
+            assert error <= 1e-4 * true.abs().max().clamp(min=1).item(), f"{algorithm}: {name}"
 
 
 def test_errors_name_the_kernel() -> None:
@@ -212,14 +212,14 @@ def test_errors_name_the_kernel() -> None:
         KERNELS.forward(*arguments)
     KERNELS.module.plant_error(209)  # cudaErrorNoKernelImageForDevice
     with pytest.raises(RuntimeError) as caught:
-        KERNELS.backward(grad_output_for(inputs), *arguments, way="scatter")
+        KERNELS.backward(grad_output_for(inputs), *arguments, algorithm="scatter")
     text = str(caught.value)
     assert "backward_teams was not built for this GPU, which has compute capability 9.0" in text
     assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
 
 
-def run_fused(inputs: OpInputs, kernels: Emulated, way: str) -> None:
-    """The fused kernels on the same maps; test_layer_kernels.py tries what they compute."""
+def run_fused(inputs: OpInputs, kernels: Emulated, algorithm: str) -> None:
+    """The fused kernels on the same maps; test_fused_kernels.py tests what they compute."""
     B, Q = inputs.sampling_locations.shape[:2]
     reference = inputs.sampling_locations.new_full((B, Q, 1, 2), 0.5)
     arguments = (
@@ -228,7 +228,7 @@ def run_fused(inputs: OpInputs, kernels: Emulated, way: str) -> None:
         *(inputs.attention_weights, inputs.num_points, 1.0),
     )
     kernels.fused_forward(*arguments)
-    kernels.fused_backward(grad_output_for(inputs), *arguments, way=way)
+    kernels.fused_backward(grad_output_for(inputs), *arguments, algorithm=algorithm)
 
 
 def test_every_kernel_is_reached(record_property: Any) -> None:
@@ -243,11 +243,11 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
         for name in ("non_square", "head_dim_32", "head_dim_71"):
             inputs = CASES[name].make(DTYPES[dtype])
             before = launched()
-            for way in WAYS:
+            for algorithm in ALGORITHMS:
                 for kernels in (KERNELS, Emulated(long_offsets=True)):
-                    run(inputs, grad_output_for(inputs), kernels, way)
-                    if way in ("scatter", "gather"):
-                        run_fused(inputs, kernels, way)
+                    run(inputs, grad_output_for(inputs), kernels, algorithm)
+                    if algorithm in ("scatter", "gather"):
+                        run_fused(inputs, kernels, algorithm)
             here = [re.search(r"deform_attn::(\w+)<(\w+)", name) for name in launched() - before]
             cases.update({match[1] for match in here})
             for match in here:

@@ -1,7 +1,6 @@
 """The CUDA library with its host code, torch's dispatcher and torch's guards, on two GPUs.
 
-They are emulated: see two_gpus.cpp. Of the first one's tensors nothing runs on the second, and the
-other way round; launches depend on the GPU that the tensors are on, not on the current one.
+They are emulated: see two_gpus.cpp. A call runs on the GPU of its tensors, whichever is current.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ import torch
 from tests.simt import build
 
 pytestmark = [
-    pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not())),
     pytest.mark.skipif(torch.backends.cuda.is_built(), reason="this torch has CUDA of its own"),
 ]
 
@@ -43,7 +41,7 @@ def run(**environment: str) -> subprocess.CompletedProcess[str]:
         env=os.environ | environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=1800,
     )
 
 
@@ -57,14 +55,13 @@ def test_tensors_run_on_their_own_gpu() -> None:
         "sampling_locations",
         "attention_weights",
     ]
-    # the first GPU has capability 9.0, the second 8.0, where the gradient of value is gathered
     kernels = {
         device: {tuple(line[3:]) for line in ran if line[:3:2] == ["non_square", device]}
         for device in ("cuda:0", "cuda:1")
     }
     assert all(kernels.values())
+    assert kernels["cuda:0"] == kernels["cuda:1"]
     assert all("backward_gather" not in found for found in kernels["cuda:0"])
-    assert all("backward_gather" in found for found in kernels["cuda:1"])
 
 
 def test_a_forgotten_device_is_found() -> None:

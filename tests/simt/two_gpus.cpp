@@ -1,5 +1,5 @@
 // The whole CUDA library, its host code too, on two GPUs that are not there: tensors of cuda:0 and
-// cuda:1 lie in the host's memory, the emulator runs the kernels, and every launch is noted.
+// cuda:1 are in host memory, the emulator runs the kernels, and every launch is noted.
 //
 // A library to be loaded into Python before torch, which asks once what GPUs there are. The first has
 // capability 9.0, the second 8.0.

@@ -1,4 +1,4 @@
-"""The fused kernels: a layer's softmax and offsets inside, against the formula in float64."""
+"""The fused kernels, compared with the composite implementation in float64."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from torch import Tensor
 from deform_attn import composite
 from deform_attn.operands import FusedOperands
 from deform_attn.testing import DTYPES
-from tests.simt import build
 from tests.simt.emulated import Emulated
-
-pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 
 LEVELS = ((9, 12), (5, 6), (3, 3))
 ROWS = sum(height * width for height, width in LEVELS)
@@ -20,12 +17,12 @@ NAMES = ("output", "value", "reference_points", "sampling_offsets", "attention_l
 SCALE = 0.75
 
 
-def drawn(
+def draw(
     dtype: torch.dtype, queries: int, head_dim: int, counts: list[int], levels: int, size: int
 ) -> tuple[Tensor, ...]:
     """value, reference_points, sampling_offsets, attention_logits, grad_output."""
     generator = torch.Generator().manual_seed(queries + head_dim + levels + size)
-    real = torch.float64 if dtype == torch.float64 else torch.float32
+    acc_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     B, M, K = 2, 3, sum(counts)
 
     def normal(*shape: int) -> Tensor:
@@ -34,15 +31,17 @@ def drawn(
     reference = 0.5 + 0.3 * normal(B, queries, levels, size)
     return (
         normal(B, ROWS, M, head_dim).to(dtype),
-        reference.to(real),
+        reference.to(acc_dtype),
         (2 * normal(B, queries, M, K, 2)).to(dtype),
         (3 * normal(B, queries, M, K)).to(dtype),
         normal(B, queries, M * head_dim).to(dtype),
     )
 
 
-def by_formula(tensors: tuple[Tensor, ...], counts: list[int], exact: bool) -> tuple[Tensor, ...]:
-    """The NAMES from the formula: in float64, or in the dtypes of the kernels."""
+def composite_results(
+    tensors: tuple[Tensor, ...], counts: list[int], exact: bool
+) -> tuple[Tensor, ...]:
+    """The NAMES by the composite implementation, in float64 or in the dtypes of the kernels."""
     if exact:
         tensors = tuple(tensor.double() for tensor in tensors)
     leaves = [tensor.clone().requires_grad_() for tensor in tensors[:4]]
@@ -55,11 +54,11 @@ def by_formula(tensors: tuple[Tensor, ...], counts: list[int], exact: bool) -> t
 
 
 def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[int]) -> None:
-    """An error may be twice that of the formula in the same dtypes."""
-    true = by_formula(tensors, counts, exact=True)
-    rough = by_formula(tensors, counts, exact=False)
+    """An error may be twice that of the composite implementation in the same dtypes."""
+    true = composite_results(tensors, counts, exact=True)
+    rough = composite_results(tensors, counts, exact=False)
     for name, one, exact, other in zip(NAMES, found, true, rough):
-        # in float64 the formula is the truth, its own rounding unknown
+        # in float64 the reference has rounding errors of its own
         units = 64 if one.dtype == torch.float64 else 4
         limit = units * torch.finfo(one.dtype).eps * exact.abs().max().item()
         limit = max(limit, 2 * (other.double() - exact).abs().max().item())
@@ -68,7 +67,7 @@ def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("way", ["scatter", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("levels", [1, 3], ids=["shared_reference", "reference_a_level"])
 @pytest.mark.parametrize(
@@ -76,28 +75,34 @@ def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[i
     [(ROWS, 32, [2, 2, 2]), (7, 8, [3, 6, 3]), (5, 30, [0, 40, 1])],
     ids=["pixels", "counts", "many_points"],
 )
-def test_layer(
-    dtype: str, way: str, size: int, levels: int, queries: int, head_dim: int, counts: list[int]
+def test_fused(
+    dtype: str,
+    algorithm: str,
+    size: int,
+    levels: int,
+    queries: int,
+    head_dim: int,
+    counts: list[int],
 ) -> None:
     value_dtype = DTYPES[dtype].value
     if queries == ROWS and (levels, size) != (3, 2):
         queries = 31  # one large case is enough
-    tensors = drawn(value_dtype, queries, head_dim, counts, levels, size)
+    tensors = draw(value_dtype, queries, head_dim, counts, levels, size)
     value, reference, offsets, logits, grad_output = tensors
     kernels = Emulated(long_offsets=size == 4)
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     found = (
         kernels.fused_forward(*arguments),
-        *kernels.fused_backward(grad_output, *arguments, way=way),
+        *kernels.fused_backward(grad_output, *arguments, algorithm=algorithm),
     )
     check(found, tensors, counts)
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_wide_projections(dtype: str) -> None:
-    """Offsets and logits in float32 beside a 16-bit value are read as they are."""
+    """Offsets and logits in float32 beside a 16-bit value."""
     counts = [2, 1, 3]
-    value, reference, offsets, logits, grad_output = drawn(torch.float32, 9, 16, counts, 3, 4)
+    value, reference, offsets, logits, grad_output = draw(torch.float32, 9, 16, counts, 3, 4)
     value, grad_output = (t.to(DTYPES[dtype].value) for t in (value, grad_output))
     arguments = (value, list(LEVELS), None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
@@ -109,50 +114,54 @@ def test_wide_projections(dtype: str) -> None:
 
 def test_deterministic() -> None:
     counts = [2, 2, 2]
-    value, reference, offsets, logits, grad_output = drawn(torch.float32, ROWS, 32, counts, 3, 2)
+    value, reference, offsets, logits, grad_output = draw(torch.float32, ROWS, 32, counts, 3, 2)
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    first = kernels.fused_backward(grad_output, *arguments, way="gather")
+    first = kernels.fused_backward(grad_output, *arguments, algorithm="gather")
     try:
         for seed in range(3):
             kernels.set_order("shuffled", seed)
-            again = kernels.fused_backward(grad_output, *arguments, way="gather")
+            again = kernels.fused_backward(grad_output, *arguments, algorithm="gather")
             assert all(torch.equal(one, two) for one, two in zip(first, again))
     finally:
         kernels.set_order("forward")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("way", ["scatter", "gather"])
-@pytest.mark.parametrize("wanted", [(True, False), (False, True), (False, False)], ids=str)
-def test_gradients_that_nobody_wants(dtype: str, way: str, wanted: tuple[bool, bool]) -> None:
-    """They take no memory, and the others are the same without them."""
+@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+@pytest.mark.parametrize("output_mask", [(True, False), (False, True), (False, False)], ids=str)
+def test_output_mask(dtype: str, algorithm: str, output_mask: tuple[bool, bool]) -> None:
+    """Gradients that are not requested take no memory, and the others stay the same."""
     counts = [3, 0, 2]
-    value, reference, offsets, logits, grad_output = drawn(DTYPES[dtype].value, 9, 32, counts, 3, 2)
+    value, reference, offsets, logits, grad_output = draw(DTYPES[dtype].value, 9, 32, counts, 3, 2)
     levels = torch.tensor(LEVELS)
     arguments = (value, levels, None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    full = kernels.fused_backward(grad_output, *arguments, way=way)
-    found = kernels.fused_backward(grad_output, *arguments, way=way, wanted=wanted)
-    for flag, one, other in zip((*wanted, True, True), found, full):
+    full = kernels.fused_backward(grad_output, *arguments, algorithm=algorithm)
+    found = kernels.fused_backward(
+        grad_output, *arguments, algorithm=algorithm, output_mask=output_mask
+    )
+    for flag, one, other in zip((*output_mask, True, True), found, full):
         torch.testing.assert_close(one, other if flag else torch.empty(0))
     planned = kernels.targets(
-        *(value, levels, None, offsets, logits, counts, reference, SCALE), way=way, wanted=wanted
+        *(value, levels, None, offsets, logits, counts, reference, SCALE),
+        algorithm=algorithm,
+        output_mask=output_mask,
     )
     sums, bounds, statistics, _, parts = (tensor.numel() for tensor in planned[4:])
-    assert (parts > 0) == wanted[1]
-    assert (bounds + statistics > 0) == (wanted[0] and way == "gather")
-    assert (sums > 0) == (wanted[0] and way == "scatter" and dtype == "bf16")
+    assert (parts > 0) == output_mask[1]
+    assert (bounds + statistics > 0) == (output_mask[0] and algorithm == "gather")
+    assert (sums > 0) == (output_mask[0] and algorithm == "scatter" and dtype == "bf16")
 
 
-def test_level_that_does_not_fit() -> None:
-    """It counts as empty, and no gradient is NaN for it."""
+def test_invalid_level() -> None:
+    """It is treated as empty, and no gradient is NaN."""
     counts = [2, 2, 2]
-    value, reference, offsets, logits, grad_output = drawn(torch.float32, 9, 8, counts, 3, 2)
-    lie = torch.tensor([(9, 12), (500, 600), (3, 3)])
+    value, reference, offsets, logits, grad_output = draw(torch.float32, 9, 8, counts, 3, 2)
+    shapes = torch.tensor([(9, 12), (500, 600), (3, 3)])
     starts = torch.tensor([0, 108, 138])
     kernels = Emulated()
-    arguments = (value, lie, starts, reference, offsets, logits, counts, SCALE)
+    arguments = (value, shapes, starts, reference, offsets, logits, counts, SCALE)
     output = kernels.fused_forward(*arguments)
     grads = kernels.fused_backward(grad_output, *arguments)
     assert all(tensor.isfinite().all() for tensor in (output, *grads))

@@ -1,0 +1,4 @@
+#include "launch.cuh"
+
+template void deform_attn::launch_backward<float>(const KernelCall&, const void*, const Outputs&,
+                                                  const BackwardPlan&, const Device&);

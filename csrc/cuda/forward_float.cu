@@ -1,0 +1,3 @@
+#include "launch.cuh"
+
+template void deform_attn::launch_forward<float>(const KernelCall&, void*, const Device&, bool);

@@ -1,0 +1,131 @@
+"""Images: read from files, arrays and tensors, resized, and padded to a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+RESIZE = ("stretch", "fit", "shortest")
+LONGEST = 1333 / 800  # of the longer side to the shorter one
+
+
+def read_image(source: Any) -> Image.Image:
+    """An image as RGB with 8 bits, upright; files are closed.
+
+    Args:
+        source: a file; a ``PIL`` image; an array ``[H, W]`` or ``[H, W, 3]`` or a tensor ``[1 or 3,
+            H, W]``, of unsigned bytes, or of floats in [0, 1].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not an image, or one whose values have no known range; files are named.
+        TypeError: another type.
+    """
+    if isinstance(source, Image.Image):
+        return _rgb(source)
+    if isinstance(source, np.ndarray | Tensor):
+        return _rgb(Image.fromarray(_bytes(source)))
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            f"images: expected files, PIL images, arrays or tensors, got {type(source).__name__}"
+        )
+    try:
+        with Image.open(source) as image:
+            return _rgb(image)
+    except FileNotFoundError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{source}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS to allow it"
+        ) from error
+    except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all of them
+        raise ValueError(f"{str(source)!r}: expected an image, got {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """Upright, with 8 bits per channel."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("expected 8 or 16 bits per channel, got floats; scale them to bytes")
+    if image.mode.startswith("I"):  # 16 bits, which Pillow also stores as 32
+        values = np.asarray(image).astype(np.int64)
+        if values.size and not 0 <= values.min() <= values.max() < 65536:
+            raise ValueError(
+                "expected 8 or 16 bits per channel, got integers from "
+                f"{values.min()} to {values.max()}; scale them to bytes"
+            )
+        image = Image.fromarray((values // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
+    """Rows, columns and channels of an array, as unsigned bytes."""
+    kind = "array"
+    if isinstance(array, Tensor):
+        kind = "tensor"
+        if array.ndim == 3 and array.shape[0] in (1, 3):
+            array = array.permute(1, 2, 0)
+        array = np.asarray(array.detach().cpu().numpy())
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
+        expected = "[H, W] or [H, W, 3]" if kind == "array" else "[3, H, W] or [1, H, W]"
+        raise ValueError(f"images: expected an {kind} {expected}, got {list(array.shape)}")
+    if array.dtype == np.uint16:
+        array = (array // 257).astype(np.uint8)
+    if np.issubdtype(array.dtype, np.floating):
+        if not ((array >= 0) & (array <= 1)).all():
+            low, high = array.min(), array.max()
+            raise ValueError(f"images: expected floats in [0, 1], got {low:.4g} to {high:.4g}")
+        array = np.rint(array * 255).astype(np.uint8)
+    if array.dtype != np.uint8:
+        raise ValueError(f"images: expected bytes or floats, got {kind} of {array.dtype}")
+    return np.ascontiguousarray(array)
+
+
+def as_tensor(
+    image: Image.Image,
+    size: int,
+    resize: str = "stretch",
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+) -> Tensor:
+    """An RGB image as a tensor ``[3, h, w]`` in [0, 1].
+
+    Args:
+        image: as :func:`read_image` gives it.
+        size: in pixels, of the sides that ``resize`` names.
+        resize: "stretch" to a square; "fit" the longer side, and keep the ratio; or "shortest":
+            the shorter side has that size, unless the longer one exceeds 1333/800 of it (DETR).
+        resample: interpolation; the official models were trained with BILINEAR.
+    """
+    width = height = size
+    if resize != "stretch":
+        long, short = max(image.size), min(image.size)
+        scale = size / long if resize == "fit" else min(size / short, LONGEST * size / long)
+        width, height = (max(1, round(side * scale)) for side in image.size)
+    resized = image.resize((width, height), resample)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+
+
+def pad(images: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+    """Images ``[3, h, w]`` of any sizes as one batch.
+
+    Returns:
+        ``[B, 3, H, W]``, padded with zeros on the right and below; and the bool mask ``[B, H, W]``,
+        True for padding, or None where all images have one size.
+    """
+    height, width = (max(image.shape[i] for image in images) for i in (1, 2))
+    if all(image.shape[1:] == (height, width) for image in images):
+        return torch.stack(list(images)), None
+    batch = images[0].new_zeros(len(images), 3, height, width)
+    mask = torch.ones(len(images), height, width, dtype=torch.bool, device=batch.device)
+    for i, image in enumerate(images):
+        batch[i, :, : image.shape[1], : image.shape[2]] = image
+        mask[i, : image.shape[1], : image.shape[2]] = False
+    return batch, mask

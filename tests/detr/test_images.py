@@ -1,0 +1,102 @@
+"""Images of any kind become the same pixels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from deform_attn.detr.images import as_tensor, read_image
+
+GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
+COLOUR = np.stack([GRAY, GRAY.T, 255 - GRAY], -1)
+
+
+def sixteen(mode: str) -> Image.Image:
+    """The gray ramp with 16 bits per pixel."""
+    values = GRAY.astype(np.uint16) * 257
+    return Image.fromarray(values.astype(np.int32) if mode == "I" else values)
+
+
+KINDS: dict[str, tuple[Any, np.ndarray]] = {
+    "gray": (Image.fromarray(GRAY), GRAY),
+    "colour": (Image.fromarray(COLOUR), COLOUR),
+    "16 bits": (sixteen("I;16"), GRAY),
+    "16 bits stored as 32": (sixteen("I"), GRAY),
+    "array": (COLOUR, COLOUR),
+    "gray array": (GRAY, GRAY),
+    "array of 16 bits": (GRAY.astype(np.uint16) * 257, GRAY),
+    "array of floats": (COLOUR / 255, COLOUR),
+    "tensor": (torch.from_numpy(COLOUR.transpose(2, 0, 1).copy()), COLOUR),
+    "gray tensor of floats": (torch.from_numpy(GRAY[None] / 255), GRAY),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_kept(kind: str) -> None:
+    source, expected = KINDS[kind]
+    expected = np.broadcast_to(expected[..., None], (16, 16, 3)) if expected.ndim == 2 else expected
+    assert np.array_equal(np.asarray(read_image(source)), expected)
+
+
+def test_files_of_16_bits_are_scaled(tmp_path: Path) -> None:
+    sixteen("I;16").save(tmp_path / "deep.png")
+    assert np.array_equal(np.asarray(read_image(tmp_path / "deep.png"))[..., 0], GRAY)
+
+
+BAD: dict[str, tuple[Any, type[Exception], str]] = {
+    "float image": (Image.fromarray(GRAY.astype(np.float32)), ValueError, "got floats; scale them"),
+    "32 bits": (
+        Image.fromarray(GRAY.astype(np.int32) * 100000),
+        ValueError,
+        "got integers from 0 to 25500000",
+    ),
+    "bright floats": (COLOUR * 1.0, ValueError, r"expected floats in \[0, 1\], got 0 to 255"),
+    "four channels": (
+        np.zeros((4, 4, 4), np.uint8),
+        ValueError,
+        r"expected an array \[H, W\] or \[H, W, 3\], got \[4, 4, 4\]",
+    ),
+    "integers": (
+        COLOUR.astype(np.int64),
+        ValueError,
+        "expected bytes or floats, got array of int64",
+    ),
+    "number": (7, TypeError, "expected files, PIL images, arrays or tensors, got int"),
+    "null byte": ("a\0b", ValueError, r"'a\\x00b': expected an image, got embedded null byte"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_is_no_image_is_named(kind: str) -> None:
+    source, error, message = BAD[kind]
+    with pytest.raises(error, match=message):
+        read_image(source)
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "half.png"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(ValueError, match=r"half\.png': expected an image, got .*truncated"):
+        read_image(file)
+    (tmp_path / "empty.png").touch()
+    with pytest.raises(ValueError, match=r"empty\.png': expected an image, got cannot identify"):
+        read_image(tmp_path / "empty.png")
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path / "none.png")
+    Image.fromarray(GRAY).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match=r"half\.png: .*256 pixels.* Raise PIL\.Image\.MAX"):
+        read_image(file)
+
+
+@pytest.mark.parametrize(("resize", "shape"), [("stretch", (3, 20, 20)), ("fit", (3, 20, 10))])
+def test_sizes(resize: str, shape: tuple[int, ...]) -> None:
+    assert as_tensor(Image.new("RGB", (8, 16)), 20, resize).shape == shape
