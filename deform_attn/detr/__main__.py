@@ -169,7 +169,7 @@ def _draw_sheet(dataset: Any, file: Path, samples: int) -> None:
 
 def main() -> None:
     """Read the command line and run a command."""
-    commands = {
+    commands: dict[str, Any] = {
         "train": train,
         "evaluate": evaluate,
         "predict": predict,

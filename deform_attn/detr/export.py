@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deform_attn.detr.models import Detections, Postprocess
+from deform_attn.detr.models import Postprocess
 
 SUFFIXES = (".onnx", ".pt2")
 
@@ -20,9 +20,10 @@ class Exportable(nn.Module):
         super().__init__()
         self.model, self.postprocess = model, postprocess
 
-    def forward(self, images: Tensor, sizes: Tensor) -> Detections:
-        """Detections in ``images [B, 3, H, W]`` of original ``sizes [B, (height, width)]``."""
-        return self.postprocess.detections(self.model(images), sizes)
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels in ``images [B, 3, H, W]`` of ``sizes [B, (height, width)]``."""
+        found = self.postprocess.detections(self.model(images), sizes)
+        return found.boxes, found.scores, found.labels
 
 
 def export(

@@ -296,8 +296,8 @@ class BestClasses:
         scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)
         if self.until is not None:
             rows, columns = outputs["grid"]
-            confident = (scores >= self.until).unflatten(1, (rows * columns, -1))  # row per cell
-            scores = scores * confident.long().cumprod(-1).flatten(1)
+            unsure = (scores < self.until).unflatten(1, (rows * columns, -1))  # one row per cell
+            scores = scores.masked_fill(unsure.long().cumsum(-1).flatten(1) > 0, 0)
         return Detections(in_pixels(outputs["boxes"][-1], sizes), scores, labels)
 
     def __call__(self, outputs: Outputs, sizes: Tensor) -> Results:

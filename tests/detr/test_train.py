@@ -236,7 +236,7 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"data": "voc"}, "data: expected 'shapes'"),
         ({"augment": "more"}, "augment: expected one of none, flip, crop, dense; got 'more'"),
-        ({"resize": "crop"}, "resize: expected one of stretch, fit; got 'crop'"),
+        ({"resize": "crop"}, "resize: expected one of stretch, fit, shortest; got 'crop'"),
         ({"queries": 0}, "queries: expected at least 1, got 0"),
         ({"layers": 0}, "layers: expected at least 1, got 0"),
         ({"width": 48}, "width: expected a multiple of 32, got 48"),
