@@ -188,7 +188,7 @@ def create(name: str, num_classes: int | None = None) -> System:
     return configuration(name).build(num_classes)
 
 
-# Official names that each system has, and that tell it from the others.
+# Names of official parameters by which each system is recognised.
 _SIGNATURES: dict[str, tuple[str, ...]] = {
     "detr": (r"^query_embed\.weight", r"decoder\.layers\.0\.multihead_attn\."),
     "deformable_detr": (r"^transformer\.(?:reference_points|pos_trans)\.",),

@@ -183,12 +183,18 @@ def discrete_results(call: Call, inputs: OpInputs, grad_output: Tensor) -> tuple
     """The DISCRETE_RESULTS of a call of ``method="discrete"``.
 
     Raises:
-        AssertionError: sampling_locations get a gradient.
+        AssertionError: sampling_locations get a gradient, or a shape, dtype or device is not as
+            documented.
     """
     leaves = inputs.leaves()
     output = call(leaves)
     grads = torch.autograd.grad(output, leaves.tensors, grad_output, allow_unused=True)
     assert grads[1] is None, "sampling_locations: expected no gradient of method='discrete'"
+    B, _, M, D = inputs.value.shape
+    _match("output", output, (B, inputs.num_queries, M * D), inputs.value)
+    _match("grad_value", grads[0], inputs.value.shape, inputs.value)
+    weights = inputs.attention_weights
+    _match("grad_attention_weights", grads[2], weights.shape, weights)
     return output.detach(), grads[0], grads[2]
 
 

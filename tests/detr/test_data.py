@@ -1,4 +1,4 @@
-"""Data: drawn alike every time, boxes that fit, folders whose every fault is named."""
+"""Data sets: the same images every time, boxes that fit, and errors for invalid folders."""
 
 from __future__ import annotations
 

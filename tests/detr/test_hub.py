@@ -112,11 +112,11 @@ def test_outputs_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         options["pixel_mask"] = (~mask).long()
     normalized = normalize(images, mask)
     with torch.no_grad():
-        wanted = source.double().eval()(normalized, **options)
+        expected = source.double().eval()(normalized, **options)
         found = system.model.double().eval()(images, mask)
-    assert wanted.logits.std() > 0.1
-    assert relative_error(found["logits"][-1], wanted.logits) < 1e-6
-    assert relative_error(found["boxes"][-1], wanted.pred_boxes) < 1e-6
+    assert expected.logits.std() > 0.1
+    assert relative_error(found["logits"][-1], expected.logits) < 1e-6
+    assert relative_error(found["boxes"][-1], expected.pred_boxes) < 1e-6
 
 
 def test_a_folder_is_loaded_and_used(tmp_path: Path) -> None:

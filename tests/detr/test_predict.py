@@ -1,4 +1,4 @@
-"""The shipped detector: it finds digits, alike with each backend, in images of any kind."""
+"""The shipped detector finds digits in images of any kind, and all backends agree."""
 
 from __future__ import annotations
 
