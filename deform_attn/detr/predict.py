@@ -16,7 +16,7 @@ from deform_attn.detr.checkpoints import official_state, read_checkpoint
 from deform_attn.detr.images import as_tensor, pad, read_image
 from deform_attn.detr.models import System
 from deform_attn.detr.recipes import build
-from deform_attn.detr.zoo import configuration, from_official
+from deform_attn.detr.zoo import configuration, create, from_official
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -30,7 +30,6 @@ class Predictor:
         classes: names, by label.
         size: of the images, in pixels.
         resize: how they get that size, see :func:`~deform_attn.detr.images.as_tensor`.
-        resample: interpolation.
         facts: of its training: ``settings``, ``step`` and the ``ap`` reached; or ``model``, the
             name of the official configuration.
     """
@@ -42,14 +41,13 @@ class Predictor:
         size: int,
         resize: str = "stretch",
         *,
-        resample: Image.Resampling = Image.Resampling.BILINEAR,
         facts: dict[str, Any] | None = None,
         device: str | torch.device = "cpu",
     ) -> None:
         self.model = system.model.eval().to(device)
         self.postprocess = system.postprocess
         self.classes, self.size, self.resize = list(classes), size, resize
-        self.resample, self.facts = resample, facts or {}
+        self.facts = facts or {}
 
     @torch.no_grad()
     def predict(
@@ -93,7 +91,7 @@ class Predictor:
         tensors, sizes = [], []
         for one in images:
             image = read_image(one)
-            tensors.append(as_tensor(image, self.size, self.resize, self.resample))
+            tensors.append(as_tensor(image, self.size, self.resize))
             sizes.append([image.height, image.width])
         batch, mask = pad(tensors)
         mask = None if mask is None else mask.to(parameter.device)
@@ -165,15 +163,17 @@ def load(
 def _from_training(content: dict[str, Any], device: str | torch.device) -> Predictor:
     """From ``model.pt`` of a training."""
     settings = content["settings"]
-    sizes = (settings[name] for name in ("width", "layers", "queries"))
-    system = build(settings["recipe"], len(content["classes"]), *sizes)
+    if settings.get("model"):
+        system = create(settings["model"], len(content["classes"]))
+    else:
+        sizes = (settings[name] for name in ("width", "layers", "queries"))
+        system = build(settings["recipe"], len(content["classes"]), *sizes)
     system.model.load_state_dict(content["model"])
     return Predictor(
         system,
         content["classes"],
         content["size"],
-        settings.get("resize", "stretch"),
-        resample=Image.Resampling.BICUBIC,
+        content.get("resize", "stretch"),
         facts={name: content[name] for name in ("settings", "step", "ap")},
         device=device,
     )

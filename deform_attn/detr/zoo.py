@@ -118,7 +118,9 @@ def _real_time() -> dict[str, Configuration]:
         found[f"rtdetr_{name}"] = vd(models.rtdetr)
         found[f"rtdetrv2_{name}"] = vd(models.rtdetrv2)
         found[f"rtdetrv2_{name}_discrete"] = vd(models.rtdetrv2, options={"method": "discrete"})
-        found[f"deim_rtdetrv2_{name}"] = vd(models.deim_rtdetrv2, backbone=free)
+        layers = 3 if name == "r50_m" else size.decoder_layers
+        deim_size = replace(size, decoder_layers=layers)
+        found[f"deim_rtdetrv2_{name}"] = vd(models.deim_rtdetrv2, backbone=free, size=deim_size)
     for name, size in {"l": base, "x": sizes["r101"]}.items():
         backbone = partial(hgnetv2, {"l": "B4", "x": "B5"}[name], frozen=True)
         hgnet = partial(one, backbone=backbone, backbone_rules="hgnetv2", size=size)
