@@ -252,81 +252,62 @@ def join_levels(maps: Sequence[Tensor], batch: int, num_heads: int) -> Tensor:
         batch: B.
         num_heads: M.
 
-    Maps that are views of one tensor, as ``split`` makes them, are not copied, neither here nor in
-    the backward pass.
+    Maps that are views of one tensor, as ``split`` makes them, are not copied. Their gradients are
+    views of the gradient of the value.
     """
     if maps[0].dim() == 3 or maps[0].shape[:2] != (batch, num_heads):
         maps = [x.flatten(2).unflatten(0, (batch, num_heads)) for x in maps]
-    whole = _whole(maps)
-    if whole is None:
-        whole = torch.cat([x.permute(0, 3, 1, 2) for x in maps], 1)
-    return whole
+    if torch.compiler.is_compiling() or not _are_rows_of_one(maps):
+        return torch.cat([x.permute(0, 3, 1, 2) for x in maps], 1)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in maps):
+        whole: Tensor = _Join.apply(*maps)  # type: ignore[no-untyped-call]
+        return whole
+    return _joined(maps)
 
 
-# Backward nodes of views: what lies between the maps and the tensor that they are views of.
-_VIEWS = frozenset(
-    f"{name}Backward0"
-    for name in (
-        *("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Slice", "Unbind"),
-        *("Permute", "Transpose", "T", "View", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias"),
-    )
-)
-
-
-def _whole(maps: Sequence[Tensor]) -> Tensor | None:
-    """The tensor whose consecutive rows the maps are, as ``[B, S, M, D]``; None if there is none.
-
-    With gradients it is a view of the tensor that the maps are views of, so that their gradient is
-    one tensor and is not put together from parts.
-    """
+def _are_rows_of_one(maps: Sequence[Tensor]) -> bool:
+    """Whether the maps lie in memory as ``split(..., dim=-1)`` of one tensor leaves them."""
     first = maps[0]
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return None
-    B, M, D, _ = first.shape
-    strides = first.stride()
-    address = first.data_ptr()
+    address = first.data_ptr() if type(first) is Tensor else 0
     for x in maps:
         if (
             type(x) is not Tensor
             or torch._C._functorch.is_functorch_wrapped_tensor(x)
-            or x.shape[:3] != (B, M, D)
-            or x.stride() != strides
+            or x.shape[:3] != first.shape[:3]
+            or x.stride() != first.stride()
             or x.dtype != first.dtype
             or x.data_ptr() != address
             or x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-            or x.requires_grad != first.requires_grad
         ):
-            return None
-        address += x.shape[3] * strides[3] * x.element_size()
-    rows = sum(x.shape[3] for x in maps)
-    shape = (B, rows, M, D)
-    strides = (strides[0], strides[3], strides[1], strides[2])
-    if not (first.requires_grad and torch.is_grad_enabled()):
-        return first.detach().as_strided(shape, strides, first.storage_offset())
-    base = first._base
-    if base is None or not all(_is_view_of(x, base) for x in maps):
-        return None
-    if base.numel() == B * rows * M * D and base.is_contiguous():
-        whole = base.view(shape)
-        if whole.stride() == strides:  # the gradient of a view is a view
-            return whole
-    return base.as_strided(shape, strides, first.storage_offset())
+            return False
+        address += x.shape[3] * x.stride(3) * x.element_size()
+    return forward_ad._current_level < 0
 
 
-def _is_view_of(tensor: Tensor, base: Tensor) -> bool:
-    """Whether autograd's graph has only views between the two, which do not change gradients."""
-    if tensor._base is not base or tensor._backward_hooks:
-        return False
-    node = tensor.grad_fn
-    for _ in range(8):
-        if node is None:
-            return False
-        if node is base.grad_fn or getattr(node, "variable", None) is base:
-            return True
-        if node.name() not in _VIEWS:
-            return False
-        node = node.next_functions[0][0]
-    return False
+def _joined(maps: Sequence[Tensor]) -> Tensor:
+    B, M, D, _ = maps[0].shape
+    of_batch, of_head, of_channel, of_row = maps[0].stride()
+    return maps[0].as_strided(
+        (B, sum(x.shape[3] for x in maps), M, D), (of_batch, of_row, of_head, of_channel)
+    )
+
+
+class _Join(torch.autograd.Function):
+    """The joined maps as one view.
+
+    A view of the tensor that the maps are views of would save one concatenation in the backward
+    pass, but its gradient would reach the layers before it in other strides than the stock
+    model's, and BatchNorm2d on CPUs (torch 2.13, evaluation mode) returns wrong gradients for some.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        ctx.rows = [x.shape[3] for x in maps]
+        return _joined([x.detach() for x in maps])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].permute(0, 2, 3, 1).split(ctx.rows, 3)
 
 
 # ------------------------------------------------------------------------------------- recognition
