@@ -152,7 +152,8 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            gradients = Backward.apply if _is_plain_eager() else backward_op
+            plain = _is_plain_eager()
+            gradients = Backward.apply if plain else backward_op  # type: ignore[attr-defined]
             deterministic = torch.are_deterministic_algorithms_enabled()
             numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
             output_mask = [ctx.needs_input_grad[position] for position in differentiable]
@@ -169,7 +170,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         elif not _is_plain_eager():
             output = _observed(forward_op, record, inputs)
         elif torch.is_grad_enabled() and any(inputs[i].requires_grad for i in differentiable):
-            output = Forward.apply(*inputs)  # type: ignore[no-untyped-call]
+            output = Forward.apply(*inputs)  # type: ignore[attr-defined]
         else:
             with torch._C._AutoDispatchBelowAutograd():
                 output = forward_op(*inputs)

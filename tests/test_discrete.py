@@ -41,25 +41,9 @@ def call(inputs: OpInputs, official: bool = False, backend: str | None = None) -
 def test_value_and_gradients(runner: Runner, dtypes: Dtypes, case: Case, official: bool) -> None:
     inputs = case.make(dtypes, runner.device)
     grad_output = grad_output_for(inputs)
-    leaves = inputs.leaves()
-    output = call(leaves, official, runner.backend)
-    value, locations, weights = leaves.tensors
-    grads = torch.autograd.grad(output, (value, locations, weights), grad_output, allow_unused=True)
-    assert grads[1] is None
-    found = (output.detach(), grads[0], grads[2])
-
-    inputs, grad_output = inputs.to("cpu"), grad_output.cpu()
-    exact = exact_results(inputs, grad_output, official)
-    absolute = inputs.replace_tensors(
-        inputs.value.abs(), inputs.sampling_locations, inputs.attention_weights.abs()
-    )
-    terms = exact_results(absolute, grad_output.abs(), official)
-    dtype = torch.promote_types(dtypes.value, torch.float32)
-    for one, e, sum_of_terms, like in zip(found, exact, terms, (value, value, weights)):
-        assert (one.shape, one.dtype) == (e.shape, like.dtype)
-        limit = torch.finfo(one.dtype).eps / 2 * largest(e)
-        limit += ROUNDINGS_OF_SUMS * torch.finfo(dtype).eps * largest(sum_of_terms)
-        assert error_of(one, e) <= limit
+    found = discrete_results(lambda x: call(x, official, runner.backend), inputs, grad_output)
+    expected = expected_discrete(inputs, grad_output, official_clamp=official)
+    assert [str(error) for error in expected.errors(found) if not error.passed] == []
 
 
 def one_point(shape: tuple[int, int], x: float, y: float) -> OpInputs:
@@ -94,10 +78,8 @@ def test_which_pixel(
     pixel: tuple[int, int],
     official: tuple[int, int],
 ) -> None:
-    for expected, clamp in ((pixel, False), (official, True)):
-        assert (
-            call(one_point(shape, *location), clamp).item() == expected[1] * shape[1] + expected[0]
-        )
+    for wanted, clamp in ((pixel, False), (official, True)):
+        assert call(one_point(shape, *location), clamp).item() == wanted[1] * shape[1] + wanted[0]
 
 
 def test_neighbours_have_no_part_in_a_point() -> None:
@@ -121,13 +103,13 @@ def test_fused_is_the_composition(size: int, backend: str) -> None:
     sizes = torch.tensor(SHAPES)
     points = composite.unfused(FusedOperands(value, sizes, None, *rest, None, [3, 0, 2]))[3:5]
     options = {"num_points": [3, 0, 2], "method": "discrete", "backend": backend}
-    expected = ms_deform_attn(value, SHAPES, None, *points, **options)
-    found = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
-    assert torch.equal(found, expected)
-    grads = torch.autograd.grad(found.sum(), inputs, allow_unused=True)
+    wanted = ms_deform_attn(value, SHAPES, None, *points, **options)
+    got = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
+    assert torch.equal(got, wanted)
+    grads = torch.autograd.grad(got.sum(), inputs, allow_unused=True)
     assert [grad is not None for grad in grads] == [True, False, False, True]
     assert not torch.equal(
-        found, ms_deform_attn_fused(value, SHAPES, None, *rest, num_points=[3, 0, 2])
+        got, ms_deform_attn_fused(value, SHAPES, None, *rest, num_points=[3, 0, 2])
     )
 
 

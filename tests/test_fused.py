@@ -292,7 +292,10 @@ def test_a_nan_logit_spoils_its_own_head_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference_points": torch.zeros(BATCH, QUERIES, 3, 3)}, "reference_points: expected 2"),
+        (
+            {"reference_points": torch.zeros(BATCH, QUERIES, 3, 3)},
+            "reference_points: expected shape",
+        ),
         ({"reference_points": torch.zeros(BATCH, QUERIES, 2, 2)}, "reference_points: expected sh"),
         ({"reference_points": torch.zeros(BATCH, 1, 3, 2)}, "reference_points: expected shape"),
         ({"reference_points": torch.zeros(BATCH, QUERIES, 3, 2).int()}, "reference_points: expec"),
