@@ -206,7 +206,8 @@ def _apply(
     im2col_step: int = 64,
 ) -> Any:
     levels = value_spatial_shapes, value_level_start_index
-    if _use_stock(core, value):
+    # An autograd Function written in Python cannot be saved with a trace; the operator can.
+    if METER.stock:
         return core.stock.apply(value, *levels, sampling_locations, attention_weights, im2col_step)
     return ms_deform_attn(value, *levels, sampling_locations, attention_weights)
 
@@ -267,13 +268,15 @@ def join_levels(maps: Sequence[Tensor], batch: int, num_heads: int) -> Tensor:
 
 def _are_rows_of_one(maps: Sequence[Tensor]) -> bool:
     """Whether the maps lie in memory as ``split(..., dim=-1)`` of one tensor leaves them."""
+    if forward_ad._current_level >= 0 or any(
+        type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in maps
+    ):
+        return False
     first = maps[0]
-    address = first.data_ptr() if type(first) is Tensor else 0
+    address = first.data_ptr()
     for x in maps:
         if (
-            type(x) is not Tensor
-            or torch._C._functorch.is_functorch_wrapped_tensor(x)
-            or x.shape[:3] != first.shape[:3]
+            x.shape[:3] != first.shape[:3]
             or x.stride() != first.stride()
             or x.dtype != first.dtype
             or x.data_ptr() != address
@@ -281,7 +284,7 @@ def _are_rows_of_one(maps: Sequence[Tensor]) -> bool:
         ):
             return False
         address += x.shape[3] * x.stride(3) * x.element_size()
-    return forward_ad._current_level < 0
+    return True
 
 
 def _joined(maps: Sequence[Tensor]) -> Tensor:
@@ -327,7 +330,8 @@ def recognise(thing: Any, module: nn.Module | None = None) -> Core | str | None:
         parameters = _parameters(target)
         if kind.fits(parameters):
             options = parameters[len(kind.expected) :]
-            return _proven(Core(thing.__name__, target, name, options), module)
+            stock = thing if kind.replaces_class else target
+            return _proven(Core(thing.__name__, stock, name, options), module)
         if kind.resembles(thing, parameters):
             expected = ", ".join(kind.expected)
             return f"{thing.__name__} takes ({', '.join(parameters)}), expected ({expected})"
@@ -349,6 +353,7 @@ class Kind:
     expected: tuple[str, ...]  #: its parameters; those of a function may be followed by OPTIONS
     replacement: Callable[[Core], Any]
     probe: Callable[[Core, nn.Module | None], Core | str]
+    replaces_class: bool = False  #: the class itself is replaced, not the function of ``target``
 
     def fits(self, parameters: tuple[str, ...]) -> bool:
         """Whether the names are those of this kind; the name of the shapes may differ."""
@@ -391,7 +396,7 @@ def _proven(core: Core, module: nn.Module | None) -> Core | str:
 class _Sample:
     """Operands of a small call, in float64; every size differs from the others."""
 
-    shapes = ((2, 5), (3, 1))
+    shapes = ((2, 5), (1, 3))  # wide: the official discrete sampling fails on tall maps
     starts = (0, 10)
     B, S, M, D, Q = 2, 13, 3, 4, 6
 
@@ -441,7 +446,7 @@ def _probe_function(core: Core, module: nn.Module | None) -> Core | str:
     else:
         samples, named = [_Sample(None), _Sample([2, 2])], {}
     accepted: list[tuple[str, Callable[..., Any], _Sample]] = []
-    fault, empty = "its results differ", False
+    raised, differs, empty = "", False, False
     for sample in samples:
         for form, value in sample.values().items():
             for shapes in (list(sample.shapes), torch.tensor(sample.shapes)):
@@ -450,14 +455,15 @@ def _probe_function(core: Core, module: nn.Module | None) -> Core | str:
                 try:
                     found = call()
                 except Exception as error:
-                    fault = f"it raised {type(error).__name__}: {error}"
+                    raised = f"it raised {type(error).__name__}: {error}"
                     continue
-                empty = empty or found is None
+                empty, differs = empty or found is None, differs or found is not None
                 if _agrees(found, sample.expected()):
                     accepted.append((form, call, sample))
     if not accepted:
         if empty:  # a slot without a provider
             return core
+        fault = "its results differ" if differs else raised
         return f"{core.name} does not compute deformable attention on a probe: {fault}"
     discrete = None
     if "method" in core.options:
@@ -515,6 +521,7 @@ KINDS = {
         (*_FUNCTION, *_OPERANDS, "im2col_step"),
         _Apply,
         lambda core, module: core,  # no probe: it needs a GPU
+        replaces_class=True,
     ),
     "module": Kind(
         _forward_of(nn.Module),
