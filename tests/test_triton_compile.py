@@ -264,5 +264,5 @@ def test_where_it_launches(
     else:
         assert chosen.name == "reference"
         assert reason in caplog.text
-        with pytest.raises(RuntimeError, match="asked for but cannot run"):
+        with pytest.raises(RuntimeError, match="requested but cannot run"):
             backends.choose_backend(device, backend="triton")
