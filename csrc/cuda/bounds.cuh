@@ -18,10 +18,14 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 
 // Fills bounds [batch, heads, levels, runs]: the pixels that each run of queries samples. A run is `run`
 // consecutive positions of query_at: all of the block's, or one. The warps of the block share the
-// levels, a lane works on a query. One axis after the other: both at once spill registers.
-template <typename Points>
-__device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
-                              const Points& points, const Part& part, int run, Rectangle* bounds) {
+// levels, a lane works on a query.
+template <typename T, typename Points>
+__global__ void __launch_bounds__(kBlock, 2)
+    bound_queries(Problem problem, LevelTable table, Blocks blocks, Points points,
+                  Rectangle* __restrict__ bounds, int run) {
+  __shared__ BlockLevels levels;
+  const Part part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+  read_levels(table, problem, levels);
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;
@@ -55,15 +59,6 @@ __device__ void bound_queries(const Problem& problem, const BlockLevels& levels,
       if (lane == 0) to->low[axis] = low, to->high[axis] = high;
     }
   }
-}
-
-// bound_queries, not inlined: inlined into a kernel of a 16-bit dtype or float it spills registers. In a
-// kernel of double the function itself would spill, so that one inlines it.
-template <typename Points>
-__device__ __noinline__ void bound_queries_apart(Problem problem, const BlockLevels& levels,
-                                                 Points points, const Part& part, int run,
-                                                 Rectangle* bounds) {
-  bound_queries(problem, levels, points, part, run, bounds);
 }
 
 }  // namespace deform_attn
