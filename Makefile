@@ -15,7 +15,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build lint types format test demo bench peers kernels emulate traffic gpu versions docs clean help
+.PHONY: setup build lint types format test demo bench peers kernels emulate traffic gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -29,8 +29,8 @@ help:  ## This list
 	$(PY) -m pip freeze --all | grep -iE '^torch==' > .venv/constraints.txt
 	@touch $@
 
-# An extra of pyproject.toml; the package itself is installed without compiling, which removes what
-# `build` made: then that is made again, from its objects.
+# An extra of pyproject.toml. Installing the package without compiling removes the libraries of
+# `build`; they are then linked again from its object files.
 .venv/dev .venv/bench .venv/detr .venv/docs: .venv/%: .venv/torch pyproject.toml
 	DEFORM_ATTN_SKIP_EXT=1 $(PIP) --constraint .venv/constraints.txt --no-build-isolation --editable '.[$*]'
 	@test ! -d build || $(BUILD)
@@ -45,7 +45,7 @@ build: .venv/torch  ## Compile the libraries into the tree, as far as they chang
 	$(BUILD)
 
 test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels, make docs
-	@# The CUDA library too: it must compile, link and register, though this machine may not run it.
+	@# The CUDA library too: it must compile, link and register, even if this machine cannot run it.
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(BUILD)
 	$(PY) -m pytest -n auto --maxprocesses 8
 	$(PY) build_tools/headers.py lowest newest
@@ -86,8 +86,11 @@ emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator run
 traffic: .venv/dev .venv/cuda  ## Sectors that the CUDA kernels move, counted, against the committed table
 	$(PY) -m benchmarks.gates.traffic --check tests/simt/traffic.json
 
-gpu:  ## On a machine with a GPU, with its own torch and without a network: build, test, sanitize, time
+gpu:  ## On a machine with a GPU, with its own torch and without a network: build, check, time, test, sanitize
 	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)
+
+rehearse:  ## The software of a machine with a GPU, without one: build, collect, test, compile (downloads 3 GB)
+	$(PYTHON) tests/rehearsal.py --out $(OUT)
 
 docs: .venv/docs  ## The documentation, a site in OUT/site; a broken link or name is an error
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --site-dir $(abspath $(OUT))/site

@@ -7,64 +7,155 @@ sampling is implemented here for every device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deform_attn.checks import check_gradient, check_operands
+from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import LARGEST_SIDE, count_points, level_pairs, level_tensor
 from deform_attn.operands import DiscreteOperands, FusedOperands, Operands, acc_dtype
 
-__all__ = ["attention", "discrete", "discrete_backward", "discrete_forward", "fused", "unfused"]
+__all__ = [
+    "attention",
+    "attention_backward",
+    "discrete",
+    "discrete_backward",
+    "discrete_forward",
+    "fused",
+    "unfused",
+]
 
 
 def attention(operands: Operands) -> Tensor:
     """``ms_deform_attn``; exact where a point lies on a pixel's centre. Never waits for a GPU."""
     value, locations = operands.value, operands.sampling_locations
     dtype = acc_dtype(value.dtype)
-    B, S, M, D = value.shape
-    Q = locations.shape[1]
+    B, Q, M = locations.shape[:3]
+    weights = operands.attention_weights.to(dtype).reshape(B, Q, M, -1)
+    pixels = value.to(dtype).flatten(0, 2)
+    output = pixels.new_zeros((B, Q, M, value.shape[3]))
+    for corner in _corners(operands):
+        # where, not a product: what lies off the map must not pass on a NaN
+        share = torch.where(corner.on_map, corner.across * corner.along * weights, 0)[..., None]
+        corner_pixels = _gather(pixels, corner.position)
+        output = output + (share * torch.where(corner.on_map[..., None], corner_pixels, 0)).sum(3)
+    return output.flatten(2).to(value.dtype)
+
+
+def attention_backward(
+    grad_output: Tensor, operands: Operands, output_mask: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """First derivatives of :func:`attention`, for where autograd records nothing.
+
+    Returns:
+        Gradients of value, locations and weights; None for those whose flag is not set.
+    """
+    value, locations = operands.value, operands.sampling_locations
+    dtype = acc_dtype(value.dtype)
+    B, Q, M = locations.shape[:3]
+    D = value.shape[3]
+    weights = operands.attention_weights.to(dtype).reshape(B, Q, M, -1)
+    grad = grad_output.to(dtype).reshape(B, Q, M, 1, D)
+    pixels = value.to(dtype).flatten(0, 2)
+    grad_pixels = torch.zeros_like(pixels) if output_mask[0] else None
+    grad_x, grad_y, grad_weights = (torch.zeros_like(weights) for _ in range(3))
+    for corner in _corners(operands):
+        share = corner.across * corner.along
+        if grad_pixels is not None:
+            shares = torch.where(corner.on_map[..., None], (share * weights)[..., None] * grad, 0)
+            grad_pixels.index_add_(0, corner.position.flatten(), shares.reshape(-1, D))
+        product = (grad * _gather(pixels, corner.position)).sum(-1)
+        product = torch.where(corner.on_map, product, 0)
+        weighted = torch.where(corner.on_map, product * weights, 0)
+        grad_weights += share * product
+        grad_x += (corner.along if corner.dx else -corner.along) * weighted * corner.width
+        grad_y += (corner.across if corner.dy else -corner.across) * weighted * corner.height
+    grad_locations = torch.stack((grad_x, grad_y), -1).reshape(locations.shape)
+    shape = operands.attention_weights.shape
+    return masked(
+        output_mask,
+        None if grad_pixels is None else grad_pixels.view(value.shape).to(value.dtype),
+        grad_locations,
+        grad_weights.reshape(shape).to(operands.attention_weights.dtype),
+    )
+
+
+class _Corner(NamedTuple):
+    """One of the four pixels of each point, ``[B, Q, M, K]``: (y + dy, x + dx)."""
+
+    position: Tensor  # in value's pixels of all batch elements and heads; 0 where off the map
+    on_map: Tensor
+    across: Tensor  # share of the pixel in x
+    along: Tensor  # and in y; the pixel weighs across * along
+    dx: int
+    dy: int
+    height: Tensor  # of each point's level, [K]
+    width: Tensor
+
+
+def _corners(operands: Operands) -> Iterator[_Corner]:
+    value, locations = operands.value, operands.sampling_locations
+    S = value.shape[1]
+    B, Q, M = locations.shape[:3]
     sizes = level_tensor(operands)  # [L, 2]
     rows = sizes.prod(-1)
     if operands.level_start_index is None:
         starts = rows.cumsum(0) - rows
     else:
-        assert isinstance(operands.level_start_index, Tensor)
         starts = operands.level_start_index.to(value.device, torch.int64)
     fits = (sizes > 0).all(-1) & (starts >= 0) & (starts + rows <= S)
 
     counts = count_points(locations, sizes.shape[0], operands.num_points)
-    K = sum(counts)
     level = [index for index, count in enumerate(counts) for _ in range(count)]
     level_of_point = torch.tensor(level, dtype=torch.int64, device=value.device)
     height, width = sizes[level_of_point].unbind(-1)  # [K]
     start, fits = starts[level_of_point], fits[level_of_point]
 
-    locations = locations.reshape(B, Q, M, K, 2)
-    weights = operands.attention_weights.to(dtype).reshape(B, Q, M, K)
-    # outside [-1, 2] a point touches no pixel of any map; NaN fails both comparisons
+    locations = locations.reshape(B, Q, M, len(level), 2)
+    # beyond [-1, 2] no pixel is near; NaN fails both comparisons
     near = ((locations >= -1) & (locations <= 2)).all(-1, keepdim=True)
-    # float64 holds the product of a float32 location exactly: pixel and side of a knot are right
-    pixel = locations.masked_fill(~near, -1).double() * sizes[level_of_point].flip(-1) - 0.5
-    corner = pixel.detach().floor()
-    right, down = (pixel - corner).to(dtype).unbind(-1)  # [B, Q, M, K]
-    left_x, upper_y = corner.long().unbind(-1)
-
-    pixels = value.to(dtype).reshape(B * S * M, D)
-    output = pixels.new_zeros((B, Q, M, D))
+    x_location, y_location = locations.masked_fill(~near, -1).unbind(-1)
+    left, right = _pixel_of(x_location, width)
+    upper, down = _pixel_of(y_location, height)
     for dy in (0, 1):
         for dx in (0, 1):
-            x, y = left_x + dx, upper_y + dy
+            x, y = left + dx, upper + dy
             on_map = fits & (x >= 0) & (x < width) & (y >= 0) & (y < height)
             row = torch.where(on_map, start + y * width + x, 0)
-            share = (right if dx else 1 - right) * (down if dy else 1 - down) * weights
-            # not a product with 0: a NaN outside the map would remain
-            share = torch.where(on_map, share, 0)[..., None]
-            corner_pixels = _gather(pixels, _positions(value, row))
-            output = output + (share * torch.where(on_map[..., None], corner_pixels, 0)).sum(3)
-    return output.flatten(2).to(value.dtype)
+            across, along = right if dx else 1 - right, down if dy else 1 - down
+            yield _Corner(_positions(value, row), on_map, across, along, dx, dy, height, width)
+
+
+def _pixel_of(location: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """The pixel left of (or at) a location, and the distance from it to the point, in [0, 1].
+
+    Exact where a point lies on a pixel's centre, as the kernels are (csrc/bilinear.h): there,
+    ``location * size`` may round onto a pixel that the point lies left of, and slopes would be
+    taken from the wrong side. The error of the product has the true sign. No wider dtype is
+    needed, which MPS does not have.
+    """
+    extent = size.to(location.dtype)
+    product = location * extent
+    error = _product_error(location.detach(), extent, product.detach())
+    left = (product.detach() - 0.5).floor()
+    past = (product - (left + 0.5)) + error
+    before = past.detach() < 0
+    left, past = torch.where(before, left - 1, left), torch.where(before, past + 1, past)
+    return left.long(), past
+
+
+def _product_error(a: Tensor, b: Tensor, product: Tensor) -> Tensor:
+    """``a * b - product``, exactly (Dekker 1971): both are split into halves of their digits."""
+
+    def halves(x: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = x * (2**27 + 1 if x.dtype is torch.float64 else 2**12 + 1)
+        high = scaled - (scaled - x)
+        return high, x - high
+
+    (a_high, a_low), (b_high, b_low) = halves(a), halves(b)
+    return ((a_high * b_high - product) + a_high * b_low + a_low * b_high) + a_low * b_low
 
 
 def fused(operands: FusedOperands) -> Tensor:
@@ -108,9 +199,10 @@ def discrete(operands: DiscreteOperands) -> Tensor:
     GPU are not read, and level sizes on the host are not copied to the GPU.
     """
     value = operands.value
-    B, S, M, D = value.shape
-    pixels = value.to(acc_dtype(value.dtype)).reshape(B * S * M, D)
-    output = pixels.new_zeros((B, operands.sampling_locations.shape[1], M, D))
+    M, D = value.shape[2:]
+    B, Q = operands.sampling_locations.shape[:2]
+    pixels = value.to(acc_dtype(value.dtype)).flatten(0, 2)
+    output = pixels.new_zeros((B, Q, M, D))
     for index, weight in _picked(operands):
         output = output + (weight[..., None] * _gather(pixels, index)).sum(3)
     return output.flatten(2).to(value.dtype)
@@ -136,7 +228,7 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
     dtype = acc_dtype(value.dtype)
     B, S, M, D = value.shape
     grad = grad_output.to(dtype).view(B, grad_output.shape[1], M, 1, D)
-    pixels = value.to(dtype).reshape(B * S * M, D)
+    pixels = value.to(dtype).flatten(0, 2)
     grad_pixels = torch.zeros_like(pixels) if output_mask[0] else None
     grad_weights = []
     for index, weight in _picked(operands):
@@ -153,8 +245,9 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
 def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
     """For each level, of its points: positions of the pixels in ``[B * S * M, D]``, and weights."""
     value, dtype = operands.value, acc_dtype(operands.value.dtype)
-    B, S, M, _ = value.shape
-    Q, sizes = operands.sampling_locations.shape[1], level_pairs(operands)
+    S, M = value.shape[1:3]
+    B, Q = operands.sampling_locations.shape[:2]
+    sizes = level_pairs(operands)
     starts: Any = operands.level_start_index
     starts = None if starts is None else starts.to(value.device, torch.int64)
     counts = count_points(operands.sampling_locations, len(sizes), operands.num_points)
@@ -171,8 +264,10 @@ def _picked(operands: DiscreteOperands) -> Iterator[tuple[Tensor, Tensor]]:
         if operands.official_clamp:
             x = x.clamp(max=height - 1)
         row = start + _nearest(location[..., 1], height) * width + x
-        if isinstance(end, Tensor):  # not checked on the host: a level that does not fit is empty
-            fits = (height > 0) & (width > 0) & (start >= 0) & (end <= S)
+        if isinstance(end, Tensor):  # its number is not read: a level that does not fit is empty
+            fits = (height > 0) & (width > 0) & (end <= S)
+            if starts is not None:
+                fits = fits & (start >= 0)
             row, weight = torch.where(fits, row, 0), torch.where(fits, weight, 0)
         yield _positions(value, row), weight
 

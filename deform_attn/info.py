@@ -42,6 +42,7 @@ def report() -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "CUDA of torch": torch.version.cuda,
+            "HIP of torch": torch.version.hip,
             "triton": _version("triton"),
             "platform": platform.platform(),
         },

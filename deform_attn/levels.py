@@ -64,8 +64,10 @@ def _as_tensor(numbers: Sequence[Any]) -> Tensor:
     tensors = [number for number in numbers if isinstance(number, Tensor)]
     if not tensors:
         return torch.tensor([index(number) for number in numbers], device="cpu")
-    device = tensors[0].device
-    return torch.stack([torch.as_tensor(x, dtype=torch.int64, device=device) for x in numbers])
+    new: Any = {"dtype": torch.int64, "device": tensors[0].device}
+    return torch.stack(
+        [x.to(**new) if isinstance(x, Tensor) else torch.tensor(x, **new) for x in numbers]
+    )
 
 
 def level_pairs(operands: AnyOperands) -> Any:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -53,23 +54,36 @@ class _Attention(nn.Module):
         if value_channels is not None:
             self.value_proj = nn.Linear(channels, value_channels)
             self.output_proj = nn.Linear(value_channels, channels)
-        self._reset_parameters()
+        # the layers' own, so that they win over nn.Linear's whoever resets a model layer by layer
+        _reset_by(self.sampling_offsets, partial(_reset_offsets, heads=heads, points=self._points))
+        _reset_by(self.attention_weights, _reset_to_zero)
+        _reset_by(self.value_proj, _reset_projection)
+        _reset_by(self.output_proj, _reset_projection)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the official initial weights (again), for example after ``to_empty``.
+
+        In the beginning head ``m`` samples in direction ``2 pi m / num_heads``, its k-th point k
+        pixels away, with equal weights; projections are Xavier uniform. Deformable DETR
+        (arXiv 2010.04159), appendix. Parameters may be ``DTensor`` (FSDP2). The method of each
+        layer does its part, so a loop over ``modules()`` in any order gives the same.
+        """
+        for layer in self.children():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Point k of head m starts k pixels away in direction 2 pi m / M; weights are equal."""
-        angles = torch.arange(self._heads, dtype=torch.float32) * (2 * math.pi / self._heads)
-        directions = torch.stack([angles.cos(), angles.sin()], -1)  # [M, 2]
-        directions = directions / directions.abs().amax(-1, keepdim=True)
-        steps = torch.cat([torch.arange(1, n + 1, dtype=torch.float32) for n in self._points])
-        nn.init.zeros_(self.sampling_offsets.weight)
-        with torch.no_grad():
-            self.sampling_offsets.bias.copy_((directions[:, None] * steps[:, None]).flatten())
-        nn.init.zeros_(self.attention_weights.weight)
-        nn.init.zeros_(self.attention_weights.bias)
-        for projection in (self.value_proj, self.output_proj):
-            if isinstance(projection, nn.Linear):
-                nn.init.xavier_uniform_(projection.weight)
-                nn.init.zeros_(projection.bias)
+        """The name in the official modules, which models call."""
+        self.reset_parameters()
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Called by ``torch.jit.script``."""
+        raise TypeError(
+            f"{type(self).__name__}: torch.jit.script cannot compile it, as TorchScript has no "
+            "keyword arguments of several types; use torch.jit.trace, torch.export.export or "
+            "torch.compile. Scripted code can call torch.ops.deform_attn.ms_deform_attn"
+        )
 
     def _attend(
         self,
@@ -94,7 +108,7 @@ class _Attention(nn.Module):
         points = (B, Q, self._heads, *((len(counts), counts[0]) if uniform else (sum(counts),)))
         output: Tensor = self.output_proj(
             ms_deform_attn_fused(
-                value.unflatten(-1, (self._heads, self._head_dim)),
+                value.view(*value.shape[:2], self._heads, self._head_dim),
                 spatial_shapes,
                 level_start_index,
                 reference_points,
@@ -161,6 +175,46 @@ class _Attention(nn.Module):
                 f"the opposite meaning, pass ~{self.mask_name}"
             )
         return padding
+
+
+def _reset_by(layer: nn.Module, reset: Callable[[nn.Linear], None]) -> None:
+    """Give a linear layer (nothing else) another ``reset_parameters``; it stays an nn.Linear."""
+    if isinstance(layer, nn.Linear):
+        layer.reset_parameters = partial(reset, layer)  # type: ignore[method-assign]
+
+
+def _reset_offsets(layer: nn.Linear, heads: int, points: Sequence[int]) -> None:
+    new: dict[str, Any] = {"dtype": torch.float32, "device": layer.bias.device}
+    angles = torch.arange(heads, **new) * (2 * math.pi / heads)
+    directions = torch.stack([angles.cos(), angles.sin()], -1)  # [M, 2]
+    directions = directions / directions.abs().amax(-1, keepdim=True)
+    steps = torch.cat([torch.arange(1, count + 1, **new) for count in points])
+    offsets = (directions[:, None] * steps[:, None]).flatten()
+    nn.init.zeros_(layer.weight)
+    with torch.no_grad():
+        layer.bias.copy_(_like(layer.bias, offsets))
+
+
+def _like(parameter: Tensor, values: Tensor) -> Tensor:
+    """The values, distributed as the parameter is: the same on every rank."""
+    if not hasattr(parameter, "device_mesh"):
+        return values
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(parameter, DTensor)
+    return distribute_tensor(
+        values, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )
+
+
+def _reset_to_zero(layer: nn.Linear) -> None:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+
+
+def _reset_projection(layer: nn.Linear) -> None:
+    nn.init.xavier_uniform_(layer.weight)
+    nn.init.zeros_(layer.bias)
 
 
 def _check_sizes(channels: str, heads: str, **sizes: int) -> None:
@@ -336,8 +390,8 @@ class MultiScaleDeformableAttention(_Attention):
             self.layout = " (after [rows, batch, ...] was transposed, as batch_first is False)"
 
     def init_weights(self) -> None:
-        """Reset the weights; called by mmcv's runners."""
-        self._reset_parameters()
+        """The name of :meth:`reset_parameters` in mmcv, whose runners call it."""
+        self.reset_parameters()
 
     def forward(
         self,
@@ -477,14 +531,22 @@ class MSDeformableAttention(_Attention):
         if method == "discrete":
             self.sampling_offsets.requires_grad_(False)
 
-    def _portions(self) -> Tensor:
-        """The buffer ``num_points_scale``: 1 / points of the level, for each point."""
-        return torch.cat([torch.full((n,), 1 / max(n, 1)) for n in self.num_points_list])
+    def reset_parameters(self) -> None:
+        """As in the other modules; the buffer ``num_points_scale`` is set, too."""
+        super().reset_parameters()
+        scale = getattr(self, "num_points_scale", None)
+        if scale is not None:
+            scale.copy_(self._portions(scale.device))
+
+    def _portions(self, device: torch.device | None = None) -> Tensor:
+        """1 / points of its level for each point: what the buffer ``num_points_scale`` holds."""
+        counts = self.num_points_list
+        return torch.cat([torch.full((n,), 1 / max(n, 1), device=device) for n in counts])
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Report an error if the loaded buffer contradicts ``num_points``."""
+        """The buffer must agree with ``num_points``, from which locations are computed."""
         super()._load_from_state_dict(state_dict, prefix, *others)
-        name, expected = prefix + "num_points_scale", self._portions()
+        name, expected = prefix + "num_points_scale", self._portions(torch.device("cpu"))
         scale, errors = state_dict.get(name), others[-1]
         if (
             not isinstance(scale, Tensor)

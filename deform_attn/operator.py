@@ -7,16 +7,19 @@ register kernels for them.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 from torch.library import Library
 
-from deform_attn import composite
+from deform_attn import composite, flops
 from deform_attn.checks import check_gradient, check_operands
 from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands
 
@@ -102,12 +105,11 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     record, differentiable = signature.record, signature.differentiable
     tensors = record._fields.index("level_sizes")
 
-    class Backward(torch.autograd.Function):
-        generate_vmap_rule = True
-
+    # Functions of one level: the dispatcher has taken off the levels of torch.func before
+    class Backward(_SingleLevelFunction):
         @staticmethod
         def forward(*inputs: Any) -> Any:
-            return backward_op(*inputs)
+            return _below_autograd(backward_op, inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -137,12 +139,10 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             grad_grad_output, *grad_operands = pull_back(masked(grads))
             return (grad_grad_output, *signature.with_gradients(grad_operands), None, None)
 
-    class Forward(torch.autograd.Function):
-        generate_vmap_rule = True
-
+    class Forward(_SingleLevelFunction):
         @staticmethod
         def forward(*inputs: Any) -> Any:
-            return forward_op(*inputs)
+            return _below_autograd(forward_op, inputs)
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -152,8 +152,8 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            # Dynamo cannot trace a Function inside another; the operator has one of its own
-            gradients = backward_op if torch.compiler.is_compiling() else Backward.apply
+            plain = _is_plain_eager()
+            gradients = Backward.apply if plain else backward_op  # type: ignore[attr-defined]
             deterministic = torch.are_deterministic_algorithms_enabled()
             numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
             output_mask = [ctx.needs_input_grad[position] for position in differentiable]
@@ -165,12 +165,14 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         output: Tensor
         if forward_ad._current_level >= 0:
             output = signature.composite(record(*inputs))
-        elif torch.is_grad_enabled() and any(inputs[i].requires_grad for i in differentiable):
-            output = Forward.apply(*inputs)  # type: ignore[no-untyped-call]
         elif torch.compiler.is_compiling():
             output = forward_op(*inputs)
+        elif not _is_plain_eager():
+            output = _observed(forward_op, record, inputs)
+        elif torch.is_grad_enabled() and any(inputs[i].requires_grad for i in differentiable):
+            output = Forward.apply(*inputs)  # type: ignore[attr-defined]
         else:
-            with torch._C._AutoDispatchBelowAutograd():  # nothing to record: saves 3 us a call
+            with torch._C._AutoDispatchBelowAutograd():
                 output = forward_op(*inputs)
         return output
 
@@ -208,6 +210,31 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     return call, backward_op
 
 
+def _is_plain_eager() -> bool:
+    """Whether a call is only executed: not compiled, traced, transformed, or seen by a mode.
+
+    The operator's Autograd kernel, which is written in Python, can then be skipped.
+    """
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _observed(op: Operator, record: type[AnyOperands], inputs: tuple[Any, ...]) -> Tensor:
+    """A call that is not plain eager."""
+    if torch._C._is_tracing():
+        onnx = sys.modules.get("torch.onnx")  # imported by an export
+        if onnx is not None and onnx.is_in_onnx_export():
+            from deform_attn.integrations.onnx import standard
+
+            return standard(record(*inputs))
+    flops.register()
+    return op(*inputs)
+
+
 def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
     """The operator under the Autograd key, for callers of ``torch.ops``: with gradients."""
 
@@ -219,11 +246,24 @@ def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in inputs
         ):
-            return function.apply(*inputs)
+            with enable_single_level_autograd_function():
+                return function.apply(*inputs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*inputs)
 
     return under_autograd
+
+
+def _below_autograd(op: Any, inputs: tuple[Any, ...]) -> Any:
+    """The operator without this level's autograd; ``torch.func`` may have levels below it.
+
+    A Function's forward runs with gradients disabled, which must not reach those.
+    """
+    if torch._C._are_functorch_transforms_active():
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+            return op(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*inputs)
 
 
 def _over_batch(op: Any, batched: set[int]) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""What is tried: every way to run the operator here, each behind one small dataclass.
+"""The ways to call the operator in tests: backends on devices, and emulated kernels.
 
-A test asks for the fixtures `runner`, `dtypes` and `case`; conftest.py gives it each combination
-that can run. To add a runner, append it to what `all_runners` yields:
+A test requests the fixtures `runner`, `dtypes` and `case`; conftest.py supplies each combination
+that can run. To add a runner, yield it from `all_runners`:
 
     Runner.from_kernels("emulated/cuda", forward, backward, why_not=..., largest_work=100)
 """
@@ -63,7 +63,7 @@ class Runner:
         return grads[0], grads[1], grads[2]
 
     def takes(self, case: Case | None, dtypes: Dtypes | None) -> bool:
-        """Whether a test with this case and these dtypes is one for this runner."""
+        """Whether the runner can run this case with these dtypes."""
         if dtypes is not None and self.why_not(dtypes) is not None:
             return False
         if dtypes is not None and not dtypes.native and not self.settles_dtypes:
@@ -107,7 +107,7 @@ def package_runner(backend: str, device: str, **fields: Any) -> Runner:
 
 
 def all_runners() -> Iterator[Runner]:
-    """Every runner there is, whether it can run here or not."""
+    """All runners, also those that cannot run here."""
     yield package_runner("reference", "cpu", exact_at_knots=False)
     yield package_runner("compiled", "cpu")
     if torch.cuda.is_available():
@@ -123,7 +123,7 @@ def all_runners() -> Iterator[Runner]:
 
 
 def unavailable() -> dict[str, str]:
-    """The runners that no test gets here, and why."""
+    """The runners that cannot run here, with the reasons."""
     reasons = {}
     if not torch.cuda.is_available():
         for backend in ("reference", "compiled", "triton"):
@@ -136,7 +136,7 @@ def unavailable() -> dict[str, str]:
 
 
 def package(runner: Runner) -> bool:
-    """Runs through `deform_attn.ms_deform_attn`: derivatives of any order, any layout and dtype."""
+    """Whether it calls `deform_attn.ms_deform_attn`: any order of derivatives, layout and dtype."""
     return runner.backend is not None
 
 

@@ -123,9 +123,9 @@ def test_higher_derivatives(runner: Runner, dtypes: Dtypes, small: Case, order: 
 
 
 @pytest.mark.only(runners=package, dtypes=["f32"], slow=None)
-@pytest.mark.parametrize("wanted", range(4))
+@pytest.mark.parametrize("position", range(4))
 def test_second_derivatives_of_the_operators_themselves(
-    runner: Runner, dtypes: Dtypes, wanted: int
+    runner: Runner, dtypes: Dtypes, position: int
 ) -> None:
     """Who calls torch.ops directly gets no silent zeros either."""
     inputs = CASES["non_square"].make(dtypes, runner.device).leaves()
@@ -144,7 +144,7 @@ def test_second_derivatives_of_the_operators_themselves(
 
     def second(grads: tuple[Tensor, ...], with_respect_to: tuple[Tensor, ...]) -> Tensor:
         return torch.autograd.grad(
-            sum((grad**2).sum() for grad in grads), with_respect_to[wanted], retain_graph=True
+            sum((grad**2).sum() for grad in grads), with_respect_to[position], retain_graph=True
         )[0]
 
     truth = second(exact, exact_leaves)
@@ -426,16 +426,18 @@ def test_deterministic_mode_reaches_the_kernel(
 def test_an_input_without_a_gradient(
     runner: Runner, dtypes: Dtypes, missing: str, poisoned: None
 ) -> None:
-    """The kernel is told, and the others' gradients are the same."""
+    """The kernel gets the mask, and the others' gradients are the same."""
     inputs = CASES["non_square"].make(dtypes, runner.device)
     grad_output = grad_output_for(inputs)
     full = runner.gradients(inputs, grad_output)
-    wanted = [name != missing for name in ("value", "sampling_locations", "attention_weights")]
-    leaves = [t.clone().requires_grad_(flag) for t, flag in zip(inputs.tensors, wanted)]
+    output_mask = [name != missing for name in ("value", "sampling_locations", "attention_weights")]
+    leaves = [t.clone().requires_grad_(flag) for t, flag in zip(inputs.tensors, output_mask)]
     with Recorder() as recorder:
         runner.call(inputs.replace_tensors(*leaves)).backward(grad_output)
-    assert [args[-1] for name, args in recorder.calls if name.endswith("_backward")] == [wanted]
-    for leaf, flag, same in zip(leaves, wanted, full):
+    assert [args[-1] for name, args in recorder.calls if name.endswith("_backward")] == [
+        output_mask
+    ]
+    for leaf, flag, same in zip(leaves, output_mask, full):
         assert (leaf.grad is not None) == flag
         if flag:
             torch.testing.assert_close(leaf.grad, same)

@@ -21,7 +21,7 @@ class Bad:
     name: str
     edit: Edit
     argument: str  # the error begins with it
-    says: tuple[str, ...]  # and has these in it: what was expected, what came
+    contains: tuple[str, ...]  # parts of the message: what was expected, what came
     error: type[Exception] = ValueError
     case: str = "non_square"  # levels ((5, 7), (3, 4), (2, 1)), B 2, Q 5, M 2, D 8, P 2, S 49
 
@@ -218,8 +218,8 @@ LISTED = [
         ("sum of num_points", "(2, 5, 2, 3, 2, 2)"),
     ),
     *(
-        Bad(name, const(num_points=counts), argument, says, case="listed_points")  # [3, 6, 3]
-        for name, counts, argument, says in [
+        Bad(name, const(num_points=counts), argument, contains, case="listed_points")  # [3, 6, 3]
+        for name, counts, argument, contains in [
             ("sum too small", [3, 6, 2], "sampling_locations", ("11", "(2, 5, 2, 12, 2)")),
             ("sum too large", [3, 6, 4], "sampling_locations", ("13", "(2, 5, 2, 12, 2)")),
             ("negative count", [13, -4, 3], "num_points", ("-4",)),
@@ -285,7 +285,7 @@ def test_error_names_the_argument(
     message = str(caught.value)
     assert type(caught.value) is bad.error
     assert message.startswith(f"{bad.argument}:" if bad.argument else "")
-    for words in bad.says:
+    for words in bad.contains:
         assert words in message
 
 
@@ -303,7 +303,7 @@ def test_operators_refuse_too(runner: Runner, dtypes: Dtypes, bad: Bad, directio
             forward(*inputs.arguments, None, inputs.num_points)
         else:
             backward(grad_output, *inputs.arguments, None, inputs.num_points, False, [True] * 3)
-    if runner.backend == "compiled" and bad.argument and str(2**63) not in str(bad.says):
+    if runner.backend == "compiled" and bad.argument and str(2**63) not in str(bad.contains):
         assert bad.argument in str(caught.value)
 
 

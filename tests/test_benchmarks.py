@@ -375,12 +375,12 @@ def test_a_model_keeps_its_outputs_and_a_wrong_op_is_found(monkeypatch: pytest.M
     assert row["status"] == "ok"
     assert row["difference"] <= models.LARGEST_DIFFERENCE
     assert 0 < row["share"] < 1
-    exact = models.integration.ms_deform_attn
+    exact = models.adapters.ms_deform_attn
 
-    def swapped(*inputs: Any) -> torch.Tensor:
-        return exact(*inputs[:-1], inputs[-1].flip(-1))  # the points in a wrong order
+    def swapped(*inputs: Any, **options: Any) -> torch.Tensor:
+        return exact(*inputs[:-1], inputs[-1].flip(-1), **options)  # the points in a wrong order
 
-    monkeypatch.setattr(models.integration, "ms_deform_attn", swapped)
+    monkeypatch.setattr(models.adapters, "ms_deform_attn", swapped)
     assert models.measure_model("deformable_detr", size=64, rounds=1)["status"] == "wrong"
 
 

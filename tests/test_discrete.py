@@ -12,14 +12,12 @@ from deform_attn import composite, ms_deform_attn, ms_deform_attn_fused
 from deform_attn.operands import DiscreteOperands, FusedOperands
 from deform_attn.testing import (
     CASES,
-    ROUNDINGS_OF_SUMS,
     Case,
     Dtypes,
     OpInputs,
-    error_of,
+    discrete_results,
+    expected_discrete,
     grad_output_for,
-    largest,
-    oracle,
 )
 from tests.runners import Runner
 
@@ -38,40 +36,14 @@ def call(inputs: OpInputs, official: bool = False, backend: str | None = None) -
     )
 
 
-def exact_results(inputs: OpInputs, grad_output: Tensor, official: bool) -> tuple[Tensor, ...]:
-    """Output, gradients of value and weights in float64."""
-    value, locations, weights = oracle.operands(inputs).tensors
-    leaves = [tensor.double().requires_grad_() for tensor in (value, weights)]
-    output = oracle.discrete(
-        inputs.replace_tensors(leaves[0], locations, leaves[1]), official_clamp=official
-    )
-    return output.detach(), *torch.autograd.grad(output, leaves, grad_output.double())
-
-
 @each_device
 @clamps
 def test_value_and_gradients(runner: Runner, dtypes: Dtypes, case: Case, official: bool) -> None:
     inputs = case.make(dtypes, runner.device)
     grad_output = grad_output_for(inputs)
-    leaves = inputs.leaves()
-    output = call(leaves, official, runner.backend)
-    value, locations, weights = leaves.tensors
-    grads = torch.autograd.grad(output, (value, locations, weights), grad_output, allow_unused=True)
-    assert grads[1] is None
-    found = (output.detach(), grads[0], grads[2])
-
-    inputs, grad_output = inputs.to("cpu"), grad_output.cpu()
-    exact = exact_results(inputs, grad_output, official)
-    absolute = inputs.replace_tensors(
-        inputs.value.abs(), inputs.sampling_locations, inputs.attention_weights.abs()
-    )
-    terms = exact_results(absolute, grad_output.abs(), official)
-    real = torch.promote_types(dtypes.value, torch.float32)
-    for one, e, sum_of_terms, like in zip(found, exact, terms, (value, value, weights)):
-        assert (one.shape, one.dtype) == (e.shape, like.dtype)
-        limit = torch.finfo(one.dtype).eps / 2 * largest(e)
-        limit += ROUNDINGS_OF_SUMS * torch.finfo(real).eps * largest(sum_of_terms)
-        assert error_of(one, e) <= limit
+    found = discrete_results(lambda x: call(x, official, runner.backend), inputs, grad_output)
+    expected = expected_discrete(inputs, grad_output, official_clamp=official)
+    assert [str(error) for error in expected.errors(found) if not error.passed] == []
 
 
 def one_point(shape: tuple[int, int], x: float, y: float) -> OpInputs:

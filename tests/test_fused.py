@@ -35,18 +35,18 @@ def draw(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    real = torch.promote_types(dtype, torch.float32)
+    acc_dtype = torch.promote_types(dtype, torch.float32)
     points = [sum(num_points)] if num_points else [len(SHAPES), 4]
     reference = torch.rand((BATCH, queries, levels, size), generator=generator, dtype=torch.float64)
     return (
         normal(BATCH, ROWS, HEADS, head_dim).to(dtype),
-        reference.to(real),
+        reference.to(acc_dtype),
         normal(BATCH, queries, HEADS, *points, 2).to(dtype),
         (3 * normal(BATCH, queries, HEADS, *points)).to(dtype),
     )
 
 
-def truth(inputs: tuple[Tensor, ...], num_points: list[int] | None, scale: float) -> Tensor:
+def exact_output(inputs: tuple[Tensor, ...], num_points: list[int] | None, scale: float) -> Tensor:
     value, reference, offsets, logits = inputs
     return composite.fused(
         FusedOperands(value, None, None, reference, offsets, logits, SIZES, num_points, scale)
@@ -88,12 +88,14 @@ def tried(
         )
 
     exact = tuple(tensor.cpu().double() for tensor in inputs)
-    wanted = with_gradients(lambda *x: truth(x, num_points, 0.7), exact, grad.cpu().double())
+    expected = with_gradients(
+        lambda *x: exact_output(x, num_points, 0.7), exact, grad.cpu().double()
+    )
     got = with_gradients(call, inputs, grad)
     for name, a, b, like in zip(
         ["output", "value", "reference_points", "sampling_offsets", "attention_logits"],
         got,
-        wanted,
+        expected,
         [inputs[0], *inputs],
     ):
         assert a.dtype == like.dtype, name
@@ -138,7 +140,7 @@ def test_every_element_is_written(runner: Runner, dtypes: Dtypes, poisoned: None
 
 def subsets(gradients: int) -> list[list[bool]]:
     """Flags: each alone, each missing, none."""
-    alone = [[i == wanted for i in range(gradients)] for wanted in range(gradients)]
+    alone = [[i == only for i in range(gradients)] for only in range(gradients)]
     return [*alone, *([not flag for flag in flags] for flags in alone), [False] * gradients]
 
 
@@ -148,9 +150,7 @@ def subsets(gradients: int) -> list[list[bool]]:
     slow={"dtypes": ["f32"]},
 )
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_gradients_come_where_they_are_wanted(
-    runner: Runner, dtypes: Dtypes, deterministic: bool, poisoned: None
-) -> None:
+def test_output_mask(runner: Runner, dtypes: Dtypes, deterministic: bool, poisoned: None) -> None:
     """The same as all from the CPU's kernels, and None for the others."""
     drawn = draw(dtypes.value, size=4, num_points=[1, 0, 2], head_dim=4, queries=3)
     grad = torch.randn(BATCH, 3, HEADS * 4).to(dtypes.value)
@@ -164,18 +164,20 @@ def test_gradients_come_where_they_are_wanted(
         return (*tensors[:2], None, None, *tensors[2:], *numbers)
 
     full = ops.ms_deform_attn_fused_backward(*arguments("cpu"), [True] * 4)
-    for wanted in [[True] * 4, *subsets(4)]:
-        for flag, gradient, same in zip(wanted, backward(*arguments(runner.device), wanted), full):
-            assert (gradient is not None) == flag, wanted
+    for output_mask in [[True] * 4, *subsets(4)]:
+        for flag, gradient, same in zip(
+            output_mask, backward(*arguments(runner.device), output_mask), full
+        ):
+            assert (gradient is not None) == flag, output_mask
             if flag:
                 torch.testing.assert_close(gradient.cpu(), same)
 
 
 @pytest.mark.only(runners=package, dtypes=["f32"], slow=None)
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "torch.compile"])
-@pytest.mark.parametrize("wanted", subsets(4)[:-1], ids=str)
+@pytest.mark.parametrize("output_mask", subsets(4)[:-1], ids=str)
 def test_no_gradient_is_made_that_autograd_does_not_need(
-    runner: Runner, dtypes: Dtypes, wanted: list[bool], compiled: bool
+    runner: Runner, dtypes: Dtypes, output_mask: list[bool], compiled: bool
 ) -> None:
     drawn = [tensor.to(runner.device) for tensor in draw(dtypes.value, size=2, queries=3)]
     grad = torch.randn(BATCH, 3, HEADS * 20).to(runner.device)
@@ -184,7 +186,7 @@ def test_no_gradient_is_made_that_autograd_does_not_need(
         return ms_deform_attn_fused(value, SHAPES, None, *rest, backend=runner.backend)
 
     full = with_gradients(call, drawn, grad)[1:]
-    leaves = [t.clone().requires_grad_(flag) for t, flag in zip(drawn, wanted)]
+    leaves = [t.clone().requires_grad_(flag) for t, flag in zip(drawn, output_mask)]
     if compiled:
         torch._dynamo.reset()  # other tests have compiled the same code for other shapes
         call = torch.compile(call, fullgraph=True, backend="aot_eager")
@@ -193,10 +195,10 @@ def test_no_gradient_is_made_that_autograd_does_not_need(
         output.backward(grad)
     (flags,) = [args[-1] for name, args in recorder.calls if name.endswith("_backward")]
     if runner.backend == "reference":  # composed: locations come from reference points and offsets
-        assert flags == [wanted[0], wanted[1] or wanted[2], wanted[3]]
+        assert flags == [output_mask[0], output_mask[1] or output_mask[2], output_mask[3]]
     else:
-        assert flags == wanted
-    for leaf, flag, same in zip(leaves, wanted, full):
+        assert flags == output_mask
+    for leaf, flag, same in zip(leaves, output_mask, full):
         assert (leaf.grad is not None) == flag
         if flag:
             torch.testing.assert_close(leaf.grad, same)
@@ -290,7 +292,10 @@ def test_a_nan_logit_spoils_its_own_head_alone() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference_points": torch.zeros(BATCH, QUERIES, 3, 3)}, "reference_points: expected 2"),
+        (
+            {"reference_points": torch.zeros(BATCH, QUERIES, 3, 3)},
+            "reference_points: expected shape",
+        ),
         ({"reference_points": torch.zeros(BATCH, QUERIES, 2, 2)}, "reference_points: expected sh"),
         ({"reference_points": torch.zeros(BATCH, 1, 3, 2)}, "reference_points: expected shape"),
         ({"reference_points": torch.zeros(BATCH, QUERIES, 3, 2).int()}, "reference_points: expec"),
@@ -322,9 +327,9 @@ def test_module_is_the_composition_of_its_parts() -> None:
     query, features = torch.randn(2, 5, 24), torch.randn(2, ROWS, 24)
     reference = torch.rand(2, 5, 3, 4)
     with deform_attn.use_backend("reference"):
-        wanted = module(query, reference, features, torch.tensor(SHAPES))
+        expected = module(query, reference, features, torch.tensor(SHAPES))
     got = module(query, reference, features, torch.tensor(SHAPES))
-    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(got, expected)
 
 
 def test_an_encoders_first_locations_stay_on_their_knots() -> None:

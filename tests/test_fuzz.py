@@ -1,7 +1,7 @@
-"""Thousands of random calls, honest and lying: the oracle's numbers or a clean error, never else.
+"""Thousands of random calls, valid and invalid: the result is the oracle's, or an error is raised.
 
-Tensors lie between walls of NaN, so that a read outside one shows in the result. The examples are
-the same in every run; `--hypothesis-profile=explore` draws new ones, and more of them.
+Tensors have NaN on both sides in memory, so that a read outside one shows in the result. The
+examples are the same in every run; `--hypothesis-profile=explore` draws new ones, and more of them.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def test_honest_calls(runner: Runner) -> None:
     body()
 
 
-# ------------------------------------------------------------------------------- lying metadata
+# ------------------------------------------------------------------------------ invalid metadata
 
 hostile = st.one_of(
     st.integers(-3, 12),
@@ -117,50 +117,50 @@ def outcome(call: Any) -> Any:
 
 
 @pytest.mark.only(runners=package)
-def test_lying_levels(runner: Runner) -> None:
-    """Level sizes and starts straight into the operators, where they may be anything.
+def test_invalid_levels(runner: Runner) -> None:
+    """Random level sizes and starts, passed directly to the operators.
 
-    A level that does not fit is refused or empty; then its share of the result is zero.
+    A level that does not fit raises an error, or is empty and contributes zero.
     """
     inputs = CASES["offset"].make(DTYPES["f32"], runner.device)
     if runner.largest_work is not None:
         inputs = runner.fitted(CASES["offset"]).make(DTYPES["f32"])
     grad_output = grad_output_for(inputs)
     forward, backward = operators(runner)
-    answered = 0
+    computed = 0
 
     @settings(max_examples=examples(runner, 700))
     @given(
         shapes=st.lists(st.tuples(hostile, hostile), min_size=3, max_size=3),
         starts=st.none() | st.lists(hostile, min_size=3, max_size=3),
-        honest=st.lists(st.booleans(), min_size=3, max_size=3),
+        valid=st.lists(st.booleans(), min_size=3, max_size=3),
         as_numbers=st.booleans(),
     )
-    @example(shapes=[(1, 1)] * 3, starts=None, honest=[True] * 3, as_numbers=False)
-    def body(shapes: Any, starts: Any, honest: Any, as_numbers: bool) -> None:
-        nonlocal answered
+    @example(shapes=[(1, 1)] * 3, starts=None, valid=[True] * 3, as_numbers=False)
+    def body(shapes: Any, starts: Any, valid: Any, as_numbers: bool) -> None:
+        nonlocal computed
         true = inputs.spatial_shapes.tolist()
-        shapes = [list(t) if h else list(s) for s, t, h in zip(shapes, true, honest)]
-        lying = inputs.replace(
+        shapes = [list(t) if h else list(s) for s, t, h in zip(shapes, true, valid)]
+        changed = inputs.replace(
             spatial_shapes=torch.tensor(shapes, device=runner.device),
             level_start_index=None
             if starts is None
             else torch.tensor(starts, device=runner.device),
         )
         sizes = [number for pair in shapes for number in pair] if as_numbers else None
-        given_shapes = None if as_numbers else lying.spatial_shapes
-        arguments = (lying.value, given_shapes, *lying.arguments[2:], sizes, None)
+        given_shapes = None if as_numbers else changed.spatial_shapes
+        arguments = (changed.value, given_shapes, *changed.arguments[2:], sizes, None)
         output = outcome(lambda: forward(*arguments))
         grads = outcome(lambda: backward(grad_output, *arguments, False, [True] * 3))
         assert (output is None) == (grads is None)
         if output is not None:
-            answered += 1
+            computed += 1
             check_results(
-                (output, *grads), wrapped(lying), grad_output, at_knots=runner.exact_at_knots
+                (output, *grads), wrapped(changed), grad_output, at_knots=runner.exact_at_knots
             )
 
     body()
-    assert answered > 0  # the example above at least
+    assert computed > 0  # the example above at least
 
 
 def wrapped(inputs: OpInputs) -> OpInputs:

@@ -317,7 +317,7 @@ def test_kernels_by_name_are_contestants(name: str, monkeypatch: pytest.MonkeyPa
         algorithm: str, grad_output: torch.Tensor, *inputs: Any
     ) -> tuple[torch.Tensor, ...]:
         used.append(algorithm)
-        return Emulated().backward(grad_output, *inputs[:5], inputs[6], way=algorithm)
+        return Emulated().backward(grad_output, *inputs[:5], inputs[6], algorithm=algorithm)
 
     library = torch.library.Library("deform_attn", "FRAGMENT")
     library.define(f"ms_deform_attn_by(str algorithm, {INPUTS}) -> Tensor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Callable
@@ -229,6 +230,114 @@ def test_a_buffer_of_other_counts_is_refused() -> None:
 
 
 # ------------------------------------------------------------------------------- what they compute
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_deferred_initialization(name: str) -> None:
+    """Made on "meta", the weights are the official ones, whichever module is reset last."""
+    expected = FAMILY[name].make().state_dict()
+    for backwards in (False, True):
+        with torch.device("meta"):
+            module = FAMILY[name].make()
+        module.to_empty(device="cpu")
+        modules = [m for m in module.modules() if hasattr(m, "reset_parameters")]
+        assert len(modules) > 1
+        for child in reversed(modules) if backwards else modules:
+            child.reset_parameters()
+        for key, tensor in module.state_dict().items():
+            if key.endswith("proj.weight"):  # random
+                bound = (6 / (2 * CHANNELS)) ** 0.5
+                assert tensor.abs().max() <= bound
+                assert tensor.std() > bound / 3
+            else:
+                assert torch.equal(tensor, expected[key]), key
+    copied = copy.deepcopy(module)
+    with torch.no_grad():
+        copied.sampling_offsets.bias.zero_()
+        copied.sampling_offsets.reset_parameters()
+    assert torch.equal(copied.sampling_offsets.bias, module.sampling_offsets.bias)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_reset_of_sharded_parameters() -> None:
+    """FSDP2 from "meta": parameters are DTensors."""
+    distributed = pytest.importorskip("torch.distributed")
+    from torch.distributed.fsdp import fully_shard
+
+    expected = FAMILY["rtdetrv2"].make().state_dict()
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            module = FAMILY["rtdetrv2"].make()
+        fully_shard(module)
+        module.to_empty(device="cpu")
+        module.reset_parameters()
+        for key, tensor in module.state_dict().items():
+            if not key.endswith("proj.weight"):
+                full = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+                assert torch.equal(full, expected[key]), key
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_wrapped_projections(name: str) -> None:
+    """Nothing but a call is asked of the layers inside: not a weight, not a size."""
+
+    class Wrapped(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.hidden = [layer]  # not a child: no parameter is found
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.hidden[0](x)
+
+    module = lively(FAMILY[name].make()).eval()
+    call = FAMILY[name].arguments()
+    expected = module(**call)
+    for child, layer in list(module.named_children()):
+        setattr(module, child, Wrapped(layer))
+    assert torch.equal(module(**call), expected)
+    call["reference_points"] = call["reference_points"][:1]
+    with pytest.raises(ValueError, match="reference_points: expected shape"):
+        module(**call)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamically_quantized() -> None:
+    from torch.ao.quantization import quantize_dynamic
+
+    module = lively(FAMILY["official"].make()).eval()
+    call = FAMILY["official"].arguments()
+    quantized = quantize_dynamic(module, {nn.Linear}, torch.qint8)
+    assert (quantized(**call) - module(**call)).abs().max() < 0.2
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_another_default_device(name: str) -> None:
+    """Level starts and buffers are made where they are needed."""
+    module = lively(FAMILY[name].make())
+    call = FAMILY[name].arguments()
+    starts = next((key for key in call if key.endswith("start_index")), None)
+    if starts is not None:
+        call[starts] = call[starts].tolist()
+    expected, state = module(**call), module.state_dict()
+    torch.set_default_device("meta")
+    try:
+        found = module(**call)
+        module.load_state_dict(state)
+    finally:
+        torch.set_default_device(None)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+def test_arrays_are_named(name: str) -> None:
+    """A NumPy array has a device, too, which is called "cpu"."""
+    call = FAMILY[name].arguments()
+    call["reference_points"] = call["reference_points"].numpy()
+    with pytest.raises(TypeError, match="reference_points: expected a tensor, got ndarray"):
+        FAMILY[name].make()(**call)
 
 
 @all_backends

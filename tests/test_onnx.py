@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import io
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from onnx.reference.op_run import OpRun
 from torch import Tensor, nn
 
 import deform_attn
-from deform_attn import MSDeformAttn, ms_deform_attn
+from deform_attn import MSDeformableAttention, MSDeformAttn, ms_deform_attn
 from deform_attn.integrations.onnx import FORMS, OPSET, decompositions, export
 from deform_attn.testing import (
     Case,
@@ -26,6 +27,7 @@ from deform_attn.testing import (
     exact_results,
     grad_output_for,
 )
+from tests.family import lively
 
 LARGEST_DIFFERENCE = 2e-6  # of a layer's float32 outputs, over their largest number
 LEVELS = [(5, 7), (3, 4), (2, 1)]
@@ -105,6 +107,30 @@ def test_a_form_that_is_none() -> None:
 def test_a_model_in_training() -> None:
     with pytest.raises(ValueError, match="model: expected one in evaluation mode"):
         export(nn.Linear(2, 2), (torch.rand(1, 2),))
+
+
+def test_two_clamps_of_one_tensor() -> None:
+    """Their bounds are constants of their own; NaN stays NaN."""
+
+    class Clamps(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = x.sin()
+            return x.clamp(-0.5, 0.25) + 1, x.clamp(-0.1, 0.5) * 2
+
+    x = torch.tensor([-2.0, -0.2, 0.1, 0.4, 1.5, torch.nan])
+    program = export(Clamps().eval(), (x,), verbose=False)
+    for one, other in zip(run(program.model_proto, (x,)), Clamps()(x), strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)
+
+
+def test_an_invalid_model_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise onnx.checker.ValidationError("not sorted")
+
+    monkeypatch.setattr(onnx.checker, "check_model", refuse)
+    with pytest.raises(RuntimeError, match=r"not valid ONNX.*optimize=False.*not sorted"):
+        export(nn.Linear(2, 2).eval(), (torch.rand(1, 2),), tmp_path / "m.onnx", verbose=False)
+    assert not list(tmp_path.iterdir())
 
 
 # Graphs --------------------------------------------------------------------------------------
@@ -246,8 +272,8 @@ def test_rt_detr_of_transformers(form: str) -> None:
     detector = Detector(accelerate(stock)[0]).eval()
     model = export(detector, (pixels,), form=form, verbose=False).model_proto
     assert counts(model)["GridSample"] == (6 if form == "grid_sample" else 0)
-    for output, wanted in zip(run(model, (pixels,)), expected, strict=True):
-        assert difference(output, wanted) <= 5e-5
+    for output, other in zip(run(model, (pixels,)), expected, strict=True):
+        assert difference(output, other) <= 5e-5
 
 
 def test_what_is_exported_already() -> None:
@@ -261,3 +287,44 @@ def test_what_is_exported_already() -> None:
     model = export(program, inputs, form="gather", verbose=False).model_proto
     with torch.no_grad():
         assert difference(run(model, inputs)[0], layer(*inputs)) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("method", ["default", "discrete"])
+def test_the_exporter_that_traces(method: str) -> None:
+    """``dynamo=False``: standard nodes, which take the sizes of the inputs."""
+
+    class FromMaps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = lively(MSDeformableAttention(32, 4, 2, [3, 2], method))
+
+        def forward(self, query: Tensor, boxes: Tensor, high: Tensor, low: Tensor) -> Tensor:
+            rows = torch.cat([high.flatten(2), low.flatten(2)], 2).transpose(1, 2)
+            return self.attention(query, boxes, rows, [high.shape[-2:], low.shape[-2:]])
+
+    def inputs(batch: int, queries: int, *sizes: tuple[int, int]) -> tuple[Tensor, ...]:
+        maps = [torch.randn(batch, 32, *size) for size in sizes]
+        return (torch.randn(batch, queries, 32), torch.rand(batch, queries, 1, 4), *maps)
+
+    layer, names = FromMaps().eval(), ["query", "boxes", "high", "low"]
+    sides: dict[str, dict[int, str]] = {name: {0: "batch"} for name in names}
+    for name in names[:2]:
+        sides[name][1] = "queries"
+    for name in names[2:]:
+        sides[name] |= {2: name + "_height", 3: name + "_width"}
+    file = io.BytesIO()
+    torch.onnx.export(
+        layer,
+        inputs(2, 5, (8, 6), (4, 3)),
+        file,
+        dynamo=False,
+        opset_version=12,
+        input_names=names,
+        dynamic_axes=sides,
+    )
+    model = onnx.load_from_string(file.getvalue())
+    assert counts(model)["Gather"] > 0
+    other = inputs(3, 7, (5, 9), (2, 4))
+    (output,) = run(model, other)
+    assert difference(output, layer(*other)) <= LARGEST_DIFFERENCE

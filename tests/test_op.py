@@ -22,7 +22,7 @@ from deform_attn.testing import (
     roundings,
 )
 from deform_attn.testing.comparison import reference
-from tests.runners import Runner, package
+from tests.runners import Runner, operators, package
 
 SOME_CASES = ["non_square", "listed_points", "not_finite", "head_dim_30", "strided"]
 
@@ -237,8 +237,12 @@ def test_two_to_the_31_elements_on_meta(runner: Runner, dtypes: Dtypes) -> None:
     value = torch.empty(4, rows, 8, 64, dtype=dtypes.value, device="meta")
     locations = torch.empty(4, 2**22, 8, 1, 8, 2, dtype=dtypes.locations, device="meta")
     weights = torch.empty(4, 2**22, 8, 1, 8, dtype=dtypes.weights, device="meta")
-    op = torch.ops.deform_attn.ms_deform_attn
-    output = op(value, None, None, locations, weights, [2**10, 2**10], None)
+    forward, backward = operators(runner)
+    output = forward(value, None, None, locations, weights, [2**10, 2**10], None)
     assert output.shape == (4, 2**22, 512)
     assert output.dtype == dtypes.value
     assert output.is_meta
+    levels = [2**10, 2**10]
+    grads = backward(output, value, None, None, locations, weights, levels, None, False, [True] * 3)
+    for grad, tensor in zip(grads, (value, locations, weights)):
+        assert (grad.shape, grad.dtype, grad.device) == (tensor.shape, tensor.dtype, tensor.device)

@@ -112,12 +112,12 @@ def test_oracle_gradients() -> None:
 def test_a_level_that_does_not_fit_is_empty() -> None:
     inputs = CASES["non_square"].make(DTYPES["f64"])
     alone = oracle.ms_deform_attn(inputs)
-    for lie in ([7, 8], [-5, 7], [0, 7], [2**40, 2**40]):
+    for size in ([7, 8], [-5, 7], [0, 7], [2**40, 2**40]):
         shapes = inputs.spatial_shapes.clone()
-        shapes[0] = torch.tensor(lie)
-        lying = oracle.ms_deform_attn(inputs.replace(spatial_shapes=shapes))
+        shapes[0] = torch.tensor(size)
+        output = oracle.ms_deform_attn(inputs.replace(spatial_shapes=shapes))
         weights = inputs.attention_weights.clone()
         weights[:, :, :, 0] = 0
         without = oracle.ms_deform_attn(inputs.replace(attention_weights=weights))
-        torch.testing.assert_close(lying, without, rtol=0, atol=0)
-        assert (lying - alone).abs().max() > 0.1
+        torch.testing.assert_close(output, without, rtol=0, atol=0)
+        assert (output - alone).abs().max() > 0.1

@@ -171,7 +171,7 @@ def toolchain(monkeypatch: pytest.MonkeyPatch):
 
 
 def fake_toolkit(home: Path) -> Path:
-    """A folder whose nvcc answers like the real one."""
+    """A folder with an nvcc that prints what the real one prints."""
     nvcc = home / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text(

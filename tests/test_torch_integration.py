@@ -320,7 +320,7 @@ def test_exported_modules(name: str) -> None:
     program = torch.export.export(module, (), call)
     targets = [str(node.target) for node in program.graph.nodes]
     kernels = sum(target.startswith("deform_attn.ms_deform_attn") for target in targets)
-    assert kernels == (0 if name == "discrete" else 1)
+    assert kernels == 1
     assert not any("grid" in target for target in targets)
     torch.testing.assert_close(program.module()(**call), module(**call))
 
@@ -386,7 +386,9 @@ def test_a_call_stays_on_its_device(name: str) -> None:
     leaves = leaves_of(module, call)
     with OnOneDevice():
         grads = torch.autograd.grad(module(**call).sum(), leaves, allow_unused=True)
-    assert sum(grad is not None for grad in grads) >= len(grads) - 1  # not discrete's reference
+    names = [*tensors_of(call), *(n for n, p in module.named_parameters() if p.requires_grad)]
+    without = [n for n, grad in zip(names, grads, strict=True) if grad is None]
+    assert without == (["reference_points"] if name == "discrete" else [])
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -447,19 +449,19 @@ def test_replicas_in_threads(name: str) -> None:
     """As DataParallel runs them: outputs of their own, gradients that meet in the module."""
     module = lively(FAMILY[name].make())
     calls = [FAMILY[name].arguments() for _ in range(2)]
-    expected = [module(**call) for call in calls]
-    sum(output.sum() for output in expected).backward()
-    wanted = {key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
+    outputs = [module(**call) for call in calls]
+    sum(output.sum() for output in outputs).backward()
+    expected = {key: p.grad.clone() for key, p in module.named_parameters() if p.grad is not None}
     module.zero_grad()
     with ThreadPoolExecutor(2) as threads:
         found = list(threads.map(lambda call: replica_of(module)(**call), calls))
     # a Python thread has its own number of threads, and matrix products round by it
-    for one, other in zip(found, expected):
+    for one, other in zip(found, outputs):
         torch.testing.assert_close(one, other)
     sum(output.sum() for output in found).backward()
     for key, parameter in module.named_parameters():
         if parameter.requires_grad:
-            torch.testing.assert_close(parameter.grad, wanted[key])
+            torch.testing.assert_close(parameter.grad, expected[key])
 
 
 DISTRIBUTED = """
@@ -510,6 +512,131 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     finally:
         for process in processes:
             process.kill()
+
+
+# --------------------------------------------------------------------------------- TorchScript
+
+
+class OfTensors(nn.Module):
+    """A call of a module as a function of its tensors: a trace takes no other inputs."""
+
+    def __init__(self, module: nn.Module, call: dict[str, Any]) -> None:
+        super().__init__()
+        self.module, self.call = module, call
+
+    def forward(self, *tensors: torch.Tensor) -> torch.Tensor:
+        return self.module(**with_tensors(self.call, dict(zip(tensors_of(self.call), tensors))))
+
+
+@each_module
+@pytest.mark.parametrize("gradients", [False, True], ids=["", "with_gradients"])
+def test_traced_modules(name: str, gradients: bool, tmp_path: Path) -> None:
+    """A saved trace holds the operator, and serves other sizes; its gradients are the module's."""
+    module = OfTensors(lively(FAMILY[name].make()).eval(), FAMILY[name].arguments())
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(module, tuple(tensors_of(module.call).values()))
+    torch.jit.save(traced, tmp_path / "traced.pt")
+    traced = torch.jit.load(tmp_path / "traced.pt")
+    kinds = [node.kind() for node in traced.inlined_graph.nodes()]
+    assert sum(kind.startswith("deform_attn::ms_deform_attn") for kind in kinds) == 1
+    other = tensors_of(FAMILY[name].arguments(batch=3, queries=7)).values()
+    expected, found = module(*other), traced(*other)
+    torch.testing.assert_close(found, expected)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    others = [p for p in traced.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(expected.square().sum(), parameters)
+    for one, other in zip(torch.autograd.grad(found.square().sum(), others), grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+class FromMaps(nn.Module):
+    """A layer on feature maps, whose sizes are those of the maps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = lively(MSDeformAttn(32, 2, 4, 3))
+
+    def forward(
+        self, query: torch.Tensor, reference: torch.Tensor, *maps: torch.Tensor
+    ) -> torch.Tensor:
+        rows = torch.cat([x.flatten(2) for x in maps], 2).transpose(1, 2)
+        return self.attention(query, reference, rows, [x.shape[-2:] for x in maps])
+
+    @staticmethod
+    def arguments(batch: int, *sizes: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        maps = [torch.randn(batch, 32, *size) for size in sizes]
+        return (torch.randn(batch, 5, 32), torch.rand(batch, 5, 2, 2), *maps)
+
+
+def test_traced_sizes_are_not_constants() -> None:
+    layer = FromMaps()
+    traced = torch.jit.trace(layer, layer.arguments(2, (8, 6), (4, 3)))
+    other = layer.arguments(3, (5, 7), (2, 9))
+    torch.testing.assert_close(traced(*other), layer(*other))
+
+
+@each_module
+def test_script_says_what_to_use_instead(name: str) -> None:
+    with pytest.raises(TypeError, match=r"torch\.jit\.script .* use torch\.jit\.trace"):
+        torch.jit.script(nn.Sequential(FAMILY[name].make()))
+
+
+# ---------------------------------------------------------------------- torch.func and counting
+
+
+@pytest.mark.parametrize("method", ["default", "discrete"])
+def test_compiled_functional_gradients(method: str) -> None:
+    """No tensor inside torch.func.grad says that it needs a gradient."""
+    inputs = CASES["non_square"].make(DTYPES["f32"])
+    tensors = tuple(tensor.nan_to_num(0.5) for tensor in inputs.tensors)
+
+    def loss(*tensors: torch.Tensor) -> torch.Tensor:
+        call = inputs.replace_tensors(*tensors).arguments
+        return deform_attn.ms_deform_attn(*call, method=method).square().sum()
+
+    gradient = torch.func.grad(loss, (0, 2))
+    compiled = Compiled(gradient)
+    for one, other in zip(compiled.call(*tensors), gradient(*tensors), strict=True):
+        torch.testing.assert_close(one, other)
+    assert len(compiled.graphs) == 1
+
+
+def test_registered_operators_under_torch_func() -> None:
+    """The operator itself, not only the functions that call it."""
+    inputs = CASES["non_square"].make(DTYPES["f64"])
+    value, locations, weights = (tensor.nan_to_num(0.5) for tensor in inputs.tensors)
+
+    def loss(value: torch.Tensor) -> torch.Tensor:
+        call = inputs.replace_tensors(value, locations, weights)
+        return torch.ops.deform_attn.ms_deform_attn(*op_arguments(call)).square().sum()
+
+    def gradient(value: torch.Tensor) -> torch.Tensor:
+        return torch.func.grad(loss)(value).square().sum()
+
+    leaf = value.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(torch.func.grad(loss)(value), expected.detach())
+    (second,) = torch.autograd.grad(expected.square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(gradient)(value), second)
+
+
+def test_operations_are_counted() -> None:
+    """A multiplication and an addition for each pixel and channel; also by an older counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shapes, points = [(8, 6), (4, 3)], 2 * 5 * 4 * 2 * 3
+    value = torch.rand(2, 60, 4, 8, requires_grad=True)
+    offsets, logits = torch.rand(2, 5, 4, 2, 3, 2), torch.rand(2, 5, 4, 2, 3)
+    reference = torch.rand(2, 5, 2, 2)
+    for method, pixels in (("default", 4), ("discrete", 1)):
+        with FlopCounterMode(display=False) as counter:
+            output = deform_attn.ms_deform_attn_fused(
+                value, shapes, None, reference, offsets, logits, method=method
+            )
+            forward = counter.get_total_flops()
+            output.sum().backward()
+        assert forward == 2 * pixels * 8 * points
+        assert counter.get_total_flops() - forward == 2 * pixels * 8 * points  # of value alone
 
 
 # ------------------------------------------------------------------------- without the module
@@ -653,7 +780,7 @@ def test_fallback_is_logged_once(
         for name, why in reasons.items()
     }
     monkeypatch.setattr(backends, "BACKENDS", broken)
-    monkeypatch.setattr(backends, "_told", set())
+    monkeypatch.setattr(backends, "_announced", set())
     with caplog.at_level(logging.DEBUG, logger="deform_attn"):
         for _ in range(3):
             assert deform_attn.choose_backend("cpu").name == "reference"

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from benchmarks.gates.triton_kernels import MOST_REGISTERS
+from benchmarks.gates.triton_kernels import AMD, MOST_AMD_REGISTERS, MOST_REGISTERS
+from deform_attn import backends
+from deform_attn.backends import triton_launcher
 
 pytest.importorskip("triton", reason="triton is not installed: there is nothing to compile")
 
@@ -46,6 +49,16 @@ SHAPES: list[Kernel] = [
     ("backward", 100, "f32", {"deterministic": True, "reference": (4, 2)}),
     ("add_up_rows", 90, "bf16", {}),
 ]
+# AMD: wavefronts of 64 threads and of 32.
+AMD_KERNELS: list[Any] = [
+    (name, architecture, dtype, shape)
+    for architecture in AMD
+    for name, dtype, shape in (
+        ("forward", "f16", {}),
+        ("backward", "f32", {"reference": (4, 2)}),
+        ("backward", "bf16", {"deterministic": True}),
+    )
+]
 TOO_LARGE: Kernel = ("forward", 90, "f32", {"head_dim": 128, "blocks": (32, 128, 1)})
 
 COMPILE = """
@@ -74,13 +87,15 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from deform_attn.backends import _triton_kernels, triton_launcher
 
+TARGET = GPUTarget(*TARGET)
+
 class Device:
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
+    def get_current_target(self): return TARGET
     def get_current_device(self): return 0
     def get_current_stream(self, device): return 0
 
 def compile(kernel, programs, device, *arguments, blocks, **constants):
-    options = {"num_warps": blocks.warps, "maxnreg": blocks.registers}
+    options = triton_launcher.launch_options(blocks, triton_launcher._target().options)
     getattr(_triton_kernels, kernel).warmup(*arguments, grid=(programs,), **constants, **options)
 
 driver.set_active(Device())
@@ -121,12 +136,13 @@ def python(script: str, stdin: str = "") -> str:
 
 def label(kernel: Kernel) -> str:
     name, architecture, dtype, shape = kernel
-    return f"{name} {dtype} sm_{architecture} {shape or ''}".strip()
+    gpu = f"sm_{architecture}" if isinstance(architecture, int) else architecture
+    return f"{name} {dtype} {gpu} {shape or ''}".strip()
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[str, dict[str, Any]]:
-    kernels = [*EVERYWHERE, *SHAPES, TOO_LARGE]
+    kernels = [*EVERYWHERE, *SHAPES, TOO_LARGE, *AMD_KERNELS]
     figures = json.loads(python(COMPILE, json.dumps(kernels)))
     return dict(zip(map(label, kernels), figures, strict=True))
 
@@ -141,6 +157,14 @@ def test_no_spills(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
 )
 def test_registers(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
     assert compiled[label(kernel)]["registers"] <= MOST_REGISTERS[kernel[0]]
+
+
+@pytest.mark.parametrize("kernel", AMD_KERNELS, ids=label)
+def test_amd(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
+    figures = compiled[label(kernel)]
+    assert figures["spills"] == 0
+    assert figures["registers"] <= MOST_AMD_REGISTERS
+    assert figures["lanes"] == (64 if figures["architecture"].startswith("gfx9") else 32)
 
 
 def test_spills_would_be_seen(compiled: dict[str, dict[str, Any]]) -> None:
@@ -178,5 +202,67 @@ def test_deterministic_has_no_atomics(compiled: dict[str, dict[str, Any]]) -> No
             assert "red." not in ptx
 
 
-def test_sizes_do_not_compile_anew() -> None:
-    assert python(COUNT).split() == ["forward", "1", "backward", "1"]
+@pytest.mark.parametrize(
+    "target", [("cuda", 90, 32), ("hip", "gfx942", 64)], ids=lambda target: target[0]
+)
+def test_sizes_do_not_compile_anew(target: tuple[str, int | str, int]) -> None:
+    """With the options of a launch that the backend knows: one that it does not is an error."""
+    assert python(f"TARGET = {target}" + COUNT).split() == ["forward", "1", "backward", "1"]
+
+
+def test_unknown_options_are_left_out() -> None:
+    blocks = triton_launcher.Blocks(queries=16, channels=32, warps=4, registers=64)
+    known = frozenset({"num_warps", "maxnreg", "num_stages"})
+    assert triton_launcher.launch_options(blocks, known) == {"num_warps": 4, "maxnreg": 64}
+    assert triton_launcher.launch_options(blocks, known - {"maxnreg"}) == {"num_warps": 4}
+
+
+class Driver:
+    """What a device module and Triton tell of a machine."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+    def is_available(self) -> bool:
+        return True
+
+    def target(self) -> triton_launcher.Target:
+        if self.name is None:
+            raise RuntimeError("0 active drivers")
+        return triton_launcher.Target(self.name, 64, frozenset({"num_warps"}))
+
+
+@pytest.mark.parametrize(
+    ("device", "hip", "driver", "reason"),
+    [
+        ("cuda", None, "cuda", None),
+        ("cuda", "6.4", "hip", None),
+        ("xpu", None, "xpu", None),
+        ("cuda", "6.4", "cuda", "Triton's driver is for cuda, expected hip for PyTorch's cuda"),
+        ("xpu", None, None, "Triton finds no driver for xpu: 0 active drivers"),
+    ],
+)
+def test_where_it_launches(
+    device: str,
+    hip: str | None,
+    driver: str | None,
+    reason: str | None,
+    monkeypatch: Any,
+    caplog: Any,
+) -> None:
+    """ROCm calls its devices "cuda". A fallback to the reference is logged with its reason."""
+    machine = Driver(driver)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: machine)
+    monkeypatch.setattr(triton_launcher, "_target", machine.target)
+    monkeypatch.setattr(triton_launcher, "_WHY_NOT_LAUNCHED", {})
+    monkeypatch.setitem(backends.compiled._REASONS, device, "not built")
+    monkeypatch.setattr(backends, "_announced", set())
+    chosen = backends.choose_backend(device)
+    if reason is None:
+        assert chosen.name == "triton"
+    else:
+        assert chosen.name == "reference"
+        assert reason in caplog.text
+        with pytest.raises(RuntimeError, match="requested but cannot run"):
+            backends.choose_backend(device, backend="triton")

@@ -5,6 +5,7 @@
 No GPU is needed: Triton brings ptxas. Kernels are compiled with the block sizes that the backend
 launches for Deformable DETR's encoder and, with few queries, its decoder. Fails where one spills
 registers, takes more of them than its limit, or leaves a multiprocessor less than half full.
+For AMD's GPUs registers, spills and LDS are those in the metadata of the machine code.
 """
 
 from __future__ import annotations
@@ -28,6 +29,9 @@ from rich.table import Table
 from benchmarks.gates.kernels import KernelResources, fill_occupancy
 
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
+AMD = ("gfx90a", "gfx942", "gfx1100", "gfx1201")  # CDNA 2 and 3, RDNA 3 and 4
+WIDE_WARPS = "gfx9"  # AMD's architectures with 64 threads in a warp; other GPUs have 32
+MOST_AMD_REGISTERS = 128  # vector registers: half of the wavefronts that gfx90a can hold
 DTYPES = {"f32": ("float32", "*fp32"), "f16": ("float16", "*fp16"), "bf16": ("bfloat16", "*bf16")}
 MOST_REGISTERS = {"forward": 64, "backward": 96, "add_up_rows": 64}  # of a thread
 JOBS = 2
@@ -75,9 +79,30 @@ class Kernel(KernelResources):
         return MOST_REGISTERS[self.name]
 
 
+@dataclasses.dataclass
+class AmdKernel:
+    """What the compiler for AMD says of one kernel on one architecture."""
+
+    architecture: str
+    name: str
+    dtype: str
+    variant: str
+    registers: int  # vector registers of a thread
+    scalar_registers: int  # of a wavefront
+    spills: int  # registers
+    shared: int  # bytes (LDS)
+    warps: int
+    lanes: int  # threads in a wavefront
+
+    @property
+    def fails(self) -> bool:
+        """Whether it spills, or takes more registers than half a full SIMD allows."""
+        return self.spills > 0 or self.registers > MOST_AMD_REGISTERS
+
+
 def compile_kernel(
     name: str,
-    architecture: int,
+    architecture: int | str,
     dtype: str,
     *,
     variant: str = "",
@@ -90,12 +115,12 @@ def compile_kernel(
     deterministic: bool = False,
     reference: tuple[int, int] = (0, 0),
     blocks: Any = None,
-) -> Kernel:
+) -> Kernel | AmdKernel:
     """Compile one kernel as the backend launches it for a shape.
 
     Args:
         name: a kernel of deform_attn/backends/_triton_kernels.py.
-        architecture: 90 for sm_90.
+        architecture: 90 for sm_90, "gfx942" for AMD's of that name.
         dtype: of value, output and weights: f32, f16 or bf16.
         variant: what to call it.
         head_dim: D.
@@ -116,6 +141,7 @@ def compile_kernel(
     from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.compiler.compiler import make_backend
 
     from deform_attn.backends import _triton_kernels
     from deform_attn.backends import triton_launcher as backend
@@ -123,6 +149,9 @@ def compile_kernel(
     if knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET=1 is set: nothing can be compiled")
     torch_dtype, value = DTYPES[dtype]
+    target = GPUTarget("cuda", architecture, 32)
+    if isinstance(architecture, str):
+        target = GPUTarget("hip", architecture, 64 if architecture.startswith(WIDE_WARPS) else 32)
     blocks = blocks or backend.blocks_for(
         getattr(torch, torch_dtype).itemsize,
         head_dim,
@@ -131,7 +160,9 @@ def compile_kernel(
         backward=name != "forward",
         deterministic=deterministic,
         fused=reference != (0, 0),
+        lanes=target.warp_size,
     )
+    options = backend.launch_options(blocks, backend.target_of(make_backend, target).options)
     constants = backend.constants(head_dim, counts, blocks, wide=wide, reference=reference)
     constants["starts_at"] = None
     types = {
@@ -173,11 +204,28 @@ def compile_kernel(
         with contextlib.redirect_stdout(log):
             compiled = triton.compile(
                 source,
-                target=GPUTarget("cuda", architecture, 32),
-                options={"num_warps": blocks.warps, "maxnreg": blocks.registers},
+                target=target,
+                options=options,
             )
     finally:
         knobs.compilation.always_compile, knobs.nvidia.dump_ptxas_log = before
+    if isinstance(architecture, str):
+
+        def figure(field: str) -> int:
+            return int(re.search(rf"\.{field}:\s+(\d+)", compiled.asm["amdgcn"])[1])
+
+        return AmdKernel(
+            architecture,
+            name,
+            dtype,
+            variant,
+            registers=figure("vgpr_count"),
+            scalar_registers=figure("sgpr_count"),
+            spills=figure("vgpr_spill_count") + figure("sgpr_spill_count"),
+            shared=figure("group_segment_fixed_size"),
+            warps=blocks.warps,
+            lanes=target.warp_size,
+        )
     spills = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log.getvalue())
     registers = re.search(r"Used (\d+) registers", log.getvalue())
     if spills is None or registers is None:
@@ -195,7 +243,7 @@ def compile_kernel(
     )
 
 
-def compile_variant(variant: str, architecture: int, dtype: str) -> Kernel:
+def compile_variant(variant: str, architecture: int | str, dtype: str) -> Kernel | AmdKernel:
     """One cell of the table."""
     name, shape = VARIANTS[variant]
     return compile_kernel(name, architecture, dtype, variant=variant, **shape)
@@ -226,9 +274,31 @@ def table_of(kernels: Iterable[Kernel]) -> Table:
     return table
 
 
+def amd_table_of(kernels: Iterable[AmdKernel]) -> Table:
+    """A row for each kernel and dtype, a column for each architecture."""
+    rows: dict[tuple[str, str, str], dict[str, AmdKernel]] = {}
+    for kernel in kernels:
+        key = kernel.name, kernel.variant, kernel.dtype
+        rows.setdefault(key, {})[kernel.architecture] = kernel
+    table = Table(title="AMD: vector + scalar registers, spilled registers (where any)")
+    for heading in ("kernel", "variant", "dtype", "shared"):
+        table.add_column(heading)
+    for architecture in AMD:
+        table.add_column(architecture, justify="right")
+    for key, row in rows.items():
+        cells = []
+        for kernel in row.values():
+            cell = f"{kernel.registers} + {kernel.scalar_registers}"
+            cell += f" {kernel.spills} spilled" if kernel.spills else ""
+            cells.append(f"[red]{cell}[/red]" if kernel.fails else cell)
+        table.add_row(*key, str(max(kernel.shared for kernel in row.values())), *cells)
+    return table
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--architectures", type=int, nargs="+", default=ARCHITECTURES)
+    parser.add_argument("--no-amd", dest="amd", action="store_false", help="leave out AMD's GPUs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 160)
@@ -236,23 +306,27 @@ def main() -> int:
         (variant, architecture, dtype)
         for variant in VARIANTS
         for dtype in DTYPES
-        for architecture in options.architectures
+        for architecture in (*options.architectures, *(AMD if options.amd else ()))
     ]
     with ProcessPoolExecutor(JOBS) as pool:
         work = pool.map(compile_variant, *zip(*cells), chunksize=6)
-        kernels = list(track(work, "compiling", total=len(cells), console=console))
+        compiled = list(track(work, "compiling", total=len(cells), console=console))
+    kernels = [kernel for kernel in compiled if isinstance(kernel, Kernel)]
+    amd = [kernel for kernel in compiled if isinstance(kernel, AmdKernel)]
     fill_occupancy(kernels)
     console.print(table_of(kernels))
-    failed = [kernel for kernel in kernels if kernel.fails]
+    if amd:
+        console.print(amd_table_of(amd))
+    failed = [kernel for kernel in compiled if kernel.fails]
     for kernel in failed:
         console.print(f"[red]{kernel}[/red]")
     console.print(
-        f"{len(kernels)} kernels, {len(failed)} that spill, pass their limit or fill too little"
+        f"{len(compiled)} kernels, {len(failed)} that spill, pass their limit or fill too little"
     )
     if options.json:
-        figures = [dataclasses.asdict(kernel) for kernel in kernels]
+        figures = [dataclasses.asdict(kernel) for kernel in compiled]
         for row in figures:
-            del row["ptx"]
+            row.pop("ptx", None)
         options.json.write_text(json.dumps({"kernels": figures}, indent=1) + "\n")
     return 1 if failed else 0
 

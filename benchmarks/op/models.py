@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from deform_attn.integrations import transformers as integration
+from deform_attn.integrations import accelerate, adapters, restore
 
 SIZE = 640  # height and width of the image
 LARGEST_DIFFERENCE = 1e-4  # of the outputs, over their largest magnitude
@@ -122,13 +122,13 @@ def build(name: str, seed: int = 0) -> nn.Module:
 @contextlib.contextmanager
 def accelerated(model: nn.Module) -> Iterator[None]:
     """The model with deform_attn's operator inside a `with` block."""
-    _, report = integration.accelerate(model)
+    _, report = accelerate(model)
     if not report.replaced or report.left:
         raise RuntimeError(str(report))
     try:
         yield
     finally:
-        integration.restore(model)
+        restore(model)
 
 
 def _outputs(output: Any) -> list[Tensor]:
@@ -151,12 +151,14 @@ def _seconds(model: nn.Module, image: Tensor) -> float:
 
 
 def _share_of_op(model: nn.Module, image: Tensor) -> float:
-    """Part of the time of the model as shipped that its own op takes."""
+    """The op's share of the time of the model as shipped."""
     from transformers.models.mask2former import modeling_mask2former as module
 
     spent = 0.0
 
-    def timed(value: Tensor, shapes: Any, _: None, locations: Tensor, weights: Tensor) -> Tensor:
+    def timed(
+        value: Tensor, shapes: Any, _: None, locations: Tensor, weights: Tensor, **options: Any
+    ) -> Tensor:
         nonlocal spent
         if image.is_cuda:
             torch.cuda.synchronize()
@@ -168,6 +170,6 @@ def _share_of_op(model: nn.Module, image: Tensor) -> float:
         spent += time.perf_counter() - start
         return output
 
-    with accelerated(model), mock.patch.object(integration, "ms_deform_attn", timed):
+    with accelerated(model), mock.patch.object(adapters, "ms_deform_attn", timed):
         whole = _seconds(model, image)
     return spent / whole

@@ -42,14 +42,14 @@ class Backend:
 def _define_backends() -> dict[str, Backend]:
     attention, fused = "ms_deform_attn", "ms_deform_attn_fused"
     backends = {}
-    for name, module, suffix in (
-        ("compiled", compiled, ""),
-        ("triton", triton_launcher, "_triton"),
-        ("reference", reference, "_reference"),
+    for name, module, suffix, has_fused in (
+        ("compiled", compiled, "", True),
+        ("triton", triton_launcher, "_triton", True),
+        ("reference", reference, "_reference", False),
     ):
         calls = operator.define(attention + suffix, operator.ATTENTION)
         call_fused = None
-        if module is not reference:
+        if has_fused:
             call_fused, _ = operator.define(fused + suffix, operator.FUSED)
         backends[name] = Backend(name, module.why_not, *calls, call_fused)
     for device in ("cpu", "cuda"):
@@ -58,7 +58,7 @@ def _define_backends() -> dict[str, Backend]:
     kernels: list[tuple[str, Any, str, str]] = [
         (f"{attention}_reference", reference, "CompositeExplicitAutograd", "")
     ]
-    for key in ("CUDA", "CPU"):  # the CPU's are interpreted, for tests
+    for key in ("CUDA", "XPU", "CPU"):  # the CPU's are interpreted, for tests
         kernels.append((f"{attention}_triton", triton_launcher, key, ""))
         kernels.append((f"{fused}_triton", triton_launcher, key, "fused_"))
     for name, module, key, prefix in kernels:

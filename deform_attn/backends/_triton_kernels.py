@@ -5,10 +5,10 @@ backward                 gradients of locations and weights; of value by atomic 
                          (deterministic) the list of what each point adds to which row of value
 add_up_rows              the gradient of value from that list, sorted by row
 
-Each takes sampling locations and attention weights, or computes them by itself from what a layer
-projects: reference points and offsets (REFERENCE coordinates, 2 or 4), and the softmax of logits.
+Each takes sampling locations and attention weights, or (fused) computes them: locations from
+reference points (REFERENCE coordinates, 2 or 4) and offsets, weights by a softmax of logits.
 
-A program serves BLOCK_Q queries of one head. Its tensors are [BLOCK_Q], one number a query, or
+A program computes BLOCK_Q queries of one head. Its tensors are [BLOCK_Q], one number per query, or
 [BLOCK_Q, BLOCK_D], with the channels side by side: a thread loads 16 bytes of neighbouring
 channels, and the threads of a query share its location and weight.
 
@@ -40,8 +40,8 @@ def _fma(a, b, c):
 
 @triton.jit
 def _pixel(location, size):
-    """Pixel left of (or at) a location, the way from it to the point in [0, 1], and whether it or
-    its neighbour is on the map: no for NaN and infinity.
+    """Pixel left of (or at) a location, the distance from it to the point in [0, 1], and whether it
+    or its neighbour is on the map: false for NaN and infinity.
 
     Exact at pixel knots: location * size - 1/2 rounds onto a pixel that the point lies left of,
     and the slope would be taken from the wrong side. The second fma has the true sign.
@@ -60,9 +60,9 @@ def _pixel(location, size):
 def _level(shapes, starts, sizes, starts_at, level, behind, rows, LEVELS: tl.constexpr):
     """Height, width and first row of a level, and the row where the next one starts by default.
 
-    From device tensors, or from numbers n passed by value, as 2 n + 3 (sizes, starts_at); without
-    a start it is `behind` the levels before. A level that does not fit into the rows is empty:
-    nobody checked what lies on the device, and a lie must give zeros, never a stray read.
+    From device tensors, or from numbers n passed by value as 2 n + 3 (sizes, starts_at). Without
+    a start the level follows the levels before it, at row `behind`. Levels on the device are not
+    checked: one that does not fit into the rows is empty, so nothing is read out of bounds.
     """
     if shapes is None:
         height = tl.zeros([], tl.int64)
@@ -386,8 +386,8 @@ def backward(
     SIDES: tl.constexpr = max(2 * BLOCK_K, SIDE_BY_SIDE)
     slot = tl.arange(0, SLOTS)  # the weights', and from BLOCK_K on the reference points'
     side = tl.arange(0, SIDES)  # x and y by turns
-    of_weights = tl.zeros([BLOCK_Q, SLOTS], tl.float32)
-    of_locations = tl.zeros([BLOCK_Q, SIDES], tl.float32)
+    slot_grads = tl.zeros([BLOCK_Q, SLOTS], tl.float32)
+    side_grads = tl.zeros([BLOCK_Q, SIDES], tl.float32)
     softmax = ()
     if REFERENCE > 0:
         softmax = _softmax(weights, vector, on_query, POINTS, SLOTS)
@@ -431,35 +431,35 @@ def backward(
                 tl.store(targets + at, target, mask=on_corner)
                 tl.store(shares + at, part, mask=on_corner)
 
-            of_weight = (a * (1.0 - right) + b * right) * (1.0 - down)
-            of_weight += (c * (1.0 - right) + d * right) * down
+            grad_weight = (a * (1.0 - right) + b * right) * (1.0 - down)
+            grad_weight += (c * (1.0 - right) + d * right) * down
             # of the pixel, which is the offset where a reference point has two coordinates
-            of_x = ((b - a) * (1.0 - down) + (d - c) * down) * weight
-            of_y = ((c - a) * (1.0 - right) + (d - b) * right) * weight
+            grad_x = ((b - a) * (1.0 - down) + (d - c) * down) * weight
+            grad_y = ((c - a) * (1.0 - right) + (d - b) * right) * weight
             if grad_reference is not None:
                 place = BLOCK_K + (number * REFERENCE if ANCHORS > 1 else 0)
-                of_weights = _put(of_weights, slot, place, of_x * level[1])
-                of_weights = _put(of_weights, slot, place + 1, of_y * level[0])
+                slot_grads = _put(slot_grads, slot, place, grad_x * level[1])
+                slot_grads = _put(slot_grads, slot, place + 1, grad_y * level[0])
                 if REFERENCE == 4:
-                    of_width = of_x * level[1] * x_offset * anchor[4]
-                    of_height = of_y * level[0] * y_offset * anchor[4]
-                    of_weights = _put(of_weights, slot, place + 2, tl.where(hit, of_width, 0.0))
-                    of_weights = _put(of_weights, slot, place + 3, tl.where(hit, of_height, 0.0))
+                    grad_width = grad_x * level[1] * x_offset * anchor[4]
+                    grad_height = grad_y * level[0] * y_offset * anchor[4]
+                    slot_grads = _put(slot_grads, slot, place + 2, tl.where(hit, grad_width, 0.0))
+                    slot_grads = _put(slot_grads, slot, place + 3, tl.where(hit, grad_height, 0.0))
             if REFERENCE != 2:
-                of_x *= level[1]
-                of_y *= level[0]
+                grad_x *= level[1]
+                grad_y *= level[0]
             if REFERENCE == 4:
-                of_x = tl.where(hit, of_x * anchor[2], 0.0)
-                of_y = tl.where(hit, of_y * anchor[3], 0.0)
-            of_weights = _put(of_weights, slot, k, of_weight)
-            of_locations = _put(of_locations, side, 2 * k, of_x)
-            of_locations = _put(of_locations, side, 2 * k + 1, of_y)
+                grad_x = tl.where(hit, grad_x * anchor[2], 0.0)
+                grad_y = tl.where(hit, grad_y * anchor[3], 0.0)
+            slot_grads = _put(slot_grads, slot, k, grad_weight)
+            side_grads = _put(side_grads, side, 2 * k, grad_x)
+            side_grads = _put(side_grads, side, 2 * k + 1, grad_y)
 
     if grad_reference is not None:
         at = (slot - BLOCK_K)[None, :]
         tl.store(
             grad_reference + ANCHORS * REFERENCE * vector[:, None] + at,
-            of_weights,
+            slot_grads,
             mask=on_query[:, None] & (at >= 0) & (at < ANCHORS * REFERENCE),
         )
     at_slot = vector[:, None] * POINTS + slot[None, :]
@@ -467,12 +467,12 @@ def backward(
     if REFERENCE > 0:
         logit = tl.load(weights + at_slot, mask=on_slot, other=float("-inf")).to(tl.float32)
         weight = tl.exp(logit - softmax[0][:, None]) * softmax[1][:, None]
-        mean = tl.sum(tl.where(slot[None, :] < POINTS, weight * of_weights, 0.0), 1)
-        of_weights = weight * (of_weights - mean[:, None])
-    tl.store(grad_weights + at_slot, of_weights.to(grad_weights.dtype.element_ty), mask=on_slot)
+        mean = tl.sum(tl.where(slot[None, :] < POINTS, weight * slot_grads, 0.0), 1)
+        slot_grads = weight * (slot_grads - mean[:, None])
+    tl.store(grad_weights + at_slot, slot_grads.to(grad_weights.dtype.element_ty), mask=on_slot)
     tl.store(
         grad_locations + 2 * POINTS * vector[:, None] + side[None, :],
-        of_locations.to(grad_locations.dtype.element_ty),
+        side_grads.to(grad_locations.dtype.element_ty),
         mask=on_query[:, None] & (side < 2 * POINTS)[None, :],
     )
 

@@ -18,7 +18,8 @@ _DEVICES = ("cpu", "cuda")
 def _load(device_type: str) -> str | None:
     """Load the library of a device; returns the reason where that fails."""
     if device_type == "cuda" and torch.version.cuda is None:
-        return f"this PyTorch ({torch.__version__}) was built without CUDA"
+        built = "for ROCm" if torch.version.hip else "without CUDA"
+        return f"this PyTorch ({torch.__version__}) was built {built}"
     if not _RECORD.exists():
         return "nothing was compiled in this folder yet (pip install . does)"
     record: dict[str, Any] = json.loads(_RECORD.read_text(encoding="utf-8"))

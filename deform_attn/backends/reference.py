@@ -1,7 +1,8 @@
 """MSDA with grid_sample, as frameworks ship it: the backend that runs wherever PyTorch does.
 
 Sums are float32 at least. Close to a pixel's centre a location gradient may come from the wrong
-side, because grid_sample maps locations to [-1, 1] and back.
+side, because grid_sample maps locations to [-1, 1] and back. On devices of ``GATHERING`` pixels are
+gathered instead.
 """
 
 from __future__ import annotations
@@ -13,11 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deform_attn import composite
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import count_points, read_levels
 from deform_attn.operands import Operands, acc_dtype
 
 __all__ = ["backward", "forward", "sample", "why_not"]
+
+# Device types on which grid_sample's backward is slow or missing.
+GATHERING = {"mps"}
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -29,14 +34,16 @@ def forward(*inputs: Any) -> Tensor:
     """The kernel of ``ms_deform_attn_reference``."""
     operands = Operands(*inputs)
     check_operands(operands)
+    if operands.value.device.type in GATHERING:
+        return composite.attention(operands)
     return sample(operands)
 
 
 def sample(operands: Operands) -> Tensor:
     """Deformable DETR (arXiv 2010.04159), section 4.1, with ``grid_sample``."""
     value = operands.value
-    B, _, M, D = value.shape
-    Q = operands.sampling_locations.shape[1]
+    M, D = value.shape[2:]
+    B, Q = operands.sampling_locations.shape[:2]
     output = value.new_zeros((B * M, D, Q), dtype=acc_dtype(value.dtype))
     for _, level, grid, weights in _levels(operands):
         # not in place: this is exported to ONNX, too
@@ -50,6 +57,8 @@ def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     operands = Operands(*call)
     check_operands(operands)
     check_gradient(grad_output, operands, output_mask, 3)
+    if operands.value.device.type in GATHERING:
+        return composite.attention_backward(grad_output, operands, output_mask)
     value, locations, weights = (
         operands.value,
         operands.sampling_locations,
@@ -95,8 +104,8 @@ def _levels(operands: Operands) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
     """For each level: first row, map ``[B*M, D, h, w]``, grid ``[B*M, Q, P, 2]``, weights."""
     value, locations = operands.value, operands.sampling_locations
     dtype = acc_dtype(value.dtype)
-    B, _, M, D = value.shape
-    Q = locations.shape[1]
+    M, D = value.shape[2:]
+    B, Q = locations.shape[:2]
     levels = read_levels(operands)
     counts = count_points(locations, len(levels), operands.num_points)
     grids = 2 * locations.masked_fill(~_near(locations), -1) - 1

@@ -15,8 +15,9 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,13 +28,17 @@ from deform_attn.levels import count_points
 from deform_attn.operands import FusedOperands, Operands
 
 __all__ = [
+    "DEVICES",
     "Blocks",
+    "Target",
     "backward",
     "blocks_for",
     "constants",
     "forward",
     "fused_backward",
     "fused_forward",
+    "launch_options",
+    "target_of",
     "why_not",
 ]
 
@@ -42,6 +47,10 @@ _INSTALLED = _SPEC is not None and _SPEC.origin is not None  # not just a folder
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # triton reads it at import, so do we
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+# NVIDIA and AMD (PyTorch calls both "cuda"), and Intel.
+DEVICES = ("cuda", "xpu")
+_WHY_NOT_LAUNCHED: dict[str, str | None] = {}  # by device type, filled at the first question
+
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """Why the Triton kernels cannot run on a device, or None."""
@@ -49,12 +58,60 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
         return "triton is not installed"
     if dtype not in _DTYPES:
         return f"there are Triton kernels for float32, float16 and bfloat16, not for {dtype}"
-    if device_type in ("cuda", "meta") or (device_type == "cpu" and _INTERPRETED):
+    if device_type == "meta" or (device_type == "cpu" and _INTERPRETED):
         return None
-    reason = f"Triton kernels run on cuda, not on {device_type}"
-    if device_type == "cpu":
-        reason += " (TRITON_INTERPRET=1 in the environment interprets them, slowly, for tests)"
-    return reason
+    if device_type not in DEVICES:
+        reason = f"Triton kernels run on {' and '.join(DEVICES)}, not on {device_type}"
+        if device_type == "cpu":
+            reason += " (TRITON_INTERPRET=1 in the environment interprets them, slowly, for tests)"
+        return reason
+    if device_type not in _WHY_NOT_LAUNCHED and not torch.compiler.is_compiling():
+        _WHY_NOT_LAUNCHED[device_type] = _why_not_launched(device_type)
+    return _WHY_NOT_LAUNCHED.get(device_type)
+
+
+def _why_not_launched(device_type: str) -> str | None:
+    """Why Triton cannot launch on this machine's devices of a type; None also without a device."""
+    if not torch.get_device_module(device_type).is_available():
+        return None
+    expected = "hip" if device_type == "cuda" and torch.version.hip else device_type
+    try:
+        found = _target().name
+    except Exception as error:  # whatever a driver raises
+        return f"Triton finds no driver for {device_type}: {error}"
+    if found != expected:
+        return f"Triton's driver is for {found}, expected {expected} for PyTorch's {device_type}"
+    return None
+
+
+@dataclass(frozen=True)
+class Target:
+    """What Triton compiles for: its backend, threads in a warp, options that a launch may have."""
+
+    name: str  # "cuda", "hip" or "xpu"
+    lanes: int
+    options: frozenset[str]
+
+
+@cache
+def _target() -> Target:
+    """Of the current device, asked of Triton."""
+    from triton.compiler.compiler import make_backend
+    from triton.runtime import driver
+
+    return target_of(make_backend, driver.active.get_current_target())
+
+
+def target_of(make_backend: Callable[[Any], Any], target: Any) -> Target:
+    """A Target from one of Triton's and Triton's function that makes a backend for it."""
+    options = make_backend(target).parse_options({})
+    return Target(target.backend, target.warp_size, frozenset(vars(options)))
+
+
+def launch_options(blocks: Blocks, known: frozenset[str]) -> dict[str, int]:
+    """The options of a launch that Triton's backend knows; any other is an error there."""
+    options = {"num_warps": blocks.warps, "maxnreg": blocks.registers}
+    return {k: v for k, v in options.items() if k in known and v is not None}
 
 
 @dataclass(frozen=True)
@@ -111,6 +168,7 @@ def blocks_for(
     deterministic: bool = False,
     fused: bool = False,
     interpreted: bool = False,
+    lanes: int = 32,
 ) -> Blocks:
     """Block sizes by the shape of the problem: a row of the table above, fitted to the head.
 
@@ -125,6 +183,7 @@ def blocks_for(
         deterministic: without atomic additions.
         fused: with the softmax and the locations inside.
         interpreted: for the interpreter, whose time is the number of programs.
+        lanes: threads in a warp; of 64 (AMD CDNA), half as many warps.
     """
     channels = min(_power_of_two(head_dim), 256 if backward else 128)
     kernel = "backward" if backward else "forward"
@@ -133,12 +192,13 @@ def blocks_for(
     setting = _SETTINGS[kernel, size]
     # as a head is aligned
     by_thread = math.gcd(head_dim, min(setting.load // element_size, setting.channels))
-    side_by_side = max(1, 32 * by_thread // channels)
+    warps = max(1, setting.warps * 32 // lanes)
+    side_by_side = max(1, lanes * by_thread // channels)
     return Blocks(
-        min(128, _power_of_two(queries)) if interpreted else setting.warps * side_by_side,
+        min(128, _power_of_two(queries)) if interpreted else warps * side_by_side,
         channels,
-        setting.warps,
-        _REGISTERS if channels <= 32 * by_thread else _SEVERAL_LOADS,
+        warps,
+        _REGISTERS if channels <= lanes * by_thread else _SEVERAL_LOADS,
     )
 
 
@@ -324,6 +384,7 @@ class _Call:
             deterministic=deterministic,
             fused=self.reference is not None,
             interpreted=_INTERPRETED,
+            lanes=_target().lanes if self.value.device.type in DEVICES else 32,
         )
 
     def launch(self, kernel: str, programs: int, blocks: Blocks, *arguments: Any) -> None:
@@ -381,8 +442,8 @@ def _run(
         with numpy.errstate(all="ignore"):  # NaN and infinity are lawful here
             launcher(*arguments, **constants)
     else:
-        with torch.cuda.device(device):  # triton launches on the current device
-            launcher(*arguments, **constants, num_warps=blocks.warps, maxnreg=blocks.registers)
+        with torch.get_device_module(device).device(device):  # triton launches on the current one
+            launcher(*arguments, **constants, **launch_options(blocks, _target().options))
 
 
 def _stored(dtype: torch.dtype) -> torch.dtype:

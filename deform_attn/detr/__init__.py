@@ -21,5 +21,6 @@ Example:
 """
 
 from deform_attn.detr.predict import Predictor, load
+from deform_attn.detr.zoo import create
 
-__all__ = ["Predictor", "load"]
+__all__ = ["Predictor", "create", "load"]

@@ -18,12 +18,11 @@ class Backbone(Protocol):
 
     One that was pretrained on normalised images has the attributes ``mean`` and ``std`` too, three
     numbers each, with which detectors normalise their images.
-
-    Attributes:
-        channels: of each map.
     """
 
-    channels: Sequence[int]
+    @property
+    def channels(self) -> Sequence[int]:
+        """Of each map."""
 
     def __call__(self, images: Tensor) -> Sequence[Tensor]:
         """``[B, 3, h, w]`` to maps ``[B, c, H, W]``, large ones first."""
@@ -103,7 +102,7 @@ class LibraryBackbone(nn.Module):
         frozen: bool = False,
     ) -> None:
         super().__init__()
-        self.body, self.channels = body, list(body.channels)
+        self.body, self.channels = body, tuple(body.channels)
         self.mean, self.std, self.frozen = tuple(mean), tuple(std), frozen
         for norm in self._norms() if frozen else ():
             norm.requires_grad_(False)
@@ -168,12 +167,18 @@ def resnet(depth: int = 50, maps: int = 3, *, dilated: bool = False) -> LibraryB
     return LibraryBackbone(body, mean=IMAGENET_MEAN, std=IMAGENET_STD, frozen=True)
 
 
-def resnet_vd(depth: int = 50, maps: int = 3) -> LibraryBackbone:
-    """ResNet-vd of RT-DETR; the batch norms of depths 50 and 101 are frozen."""
+def resnet_vd(depth: int = 50, maps: int = 3, *, frozen: bool = False) -> LibraryBackbone:
+    """ResNet-vd of RT-DETR.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        maps: number of the last stages whose maps are used.
+        frozen: batch norms are frozen (RT-DETR from depth 50 on).
+    """
     library = _library()
     sizes = _resnet_sizes(depth)
     config = library.RTDetrResNetConfig(out_features=_stages(maps), **sizes)
-    return LibraryBackbone(library.RTDetrResNetBackbone(config), frozen=depth >= 50)
+    return LibraryBackbone(library.RTDetrResNetBackbone(config), frozen=frozen)
 
 
 # stem (middle, out), then of each stage: channels (middle, out), blocks; layers of all blocks
@@ -185,13 +190,16 @@ HGNET: dict[str, tuple[tuple[int, int], list[tuple[int, int, int]], int]] = {
 }
 
 
-def hgnetv2(name: str, maps: int = 3, *, affine: bool = False) -> LibraryBackbone:
+def hgnetv2(
+    name: str, maps: int = 3, *, affine: bool = False, frozen: bool = False
+) -> LibraryBackbone:
     """HGNetV2 of D-FINE, DEIM and RT-DETR.
 
     Args:
-        name: B0, B2, B4 (RT-DETR's L) or B5 (its X); the batch norms of B4 and B5 are frozen.
+        name: B0, B2, B4 (RT-DETR's L) or B5 (its X).
         maps: number of the last stages whose maps are used.
         affine: learnable affine blocks after the activations (D-FINE-N, S and M).
+        frozen: batch norms are frozen (D-FINE-L and X).
     """
     (stem_mid, stem_out), stages, layers = HGNET[name]
     middle, out, blocks = (list(column) for column in zip(*stages))
@@ -211,4 +219,4 @@ def hgnetv2(name: str, maps: int = 3, *, affine: bool = False) -> LibraryBackbon
         stage_numb_of_layers=[layers] * 4,
         use_learnable_affine_block=affine,
     )
-    return LibraryBackbone(library.HGNetV2Backbone(config), frozen=name in ("B4", "B5"))
+    return LibraryBackbone(library.HGNetV2Backbone(config), frozen=frozen)

@@ -132,6 +132,12 @@ _MR_DETR: Rules = [
 # Names of official backbones, in those of the library.
 _NORM = (r"\.(?:norm|bn)\.", ".normalization.")
 _CONV = (r"\.conv\.", ".convolution.")
+
+
+def _detectron_stage(found: re.Match[str]) -> str:
+    return f"backbone.body.encoder.stages.{int(found[1]) - 2}.layers.{found[2]}."
+
+
 BACKBONES: dict[str, Rules] = {
     "resnet": [  # torchvision's, in a body or not
         (r"^backbone\.(?:0\.body\.|0\.)?", "backbone.body."),
@@ -142,6 +148,15 @@ BACKBONES: dict[str, Rules] = {
         (r"\.downsample\.1\.", ".shortcut.normalization."),
         (r"\.conv([1-3])\.", lambda m: f".layer.{int(m[1]) - 1}.convolution."),
         (r"\.bn([1-3])\.", lambda m: f".layer.{int(m[1]) - 1}.normalization."),
+    ],
+    "detectron2": [
+        (r"^backbone\.stem\.conv1\.norm\.", "backbone.body.embedder.embedder.normalization."),
+        (r"^backbone\.stem\.conv1\.", "backbone.body.embedder.embedder.convolution."),
+        (r"^backbone\.res([2-5])\.(\d+)\.", _detectron_stage),
+        (r"\.conv([1-3])\.norm\.", lambda m: f".layer.{int(m[1]) - 1}.normalization."),
+        (r"\.conv([1-3])\.", lambda m: f".layer.{int(m[1]) - 1}.convolution."),
+        (r"\.shortcut\.norm\.", ".shortcut.normalization."),
+        (r"\.shortcut\.(weight|bias)$", r".shortcut.convolution.\1"),
     ],
     "resnet_vd": [  # RT-DETR's
         (
@@ -158,6 +173,9 @@ BACKBONES: dict[str, Rules] = {
     "hgnetv2": [  # D-FINE's and RT-DETR's
         (r"^backbone\.stem\.", "backbone.body.embedder."),
         (r"^backbone\.stages\.", "backbone.body.encoder.stages."),
+        (r"\.stem2([ab])\.conv\.1\.", r".stem2\1.conv."),
+        (r"\.aggregation_squeeze_conv\.", ".aggregation.0."),
+        (r"\.aggregation_excitation_conv\.", ".aggregation.1."),
         _CONV,
         _NORM,
     ],
@@ -177,7 +195,7 @@ RULES: dict[str, Rules] = {
 }
 
 
-def renamed(system: str, name: str, layers: int) -> str:
+def renamed(system: str, name: str, layers: int, backbone: str | None = None) -> str:
     """The name used here of an official tensor.
 
     Args:
@@ -185,44 +203,125 @@ def renamed(system: str, name: str, layers: int) -> str:
         name: of the tensor in the official checkpoint.
         layers: of the decoder: in official two-stage checkpoints, heads with this index are those
             of the encoder.
+        backbone: one of BACKBONES; None: the backbone's names stay as they are.
     """
-    for pattern, ours in [(r"^transformer\.", ""), *RULES[system]]:
+    if name.startswith("backbone."):
+        rules = [] if backbone is None else BACKBONES[backbone]
+    else:
+        rules = [(r"^transformer\.", ""), *RULES[system]]
+        rules += [
+            (rf"^decoder\.heads\.class_heads\.{layers}\.", "queries.class_head."),
+            (rf"^decoder\.heads\.box_heads\.{layers}\.", "queries.box_head."),
+        ]
+    for pattern, ours in rules:
         name = re.sub(pattern, ours, name)
-    name = re.sub(rf"^decoder\.heads\.class_heads\.{layers}\.", "queries.class_head.", name)
-    return re.sub(rf"^decoder\.heads\.box_heads\.{layers}\.", "queries.box_head.", name)
+    return name
 
 
-def load_official(model: nn.Module, system: str, state: Mapping[str, Tensor]) -> None:
+def load_official(
+    model: nn.Module, system: str, state: Mapping[str, Tensor], backbone: str | None = None
+) -> None:
     """Load an official state dict into a model of the same system and sizes, strictly.
 
     Args:
         model: built by a function of :mod:`~deform_attn.detr.models`.
         system: the name of that function.
         state: official names to tensors.
+        backbone: one of BACKBONES; None: the backbone's names are those of the file.
 
     Raises:
         KeyError: there are no rules for this system.
-        RuntimeError: names are missing or unexpected, or shapes differ.
+        RuntimeError: names are missing or unexpected, shapes differ, or the file has different
+            tensors where the model shares one.
     """
     layers = len(cast(nn.ModuleList, model.get_submodule("decoder.layers")))
-    given = {renamed(system, n, layers): t for n, t in state.items() if n not in _DERIVED}
+    given = {
+        renamed(system, name, layers, backbone): tensor
+        for name, tensor in state.items()
+        if name not in _DERIVED
+    }
+    load_renamed(model, given)
+
+
+def load_renamed(model: nn.Module, given: Mapping[str, Tensor]) -> None:
+    """Load tensors under the names used here, strictly; a shared tensor needs one of its names.
+
+    Raises:
+        RuntimeError: as :func:`load_official`.
+    """
+    given = dict(given)
     own = model.state_dict(keep_vars=True)
-    named = {id(own[name]): name for name in given if name in own}
+    groups: dict[int, list[str]] = {}
     for name, tensor in own.items():
-        if name not in given and id(tensor) in named:  # shared with a tensor of the checkpoint
-            given[name] = given[named[id(tensor)]]
+        groups.setdefault(id(tensor), []).append(name)
+    for names in groups.values():
+        present = [name for name in names if name in given]
+        for name in present[1:]:
+            if not torch.equal(given[name], given[present[0]]):
+                raise RuntimeError(f"{name}: expected the same values as {present[0]}")
+        if present:
+            given |= dict.fromkeys(names, given[present[0]])
+    for name, tensor in own.items():  # counters of batch norm, which frozen norms do not have
+        if name.endswith(".num_batches_tracked"):
+            given.setdefault(name, tensor)
     model.load_state_dict(given, strict=True)
 
 
+def official_state(content: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of an official checkpoint, whichever layout it has.
+
+    That is ``ema.module``, ``model``, ``state_dict``, or the names themselves; prefixes of wrappers
+    are removed.
+
+    Raises:
+        ValueError: there are no tensors in these places.
+    """
+    found: Any = content
+    for path in (("ema", "module"), ("ema",), ("model",), ("state_dict",), ("model_state_dict",)):
+        inner: Any = content
+        for key in path:
+            inner = inner.get(key) if isinstance(inner, Mapping) else None
+        if isinstance(inner, Mapping) and any(isinstance(x, Tensor) for x in inner.values()):
+            found = inner
+            break
+    state = {name: x for name, x in found.items() if isinstance(x, Tensor)}
+    if not state:
+        raise ValueError(f"expected tensors, or a dict of them, got {list(content)[:10]}")
+    while all(name.startswith(("module.", "_orig_mod.")) for name in state):
+        state = {name.partition(".")[2]: x for name, x in state.items()}
+    return state
+
+
+class _Inert:
+    """Stands for an unknown class in a checkpoint, so that none of its code runs."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
 def read_checkpoint(file: str | Path) -> dict[str, Any]:
-    """Content of a checkpoint, with the weights on the CPU.
+    """Content of a checkpoint, with the weights on the CPU; code in it is never run.
+
+    Objects of other types than tensors and Python's own, such as settings, become inert.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or not a checkpoint; the message names it.
     """
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        try:
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+        except (RuntimeError, ValueError):  # not a zip archive: torch before 1.6, or damaged
+            unknown = []
+        inert: list[Any] = [(type(name, (_Inert,), {}), name) for name in unknown]
+        with torch.serialization.safe_globals(inert):
+            content = torch.load(file, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises RuntimeError, EOFError, UnpicklingError, ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -11,16 +10,16 @@ from torch import Tensor, nn
 
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
+from deform_attn.detr.models import Postprocess
 
-Postprocess = Callable[[dict[str, Any], Tensor], list[dict[str, Tensor]]]
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 AREAS = {"AP_small": (0, 32**2), "AP_medium": (32**2, 96**2), "AP_large": (96**2, 1e10)}
 
 
-def evaluate(
+def detect(
     model: nn.Module, postprocess: Postprocess, dataset: Detection, batch: int = 16
-) -> dict[str, float | None]:
-    """The AP of a model on a data set.
+) -> list[dict[str, Tensor]]:
+    """Detections in all images of a data set.
 
     Args:
         model: called in evaluation mode, on its own device, with images ``[B, 3, H, W]`` and their
@@ -31,11 +30,11 @@ def evaluate(
         batch: images per call of the model.
 
     Returns:
-        As :func:`average_precision`.
+        For each image what ``postprocess`` gives, in pixels of the file.
     """
-    ground_truth = dataset.ground_truth()
+    facts = dataset.ground_truth()["images"]
     device = next(model.parameters()).device
-    sizes = torch.tensor([[facts["height"], facts["width"]] for facts in ground_truth["images"]])
+    sizes = torch.tensor([[one["height"], one["width"]] for one in facts])
     detections: list[dict[str, Tensor]] = []
     training = model.training
     model.eval()
@@ -47,7 +46,15 @@ def evaluate(
             outputs = model(images.to(device), mask)
             detections += postprocess(outputs, sizes[part.start : part.stop].to(device))
     model.train(training)
-    return average_precision(ground_truth, detections)
+    return detections
+
+
+def evaluate(
+    model: nn.Module, postprocess: Postprocess, dataset: Detection, batch: int = 16
+) -> dict[str, float | None]:
+    """The AP of a model on a data set: :func:`detect`, then :func:`average_precision`."""
+    detections = detect(model, postprocess, dataset, batch)
+    return average_precision(dataset.ground_truth(), detections)
 
 
 def average_precision(
@@ -81,11 +88,38 @@ def average_precision(
         >>> round(result["AP50"], 2), result["AP_large"]
         (1.0, None)
     """
-    from faster_coco_eval import COCO, COCOeval_faster
-
     areas = [one["area"] for one in ground_truth["annotations"] if not one["iscrowd"]]
     if not areas:
         return dict.fromkeys(NAMES)
+    judge = _judged(ground_truth, coco_results(ground_truth, detections))
+    numbers = np.maximum(judge.stats[: len(NAMES)], 0).tolist()
+    found: dict[str, float | None] = dict(zip(NAMES, numbers))
+    for name, (low, high) in AREAS.items():
+        if not any(low <= area <= high for area in areas):
+            found[name] = None
+    return found
+
+
+def class_precision(
+    ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]
+) -> dict[str, float | None]:
+    """AP of each class by name, as :func:`average_precision`; None for classes without objects."""
+    categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
+    present = {one["category_id"] for one in ground_truth["annotations"] if not one["iscrowd"]}
+    found: dict[str, float | None] = {category["name"]: None for category in categories}
+    if present:
+        judge = _judged(ground_truth, coco_results(ground_truth, detections))
+        precision = np.asarray(judge.eval["precision"])[:, :, :, 0, -1]  # [IoU, recall, class]
+        for i, category in enumerate(categories):
+            if category["id"] in present:
+                found[category["name"]] = float(np.maximum(precision[:, :, i], 0).mean())
+    return found
+
+
+def coco_results(
+    ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """Detections as the rows of COCO's results format."""
     categories = sorted(category["id"] for category in ground_truth["categories"])
     rows = []
     for facts, detected in zip(ground_truth["images"], detections):
@@ -93,17 +127,17 @@ def average_precision(
         for (x1, y1, x2, y2), score, label in zip(*columns):
             one = {"category_id": categories[label], "bbox": [x1, y1, x2 - x1, y2 - y1]}
             rows.append({"image_id": facts["id"], "score": score, **one})
+    return rows
+
+
+def _judged(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
+    from faster_coco_eval import COCO, COCOeval_faster
+
     reference = COCO(ground_truth)
     results = reference.loadRes(rows)
     judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
     judge.run()
-    found: dict[str, float | None] = dict(
-        zip(NAMES, np.maximum(judge.stats[: len(NAMES)], 0).tolist())
-    )
-    for name, (low, high) in AREAS.items():
-        if not any(low <= area <= high for area in areas):
-            found[name] = None
-    return found
+    return judge
 
 
 def as_text(value: float | None) -> str:

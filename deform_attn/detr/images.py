@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 RESIZE = ("stretch", "fit", "shortest")
+COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17a2b8", "#b8860b")
 LONGEST = 1333 / 800  # of the longer side to the shorter one
 
 
@@ -46,6 +49,42 @@ def read_image(source: Any) -> Image.Image:
         ) from error
     except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all of them
         raise ValueError(f"{str(source)!r}: expected an image, got {error}") from error
+
+
+def find_images(names: Sequence[str | Path]) -> list[Path]:
+    """Files by name, by a pattern such as ``photos/*.jpg``, or all images in a folder.
+
+    Raises:
+        FileNotFoundError: a name has no such file.
+    """
+    found: list[Path] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+        else:
+            files = [path] if path.exists() else [Path(f) for f in sorted(glob.glob(str(name)))]
+        if not files:
+            raise FileNotFoundError(f"images: expected a file, a folder or a pattern, got {name!r}")
+        found += files
+    return found
+
+
+def draw(image: Image.Image, found: dict[str, Any]) -> Image.Image:
+    """A copy of an image with the boxes, names and scores of a detection."""
+    picture = image.copy()
+    pen = ImageDraw.Draw(picture)
+    width = max(1, round(max(picture.size) / 300))
+    for box, label, name, score in zip(
+        found["boxes"].tolist(), found["labels"].tolist(), found["names"], found["scores"].tolist()
+    ):
+        colour = COLOURS[label % len(COLOURS)]
+        pen.rectangle(box, outline=colour, width=width)
+        text = f"{name} {score:.2f}"
+        x, y = box[0], max(0, box[1] - 12)
+        pen.rectangle(pen.textbbox((x, y), text), fill=colour)
+        pen.text((x, y), text, fill="white")
+    return picture
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -89,12 +128,7 @@ def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
     return np.ascontiguousarray(array)
 
 
-def as_tensor(
-    image: Image.Image,
-    size: int,
-    resize: str = "stretch",
-    resample: Image.Resampling = Image.Resampling.BICUBIC,
-) -> Tensor:
+def as_tensor(image: Image.Image, size: int, resize: str = "stretch") -> Tensor:
     """An RGB image as a tensor ``[3, h, w]`` in [0, 1].
 
     Args:
@@ -102,14 +136,13 @@ def as_tensor(
         size: in pixels, of the sides that ``resize`` names.
         resize: "stretch" to a square; "fit" the longer side, and keep the ratio; or "shortest":
             the shorter side has that size, unless the longer one exceeds 1333/800 of it (DETR).
-        resample: interpolation; the official models were trained with BILINEAR.
     """
     width = height = size
     if resize != "stretch":
         long, short = max(image.size), min(image.size)
         scale = size / long if resize == "fit" else min(size / short, LONGEST * size / long)
         width, height = (max(1, round(side * scale)) for side in image.size)
-    resized = image.resize((width, height), resample)
+    resized = image.resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 

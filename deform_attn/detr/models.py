@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class System(NamedTuple):
 
     model: nn.Module
     criterion: Criterion
-    postprocess: Callable[[Outputs, Tensor], Results]
+    postprocess: Postprocess
 
 
 Builder = Callable[..., System]  # of a backbone, a number of classes and a size
@@ -227,50 +227,83 @@ def in_pixels(boxes: Tensor, sizes: Tensor) -> Tensor:
     return to_corners(boxes) * torch.stack([width, height, width, height], -1)[:, None]
 
 
-def best_scores(outputs: Outputs, sizes: Tensor, number: int = 300, fuse: bool = False) -> Results:
-    """The pairs of query and class with the best sigmoid scores.
+class Detections(NamedTuple):
+    """Detections of a batch, n of each image.
 
-    Args:
-        outputs: of a detector in evaluation mode.
-        sizes: ``[B, (height, width)]`` of the images in pixels.
+    Attributes:
+        boxes: ``[B, n, 4]``, corners in pixels.
+        scores: ``[B, n]``; 0 for what is not a detection.
+        labels: ``[B, n]``.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+
+
+class Postprocess(Protocol):
+    """From outputs to detections."""
+
+    def detections(self, outputs: Outputs, sizes: Tensor) -> Detections:
+        """Of a detector in evaluation mode, for images of ``sizes [B, (height, width)]``."""
+
+    def __call__(self, outputs: Outputs, sizes: Tensor) -> Results:
+        """For each image ``boxes``, ``scores`` and ``labels``."""
+
+
+@dataclass(frozen=True)
+class BestScores:
+    """The pairs of query and class with the best sigmoid scores, best first.
+
+    Attributes:
         number: of pairs per image, at most.
         fuse: combine a layer's scores with those of the layers before (Mr. DETR).
-
-    Returns:
-        For each image ``boxes`` (corners, pixels), ``scores`` and ``labels``, best first.
     """
-    layers = outputs["logits"] if fuse else outputs["logits"][-1:]
-    score, *others = layers.sigmoid()
-    for layer in others:
-        score = ((layer**2.001 + score**1.853) / 2).sqrt()
-    classes = score.shape[-1]
-    scores, where = score.flatten(1).topk(min(number, score[0].numel()))
-    query = (where // classes)[..., None].expand(-1, -1, 4)
-    boxes = in_pixels(outputs["boxes"][-1].gather(1, query), sizes)
-    images = zip(boxes, scores, where % classes)
-    return [{"boxes": b, "scores": s, "labels": c} for b, s, c in images]
+
+    number: int = 300
+    fuse: bool = False
+
+    def detections(self, outputs: Outputs, sizes: Tensor) -> Detections:
+        """See :class:`Postprocess`."""
+        layers = outputs["logits"] if self.fuse else outputs["logits"][-1:]
+        score, *others = layers.sigmoid()
+        for layer in others:
+            score = ((layer**2.001 + score**1.853) / 2).sqrt()
+        queries, classes = score.shape[1:]
+        scores, where = score.flatten(1).topk(min(self.number, queries * classes))
+        query = (where // classes)[..., None].expand(-1, -1, 4)
+        boxes = in_pixels(outputs["boxes"][-1].gather(1, query), sizes)
+        return Detections(boxes, scores, where % classes)
+
+    def __call__(self, outputs: Outputs, sizes: Tensor) -> Results:
+        """See :class:`Postprocess`."""
+        images = zip(*self.detections(outputs, sizes))
+        return [{"boxes": b, "scores": s, "labels": c} for b, s, c in images]
 
 
-def best_classes(outputs: Outputs, sizes: Tensor, until: float | None = None) -> Results:
+@dataclass(frozen=True)
+class BestClasses:
     """Every query's best class of a softmax whose last class is "no object" (DETR).
 
-    Args:
-        outputs: as for :func:`best_scores`.
-        sizes: as for :func:`best_scores`.
+    Attributes:
         until: a cell's boxes count until the first with a lower score (Stewart).
-
-    Returns:
-        As :func:`best_scores`, in the order of the queries.
     """
-    scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)
-    keep = torch.ones_like(scores, dtype=torch.bool)
-    if until is not None:
-        rows, columns = outputs["grid"]
-        confident = (scores >= until).unflatten(1, (rows * columns, -1))  # one row per cell
-        keep = confident.long().cumprod(-1).bool().flatten(1)
-    boxes = in_pixels(outputs["boxes"][-1], sizes)
-    images = zip(boxes, scores, labels, keep)
-    return [{"boxes": b[k], "scores": s[k], "labels": c[k]} for b, s, c, k in images]
+
+    until: float | None = None
+
+    def detections(self, outputs: Outputs, sizes: Tensor) -> Detections:
+        """See :class:`Postprocess`; in the order of the queries."""
+        scores, labels = outputs["logits"][-1].softmax(-1)[..., :-1].max(-1)
+        if self.until is not None:
+            rows, columns = outputs["grid"]
+            unsure = (scores < self.until).unflatten(1, (rows * columns, -1))  # one row per cell
+            scores = scores.masked_fill(unsure.long().cumsum(-1).flatten(1) > 0, 0)
+        return Detections(in_pixels(outputs["boxes"][-1], sizes), scores, labels)
+
+    def __call__(self, outputs: Outputs, sizes: Tensor) -> Results:
+        """See :class:`Postprocess`; without detections of score 0."""
+        images = zip(*self.detections(outputs, sizes))
+        return [{"boxes": b[s > 0], "scores": s[s > 0], "labels": c[s > 0]} for b, s, c in images]
 
 
 # --- Systems -----------------------------------------------------------------------------------
@@ -319,7 +352,7 @@ def stewart(
     criterion = Criterion(weights, match=Lexicographic(steps), classification=CrossEntropy())
     model = SequentialDetector(backbone, decoder)
     # A low threshold, because average precision also counts boxes with low scores.
-    return System(model, criterion, partial(best_classes, until=0.01))
+    return System(model, criterion, BestClasses(until=0.01))
 
 
 def detr(
@@ -336,7 +369,7 @@ def detr(
     queries = LearntQueries(size, points=False)
     match = Hungarian(class_weight=1, softmax=True)
     criterion = Criterion(WEIGHTS, match=match, classification=WeightedCrossEntropy())
-    return System(Detector(backbone, encoder, queries, decoder), criterion, best_classes)
+    return System(Detector(backbone, encoder, queries, decoder), criterion, BestClasses())
 
 
 def dab_detr(
@@ -365,7 +398,7 @@ def dab_detr(
     decoder = Decoder(size, layers, ConditionalPos(size.d_model), heads)
     queries = AnchorQueries(size, content=None if denoising is None else denoising.label_embed)
     model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
-    return System(model, Criterion(WEIGHTS), best_scores)
+    return System(model, Criterion(WEIGHTS), BestScores())
 
 
 def deformable_detr(
@@ -397,7 +430,7 @@ def deformable_detr(
     encoder = DeformableEncoder(backbone.channels, size)
     model = Detector(backbone, encoder, queries, decoder)
     criterion = Criterion(WEIGHTS_CLASS_2, encoder="binary")
-    return System(model, criterion, partial(best_scores, number=100))
+    return System(model, criterion, BestScores(number=100))
 
 
 def dab_deformable_detr(
@@ -420,7 +453,7 @@ def dab_deformable_detr(
     queries = AnchorQueries(size, content=size.d_model - (denoising is not None))
     encoder = DeformableEncoder(backbone.channels, size, **DAB_SINES)
     model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
-    return System(model, Criterion(WEIGHTS), best_scores)
+    return System(model, Criterion(WEIGHTS), BestScores())
 
 
 def _dn_denoising(num_classes: int, size: Size) -> Denoising:
@@ -455,7 +488,7 @@ def dino(
     encoder = DeformableEncoder(backbone.channels, size, **DAB_SINES)
     denoising = Denoising(num_classes, size.d_model)
     model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
-    return System(model, Criterion(WEIGHTS), best_scores)
+    return System(model, Criterion(WEIGHTS), BestScores())
 
 
 def rtdetr(backbone: Backbone, num_classes: int, size: Size = Size(num_levels=3)) -> System:
@@ -463,7 +496,7 @@ def rtdetr(backbone: Backbone, num_classes: int, size: Size = Size(num_levels=3)
     layers = decoder_layers(size, partial(DeformableAttention, variant="rtdetr"), limit=65504)
     decoder = Decoder(size, layers, BoxPos(size), Heads(size, num_classes, refine="twice"))
     model = _hybrid(backbone, num_classes, size, decoder)
-    return System(model, Criterion(WEIGHTS, classification=VarifocalLoss()), best_scores)
+    return System(model, Criterion(WEIGHTS, classification=VarifocalLoss()), BestScores())
 
 
 def rtdetrv2(
@@ -489,7 +522,7 @@ def rtdetrv2(
     heads = Heads(size, num_classes, refine="twice")
     decoder = Decoder(size, decoder_layers(size, attention), BoxPos(size, pos_layers), heads)
     model = _hybrid(backbone, num_classes, size, decoder)
-    return System(model, Criterion(WEIGHTS, classification=classification), best_scores)
+    return System(model, Criterion(WEIGHTS, classification=classification), BestScores())
 
 
 def _hybrid(
@@ -527,7 +560,7 @@ def dfine(
     model = _hybrid(backbone, num_classes, size, decoder, fine=True)
     weights = WEIGHTS | {"fgl": 0.15, "ddf": 1.5}
     criterion = Criterion(weights, classification=classification, bins=bins)
-    return System(model, criterion, best_scores)
+    return System(model, criterion, BestScores())
 
 
 def deim(
@@ -597,4 +630,4 @@ def mr_detr(
     )
     assign = OneToMany(iou_weight, max_choices=int(size.num_queries * 0.25))
     criterion = Criterion(WEIGHTS_CLASS_2, encoder="anchors", encoder_weight=3, one_to_many=assign)
-    return System(model, criterion, partial(best_scores, fuse=True))
+    return System(model, criterion, BestScores(fuse=True))

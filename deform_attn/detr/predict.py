@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deform_attn.detr.checkpoints import read_checkpoint
+from deform_attn.detr.checkpoints import official_state, read_checkpoint
 from deform_attn.detr.images import as_tensor, pad, read_image
+from deform_attn.detr.models import System
 from deform_attn.detr.recipes import build
+from deform_attn.detr.zoo import configuration, create, from_official
 
 SHIPPED = Path(__file__).parent / "weights"
 
@@ -23,21 +26,28 @@ class Predictor:
 
     Attributes:
         model: the ``nn.Module``, in evaluation mode.
+        postprocess: of its outputs, see :class:`~deform_attn.detr.models.System`.
         classes: names, by label.
-        size: longer side of the images, in pixels.
-        resize: "stretch" to a square, or "fit", which keeps the ratio of the sides.
-        facts: of its training: ``settings``, ``step`` and the ``ap`` reached.
+        size: of the images, in pixels.
+        resize: how they get that size, see :func:`~deform_attn.detr.images.as_tensor`.
+        facts: of its training: ``settings``, ``step`` and the ``ap`` reached; or ``model``, the
+            name of the official configuration.
     """
 
-    def __init__(self, content: dict[str, Any], device: str | torch.device = "cpu") -> None:
-        self.classes, self.size = content["classes"], content["size"]
-        self.facts = {name: content[name] for name in ("settings", "step", "ap")}
-        settings = content["settings"]
-        self.resize = settings.get("resize", "stretch")
-        sizes = (settings[name] for name in ("width", "layers", "queries"))
-        system = build(settings["recipe"], len(self.classes), *sizes)
-        system.model.load_state_dict(content["model"])
-        self.model, self.postprocess = system.model.eval().to(device), system.postprocess
+    def __init__(
+        self,
+        system: System,
+        classes: Sequence[str],
+        size: int,
+        resize: str = "stretch",
+        *,
+        facts: dict[str, Any] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.model = system.model.eval().to(device)
+        self.postprocess = system.postprocess
+        self.classes, self.size, self.resize = list(classes), size, resize
+        self.facts = facts or {}
 
     @torch.no_grad()
     def predict(
@@ -97,16 +107,25 @@ class Predictor:
         return found
 
 
-def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> Predictor:
+def load(
+    name_or_path: str | Path, device: str | torch.device = "cpu", *, model: str | None = None
+) -> Predictor:
     """Open a trained detector.
 
     Args:
-        name_or_path: ``digits``, which is part of the package, or ``model.pt`` of a training.
+        name_or_path: ``digits``, which is part of the package; ``model.pt`` of a training; an
+            official checkpoint, of DETR, Deformable DETR, DAB-DETR, DN-DETR, DINO, RT-DETR,
+            RT-DETRv2, D-FINE, DEIM or Mr. DETR; or a folder or a name on the Hugging Face hub of a
+            detr, deformable_detr, rt_detr, rt_detr_v2 or d_fine of transformers.
         device: where it runs.
+        model: one of :data:`~deform_attn.detr.zoo.CONFIGURATIONS`, for an official checkpoint; by
+            default it is found out from names and shapes.
 
     Raises:
-        FileNotFoundError: neither the name of a shipped detector nor a file.
-        ValueError: the file is damaged, or not of a training.
+        FileNotFoundError: neither the name of a shipped detector, nor a file or folder.
+        ModuleNotFoundError: official models need transformers, the extra ``backbones``.
+        ValueError: the file is damaged, or its model is not known.
+        RuntimeError: ``model`` does not fit the file.
 
     Example:
         >>> from deform_attn.detr import load
@@ -114,15 +133,54 @@ def load(name_or_path: str | Path, device: str | torch.device = "cpu") -> Predic
         ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']
     """
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
-    file = shipped.get(str(name_or_path), Path(name_or_path))
-    if "\0" in str(file) or not file.is_file():
+    name = str(name_or_path)
+    file = shipped.get(name, Path(name))
+    on_hub = isinstance(name_or_path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    exists = "\0" not in name and file.exists()
+    if (exists and file.is_dir()) or (on_hub and not exists and not file.suffix):
+        return _from_transformers(name, device)
+    if not exists:
         raise FileNotFoundError(
-            f"name_or_path: expected one of {sorted(shipped)} or a file, got {str(name_or_path)!r}"
+            f"name_or_path: expected one of {sorted(shipped)}, a file, a folder or a name on the "
+            f"hub, got {name!r}"
         )
     content = read_checkpoint(file)
-    names = ("classes", "size", "settings", "step", "ap", "model")
-    if missing := [name for name in names if name not in content]:
-        raise ValueError(
-            f"{file}: expected model.pt of a training, got a file without {', '.join(missing)}"
-        )
-    return Predictor(content, device)
+    if "settings" in content and "classes" in content:
+        return _from_training(content, device)
+    try:
+        state = official_state(content)
+        name, system, num_classes = from_official(state, file.name, model)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    one = configuration(name)
+    classes = one.classes
+    if num_classes != len(classes):
+        classes = tuple(f"class {i}" for i in range(num_classes))
+    facts = {"model": name}
+    return Predictor(system, classes, one.image_size, one.resize, facts=facts, device=device)
+
+
+def _from_training(content: dict[str, Any], device: str | torch.device) -> Predictor:
+    """From ``model.pt`` of a training."""
+    settings = content["settings"]
+    if settings.get("model"):
+        system = create(settings["model"], len(content["classes"]))
+    else:
+        sizes = (settings[name] for name in ("width", "layers", "queries"))
+        system = build(settings["recipe"], len(content["classes"]), *sizes)
+    system.model.load_state_dict(content["model"])
+    return Predictor(
+        system,
+        content["classes"],
+        content["size"],
+        content.get("resize", "stretch"),
+        facts={name: content[name] for name in ("settings", "step", "ap")},
+        device=device,
+    )
+
+
+def _from_transformers(name: str, device: str | torch.device) -> Predictor:
+    from deform_attn.detr.hub import from_transformers
+
+    system, classes, size, resize = from_transformers(name)
+    return Predictor(system, classes, size, resize, facts={"model": name}, device=device)

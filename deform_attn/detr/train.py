@@ -1,8 +1,8 @@
-"""Train a detector: ``python -m deform_attn.detr.train --recipe rtdetr --data shapes --out RUN``.
+"""Training and fine-tuning: ``python -m deform_attn.detr train``.
 
-RUN then holds ``model.pt`` for `deform_attn.detr.load`, ``curves.png``, ``history.json`` and
-``checkpoint.pt``. The same command resumes a training that was stopped, with the same result to the
-bit. Under ``torchrun --nproc-per-node N -m deform_attn.detr.train ...`` N processes share each
+The folder of a run holds ``model.pt`` for `deform_attn.detr.load`, ``curves.png``, ``history.json``
+and ``checkpoint.pt``. The same command resumes a training that was stopped, with the same result to
+the bit. Under ``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes share each
 batch.
 """
 
@@ -12,16 +12,15 @@ import copy
 import json
 import math
 import os
-import sys
+import re
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor, distributed, nn
@@ -33,7 +32,9 @@ from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, draw_curves, evaluate
 from deform_attn.detr.images import RESIZE
-from deform_attn.detr.recipes import RECIPES, build
+from deform_attn.detr.predict import Predictor, load
+from deform_attn.detr.recipes import RECIPES, Recipe, build
+from deform_attn.detr.zoo import CONFIGURATIONS
 
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -46,17 +47,20 @@ class Settings:
         ValueError: a setting has an invalid value; the message names it.
     """
 
-    recipe: str  # one of RECIPES
     data: str  # shapes, digits or coco:FOLDER
+    recipe: str = ""  # one of RECIPES: a small system on a small backbone
+    model: str = ""  # or one of CONFIGURATIONS: an official model
+    init: str = ""  # weights to start from, what `load` takes; by default of the same model
     steps: int = 800
     batch: int = 16  # images per step, of all processes together
-    size: int = 0  # longer side of the images in pixels; 0: that of the data
-    resize: str = "stretch"  # to a square; or "fit": keep the ratio of the sides, and pad
+    size: int = 0  # of the images in pixels; 0: that of the model, or of the data
+    resize: str = ""  # stretch, fit or shortest; by default that of the model, or stretch
     width: int = 64  # channels, a multiple of 32
     layers: int = 2  # of the decoder
     queries: int = 20
-    lr: float = 1e-3
+    lr: float = 1e-3  # 1e-4 is usual for official models
     backbone_lr: float = 1.0  # times lr; 0.1 is usual for a pretrained backbone
+    freeze: str = ""  # parameters whose names start so keep their values: "backbone"
     weight_decay: float = 1e-4
     clip: float = 0.1  # largest norm of the gradients
     augment: str = ""  # one of AUGMENTATIONS; empty: that of the recipe
@@ -67,10 +71,13 @@ class Settings:
     save_every: int = 100  # steps
 
     def __post_init__(self) -> None:
+        if bool(self.recipe) == bool(self.model) and not self.init:
+            raise ValueError("recipe, model: expected one of them, or init alone")
         choices: dict[str, Iterable[str]] = {
-            "recipe": RECIPES,
+            "recipe": ("", *RECIPES),
+            "model": ("", *CONFIGURATIONS),
             "amp": AMP,
-            "resize": RESIZE,
+            "resize": ("", *RESIZE),
             "augment": ("", *AUGMENTATIONS),
         }
         for name, known in choices.items():
@@ -93,6 +100,15 @@ class Settings:
             raise ValueError(f"freeze_norms: expected 0 or 1, got {self.freeze_norms}")
 
 
+def _recipe(settings: Settings) -> Recipe:
+    """The recipe, or that of the system of an official model."""
+    if settings.recipe:
+        return RECIPES[settings.recipe]
+    system = CONFIGURATIONS[settings.model].system
+    name = {"deim_rtdetrv2": "deim", "dn_detr": "dab_detr"}.get(system.__name__, system.__name__)
+    return replace(RECIPES[name], augment="dense" if name == "deim" else "crop")
+
+
 def learning_rate_factor(step: int, steps: int) -> float:
     """DEIM's schedule: a quadratic warm-up, constant until the middle, then a cosine to 0.05.
 
@@ -107,6 +123,71 @@ def learning_rate_factor(step: int, steps: int) -> float:
     return rising * (0.05 + 0.95 * (1 + math.cos(math.pi * falling)) / 2)
 
 
+def resolved(settings: Settings, source: Predictor | None) -> Settings:
+    """Settings with the architecture of the weights to start from, where they name none.
+
+    Raises:
+        ValueError: the weights are of no known architecture.
+    """
+    if settings.recipe or settings.model:
+        return settings
+    assert source is not None, "init"
+    if source.facts.get("model") in CONFIGURATIONS:
+        return replace(settings, model=source.facts["model"])
+    if "settings" not in source.facts:
+        raise ValueError(f"model: expected one of {', '.join(CONFIGURATIONS)} for {settings.init}")
+    trained = source.facts["settings"]
+    names = ("recipe", "model", "width", "layers", "queries")
+    return replace(settings, **{name: trained[name] for name in names if name in trained})
+
+
+# Tensors with a row per class: then one more, of "no object" or padding, in some systems.
+_PER_CLASS = re.compile(r"\b(?:class_heads?|label_embed)\b")
+
+
+def transfer(
+    model: nn.Module,
+    source: nn.Module,
+    classes: Sequence[str],
+    source_classes: Sequence[str],
+) -> list[str]:
+    """Copy the weights of another model; rows of classes go by the names of the classes.
+
+    Args:
+        model: to change.
+        source: of the same system; sizes may differ.
+        classes: of the model.
+        source_classes: of the source.
+
+    Returns:
+        Names of the tensors that keep their initial values, or some rows of them.
+    """
+    own, given = model.state_dict(keep_vars=True), source.state_dict()
+    rows = [
+        (i, source_classes.index(name)) for i, name in enumerate(classes) if name in source_classes
+    ]
+    kept = []
+    for name, tensor in own.items():
+        other = given.get(name)
+        if other is None or other.shape[1:] != tensor.shape[1:]:
+            kept.append(name)
+            continue
+        with torch.no_grad():
+            if not _PER_CLASS.search(name):
+                if other.shape == tensor.shape:
+                    tensor.copy_(other)
+                else:
+                    kept.append(name)
+                continue
+            for mine, theirs in rows:
+                tensor[mine] = other[theirs]
+            if len(tensor) > len(classes) and len(other) > len(source_classes):
+                tensor[len(classes) :] = other[-1]
+            if len(rows) < len(classes):
+                kept.append(name)
+    return kept
+
+
 def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any]]:
     """Parameters by learning rate and weight decay.
 
@@ -114,9 +195,11 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
     rate in some recipes (Deformable DETR, arXiv 2010.04159, section 5). Biases and norms have no
     weight decay.
     """
-    slow = RECIPES[settings.recipe].slow
+    slow = _recipe(settings).slow
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         factor = settings.backbone_lr if name.startswith("backbone.") else 1.0
         factor *= 0.1 if any(part in name for part in slow) else 1.0
         decay = settings.weight_decay if parameter.dim() > 1 else 0.0
@@ -128,7 +211,10 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 
 
 def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
-    """Train until the last step; resumes from the checkpoint in ``out``, if there is one.
+    """Train or fine-tune a detector; resumes from the checkpoint in ``out``, if there is one.
+
+    Examples: python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN;
+    python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN
 
     Args:
         settings: of the training.
@@ -157,21 +243,38 @@ class _Run:
     """The state of a training, its checkpoints, and the loop."""
 
     def __init__(self, settings: Settings, out: Path) -> None:
-        self.settings, self.out = settings, out
+        source = load(settings.init) if settings.init else None
+        self.settings = settings = resolved(settings, source)
+        self.out = out
         process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         rank, world, local = (int(os.environ.get(name, n)) for name, n in process.items())
         cuda = torch.cuda.is_available()
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         self.rank, self.world, self.device = rank, world, device
         self.console = Console(quiet=rank > 0, highlight=False)
-        options = (settings.size, settings.seed, settings.resize)
+        official = CONFIGURATIONS.get(settings.model)
+        size = settings.size or (0 if official is None else official.image_size)
+        self.resize = settings.resize or ("stretch" if official is None else official.resize)
+        options = (size, settings.seed, self.resize)
         self.data = open_dataset(settings.data, "train", *options)
         self.test = open_dataset(settings.data, "val", *options, self.data.classes)
-        augment = settings.augment or RECIPES[settings.recipe].augment
+        augment = settings.augment or _recipe(settings).augment
         self.augmented = Augmented(self.data, augment, settings.steps, settings.seed)
         torch.manual_seed(settings.seed)
-        sizes = (settings.width, settings.layers, settings.queries)
-        system = build(settings.recipe, len(self.data.classes), *sizes)
+        if official is None:
+            sizes = (settings.width, settings.layers, settings.queries)
+            system = build(settings.recipe, len(self.data.classes), *sizes)
+            self.queries = settings.queries
+        else:
+            system = official.build(len(self.data.classes))
+            self.queries = official.size.num_queries
+        if source is not None:
+            initial = transfer(system.model, source.model, self.data.classes, source.classes)
+            if rank == 0 and initial:
+                self.console.print(f"drawn anew: {', '.join(initial)}")
+        for name, parameter in system.model.named_parameters():
+            if settings.freeze and name.startswith(settings.freeze):
+                parameter.requires_grad_(False)
         self.criterion, self.postprocess = system.criterion, system.postprocess
         self.model = system.model.to(device)
         if world > 1 and cuda:
@@ -197,7 +300,7 @@ class _Run:
         counts = Counter(
             one["image_id"] for one in ground_truth["annotations"] if not one["iscrowd"]
         )
-        queries = self.settings.queries
+        queries = self.queries
         above = [count for count in counts.values() if count > queries]
         if above and self.settings.recipe != "stewart":  # whose boxes are those of its cells
             self.console.print(
@@ -222,8 +325,10 @@ class _Run:
         checkpoint = facts | {"history": self.history, "random": random, "data": self._data()}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         trained = facts | {"classes": list(self.data.classes), "size": self.data.size}
+        trained |= {"resize": self.resize}
         trained |= {"ap": self.history["ap"][-1:], "model": self.average.state_dict()}
-        title = f"{self.settings.recipe} on {self.settings.data}, seed {self.settings.seed}"
+        name = self.settings.recipe or self.settings.model
+        title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
         for name, write in {
             "model.pt": lambda f: torch.save(trained, f),
             "history.json": lambda f: f.write(json.dumps(self.history).encode()),
@@ -368,16 +473,3 @@ def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:
     except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
         partial.unlink(missing_ok=True)
         raise OSError(f"{file}: cannot be written: {error}") from error
-
-
-def main() -> None:
-    """Read the command line and train."""
-    prog = "python -m deform_attn.detr.train"
-    try:
-        tyro.cli(train, prog=prog, description=__doc__, config=(tyro.conf.OmitArgPrefixes,))
-    except (ValueError, OSError) as error:
-        sys.exit(f"{prog}: error: {error}")
-
-
-if __name__ == "__main__":
-    main()

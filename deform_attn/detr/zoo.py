@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from deform_attn.detr import models
 from deform_attn.detr.backbones import hgnetv2, resnet, resnet_vd
+from deform_attn.detr.checkpoints import load_official, renamed
 from deform_attn.detr.layers import Size
 from deform_attn.detr.models import Builder, System
 
@@ -105,14 +111,18 @@ def _real_time() -> dict[str, Configuration]:
         "r101": replace(base, encoder_dims=(384, 2048)),
     }
     for name, size in sizes.items():
-        backbone = partial(resnet_vd, int(name[1:].removesuffix("_m")))
+        depth = int(name[1:].removesuffix("_m"))
+        free = partial(resnet_vd, depth)
+        backbone = partial(resnet_vd, depth, frozen=depth >= 50)
         vd = partial(one, backbone=backbone, backbone_rules="resnet_vd", size=size)
         found[f"rtdetr_{name}"] = vd(models.rtdetr)
         found[f"rtdetrv2_{name}"] = vd(models.rtdetrv2)
         found[f"rtdetrv2_{name}_discrete"] = vd(models.rtdetrv2, options={"method": "discrete"})
-        found[f"deim_rtdetrv2_{name}"] = vd(models.deim_rtdetrv2)
+        layers = 3 if name == "r50_m" else size.decoder_layers
+        deim_size = replace(size, decoder_layers=layers)
+        found[f"deim_rtdetrv2_{name}"] = vd(models.deim_rtdetrv2, backbone=free, size=deim_size)
     for name, size in {"l": base, "x": sizes["r101"]}.items():
-        backbone = partial(hgnetv2, {"l": "B4", "x": "B5"}[name])
+        backbone = partial(hgnetv2, {"l": "B4", "x": "B5"}[name], frozen=True)
         hgnet = partial(one, backbone=backbone, backbone_rules="hgnetv2", size=size)
         found[f"rtdetr_hgnetv2_{name}"] = hgnet(models.rtdetr)
         found[f"rtdetrv2_hgnetv2_{name}"] = hgnet(models.rtdetrv2)
@@ -137,7 +147,8 @@ def _real_time() -> dict[str, Configuration]:
     for name, (backbone, size) in fine_sizes.items():
         options = {"scale": 8.0} if name == "x" else {}
         fine_one = partial(one, backbone_rules="hgnetv2", size=size, options=options)
-        found[f"dfine_{name}"] = fine_one(models.dfine, backbone)
+        frozen = partial(backbone, frozen=name in "lx")
+        found[f"dfine_{name}"] = fine_one(models.dfine, frozen)
         found[f"deim_dfine_{name}"] = fine_one(models.deim, backbone)
     return found
 
@@ -175,3 +186,119 @@ def create(name: str, num_classes: int | None = None) -> System:
         20
     """
     return configuration(name).build(num_classes)
+
+
+# Names of official parameters by which each system is recognised.
+_SIGNATURES: dict[str, tuple[str, ...]] = {
+    "detr": (r"^query_embed\.weight", r"decoder\.layers\.0\.multihead_attn\."),
+    "deformable_detr": (r"^transformer\.(?:reference_points|pos_trans)\.",),
+    "dab_detr": (r"^refpoint_embed\.", r"decoder\.layers\.0\.sa_qcontent_proj\."),
+    "dn_detr": (r"^label_enc\.", r"decoder\.layers\.0\.sa_qcontent_proj\."),
+    "dab_deformable_detr": (r"^refpoint_embed\.", r"decoder\.layers\.0\.cross_attn\.sampling"),
+    "dn_deformable_detr": (r"^label_enc\.", r"^tgt_embed\.", r"\.cross_attn\.sampling_offsets\."),
+    "dino": (r"^transformer\.enc_out_class_embed\.", r"^label_enc\."),
+    "mr_detr": (r"\.instruction_o2m",),
+    "rtdetr": (r"^decoder\.enc_score_head\.", r"\.cross_attn\.value_proj\."),
+    "rtdetrv2": (r"^decoder\.enc_score_head\.", r"\.value_proj\.", r"\.num_points_scale$"),
+    "deim_rtdetrv2": (r"\.value_proj\.", r"^decoder\.query_pos_head\.layers\.2\."),
+    "dfine": (r"^decoder\.decoder\.lqe_layers\.",),
+    "deim": (r"^decoder\.decoder\.lqe_layers\.",),
+}
+
+
+def identify(state: Mapping[str, Tensor]) -> list[tuple[str, int]]:
+    """Which configurations an official state dict fits, and its number of classes.
+
+    Args:
+        state: official names to tensors, see :func:`~deform_attn.detr.checkpoints.official_state`.
+
+    Returns:
+        Names of :data:`CONFIGURATIONS`, those with fewest parameters first, and numbers of classes.
+        Some official models have the same names and shapes: D-FINE and DEIM, or RT-DETRv2 with and
+        without discrete sampling.
+    """
+    fitting = []
+    for name, one in CONFIGURATIONS.items():
+        patterns = _SIGNATURES[one.system.__name__]
+        if not all(any(re.search(pattern, key) for key in state) for pattern in patterns):
+            continue
+        num_classes = _num_classes(one, state)
+        if num_classes is None:
+            continue
+        with torch.device("meta"):
+            model = one.build(num_classes).model
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # nothing is copied to the device "meta"
+            try:
+                load_official(model, one.system.__name__, state, one.backbone_rules)
+            except RuntimeError:
+                continue
+        fitting.append((sum(p.numel() for p in model.parameters()), name, num_classes))
+    return [(name, num_classes) for _, name, num_classes in sorted(fitting, key=lambda x: x[0])]
+
+
+def _num_classes(one: Configuration, state: Mapping[str, Tensor]) -> int | None:
+    """Number of classes of an official state dict.
+
+    None where its backbone is of another kind, or its decoder has another number of layers.
+    """
+    layers = one.size.decoder_layers
+    names = {renamed(one.system.__name__, key, layers, one.backbone_rules): key for key in state}
+    if any(name.startswith("backbone.") and ".body." not in name for name in names):
+        return None
+    last = f"decoder.layers.{layers - 1}.ffn.linear1.bias"
+    bias = names.get("decoder.heads.class_heads.0.bias")
+    if bias is None or last not in names or last.replace(str(layers - 1), str(layers)) in names:
+        return None
+    return len(state[bias]) - (one.system is models.detr)
+
+
+def from_official(
+    state: Mapping[str, Tensor], hint: str = "", name: str | None = None
+) -> tuple[str, System, int]:
+    """Build the model of an official state dict, and load it.
+
+    Args:
+        state: as :func:`identify` takes it.
+        hint: such as the file's name, which decides between configurations that fit equally.
+        name: one of :data:`CONFIGURATIONS`, instead of finding out.
+
+    Returns:
+        The configuration's name, the system, and its number of classes.
+
+    Raises:
+        ValueError: no configuration fits.
+        RuntimeError: ``name`` does not fit; the message has missing and unexpected names.
+    """
+    fitting = identify(state) if name is None else []
+    if name is None and not fitting:
+        systems = [
+            system
+            for system, patterns in _SIGNATURES.items()
+            if all(any(re.search(p, key) for key in state) for p in patterns)
+        ]
+        looks = (
+            f"looks like {' or '.join(systems)} of other sizes" if systems else "is none of them"
+        )
+        raise ValueError(
+            f"expected the weights of {', '.join(CONFIGURATIONS)}; this file {looks}: "
+            f"{len(state)} tensors such as {', '.join(list(state)[:3])}"
+        )
+    if name is None:
+        chosen = [name for name, _ in fitting]
+        words = [w for w in ("deim", "discrete", "dsp") if w in hint.lower()]
+        words = ["discrete" if w == "dsp" else w for w in words]
+        best = [n for n in chosen if all(w in n for w in words)] or chosen
+        name = best[0]
+        if len(chosen) > 1 and not words:
+            others = ", ".join(n for n in chosen if n != name)
+            warnings.warn(
+                f"the weights fit {name} and {others}, which have the same names and shapes; "
+                f"takes {name}, pass model= for another",
+                stacklevel=3,
+            )
+    one = configuration(name)
+    num_classes = _num_classes(one, state)
+    system = one.build(num_classes)
+    load_official(system.model, one.system.__name__, state, one.backbone_rules)
+    return name, system, len(one.classes) if num_classes is None else num_classes

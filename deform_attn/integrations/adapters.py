@@ -206,7 +206,8 @@ def _apply(
     im2col_step: int = 64,
 ) -> Any:
     levels = value_spatial_shapes, value_level_start_index
-    if _use_stock(core, value):
+    # An autograd Function written in Python cannot be saved with a trace; the operator can.
+    if METER.stock:
         return core.stock.apply(value, *levels, sampling_locations, attention_weights, im2col_step)
     return ms_deform_attn(value, *levels, sampling_locations, attention_weights)
 
@@ -252,81 +253,64 @@ def join_levels(maps: Sequence[Tensor], batch: int, num_heads: int) -> Tensor:
         batch: B.
         num_heads: M.
 
-    Maps that are views of one tensor, as ``split`` makes them, are not copied, neither here nor in
-    the backward pass.
+    Maps that are views of one tensor, as ``split`` makes them, are not copied. Their gradients are
+    views of the gradient of the value.
     """
     if maps[0].dim() == 3 or maps[0].shape[:2] != (batch, num_heads):
         maps = [x.flatten(2).unflatten(0, (batch, num_heads)) for x in maps]
-    whole = _whole(maps)
-    if whole is None:
-        whole = torch.cat([x.permute(0, 3, 1, 2) for x in maps], 1)
-    return whole
+    if torch.compiler.is_compiling() or not _are_rows_of_one(maps):
+        return torch.cat([x.permute(0, 3, 1, 2) for x in maps], 1)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in maps):
+        whole: Tensor = _Join.apply(*maps)  # type: ignore[no-untyped-call]
+        return whole
+    return _joined(maps)
 
 
-# Backward nodes of views: what lies between the maps and the tensor that they are views of.
-_VIEWS = frozenset(
-    f"{name}Backward0"
-    for name in (
-        *("Split", "SplitWithSizes", "UnsafeSplit", "UnsafeSplitWithSizes", "Slice", "Unbind"),
-        *("Permute", "Transpose", "T", "View", "ReshapeAlias", "Unsqueeze", "Squeeze", "Alias"),
-    )
-)
-
-
-def _whole(maps: Sequence[Tensor]) -> Tensor | None:
-    """The tensor whose consecutive rows the maps are, as ``[B, S, M, D]``; None if there is none.
-
-    With gradients it is a view of the tensor that the maps are views of, so that their gradient is
-    one tensor and is not put together from parts.
-    """
+def _are_rows_of_one(maps: Sequence[Tensor]) -> bool:
+    """Whether the maps lie in memory as ``split(..., dim=-1)`` of one tensor leaves them."""
+    if forward_ad._current_level >= 0 or any(
+        type(x) is not Tensor or torch._C._functorch.is_functorch_wrapped_tensor(x) for x in maps
+    ):
+        return False
     first = maps[0]
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return None
-    B, M, D, _ = first.shape
-    strides = first.stride()
     address = first.data_ptr()
     for x in maps:
         if (
-            type(x) is not Tensor
-            or torch._C._functorch.is_functorch_wrapped_tensor(x)
-            or x.shape[:3] != (B, M, D)
-            or x.stride() != strides
+            x.shape[:3] != first.shape[:3]
+            or x.stride() != first.stride()
             or x.dtype != first.dtype
             or x.data_ptr() != address
             or x.untyped_storage().data_ptr() != first.untyped_storage().data_ptr()
-            or x.requires_grad != first.requires_grad
         ):
-            return None
-        address += x.shape[3] * strides[3] * x.element_size()
-    rows = sum(x.shape[3] for x in maps)
-    shape = (B, rows, M, D)
-    strides = (strides[0], strides[3], strides[1], strides[2])
-    if not (first.requires_grad and torch.is_grad_enabled()):
-        return first.detach().as_strided(shape, strides, first.storage_offset())
-    base = first._base
-    if base is None or not all(_is_view_of(x, base) for x in maps):
-        return None
-    if base.numel() == B * rows * M * D and base.is_contiguous():
-        whole = base.view(shape)
-        if whole.stride() == strides:  # the gradient of a view is a view
-            return whole
-    return base.as_strided(shape, strides, first.storage_offset())
+            return False
+        address += x.shape[3] * x.stride(3) * x.element_size()
+    return True
 
 
-def _is_view_of(tensor: Tensor, base: Tensor) -> bool:
-    """Whether autograd's graph has only views between the two, which do not change gradients."""
-    if tensor._base is not base or tensor._backward_hooks:
-        return False
-    node = tensor.grad_fn
-    for _ in range(8):
-        if node is None:
-            return False
-        if node is base.grad_fn or getattr(node, "variable", None) is base:
-            return True
-        if node.name() not in _VIEWS:
-            return False
-        node = node.next_functions[0][0]
-    return False
+def _joined(maps: Sequence[Tensor]) -> Tensor:
+    B, M, D, _ = maps[0].shape
+    of_batch, of_head, of_channel, of_row = maps[0].stride()
+    return maps[0].as_strided(
+        (B, sum(x.shape[3] for x in maps), M, D), (of_batch, of_row, of_head, of_channel)
+    )
+
+
+class _Join(torch.autograd.Function):
+    """The joined maps as one view.
+
+    A view of the tensor that the maps are views of would save one concatenation in the backward
+    pass, but its gradient would reach the layers before it in other strides than the stock
+    model's, and BatchNorm2d on CPUs (torch 2.13, evaluation mode) returns wrong gradients for some.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *maps: Tensor) -> Tensor:
+        ctx.rows = [x.shape[3] for x in maps]
+        return _joined([x.detach() for x in maps])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads[0].permute(0, 2, 3, 1).split(ctx.rows, 3)
 
 
 # ------------------------------------------------------------------------------------- recognition
@@ -346,7 +330,8 @@ def recognise(thing: Any, module: nn.Module | None = None) -> Core | str | None:
         parameters = _parameters(target)
         if kind.fits(parameters):
             options = parameters[len(kind.expected) :]
-            return _proven(Core(thing.__name__, target, name, options), module)
+            stock = thing if kind.replaces_class else target
+            return _proven(Core(thing.__name__, stock, name, options), module)
         if kind.resembles(thing, parameters):
             expected = ", ".join(kind.expected)
             return f"{thing.__name__} takes ({', '.join(parameters)}), expected ({expected})"
@@ -368,6 +353,7 @@ class Kind:
     expected: tuple[str, ...]  #: its parameters; those of a function may be followed by OPTIONS
     replacement: Callable[[Core], Any]
     probe: Callable[[Core, nn.Module | None], Core | str]
+    replaces_class: bool = False  #: the class itself is replaced, not the function of ``target``
 
     def fits(self, parameters: tuple[str, ...]) -> bool:
         """Whether the names are those of this kind; the name of the shapes may differ."""
@@ -410,7 +396,7 @@ def _proven(core: Core, module: nn.Module | None) -> Core | str:
 class _Sample:
     """Operands of a small call, in float64; every size differs from the others."""
 
-    shapes = ((2, 5), (3, 1))
+    shapes = ((2, 5), (1, 3))  # wide: the official discrete sampling fails on tall maps
     starts = (0, 10)
     B, S, M, D, Q = 2, 13, 3, 4, 6
 
@@ -460,7 +446,7 @@ def _probe_function(core: Core, module: nn.Module | None) -> Core | str:
     else:
         samples, named = [_Sample(None), _Sample([2, 2])], {}
     accepted: list[tuple[str, Callable[..., Any], _Sample]] = []
-    fault, empty = "its results differ", False
+    raised, differs, empty = "", False, False
     for sample in samples:
         for form, value in sample.values().items():
             for shapes in (list(sample.shapes), torch.tensor(sample.shapes)):
@@ -469,14 +455,15 @@ def _probe_function(core: Core, module: nn.Module | None) -> Core | str:
                 try:
                     found = call()
                 except Exception as error:
-                    fault = f"it raised {type(error).__name__}: {error}"
+                    raised = f"it raised {type(error).__name__}: {error}"
                     continue
-                empty = empty or found is None
+                empty, differs = empty or found is None, differs or found is not None
                 if _agrees(found, sample.expected()):
                     accepted.append((form, call, sample))
     if not accepted:
         if empty:  # a slot without a provider
             return core
+        fault = "its results differ" if differs else raised
         return f"{core.name} does not compute deformable attention on a probe: {fault}"
     discrete = None
     if "method" in core.options:
@@ -534,6 +521,7 @@ KINDS = {
         (*_FUNCTION, *_OPERANDS, "im2col_step"),
         _Apply,
         lambda core, module: core,  # no probe: it needs a GPU
+        replaces_class=True,
     ),
     "module": Kind(
         _forward_of(nn.Module),

@@ -39,7 +39,9 @@ __all__ = ["FORMS", "decompositions", "export"]
 #: The forms that the operator can take, see above.
 FORMS = ("grid_sample", "gather", "tensorrt")
 
-OPSET = 20  # the first with GridSample as PyTorch computes it
+OPSET = 18  # onnxruntime has no GridSample of opset 20 for CUDA
+
+_LARGEST_PROTO = 2**31  # bytes that onnx can check without a file
 
 
 def export(
@@ -89,7 +91,10 @@ def export(
         >>> any(node.op_type == "GridSample" for node in program.model_proto.graph.node)
         False
     """
+    import onnx
+
     table = decompositions(form, plugin_version=plugin_version)
+    table[torch.ops.aten.clamp.default] = _clamp
     if isinstance(model, torch.export.ExportedProgram):
         if dynamic_shapes is not None:
             raise ValueError("dynamic_shapes: an exported program has its own, expected None")
@@ -106,6 +111,15 @@ def export(
     options = {"opset_version": OPSET} | options
     program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, **options)
     assert program is not None
+    proto = program.model_proto
+    try:
+        if proto.ByteSize() < _LARGEST_PROTO:
+            onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RuntimeError(
+            "the exported model is not valid ONNX, which is a fault of the exporter or its "
+            f"optimizer; try optimize=False, or another version of onnxscript: {error}"
+        ) from error
     if path is not None:
         program.save(Path(path))
     return program
@@ -159,6 +173,30 @@ def decompositions(
     return table
 
 
+def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Any:
+    """A clamp by comparisons. NaN stays NaN.
+
+    The optimizer makes a Clip of two bounds and names their constants after ``x``; the model is
+    invalid where a second clamp of the same tensor takes the same names.
+    """
+    if low is None or high is None:
+        return NotImplemented
+    x = torch.where(x < low, low, x)
+    return torch.where(x > high, high, x)
+
+
+def standard(operands: AnyOperands) -> Tensor:
+    """A call of any operator in standard nodes, for PyTorch's exporter that traces TorchScript.
+
+    That exporter (``torch.onnx.export(..., dynamo=False)``) has no table of decompositions, so the
+    functions of this package call this one while it traces. Pixels are gathered, which takes sizes
+    that the model computes and needs opset 11, or 12 for discrete sampling.
+    """
+    if isinstance(operands, DiscreteOperands):
+        return discrete(operands)
+    return _gathered(unfused(operands) if isinstance(operands, FusedOperands) else operands)
+
+
 def _grid_sampled(operands: Operands) -> Tensor:
     """What the reference backend computes, with the level sizes as constants of the graph."""
     listed = operands.level_sizes is not None
@@ -180,8 +218,9 @@ def _gathered(operands: Operands) -> Tensor:
     """
     value, starts = operands.value, operands.level_start_index
     dtype = acc_dtype(value.dtype)
-    B, S, M, D = value.shape
-    Q, sizes = operands.sampling_locations.shape[1], level_pairs(operands)
+    S, M, D = value.shape[1:]
+    B, Q = operands.sampling_locations.shape[:2]
+    sizes = level_pairs(operands)
     counts = count_points(operands.sampling_locations, len(sizes), operands.num_points)
     nothing = B * S * M  # a row of zeros, for what is off the map: no pixel's NaN gets through
     rows = value.to(dtype).reshape(nothing, D)

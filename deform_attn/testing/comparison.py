@@ -93,9 +93,7 @@ def grad_output_for(inputs: OpInputs | FusedInputs) -> Tensor:
 
 def exact_results(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, ...]:
     """The four RESULTS of the oracle, in float64."""
-    with torch.no_grad():
-        output = oracle.ms_deform_attn(inputs)
-    return output, *oracle.gradients(inputs, grad_output)
+    return oracle.output_and_gradients(inputs, grad_output)
 
 
 def results(call: Call, inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, ...]:
@@ -183,12 +181,18 @@ def discrete_results(call: Call, inputs: OpInputs, grad_output: Tensor) -> tuple
     """The DISCRETE_RESULTS of a call of ``method="discrete"``.
 
     Raises:
-        AssertionError: sampling_locations get a gradient.
+        AssertionError: sampling_locations get a gradient, or a shape, dtype or device is not as
+            documented.
     """
     leaves = inputs.leaves()
     output = call(leaves)
     grads = torch.autograd.grad(output, leaves.tensors, grad_output, allow_unused=True)
     assert grads[1] is None, "sampling_locations: expected no gradient of method='discrete'"
+    B, _, M, D = inputs.value.shape
+    _match("output", output, (B, inputs.num_queries, M * D), inputs.value)
+    _match("grad_value", grads[0], inputs.value.shape, inputs.value)
+    weights = inputs.attention_weights
+    _match("grad_attention_weights", grads[2], weights.shape, weights)
     return output.detach(), grads[0], grads[2]
 
 

@@ -172,10 +172,21 @@ def ms_deform_attn_fused(inputs: FusedInputs) -> Tensor:
     )
 
 
-def gradients(
-    inputs: OpInputs, grad_output: Tensor, *, all_rising: bool = False
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of value, sampling_locations and attention_weights in float64.
+
+    Args:
+        inputs: on the CPU; any floating dtypes.
+        grad_output: ``[B, Q, M * D]``.
+    """
+    _, *grads = output_and_gradients(inputs, grad_output)
+    return grads[0], grads[1], grads[2]
+
+
+def output_and_gradients(
+    inputs: OpInputs, grad_output: Tensor, *, all_rising: bool = False
+) -> tuple[Tensor, ...]:
+    """The output and the three `gradients`, from one pass.
 
     Args:
         inputs: on the CPU; any floating dtypes.
@@ -188,7 +199,7 @@ def gradients(
     grads = torch.autograd.grad(
         output, leaves, grad_output.double(), allow_unused=True, materialize_grads=True
     )
-    return grads[0], grads[1], grads[2]
+    return output.detach(), *grads
 
 
 def sums_of_absolute_terms(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, ...]:
@@ -197,6 +208,4 @@ def sums_of_absolute_terms(inputs: OpInputs, grad_output: Tensor) -> tuple[Tenso
     inputs = inputs.replace_tensors(
         value.double().abs(), locations.double(), weights.double().abs()
     )
-    with torch.no_grad():
-        output = ms_deform_attn(inputs)
-    return output, *gradients(inputs, grad_output.abs(), all_rising=True)
+    return output_and_gradients(inputs, grad_output.abs(), all_rising=True)

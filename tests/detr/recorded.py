@@ -96,15 +96,15 @@ class Golden:
         )
 
 
-def relative_error(found: Tensor, wanted: Tensor) -> float:
+def relative_error(found: Tensor, expected: Tensor) -> float:
     """Infinite where shapes differ or a number is not finite."""
-    if found.shape != wanted.shape:
+    if found.shape != expected.shape:
         return float("inf")
-    if wanted.numel() == 0:
+    if expected.numel() == 0:
         return 0.0
-    found, wanted = found.detach().double(), wanted.double()
-    difference = (found - wanted).abs().max().item()
-    size = wanted.abs().max().item()
+    found, expected = found.detach().double(), expected.double()
+    difference = (found - expected).abs().max().item()
+    size = expected.abs().max().item()
     error = difference / size if size else difference
     return error if np.isfinite(error) else float("inf")
 

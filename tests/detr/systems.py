@@ -105,7 +105,7 @@ class Run:
     def maps(self, name: str) -> list[Tensor]:
         return self.input(*(f"{name}{i}" for i in range(len(self.golden.maps(name)))))
 
-    def tell(self, **found: Tensor) -> None:
+    def found_as(self, **found: Tensor) -> None:
         self.found |= {self.under + name.replace("__", "/"): x for name, x in found.items()}
 
     def gradients(self, name: str, scalar: Tensor) -> None:
@@ -113,14 +113,14 @@ class Run:
         name = self.under + name
         named = self.model.named_parameters(remove_duplicate=False)
         ours = {own: p for own, p in named if p.requires_grad}  # discrete: no offsets
-        wanted = {f"in/{n}": x for n, x in self.inputs.items()}
-        wanted |= {f"param/{n}": ours[own] for n, own in self.names.items() if own in ours}
+        variables = {f"in/{n}": x for n, x in self.inputs.items()}
+        variables |= {f"param/{n}": ours[own] for n, own in self.names.items() if own in ours}
         recorded = self.golden.outputs()
         unreached = (self.golden.meta.get("no_gradient") or {}).get(name, ())
         gradients = torch.autograd.grad(
-            scalar, list(wanted.values()), retain_graph=True, allow_unused=True
+            scalar, list(variables.values()), retain_graph=True, allow_unused=True
         )
-        for key, gradient in zip(wanted, gradients):
+        for key, gradient in zip(variables, gradients):
             if f"{name}/{key}" in recorded:
                 assert gradient is not None, f"{self.golden.name}: no gradient {name}/{key}"
                 self.found[f"{name}/{key}"] = gradient
@@ -150,8 +150,8 @@ class Run:
         self.found |= of_pairs(f"{self.under}match/{prefix}", pairs)
 
     def layers(self, outputs: Mapping[str, Tensor]) -> None:
-        """What all layers say, and whom they are matched with."""
-        self.tell(logits=outputs["logits"], boxes=outputs["boxes"])
+        """Predictions of all layers, and the pairs of their matching."""
+        self.found_as(logits=outputs["logits"], boxes=outputs["boxes"])
         for i, (logits, boxes) in enumerate(zip(outputs["logits"], outputs["boxes"])):
             self.matches(f"layer{i}", {"logits": logits, "boxes": boxes})
 
@@ -222,12 +222,12 @@ def deformable(golden: Golden) -> Found:
         outputs = run.model.detect(memory)
         queries, _ = run.model.queries(memory)
         run.layers(outputs)
-        run.tell(init_reference=queries.reference_points)
+        run.found_as(init_reference=queries.reference_points)
         if variant == "refine":
-            run.tell(memory=memory.features[:, ::7])
+            run.found_as(memory=memory.features[:, ::7])
         if variant == "two_stage":
             proposed = outputs["encoder"]
-            run.tell(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
+            run.found_as(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
         run.gradients("grad", waves(outputs))
         run.losses(outputs, lambda loss, of: suffixed(loss, "enc" if of == "encoder" else of))
         found |= run.found
@@ -251,9 +251,9 @@ def dn_dab_deformable(golden: Golden) -> Found:
 
 
 def restored(run: Run, outputs: dict[str, Any]) -> None:
-    """What DN-DETR's queries say, matched and noised, and the losses of both."""
+    """Predictions of DN-DETR's matched and denoising queries, and the losses of both."""
     run.layers(outputs)
-    run.tell(**joined(outputs))
+    run.found_as(**joined(outputs))
     run.gradients("grad", waves(joined(outputs)))
 
     def official(loss: str, of: str) -> str:
@@ -271,7 +271,7 @@ def dino(golden: Golden) -> Found:
     run.layers(outputs)
     proposed = outputs["encoder"]
     run.matches("interm", proposed)
-    run.tell(
+    run.found_as(
         memory=memory.features[:, ::7],
         interm_logits=proposed["logits"],
         interm_boxes=proposed["boxes"],
@@ -302,14 +302,14 @@ def transformer(run: Run) -> tuple[Memory, dict[str, Any]]:
     memory = encoder.memory(run.maps("feat"))
     outputs = run.model.detect(memory, run.noised())
     run.layers(outputs)
-    run.tell(dn_logits=outputs["dn"]["logits"], dn_boxes=outputs["dn"]["boxes"])
+    run.found_as(dn_logits=outputs["dn"]["logits"], dn_boxes=outputs["dn"]["boxes"])
     proposed = outputs["encoder"]
-    run.tell(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
+    run.found_as(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
     run.matches("enc", proposed)
     run.model.eval()
     with torch.no_grad():
         evaluated = run.model.detect(memory)
-    run.tell(eval__logits=evaluated["logits"][-1], eval__boxes=evaluated["boxes"][-1])
+    run.found_as(eval__logits=evaluated["logits"][-1], eval__boxes=evaluated["boxes"][-1])
     run.model.train()
     return memory, outputs
 
@@ -321,7 +321,7 @@ def rtdetr(golden: Golden) -> Found:
     others = hybrid_weights(system, golden)
     run = Run(golden, system, *(8, 8, 8), prefix="decoder.", others=others, **options)
     memory, outputs = transformer(run)
-    run.tell(memory=memory.features[:, ::7])
+    run.found_as(memory=memory.features[:, ::7])
     run.gradients("grad", waves(outputs, outputs["encoder"]))
 
     def official(loss: str, of: str) -> str:
@@ -348,7 +348,7 @@ def deim(golden: Golden) -> Found:
     run.matches("pre", dict(losses.layers_of(outputs, "layer"))["layer_pre"])
     sets = run.criterion.matched(outputs, golden.targets(), torch.ones(()))
     run.found |= of_pairs("match/union", union([one.pairs for one in sets]))
-    run.tell(
+    run.found_as(
         weighting_function=run.criterion.bins(),
         corners=outputs["corners"],
         dn_corners=noised["corners"],
@@ -382,8 +382,8 @@ def deim_rtdetr(golden: Golden) -> Found:
     encoder: Any = run.model.encoder
     outputs = run.model.detect(encoder.memory(run.maps("feat")))
     proposed = outputs["encoder"]
-    run.tell(logits=outputs["logits"], boxes=outputs["boxes"])
-    run.tell(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
+    run.found_as(logits=outputs["logits"], boxes=outputs["boxes"])
+    run.found_as(enc_logits=proposed["logits"], enc_boxes=proposed["boxes"])
     run.gradients("grad", waves(outputs, proposed))
     return run.found
 
@@ -400,18 +400,20 @@ def mrdetr(golden: Golden) -> Found:
     many: Any = run.model.o2m_queries
     starts = {"o2o": run.model.queries, "sep": run.model.queries, "o2m": many}
     for route, queries in starts.items():
-        said = outputs if route == "o2o" else outputs[route]
+        predictions = outputs if route == "o2o" else outputs[route]
         start = queries(memory)[0].reference_points
-        run.tell(**{f"{route}/logits": said["logits"], f"{route}/boxes": said["boxes"]})
-        run.tell(**{f"{route}/init_reference": start})
-        for i, (logits, boxes) in enumerate(zip(said["logits"], said["boxes"])):
-            told = {"logits": logits, "boxes": boxes}
-            run.matches(f"{route}/layer{i}", told, None if route == "o2o" else assign)
-        run.gradients(f"grad/{route}", waves(said))
+        run.found_as(
+            **{f"{route}/logits": predictions["logits"], f"{route}/boxes": predictions["boxes"]}
+        )
+        run.found_as(**{f"{route}/init_reference": start})
+        for i, (logits, boxes) in enumerate(zip(predictions["logits"], predictions["boxes"])):
+            prediction = {"logits": logits, "boxes": boxes}
+            run.matches(f"{route}/layer{i}", prediction, None if route == "o2o" else assign)
+        run.gradients(f"grad/{route}", waves(predictions))
     one, o2m = outputs["encoder"], outputs["encoder_o2m"]
-    run.tell(memory=memory.features[:, ::7], anchors=one["anchors"])
-    run.tell(enc_logits=one["logits"], enc_boxes=one["boxes"])
-    run.tell(enc_o2m_logits=o2m["logits"], enc_o2m_boxes=o2m["boxes"])
+    run.found_as(memory=memory.features[:, ::7], anchors=one["anchors"])
+    run.found_as(enc_logits=one["logits"], enc_boxes=one["boxes"])
+    run.found_as(enc_o2m_logits=o2m["logits"], enc_o2m_boxes=o2m["boxes"])
 
     def official(loss: str, of: str) -> str:
         name = {"class": "loss_class", "l1": "loss_bbox", "giou": "loss_giou"}[loss]
@@ -459,7 +461,7 @@ def detr(golden: Golden) -> Found:
     memory = dense_memory(run)
     outputs = run.model.detect(memory)
     run.layers(outputs)
-    run.tell(
+    run.found_as(
         memory=memory.features.transpose(1, 2).unflatten(2, memory.spatial_shapes[0]),
         hidden=hidden_of(run, memory)[0],
     )
@@ -484,7 +486,7 @@ def dab_detr_dense(golden: Golden) -> Found:
     run, memory = dense(golden, models.dab_detr)
     outputs = run.model.detect(memory)
     hidden, references = hidden_of(run, memory)
-    run.tell(
+    run.found_as(
         logits=outputs["logits"],
         boxes=outputs["boxes"],
         memory=memory.features,
@@ -525,10 +527,10 @@ def load_part(
 def gradients_of_part(
     found: Found, case: str, scalar: Tensor, inputs: Found, parameters: Mapping[str, Tensor]
 ) -> None:
-    wanted = {f"in/{n}": x for n, x in inputs.items()}
-    wanted |= {f"param/{n}": x for n, x in parameters.items()}
-    gradients = torch.autograd.grad(scalar, list(wanted.values()))
-    found |= {f"{case}/grad/{n}": g for n, g in zip(wanted, gradients)}
+    variables = {f"in/{n}": x for n, x in inputs.items()}
+    variables |= {f"param/{n}": x for n, x in parameters.items()}
+    gradients = torch.autograd.grad(scalar, list(variables.values()))
+    found |= {f"{case}/grad/{n}": g for n, g in zip(variables, gradients)}
 
 
 def encoder(golden: Golden) -> Found:
@@ -615,7 +617,7 @@ def matcher_losses(golden: Golden) -> Found:
         found[f"{i}/fgl_target_left_bin"] = left.flatten()
         found[f"{i}/fgl_target_weight_right"] = right_weight.flatten()
         found[f"{i}/fgl_target_weight_left"] = 1 - right_weight.flatten()
-        told = {
+        prediction = {
             "corners": corners,
             "teacher_corners": golden[f"in/{i}/teacher_corners"],
             "teacher_logits": golden[f"in/{i}/teacher_logits"],
@@ -623,7 +625,7 @@ def matcher_losses(golden: Golden) -> Found:
         balance = (len(iou), logits[..., 0].numel() - len(iou))
         of = {
             "fgl": (bins.localisation(corners[where], initial, truth, iou).sum() / n, "corners"),
-            "ddf": (bins.distillation(told, where, iou, balance), "corners"),
+            "ddf": (bins.distillation(prediction, where, iou, balance), "corners"),
         }
         for name, kind in CLASSIFICATIONS.items():
             criterion = losses.Criterion({"class": 1, "l1": 1, "giou": 1}, classification=kind)
@@ -639,8 +641,8 @@ def matcher_losses(golden: Golden) -> Found:
 
         start = f"in/o2m/{i}"
         many = OneToMany(max_choices=golden.config["o2m"]["sample_size"])
-        told = {key: golden[f"{start}/{key}"] for key in ("logits", "boxes")}
-        found |= of_pairs(f"o2m/{i}/match", many(told, golden.targets(start)))
+        prediction = {key: golden[f"{start}/{key}"] for key in ("logits", "boxes")}
+        found |= of_pairs(f"o2m/{i}/match", many(prediction, golden.targets(start)))
 
         given_cell = golden[f"in/stewart/{i}/pred"], golden[f"in/stewart/{i}/gt"]
         found[f"stewart/{i}/cost"], found[f"stewart/{i}/match"] = lexicographic(*given_cell)
@@ -683,15 +685,15 @@ def in_sequence(golden: Golden, variant: str) -> Found:
         return x.flip(0) if "conf" in name else x
 
     with torch.no_grad():
-        # A tied gate forgets what it does not tell.
+        # A tied forget gate is the output gate, negated.
         keep = -state["output_gate"] if tied else state["forget_gate"]
         rows = [state["input_value"], state["input_gate"], keep, state["output_gate"]]
         decoder.gates.weight.copy_(torch.cat(rows, 1)[0, :, 0])
         for name, parameter in heads.items():
             parameter.copy_(reordered(name, state[name]))
 
-    said: list[Tensor] = []
-    hook = decoder.dropout.register_forward_hook(lambda _m, _x, y: said.append(y))
+    states: list[Tensor] = []
+    hook = decoder.dropout.register_forward_hook(lambda _m, _x, y: states.append(y))
     backbone.given = golden.maps("map")
     image_map = backbone.given[0].requires_grad_()
     outputs = model(torch.zeros(len(targets), 3, *config["image_HW"], dtype=torch.double))
@@ -700,40 +702,40 @@ def in_sequence(golden: Golden, variant: str) -> Found:
     offsets = outputs["boxes"][0].unflatten(1, (-1, steps)) - centres[:, :, None]
     logits = outputs["logits"][0].unflatten(1, (-1, steps)).flatten(0, 1).flip(-1)
     found = {
-        "hidden": torch.stack(said, 1),
+        "hidden": torch.stack(states, 1),
         "logits": logits,
         "scores": logits.softmax(-1),
         "boxes": (offsets * outputs["pixels"][:, None, None]).flatten(0, 1),
     }
-    _, told = next(losses.layers_of(outputs, "layer"))
-    found |= of_pairs("match", criterion.match(told, targets))
+    _, prediction = next(losses.layers_of(outputs, "layer"))
+    found |= of_pairs("match", criterion.match(prediction, targets))
 
     of_objects = criterion(outputs, targets)
     share = sum(len(target["labels"]) for target in targets) / len(logits)
     box, confidence = of_objects["l1/layer0"] * share, of_objects["class/layer0"] * share / steps
     found |= {"loss/hungarian": box / criterion.weights["l1"], "loss/box_loss": confidence}
     by = [image_map, decoder.gates.weight, *heads.values()]
-    of_map, of_gates, *of_heads = torch.autograd.grad(box + confidence, by)
-    value, write, keep, tell = of_gates[None, :, None].chunk(4, 1)
-    gradients = {"input_value": value, "input_gate": write}
+    grad_map, grad_gates, *grad_heads = torch.autograd.grad(box + confidence, by)
+    candidate, write, keep, output = grad_gates[None, :, None].chunk(4, 1)
+    gradients = {"input_value": candidate, "input_gate": write}
     gradients |= (
-        {"output_gate": tell - keep} if tied else {"output_gate": tell, "forget_gate": keep}
+        {"output_gate": output - keep} if tied else {"output_gate": output, "forget_gate": keep}
     )
-    gradients |= {name: reordered(name, x) for name, x in zip(heads, of_heads)}
+    gradients |= {name: reordered(name, x) for name, x in zip(heads, grad_heads)}
     found |= {f"lossgrad/param/{name}": x for name, x in gradients.items()}
-    return found | {"lossgrad/in/map0": of_map}
+    return found | {"lossgrad/in/map0": grad_map}
 
 
-def lexicographic(said: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
+def lexicographic(predicted: Tensor, objects: Tensor) -> tuple[Tensor, Tensor]:
     """Misses, ranks and distances of Stewart's matching in one cell; the object of each
     prediction, or -1.
     """
-    said_by, which = assign(Lexicographic.cost(said, objects))
-    offset = (said[said_by, :2] - objects[which, :2]).abs() / objects[which, 2:]
-    missed, distance = (offset > 0.5).any(-1).sum(), (said[said_by] - objects[which]).abs()
-    triple = torch.stack([missed.float(), said_by.sum().float(), distance.sum()])
-    answer = torch.full((len(said),), -1).index_put((said_by,), which)
-    return triple, torch.stack([torch.arange(len(said)), answer])
+    rows, which = assign(Lexicographic.cost(predicted, objects))
+    offset = (predicted[rows, :2] - objects[which, :2]).abs() / objects[which, 2:]
+    missed, distance = (offset > 0.5).any(-1).sum(), (predicted[rows] - objects[which]).abs()
+    triple = torch.stack([missed.float(), rows.sum().float(), distance.sum()])
+    objects_of_rows = torch.full((len(predicted),), -1).index_put((rows,), which)
+    return triple, torch.stack([torch.arange(len(predicted)), objects_of_rows])
 
 
 CLASSIFICATIONS = {

@@ -38,9 +38,9 @@ KINDS: dict[str, tuple[Any, np.ndarray]] = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pixels_are_kept(kind: str) -> None:
-    source, wanted = KINDS[kind]
-    wanted = np.broadcast_to(wanted[..., None], (16, 16, 3)) if wanted.ndim == 2 else wanted
-    assert np.array_equal(np.asarray(read_image(source)), wanted)
+    source, expected = KINDS[kind]
+    expected = np.broadcast_to(expected[..., None], (16, 16, 3)) if expected.ndim == 2 else expected
+    assert np.array_equal(np.asarray(read_image(source)), expected)
 
 
 def test_files_of_16_bits_are_scaled(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The shipped detector: it finds digits, alike with each backend, in images of any kind."""
+"""The shipped detector finds digits in images of any kind, and all backends agree."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_scores_are_sorted_and_above_the_threshold() -> None:
 
 
 def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"one of \['digits'\] or a file, got 'letters'"):
+    with pytest.raises(FileNotFoundError, match=r"one of \['digits'\], a file, .*'letters'"):
         load("letters")
     with pytest.raises(TypeError, match="images: expected a list of images, got"):
         load("digits").predict(Image.new("RGB", (9, 9)))  # type: ignore[arg-type]

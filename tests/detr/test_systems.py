@@ -352,7 +352,7 @@ def test_positions_of_pixels(temperature: float, shift: float) -> None:
 def test_scores_are_fused() -> None:
     p = torch.tensor([0.5, 0.2, 0.9]).view(3, 1, 1, 1)
     outputs = {"logits": torch.logit(p), "boxes": torch.rand(3, 1, 1, 4)}
-    [result] = models.best_scores(outputs, torch.tensor([[10, 10]]), fuse=True)
+    [result] = models.BestScores(fuse=True)(outputs, torch.tensor([[10, 10]]))
     second = math.sqrt((0.2**2.001 + 0.5**1.853) / 2)
     third = math.sqrt((0.9**2.001 + second**1.853) / 2)
     assert result["scores"].item() == pytest.approx(third, rel=1e-5)

@@ -49,7 +49,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def command(out: Path, **settings: Any) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    return ["-m", "deform_attn.detr.train", "--out", str(out), *options]
+    return ["-m", "deform_attn.detr", "train", "--out", str(out), *options]
 
 
 @pytest.fixture
@@ -84,7 +84,7 @@ def differing(one: Any, two: Any, path: str = "") -> list[str]:
 # Runs a training that kills itself: after a step, or while a file is written.
 KILLED = """
 import os, signal, sys
-from deform_attn.detr import train
+from deform_attn.detr import __main__, train
 
 where, number = sys.argv.pop(1), int(sys.argv.pop(1))
 step, write = train._Run._step, train._write
@@ -107,7 +107,7 @@ def written(file, to):
     write(file, half if where == file.name and saved else to)
 
 train._Run._step, train._write = stepped, written
-train.main()
+__main__.main()
 """
 
 
@@ -236,7 +236,7 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"data": "voc"}, "data: expected 'shapes'"),
         ({"augment": "more"}, "augment: expected one of none, flip, crop, dense; got 'more'"),
-        ({"resize": "crop"}, "resize: expected one of stretch, fit; got 'crop'"),
+        ({"resize": "crop"}, "resize: expected one of stretch, fit, shortest; got 'crop'"),
         ({"queries": 0}, "queries: expected at least 1, got 0"),
         ({"layers": 0}, "layers: expected at least 1, got 0"),
         ({"width": 48}, "width: expected a multiple of 32, got 48"),

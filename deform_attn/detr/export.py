@@ -1,0 +1,103 @@
+"""Export of whole detectors, with postprocessing and a dynamic batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deform_attn.detr.models import Postprocess
+
+SUFFIXES = (".onnx", ".pt2")
+
+
+class Exportable(nn.Module):
+    """A detector and its postprocessing as one module."""
+
+    def __init__(self, model: nn.Module, postprocess: Postprocess) -> None:
+        super().__init__()
+        self.model, self.postprocess = model, postprocess
+
+    def forward(self, images: Tensor, sizes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes, scores and labels in ``images [B, 3, H, W]`` of ``sizes [B, (height, width)]``."""
+        found = self.postprocess.detections(self.model(images), sizes)
+        return found.boxes, found.scores, found.labels
+
+
+def export(
+    model: nn.Module,
+    postprocess: Postprocess,
+    file: str | Path,
+    size: int | tuple[int, int],
+    **options: Any,
+) -> float:
+    """Write a detector as ONNX (``.onnx``) or as an exported program of PyTorch (``.pt2``).
+
+    Inputs are ``images [B, 3, H, W]``, float32 RGB in [0, 1], and ``sizes [B, (height, width)]``,
+    the images' sizes in pixels before they were resized. Outputs are ``boxes [B, n, 4]``, corners
+    in those pixels, ``scores [B, n]`` and ``labels [B, n]``. The batch is dynamic. What was written
+    is run with another batch, and compared.
+
+    Args:
+        model: on the CPU.
+        postprocess: of the same system.
+        file: where to write.
+        size: of the images, ``(height, width)`` or the side of a square.
+        options: of :func:`deform_attn.integrations.onnx.export`, for ``.onnx``.
+
+    Returns:
+        The largest difference of boxes (in pixels) and scores from those of the model. ONNX is
+        compared if onnxruntime is installed, else the difference is NaN.
+
+    Raises:
+        ValueError: another suffix.
+        ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
+    """
+    file = Path(file)
+    if file.suffix not in SUFFIXES:
+        raise ValueError(f"file: expected the suffix {' or '.join(SUFFIXES)}, got {file.name!r}")
+    height, width = (size, size) if isinstance(size, int) else size
+    whole = Exportable(model, postprocess).eval()
+
+    def inputs(batch: int) -> tuple[Tensor, Tensor]:
+        images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
+        return images, torch.tensor([[height, width]]).repeat(batch, 1)
+
+    batch = torch.export.Dim("batch", min=1, max=1024)
+    shapes = {"images": {0: batch}, "sizes": {0: batch}}
+    with torch.no_grad():
+        if file.suffix == ".pt2":
+            program = torch.export.export(whole, inputs(2), dynamic_shapes=shapes)
+            torch.export.save(program, file)
+            found = torch.export.load(file).module()(*inputs(3))
+        else:
+            found = _export_onnx(whole, inputs(2), inputs(3), file, shapes, options)
+        if found is None:
+            return float("nan")
+        wanted = whole(*inputs(3))
+    pairs = zip(wanted[:2], found[:2])
+    return max((a - torch.as_tensor(b)).abs().max().item() for a, b in pairs)
+
+
+def _export_onnx(
+    whole: nn.Module,
+    example: tuple[Tensor, Tensor],
+    other: tuple[Tensor, Tensor],
+    file: Path,
+    shapes: dict[str, Any],
+    options: dict[str, Any],
+) -> Any:
+    from deform_attn.integrations import onnx
+
+    # The exporter's optimizer breaks models that clamp one tensor twice.
+    names = {"input_names": ["images", "sizes"], "output_names": ["boxes", "scores", "labels"]}
+    options = {"optimize": False, "dynamic_shapes": shapes, **names, **options}
+    onnx.export(whole, example, file, **options)
+    try:
+        import onnxruntime
+    except ModuleNotFoundError:
+        return None
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return session.run(None, {"images": other[0].numpy(), "sizes": other[1].numpy()})
