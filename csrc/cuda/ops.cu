@@ -13,6 +13,7 @@
 #include <memory>
 #include <tuple>
 
+#include "../boxed.h"
 #include "../checks.h"
 #if defined(__CUDACC__)
 #define DEFORM_ATTN_SEPARATE
@@ -296,12 +297,12 @@ std::string build() {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CUDA, library) {
-  library.impl("ms_deform_attn", TORCH_BOX(&forward));
-  library.impl("ms_deform_attn_backward", TORCH_BOX(&backward));
-  library.impl("ms_deform_attn_fused", TORCH_BOX(&fused_forward));
-  library.impl("ms_deform_attn_fused_backward", TORCH_BOX(&fused_backward));
-  library.impl("ms_deform_attn_by", TORCH_BOX(&forward_by));
-  library.impl("ms_deform_attn_by_backward", TORCH_BOX(&backward_by));
+  library.impl("ms_deform_attn", DEFORM_ATTN_BOX(&forward));
+  library.impl("ms_deform_attn_backward", DEFORM_ATTN_BOX(&backward));
+  library.impl("ms_deform_attn_fused", DEFORM_ATTN_BOX(&fused_forward));
+  library.impl("ms_deform_attn_fused_backward", DEFORM_ATTN_BOX(&fused_backward));
+  library.impl("ms_deform_attn_by", DEFORM_ATTN_BOX(&forward_by));
+  library.impl("ms_deform_attn_by_backward", DEFORM_ATTN_BOX(&backward_by));
 }
 
 // Private: benchmarks compare the algorithms with each other and with the baseline.
@@ -315,7 +316,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deform_attn, library) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deform_attn, CompositeExplicitAutograd, library) {
-  library.impl("cuda_build", TORCH_BOX(&build));
+  library.impl("cuda_build", DEFORM_ATTN_BOX(&build));
 }
 
 }  // namespace deform_attn
