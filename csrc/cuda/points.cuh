@@ -28,7 +28,6 @@ struct Sample {
 //   reopen    the same in a later kernel, for one lane
 //   find      the same without what `weight` needs
 //   location  (x, y) of point k, which samples `level`
-//   along     x (axis 0) or y (axis 1) of it, the same bits
 //   weight    its attention weight
 //   at        location and weight
 
@@ -104,9 +103,6 @@ struct GivenPoints {
   __device__ Pack<AccOf<T>, 2> location(const Query& query, int k, int, const BlockLevels&) const {
     return load<2>(locations + 2 * (query.first_point + k));
   }
-  __device__ AccOf<T> along(const Query& query, int k, int, const BlockLevels&, int axis) const {
-    return locations[2 * (query.first_point + k) + axis];
-  }
   __device__ AccOf<T> weight(const Query& query, int k) const {
     const int64_t point = query.first_point + k;
     return wide ? static_cast<const AccOf<T>*>(weights)[point]
@@ -171,13 +167,6 @@ struct FusedPoints {
     const Level& map = levels.level[level];
     return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
-  // A coordinate, rounded once: every caller gets the same bits.
-  __device__ Acc moved(int64_t item, int level, const BlockLevels& levels, int axis,
-                       Acc offset) const {
-    return Numbers<Acc>::multiply_add(offset, step_of(item, level, levels, axis),
-                                      reference_of(item, level)[axis]);
-  }
-
   __device__ Query open(const Problem& problem, const Part& part, int query, bool present,
                         const Teams& teams) const {
     using std::exp;
@@ -234,13 +223,6 @@ struct FusedPoints {
     const Pack<Acc, 2> by = offset(query.first_point + k);
     return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),
             Numbers<Acc>::multiply_add(by.at[1], step.at[1], from[1])};
-  }
-  __device__ Acc along(const Query& query, int k, int level, const BlockLevels& levels,
-                       int axis) const {
-    const int64_t at = 2 * (query.first_point + k) + axis;
-    const Acc by = wide ? static_cast<const Acc*>(offsets)[at]
-                        : static_cast<Acc>(static_cast<const T*>(offsets)[at]);
-    return moved(query.item, level, levels, axis, by);
   }
   __device__ Sample<Acc> at(const Query& query, int k, int level, const BlockLevels& levels) const {
     const Pack<Acc, 2> place = location(query, k, level, levels);

@@ -8,9 +8,19 @@
 
 namespace deform_attn {
 
-// Gradients by weight that a warp of a fused call keeps in shared memory.
+// Gradients by weight that a warp of a fused call keeps in shared memory. None in float64: with them a
+// block takes more than half of the 64 KB of sm_75.
 template <typename Acc>
-constexpr int kKept = sizeof(Acc) == 8 ? 32 : 128;
+constexpr int kKept = sizeof(Acc) == 8 ? 0 : 128;
+
+// Whether groups of lanes share the points of a query. Not in float64, which has no register for it.
+template <typename Acc>
+constexpr bool kSplits = sizeof(Acc) < 8;
+
+// Whether the weighted mean of the gradients by weight is computed at the end, from memory. In float64 it
+// would take two registers too many.
+template <typename Acc>
+constexpr bool kRecomputesMean = kKept<Acc> == 0;
 
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. In shared memory and not
 // in registers, which the pixels and grad_output need.
@@ -24,7 +34,7 @@ struct Staged {
   int64_t output_at[kWarp / 4];             // of each team
   int order[kWarp];                         // the queries of the warp, from part.first on
   Acc weight[Points::kFused ? kWarp : 1];   // of a fused call, where it takes an exponential
-  Acc by_weight[Points::kFused ? kKept<Acc> : 1];
+  Acc by_weight[Points::kFused && kKept<Acc> > 0 ? kKept<Acc> : 1];
 };
 
 // Adds the points `first` to first + count of a query to the head's part of the gradient of its reference
@@ -74,10 +84,11 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   read_levels(table, problem, levels);
 
   const int warp = threadIdx.x / kWarp;
-  const Teams teams = {blocks.lane_bits + blocks.split_bits, static_cast<int>(threadIdx.x % kWarp)};
-  const int lanes = 1 << blocks.lane_bits, splits = 1 << blocks.split_bits;
+  const int split_bits = kSplits<Acc> ? blocks.split_bits : 0;
+  const Teams teams = {blocks.lane_bits + split_bits, static_cast<int>(threadIdx.x % kWarp)};
+  const int lanes = 1 << blocks.lane_bits, splits = 1 << split_bits;
   const int lane = teams.lane & (lanes - 1);
-  const int split = teams.channel_lane() >> blocks.lane_bits;
+  const int split = kSplits<Acc> ? teams.channel_lane() >> blocks.lane_bits : 0;
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
   auto& staged = all_staged[warp];
   const Offset row_stride = static_cast<Offset>(problem.row_stride() / kVec);
@@ -100,14 +111,15 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
     }
     int level = 0;
     [[maybe_unused]] Acc mean = 0;  // of a fused call: the weighted mean of the gradients by weight
-    [[maybe_unused]] const bool kept = problem.points * teams.count() <= kKept<Acc>;
+    [[maybe_unused]] const bool kept =
+        kKept<Acc> > 0 && problem.points * teams.count() <= kKept<Acc>;
     for (int first = 0; first < problem.points; first += teams.lanes()) {
       const int k_staged = first + teams.round_of(teams.lane);
       __syncwarp();
       const auto& query = staged.query[slot];
       const bool stages = present && k_staged < problem.points;
       if (stages) {
-        level = level_of(k_staged, level, levels);
+        level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
         const Sample<Acc> sample = points.at(query, k_staged, level, levels);
         Footprint<Acc> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
@@ -198,7 +210,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
                                empty ? Acc(0) : gradient.y * along);
           staged.dot[teams.lane] = {gradient.x, gradient.y, gradient.x * moved.at[0],
                                     gradient.y * moved.at[1]};
-          mean += weight * gradient.weight;
+          if constexpr (!kRecomputesMean<Acc>) mean += weight * gradient.weight;
           if (kept) {
             staged.by_weight[k * teams.count() + slot] = gradient.weight;
           } else {
@@ -218,10 +230,17 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
     }
     if constexpr (Points::
                       kFused) {  // through the softmax; each lane has the points it staged above
+      const auto& query = staged.query[slot];
+      if constexpr (kRecomputesMean<Acc>) {
+#pragma unroll 1
+        for (int k = teams.round_of(teams.lane); present && k < problem.points;
+             k += teams.lanes()) {
+          mean += points.weight(query, k) * gradients.by_weight[query.first_point + k];
+        }
+      }
       for (int step = teams.count(); step < kWarp; step *= 2) {
         mean += __shfl_xor_sync(kAllLanes, mean, step);
       }
-      const auto& query = staged.query[slot];
 #pragma unroll 1
       for (int k = teams.round_of(teams.lane); present && k < problem.points; k += teams.lanes()) {
         const int64_t point = query.first_point + k;
