@@ -54,7 +54,7 @@ class _Attention(nn.Module):
         if value_channels is not None:
             self.value_proj = nn.Linear(channels, value_channels)
             self.output_proj = nn.Linear(value_channels, channels)
-        # the layers' own, so that they win over nn.Linear's whoever resets a model layer by layer
+        # on each layer, so that they replace nn.Linear's even if a model is reset layer by layer
         _reset_by(self.sampling_offsets, partial(_reset_offsets, heads=heads, points=self._points))
         _reset_by(self.attention_weights, _reset_to_zero)
         _reset_by(self.value_proj, _reset_projection)

@@ -1,13 +1,13 @@
 """The Triton backend on the host: when it can run, the block sizes, the launches.
 
-It serves where no CUDA library was built. Where one was, the compiled kernels are preferred for
-every shape: for a point they issue fewer loads (here each thread fetches the location and weight by
-itself), visit an encoder's queries in tiles, and add fewer numbers to the gradient of value; and
-Triton's launcher takes longer than theirs. That is an estimate from counts, not a measurement:
-`make gpu` times both on every workload, and its summary says where this one was faster.
+This backend is used if no CUDA library was built. If one was, the compiled kernels are preferred
+for every shape: they issue fewer loads per point (here each thread loads the location and weight),
+visit an encoder's queries in tiles, use fewer atomic additions, and have a cheaper launch. This is
+an estimate from counts, not a measurement: `make gpu` times both on every workload and reports
+which is faster.
 
-The kernels are in _triton_kernels.py, which is imported at the first call: importing triton takes
-longer than importing the rest of this package.
+The kernels are in _triton_kernels.py, which is imported at the first call, because importing triton
+takes longer than importing the rest of this package.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def _why_not_launched(device_type: str) -> str | None:
     expected = "hip" if device_type == "cuda" and torch.version.hip else device_type
     try:
         found = _target().name
-    except Exception as error:  # whatever a driver raises
+    except Exception as error:  # drivers raise errors of many types
         return f"Triton finds no driver for {device_type}: {error}"
     if found != expected:
         return f"Triton's driver is for {found}, expected {expected} for PyTorch's {device_type}"

@@ -60,15 +60,15 @@ def evaluate(
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
     found = detect(detector.model, detector.postprocess, dataset, batch)
-    truth = dataset.ground_truth()
+    coco = dataset.ground_truth()
     table = Table("", "AP", box=None)
-    for name, value in average_precision(truth, found).items():
+    for name, value in average_precision(coco, found).items():
         table.add_row(name, as_text(value))
-    for name, value in class_precision(truth, found).items():
+    for name, value in class_precision(coco, found).items():
         table.add_row(name, as_text(value))
     Console().print(table)
     if results is not None:
-        results.write_text(json.dumps(coco_results(truth, found)))
+        results.write_text(json.dumps(coco_results(coco, found)))
 
 
 def predict(
@@ -133,10 +133,10 @@ def data(data: str, split: str = "train", sheet: Path | None = None, samples: in
         samples: number of them.
     """
     dataset = open_dataset(data, split)
-    truth = dataset.ground_truth()
-    counts = Counter(one["category_id"] for one in truth["annotations"])
-    most = max(Counter(one["image_id"] for one in truth["annotations"]).values(), default=0)
-    print(f"{len(dataset)} images, {len(truth['annotations'])} objects, at most {most} per image")
+    coco = dataset.ground_truth()
+    counts = Counter(one["category_id"] for one in coco["annotations"])
+    most = max(Counter(one["image_id"] for one in coco["annotations"]).values(), default=0)
+    print(f"{len(dataset)} images, {len(coco['annotations'])} objects, at most {most} per image")
     table = Table("class", "objects", box=None)
     for label, name in enumerate(dataset.classes):
         table.add_row(name, str(counts[label]))

@@ -76,8 +76,8 @@ def export(
             found = _export_onnx(whole, inputs(2), inputs(3), file, shapes, options)
         if found is None:
             return float("nan")
-        wanted = whole(*inputs(3))
-    pairs = zip(wanted[:2], found[:2])
+        expected = whole(*inputs(3))
+    pairs = zip(expected[:2], found[:2])
     return max((a - torch.as_tensor(b)).abs().max().item() for a, b in pairs)
 
 

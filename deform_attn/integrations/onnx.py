@@ -1,22 +1,22 @@
 """ONNX through PyTorch's exporter, and exporters that take an ``ExportedProgram``.
 
-The exporters know nothing of this package's operators. :func:`export` traces a model, in which
-each is one node, and replaces the nodes by one of three forms:
+PyTorch's exporter has no translation of this package's operators. :func:`export` traces a model, in
+which each operator is one node, and replaces these nodes by one of three forms:
 
 ============= ================================ ==================================================
 form          becomes                          for
 ============= ================================ ==================================================
-"grid_sample" a GridSample a level             onnxruntime, OpenVINO, ...
-"gather"      Gather and MatMul a level, on    TensorRT, which is reported to compile GridSample
-              tensors of at most five          of such models wrongly (NVIDIA/TensorRT #4813);
-              dimensions                       Core ML, ExecuTorch and LiteRT (:func:`decompose`);
-                                               level sizes that are inputs of the graph
-"tensorrt"    a MultiscaleDeformableAttn-      TensorRT with its plugins, the fastest there
+"grid_sample" a GridSample per level           onnxruntime, OpenVINO, ...
+"gather"      Gather and MatMul per level, on  TensorRT (NVIDIA/TensorRT #4813 reports wrong results
+              tensors of at most five          of GridSample in such models); Core ML, ExecuTorch
+              dimensions                       and LiteRT (:func:`decompose`); level sizes that are
+                                               inputs of the graph
+"tensorrt"    a MultiscaleDeformableAttn-      TensorRT with its plugins
               Plugin_TRT node
 ============= ================================ ==================================================
 
-All three take points per level that differ. Discrete sampling (RT-DETRv2) becomes gathered pixels
-in every form.
+All three support levels with different numbers of points. Discrete sampling (RT-DETRv2) becomes
+gathered pixels in every form.
 """
 
 from __future__ import annotations
@@ -58,27 +58,28 @@ def export(
 ) -> torch.onnx.ONNXProgram:
     """Export a model that calls this package's operators to ONNX, for inference.
 
-    Needs the packages ``onnx`` and ``onnxscript``. A model of transformers is made to call these
-    operators by :func:`deform_attn.integrations.transformers.accelerate`.
+    Needs the packages ``onnx`` and ``onnxscript``. The models of other libraries call these
+    operators after :func:`deform_attn.accelerate`.
 
     Args:
-        model: a module in evaluation mode, or what ``torch.export.export`` made of one.
+        model: a module in evaluation mode, or the result of ``torch.export.export``.
         args: example inputs.
         path: where to write; None: only return the program.
-        form: what the operator becomes: ``"grid_sample"``, ``"gather"`` or ``"tensorrt"``.
+        form: of the operator in the graph: ``"grid_sample"``, ``"gather"`` or ``"tensorrt"``.
         kwargs: example inputs by name.
-        dynamic_shapes: as ``torch.export.export`` takes them: sizes that may differ from those of
-            the example, say the batch.
-        plugin_version: of ``"tensorrt"``: ``"1"`` for TensorRT before 10.11, which has no other.
-        options: more for ``torch.onnx.export``: ``input_names``, ``optimize``, ...
+        dynamic_shapes: as in ``torch.export.export``: sizes that may differ from those of the
+            example, such as the batch.
+        plugin_version: for ``"tensorrt"``: ``"1"`` for TensorRT before 10.11, which has no other.
+        options: other arguments of ``torch.onnx.export``: ``input_names``, ``optimize``, ...
 
     Returns:
         The exported program; ``program.model_proto`` is the ONNX model.
 
     Raises:
-        ValueError: a model in training mode; no such form; or one that needs level sizes as
-            numbers where the model has them in a tensor: pass ``spatial_shapes`` as a list, or take
-            ``"gather"`` or ``"tensorrt"``.
+        ValueError: the model is in training mode; there is no such form; or the form needs level
+            sizes as numbers and the model has them in a tensor: pass ``spatial_shapes`` as a list,
+            or choose ``"gather"`` or ``"tensorrt"``.
+        RuntimeError: the exported model is not valid ONNX.
         ModuleNotFoundError: ``onnx`` or ``onnxscript`` is not installed.
 
     Example:
@@ -184,9 +185,10 @@ def _merge_views(module: torch.fx.GraphModule) -> None:
 def decompositions(
     form: str, *, plugin_version: str = "2"
 ) -> dict[torch._ops.OperatorBase, Callable[..., Any]]:
-    """What :func:`export` gives to ``torch.export.ExportedProgram.run_decompositions``.
+    """The table that :func:`export` passes to ``torch.export.ExportedProgram.run_decompositions``.
 
-    For exporters of your own. The functions compute what the operators do, "tensorrt" but shapes.
+    For other exporters. The functions compute the same as the operators; those of "tensorrt" only
+    return the right shapes.
 
     Raises:
         ValueError: no such form.
@@ -232,8 +234,8 @@ def decompositions(
 def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Any:
     """A clamp by comparisons. NaN stays NaN.
 
-    The optimizer makes a Clip of two bounds and names their constants after ``x``; the model is
-    invalid where a second clamp of the same tensor takes the same names.
+    The optimizer merges two bounds into a Clip and names their constants after ``x``. If the same
+    tensor is clamped twice, both use the same names and the model is invalid.
     """
     if low is None or high is None:
         return NotImplemented
@@ -242,11 +244,11 @@ def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Any:
 
 
 def standard(operands: AnyOperands) -> Tensor:
-    """A call of any operator in standard nodes, for PyTorch's exporter that traces TorchScript.
+    """A call of any operator in standard nodes, for PyTorch's TorchScript exporter.
 
-    That exporter (``torch.onnx.export(..., dynamo=False)``) has no table of decompositions, so the
-    functions of this package call this one while it traces. Pixels are gathered, which takes sizes
-    that the model computes and needs opset 11, or 12 for discrete sampling.
+    That exporter (``torch.onnx.export(..., dynamo=False)``) has no table of decompositions, so this
+    package's functions call this one while it traces. Pixels are gathered, which supports level
+    sizes that the model computes. Needs opset 11, or 12 for discrete sampling.
     """
     if isinstance(operands, DiscreteOperands):
         return discrete(operands)
@@ -254,23 +256,23 @@ def standard(operands: AnyOperands) -> Tensor:
 
 
 def _grid_sampled(operands: Operands) -> Tensor:
-    """What the reference backend computes, with the level sizes as constants of the graph."""
+    """The reference backend's computation, with level sizes as constants of the graph."""
     listed = operands.level_sizes is not None
     if not listed or operands.level_start_index is not None:
         name = "level_start_index" if listed else "spatial_shapes"
         raise ValueError(
             f"{name}: expected {'None' if listed else 'a list of (height, width)'} for form "
-            "'grid_sample', which cuts the levels apart, got a tensor; the forms 'gather' and "
-            "'tensorrt' take it"
+            "'grid_sample', which splits value into levels, got a tensor; the forms 'gather' "
+            "and 'tensorrt' support it"
         )
     return reference.sample(operands)
 
 
 def _gathered(operands: Operands) -> Tensor:
-    """Rows of D numbers from one list of all pixels, times their shares of the bilinear weights.
+    """Gathers rows of D channels from one list of all pixels and multiplies them by their weights.
 
-    In float32 where the formula that derivatives come from takes float64, which TensorRT has not:
-    the side of a knot may be wrong, and makes no difference to a sum that is continuous there.
+    Pixel coordinates are float32, since TensorRT has no float64. At a knot the pixel may be the
+    wrong neighbour, which does not change the output, because it is continuous there.
     """
     value, starts = operands.value, operands.level_start_index
     dtype = acc_dtype(value.dtype)
@@ -278,7 +280,7 @@ def _gathered(operands: Operands) -> Tensor:
     B, Q = operands.sampling_locations.shape[:2]
     sizes = level_pairs(operands)
     counts = count_points(operands.sampling_locations, len(sizes), operands.num_points)
-    nothing = B * S * M  # a row of zeros, for what is off the map: no pixel's NaN gets through
+    nothing = B * S * M  # a row of zeros for pixels outside the map: a NaN in value is not read
     rows = value.to(dtype).reshape(nothing, D)
     rows = torch.cat((rows, rows.new_zeros((1, D))))
     image = torch.arange(B, device=value.device)[:, None, None, None] * S
@@ -293,7 +295,7 @@ def _gathered(operands: Operands) -> Tensor:
         start = end if starts is None else starts[level].to(value.device)
         end = start + height * width
         near = ((location >= -1) & (location <= 2)).all(-1, keepdim=True)
-        x, y = torch.where(near, location, -1).unbind(-1)  # [B, Q, M, P]; NaN is nowhere
+        x, y = torch.where(near, location, -1).unbind(-1)  # [B, Q, M, P]; NaN is outside
         x, y = x * width - 0.5, y * height - 0.5
         left, upper = x.floor(), y.floor()
         right_share, lower_share = x - left, y - upper
@@ -311,17 +313,17 @@ def _gathered(operands: Operands) -> Tensor:
 
 
 def _plugin(operands: Operands, version: str) -> Tensor:
-    """TensorRT's plugin of that name: no attributes, five inputs of these shapes.
+    """A node of TensorRT's plugin: no attributes, five inputs of these shapes.
 
-    Its floats are all of one dtype, so all are float32, as locations have to be; level sizes and
-    starts are int32. Its parser finds a plugin by the node's type and the attributes here;
+    The plugin has one floating dtype, so all are float32, since locations must be; level sizes and
+    starts are int32. TensorRT's parser finds a plugin by the node's type and the attributes below;
     onnxruntime's TensorRT provider has plugins in the domain "trt.plugins". Sources: the plugin's
     README in NVIDIA/TensorRT, FallbackPluginImporter in onnx/onnx-tensorrt.
     """
     value, shapes, starts, locations, weights, _, num_points = operands
     B, _, M, D = value.shape
     Q, sizes = locations.shape[1], level_pairs(operands)
-    if num_points is not None:  # equal numbers of points: the missing ones weigh nothing
+    if num_points is not None:  # equal numbers of points: the added ones have weight 0
         counts = list(num_points)
         most = max(counts)
         locations, weights = (

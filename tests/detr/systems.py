@@ -608,11 +608,11 @@ def matcher_losses(golden: Golden) -> Found:
             for b, target in enumerate(targets):
                 found[f"{i}/cost/{name}/{b}"] = match.cost(logits[b], boxes[b], target)
         pairs: Pairs = [tuple(golden[f"in/{i}/indices/{b}"]) for b in range(2)]
-        where, truth = losses.query_indices(pairs), losses.paired(targets, pairs, "boxes")
+        where, target_boxes = losses.query_indices(pairs), losses.paired(targets, pairs, "boxes")
         n = losses.averaged(sum(len(t["labels"]) for t in targets), logits.device)
-        iou = overlap(boxes[where], truth)[0].detach()
+        iou = overlap(boxes[where], target_boxes)[0].detach()
         initial = golden[f"in/{i}/ref_points"][where]
-        left, right_weight = bins.targets(initial, truth)
+        left, right_weight = bins.targets(initial, target_boxes)
         found[f"{i}/iou_matched"] = iou
         found[f"{i}/fgl_target_left_bin"] = left.flatten()
         found[f"{i}/fgl_target_weight_right"] = right_weight.flatten()
@@ -624,7 +624,10 @@ def matcher_losses(golden: Golden) -> Found:
         }
         balance = (len(iou), logits[..., 0].numel() - len(iou))
         of = {
-            "fgl": (bins.localisation(corners[where], initial, truth, iou).sum() / n, "corners"),
+            "fgl": (
+                bins.localisation(corners[where], initial, target_boxes, iou).sum() / n,
+                "corners",
+            ),
             "ddf": (bins.distillation(prediction, where, iou, balance), "corners"),
         }
         for name, kind in CLASSIFICATIONS.items():

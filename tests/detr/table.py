@@ -12,8 +12,8 @@ from .systems import SYSTEMS
 
 # Limits of the relative error, by the first rule that has a part of the recorded name. Ours is
 # computed in float64, so that the error is the recording's own: float32 rounding, which is the same
-# on every machine, and where said a constant of the official code. The recordings' discrete choices
-# (top-k, matching, discrete sampling) have margins far above float32 rounding.
+# on every machine, and, where stated, a constant of the official code. The recordings' discrete
+# choices (top-k, matching, discrete sampling) have margins far above float32 rounding.
 QUANTITIES = (
     ("matchings", 0.0, ("match",)),
     # a divergence of nearly equal distributions, which cancels

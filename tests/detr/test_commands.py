@@ -30,15 +30,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for split in ("train", "val"):
         dataset = Digits("val")
         dataset.lengths = {"train": 6, "val": 6}  # type: ignore[misc]
-        truth = dataset.ground_truth()
-        truth["images"] = [one | {"file_name": f"{one['id']}.png"} for one in truth["images"]]
-        truth["annotations"] = [one for one in truth["annotations"] if one["category_id"] != 7]
-        truth["categories"] = [one for one in truth["categories"] if one["id"] != 7]
+        coco = dataset.ground_truth()
+        coco["images"] = [one | {"file_name": f"{one['id']}.png"} for one in coco["images"]]
+        coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] != 7]
+        coco["categories"] = [one for one in coco["categories"] if one["id"] != 7]
         (path / split).mkdir()
         for i in range(6):
             pixels = (dataset[i][0] * 255).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(path / split / f"{i}.png")
-        (path / f"annotations/instances_{split}.json").write_text(json.dumps(truth))
+        (path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     return path
 
 

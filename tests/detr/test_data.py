@@ -86,7 +86,7 @@ def test_ground_truth_of_a_drawn_set_scores_one_against_itself() -> None:
 
 def test_average_precision_of_a_case_by_hand() -> None:
     """Two objects, one found at IoU 0.6 under a false alarm with a higher score."""
-    truth = {
+    coco = {
         "images": [{"id": 5, "height": 100, "width": 100}],
         "categories": [{"id": 9, "name": "thing"}],
         "annotations": [
@@ -99,13 +99,13 @@ def test_average_precision_of_a_case_by_hand() -> None:
         "scores": torch.tensor([0.9, 0.8]),
         "labels": torch.tensor([0, 0]),
     }
-    result = average_precision(truth, [found])
+    result = average_precision(coco, [found])
     # precision 1/2 up to recall 1/2: 51 of 101 recall points, at IoU .5, .55 and .6
     assert result["AP50"] == pytest.approx(51 / 101 / 2)
     assert result["AP"] == pytest.approx(51 / 101 / 2 * 3 / 10)
     assert result["AP75"] == 0
     nothing = {name: numbers[:0] for name, numbers in found.items()}
-    assert average_precision(truth, [nothing])["AP"] == 0
+    assert average_precision(coco, [nothing])["AP"] == 0
 
 
 # A folder of one's own

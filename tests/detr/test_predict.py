@@ -27,10 +27,10 @@ def test_the_shipped_detector_reaches_the_precision_that_its_file_says() -> None
     images = collate([dataset[i] for i in range(IMAGES)])[0]
     with torch.no_grad():
         found = detector.postprocess(detector.model(images), torch.full((IMAGES, 2), 128))
-    truth = dataset.ground_truth()
-    truth["images"] = truth["images"][:IMAGES]
-    truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] < IMAGES]
-    reached = average_precision(truth, found)["AP50"]
+    coco = dataset.ground_truth()
+    coco["images"] = coco["images"][:IMAGES]
+    coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] < IMAGES]
+    reached = average_precision(coco, found)["AP50"]
     assert detector.facts["ap"][0]["AP50"] > 0.85
     assert reached > detector.facts["ap"][0]["AP50"] - 0.1
 

@@ -249,17 +249,17 @@ def test_the_most_frequent_object_stays() -> None:
 
 
 def test_early_predictions_win() -> None:
-    said = torch.tensor([[32.0, 32, 20, 20], [32, 32, 20, 20], [5, 5, 4, 4]])
-    cost = Lexicographic.cost(said, torch.tensor([[33.0, 33, 20, 20]]))
-    assert cost[:, 0].argmin() == 0  # same box, said first
+    predicted = torch.tensor([[32.0, 32, 20, 20], [32, 32, 20, 20], [5, 5, 4, 4]])
+    cost = Lexicographic.cost(predicted, torch.tensor([[33.0, 33, 20, 20]]))
+    assert cost[:, 0].argmin() == 0  # same box, predicted first
     assert cost[2, 0] > 100  # no overlap
 
 
 def test_a_cell_of_more_objects_than_steps_says_what_it_can() -> None:
     cell = {"grid": (1, 1), "pixels": torch.full((1, 4), 64), "extent": torch.ones(1, 2)}
     objects = torch.rand(7, 4)
-    said = objects[[6, 1, 4, 0, 3]][None]
-    [(queries, which)] = Lexicographic()(cell | {"boxes": said}, [{"boxes": objects}])
+    predicted = objects[[6, 1, 4, 0, 3]][None]
+    [(queries, which)] = Lexicographic()(cell | {"boxes": predicted}, [{"boxes": objects}])
     assert queries.tolist() == [0, 1, 2, 3, 4]
     assert which.tolist() == [6, 1, 4, 0, 3]  # not the first five
 
@@ -271,8 +271,8 @@ def test_a_cell_is_silent_after_it_was_unsure() -> None:
     logits[..., -1] = 5
     logits[0, 0, [0, 2, 5, 6], 1] = 20  # cell 0: sure, unsure, sure; cell 1: sure, sure
     results = postprocess(outputs | {"logits": logits}, torch.tensor([[64, 64]]))
-    wanted = to_corners(outputs["boxes"][0, 0, [0, 5, 6]]) * 64
-    torch.testing.assert_close(results[0]["boxes"], wanted)
+    expected = to_corners(outputs["boxes"][0, 0, [0, 5, 6]]) * 64
+    torch.testing.assert_close(results[0]["boxes"], expected)
 
 
 LOSSES = [
@@ -306,13 +306,13 @@ def test_softmax_losses_by_hand() -> None:
     p = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7]])
     one_hot = torch.tensor([[0.0, 1, 0], [0, 0, 0]])
     of = [-math.log(0.5), -math.log(0.7)]
-    for loss, wanted in (
+    for loss, expected in (
         (losses.WeightedCrossEntropy(), (of[0] + 0.1 * of[1]) / 1.1),
         (losses.WeightedCrossEntropy(no_object_weight=0.5), (of[0] + 0.5 * of[1]) / 1.5),
         (losses.CrossEntropy(), sum(of) / 4),
     ):
         found = loss(p.log(), one_hot, one_hot, torch.tensor(4.0))
-        assert found.item() == pytest.approx(wanted, rel=1e-5)
+        assert found.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("weight", [0.1, 0.3])
@@ -341,12 +341,12 @@ def test_positions_of_pixels(temperature: float, shift: float) -> None:
     padding = torch.zeros(1, 4, 6, dtype=torch.bool)
     padding[:, 3], padding[..., 4:] = True, True  # 3 rows and 4 columns are left
     found = sine_of_pixels(padding, torch.zeros(1, 8, 4, 6), temperature, shift)[0, :, 1, 2]
-    wanted = []
+    expected = []
     for place, extent in ((2, 3), (3, 4)):  # counted from 1: y, then x
         for power in (0, 0.5):
             angle = 2 * math.pi * (place + shift) / (extent + 1e-6) / temperature**power
-            wanted += [math.sin(angle), math.cos(angle)]
-    torch.testing.assert_close(found, torch.tensor(wanted))
+            expected += [math.sin(angle), math.cos(angle)]
+    torch.testing.assert_close(found, torch.tensor(expected))
 
 
 def test_scores_are_fused() -> None:
@@ -363,13 +363,13 @@ def test_edges_are_found_again(scale: float) -> None:
     """A distribution on the two bins that are targets, with their weights, is the target."""
     bins, n = EdgeBins(scale=scale), 200
     initial = torch.cat([0.3 + 0.4 * torch.rand(n, 2), 0.2 + 0.2 * torch.rand(n, 2)], -1)
-    truth = initial * (0.9 + 0.2 * torch.rand(n, 4))
-    left, right_weight = bins.targets(initial, truth)
+    target_boxes = initial * (0.9 + 0.2 * torch.rand(n, 4))
+    left, right_weight = bins.targets(initial, target_boxes)
     p = torch.zeros(n, 4, bins.count + 1)
     p.scatter_(-1, left[..., None], 1 - right_weight[..., None])
     p.scatter_add_(-1, left[..., None] + 1, right_weight[..., None])
     found = bins.boxes(initial, p.log().flatten(1))
-    torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found, target_boxes, rtol=1e-4, atol=1e-5)
 
 
 GOOD = TARGETS[0]

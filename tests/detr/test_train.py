@@ -35,14 +35,14 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for split in few:
         dataset = Shapes(split)
         dataset.lengths = few  # type: ignore[misc]
-        truth = dataset.ground_truth()
-        truth["images"] = [one | {"file_name": f"{one['id']}.png"} for one in truth["images"]]
+        coco = dataset.ground_truth()
+        coco["images"] = [one | {"file_name": f"{one['id']}.png"} for one in coco["images"]]
         (folder / split).mkdir()
         for index in range(len(dataset)):
             pixels = (dataset[index][0] * 255).round().byte().permute(1, 2, 0).numpy()
             Image.fromarray(pixels).save(folder / split / f"{index}.png")
         file = folder / "annotations" / f"instances_{split}.json"
-        file.write_text(json.dumps(truth))
+        file.write_text(json.dumps(coco))
     settings = {"data": f"coco:{folder}", "size": 64, "steps": 16, "batch": 4}
     return settings | {"evaluate_every": 8, "save_every": 3}
 
@@ -191,9 +191,9 @@ def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_pat
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(folder / split)
-        truth = json.loads((folder / f"annotations/instances_{split}.json").read_text())
-        truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] % 2]
-        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(truth))
+        coco = json.loads((folder / f"annotations/instances_{split}.json").read_text())
+        coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] % 2]
+        (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     settings = short | {"data": f"coco:{tmp_path}", "recipe": "rtdetr", "batch": 2, "steps": 6}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--nproc-per-node=2", *command(tmp_path / "out", **settings | {"save_every": 1})]
@@ -263,10 +263,10 @@ def test_a_folder_is_known_by_its_content_not_by_its_path(
     train(Settings(**settings | {"data": f"coco:{tmp_path / 'link'}"}), tmp_path / "out")
     shutil.copytree(folder, tmp_path / "cut")
     file = tmp_path / "cut/annotations/instances_train.json"
-    truth = json.loads(file.read_text())
-    truth["images"] = truth["images"][:5]
-    truth["annotations"] = [one for one in truth["annotations"] if one["image_id"] < 5]
-    file.write_text(json.dumps(truth))
+    coco = json.loads(file.read_text())
+    coco["images"] = coco["images"][:5]
+    coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] < 5]
+    file.write_text(json.dumps(coco))
     with pytest.raises(ValueError, match="data: expected the train images of .*, got others"):
         train(Settings(**settings | {"data": f"coco:{tmp_path / 'cut'}"}), tmp_path / "out")
 
@@ -297,13 +297,13 @@ def test_images_of_different_sizes_are_padded_and_masked(
     shutil.copytree(short["data"].removeprefix("coco:"), folder)
     for split in ("train", "val"):
         file = folder / f"annotations/instances_{split}.json"
-        truth = json.loads(file.read_text())
-        for facts in truth["images"][::2]:
+        coco = json.loads(file.read_text())
+        for facts in coco["images"][::2]:
             facts["height"] = 128
             with Image.open(folder / split / facts["file_name"]) as image:
                 tall = ImageOps.pad(image, (64, 128), centering=(0, 0))
             tall.save(folder / split / facts["file_name"])
-        file.write_text(json.dumps(truth))
+        file.write_text(json.dumps(coco))
     masks = []
     forward = Detector.forward
 
