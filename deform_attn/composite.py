@@ -170,10 +170,10 @@ def unfused(operands: FusedOperands) -> Operands:
     offsets, logits = offsets.to(dtype), operands.attention_logits.to(dtype)
     weights = logits.flatten(3).softmax(-1).view(logits.shape)
     counts = count_points(offsets, len(sizes), operands.num_points)
-    anchors = reference.expand(-1, -1, len(sizes), -1)[:, :, None, :, None]
     locations = []
     for level, offset in enumerate(offsets.flatten(3, -2).split(counts, 3)):  # [B, Q, M, P, 2]
-        anchor = anchors[:, :, :, level]
+        one_for_all = reference.shape[2] == 1
+        anchor = reference[:, :, 0 if one_for_all else level, None, None]
         if anchor.shape[-1] == 2:
             height, width = sizes[level]
             pixels = torch.stack((offset[..., 0] / width, offset[..., 1] / height), -1)
