@@ -15,7 +15,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build lint types format test demo bench peers kernels emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -75,6 +75,10 @@ bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, 
 
 peers: .venv/bench  ## Install what can be compared on a CPU and comes from PyPI (compiles for minutes)
 	$(PIP) --constraint .venv/constraints.txt --no-deps --no-build-isolation torch-ms-deform-attn
+
+clients: .venv/bench .venv/dev build  ## Models of other libraries with their operator and this one (downloads gigabytes)
+	$(PY) -m benchmarks.clients.environments $(OUT)/clients
+	$(PY) -m benchmarks.clients --environments $(OUT)/clients --out $(OUT)
 
 kernels: .venv/dev .venv/cuda  ## Compile the CUDA kernels for every architecture: registers, spills, shared memory
 	@mkdir -p $(OUT)
