@@ -27,7 +27,7 @@ struct Level {
 HOST_DEVICE Level fitted(int64_t start, int64_t height, int64_t width, int64_t rows) {
   const int64_t limit = int64_t{1} << 31;
   const bool fits = height > 0 && width > 0 && height < limit && width < limit && start >= 0 &&
-                    start <= rows && height <= (rows - start) / width;
+                    start <= rows && height * width <= rows - start;
   return fits ? Level{start, static_cast<int>(height), static_cast<int>(width)} : Level{0, 0, 0};
 }
 
@@ -39,6 +39,9 @@ struct LevelTable {
   int64_t width[kMaxLevels];
   int64_t start[kMaxLevels];        // where starts is null; -1: the row after the previous level
   int first_point[kMaxLevels + 1];  // level l has points first_point[l] .. first_point[l + 1] - 1
+  bool is_fitted;           // nothing is on the device, each level is `fitted`, and these are set:
+  bool fill_value;          // the levels follow one another and cover every row of value
+  bool queries_are_pixels;  // query q is row q of value, as in an encoder
 };
 
 struct Problem {

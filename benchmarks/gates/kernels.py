@@ -130,9 +130,7 @@ def parse(demangled: str, architecture: int) -> Kernel:
     variant = []
     if name in ("forward_teams", "backward_teams"):
         variant.append("16 bytes" if arguments[1] != "1" else "any D")
-        variant.append("int32" if arguments[2] == "int" else "int64")
-    if name == "backward_teams":
-        variant.append("scatter" if arguments[3] == "true" else "points only")
+        variant.append("uint32" if arguments[2].startswith("unsigned") else "int64")
     if "FusedPoints" in demangled:
         variant.append("layer")
     return Kernel(architecture, name, dtype, ", ".join(variant))

@@ -36,7 +36,7 @@ __global__ void __launch_bounds__(kBlock)
         const auto corner =
             corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
         for (int j = 0; j < 4; ++j) {
-          if (foot.on[j]) sum += corner.weight[j] * static_cast<Acc>(source[corner.at[j]]);
+          if (foot.on[j]) sum += corner.weight.at[j] * static_cast<Acc>(source[corner.at.at[j]]);
         }
       }
     }
@@ -70,9 +70,9 @@ __global__ void __launch_bounds__(kBlock)
       const Acc grad = static_cast<Acc>(grad_output[item * problem.head_dim + channel]);
       for (int i = 0; i < 4; ++i) {
         if (!foot.on[i]) continue;
-        const int64_t at = start + corner.at[i] + channel;
+        const int64_t at = start + corner.at.at[i] + channel;
         dot[i] += static_cast<Acc>(value[at]) * grad;
-        atomicAdd(grad_value + at, corner.weight[i] * grad);
+        atomicAdd(grad_value + at, corner.weight.at[i] * grad);
       }
     }
     for (int i = 0; i < 4; ++i) dots[i][threadIdx.x] = dot[i];

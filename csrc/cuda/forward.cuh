@@ -7,73 +7,86 @@
 
 namespace deform_attn {
 
-// A block works on `positions` queries of one head, a team of lanes on each query. Each lane stages the
-// corners of points of query i % teams in shared memory; then each team reads those of its query.
+// A block works on the queries of its Part, a team of lanes on each. Each lane stages the corners of points
+// of query query_of(lane) in shared memory; then each team reads those of its query.
 template <typename T, int kVec, typename Offset, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
-    forward_teams(Problem problem, LevelTable table, Points points, const T* __restrict__ value,
-                  T* __restrict__ output, int positions, int lane_bits) {
+    forward_teams(Problem problem, LevelTable table, Blocks blocks, Points points,
+                  const T* __restrict__ value, T* __restrict__ output) {
   using Acc = AccOf<T>;
+  using Corner = deform_attn::Corner<Acc, Offset>;
   __shared__ BlockLevels levels;
-  __shared__ Part part;  // not in registers: the pixels need them
-  __shared__ Corner<Acc, Offset> all_corners[kBlock / kWarp][kStaged<Acc>];
-  if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, positions, kVec << lane_bits);
+  __shared__ Corners<Acc, Offset, kStaged<Acc>> all_corners[kBlock / kWarp];
+  const Part part = part_of(blockIdx.x, problem, blocks, kVec << blocks.lane_bits);
   read_levels(table, problem, levels);
 
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const Teams teams = {lane_bits, static_cast<int>(threadIdx.x % kWarp)};
-  Corner<Acc, Offset>* const corners = all_corners[warp];
-  const int slots = kStaged<Acc> / teams.count();  // points of a query in one pass
-  const int channel = part.channel + teams.channel_lane() * kVec;
-  const T* const source = value + problem.value_at(part.batch, 0, part.head) + channel;
+  const int warp = threadIdx.x / kWarp;
+  const Teams teams = {blocks.lane_bits + blocks.split_bits, static_cast<int>(threadIdx.x % kWarp)};
+  auto& corners = all_corners[warp];
+  const int slots = kStaged<Acc> >> (5 - teams.lane_bits);  // points of a query in one pass
+  const int split = teams.channel_lane() >> blocks.lane_bits;
+  const int channel = part.channel + (teams.channel_lane() & ((1 << blocks.lane_bits) - 1)) * kVec;
+  const auto* const source = reinterpret_cast<const Pack<T, kVec>*>(
+      value + problem.value_at(part.batch, 0, part.head) + channel);
+  const Offset row_stride = static_cast<Offset>(problem.row_stride() / kVec);
 
-  for (int turn = warp * teams.count(); turn < part.count; turn += warps * teams.count()) {
-    const int staged = turn + teams.lane % teams.count();
-    const auto query =
-        points.open(problem, part.batch,
-                    staged < part.count ? query_at(part.first + staged, levels, table.count) : -1,
-                    part.head, teams.count());
-    const int mine = turn + teams.team();
-    const bool active = mine < part.count && channel < problem.head_dim;
+  // Queries are numbered from part.first on. Lane i holds the i-th of the warp.
+  const int begin = warp * blocks.warp_positions;
+  const int end = min(begin + blocks.warp_positions, part.count);
+  int own_query = 0;
+  if (begin + teams.lane < end) {
+    own_query = static_cast<int>(query_at(part.first + begin + teams.lane, levels, table.count) -
+                                 part.first);
+  }
+  for (int turn = begin; turn < end; turn += teams.count()) {
+    const int staged = turn + teams.query_of(teams.lane), mine = turn + teams.team();
+    const int staged_query = __shfl_sync(kAllLanes, own_query, staged - begin);
+    const auto query = points.open(problem, part, staged_query, staged < end, teams);
+    const bool active = mine < end && channel < problem.head_dim;
     Acc sum[kVec] = {};
     int level = 0;
     for (int first = 0; first < problem.points; first += slots) {
       __syncwarp();
+#pragma unroll 1
       for (int entry = teams.lane; entry < kStaged<Acc>; entry += kWarp) {
-        const int k = first + entry / teams.count();
-        if (query.first_point < 0 || k >= problem.points) break;
+        const int k = first + teams.round_of(entry);
+        if (staged >= end || k >= problem.points) break;
         level = level_of(k, level, levels);
         const Sample<Acc> sample = points.at(query, k, level, levels);
         Footprint<Acc> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
-        corners[entry] =
-            corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, problem.row_stride());
+        corners.set(entry,
+                    corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, row_stride));
       }
       __syncwarp();
       const int count = active ? min(slots, problem.points - first) : 0;
+      int entry = split * teams.count() + teams.team();
 #pragma unroll(sizeof(T) == 4 && sizeof(Offset) == 4 ? 2 : 1)
-      for (int k = 0; k < count; ++k) {
-        const Corner<Acc, Offset> corner = corners[k * teams.count() + teams.team()];
-        Pack<T, kVec> pixel[4];
+      for (int k = split; k < count; k += 1 << blocks.split_bits) {
+        const Corner corner = corners[entry];
+        entry += teams.count() << blocks.split_bits;
+        Loaded<T, kVec> pixel[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          pixel[i] = load_if<kVec>(corner.at[i] >= 0, source + corner.at[i]);
+          pixel[i] = load_if(corner.at.at[i] != Corner::kNone, source + corner.at.at[i]);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
-          for (int c = 0; c < kVec; ++c) {
-            sum[c] += corner.weight[i] * static_cast<Acc>(pixel[i].at[c]);
-          }
+          for (int c = 0; c < kVec; ++c) sum[c] += corner.weight.at[i] * pixel[i][c];
         }
       }
     }
-    if (active) {
+    for (int step = 1 << blocks.lane_bits; step < teams.lanes(); step *= 2) {
+#pragma unroll
+      for (int c = 0; c < kVec; ++c) sum[c] += __shfl_xor_sync(kAllLanes, sum[c], step);
+    }
+    const int my_query = __shfl_sync(kAllLanes, own_query, mine - begin);
+    if (active && split == 0) {
       Pack<T, kVec> result;
 #pragma unroll
       for (int c = 0; c < kVec; ++c) result.at[c] = static_cast<T>(sum[c]);
-      const int64_t to_query = query_at(part.first + mine, levels, table.count);
-      T* const to = output + problem.output_at(part.batch, to_query, part.head) + channel;
+      T* const to = output + part.first_output(problem) + my_query * problem.row_stride() + channel;
       *reinterpret_cast<Pack<T, kVec>*>(to) = result;
     }
   }

@@ -40,7 +40,7 @@ struct Device {
   int processors;  // multiprocessors
   int capability;  // 90 for 9.0
   cudaStream_t stream;
-  bool long_offsets = false;  // int64_t offsets where int suffices, for tests
+  bool long_offsets = false;  // int64_t offsets everywhere, for tests
 };
 
 // Calls body with GivenPoints or FusedPoints. `statistics`: of FusedPoints.
@@ -62,43 +62,54 @@ struct Access {
   using Offset = Offset_;
 };
 
-// Calls body with an Access: 16 bytes at a time where channels and addresses allow it (`aligned`), with
-// int offsets where they suffice; else one element at a time with int64_t offsets.
+// Calls body with an Access: 16 bytes at a time where channels and addresses allow it (`aligned`) and
+// unsigned offsets in that unit suffice; else one element at a time with int64_t offsets.
 template <typename T, typename Body>
 void with_access(const Problem& problem, bool aligned, bool long_offsets, const Body& body) {
   constexpr int kVec = kWidest<T>;
-  const bool small = !long_offsets && problem.rows * problem.row_stride() < (int64_t{1} << 31);
-  if (!aligned || problem.head_dim % kVec != 0) return body(Access<1, int64_t>());
-  small ? body(Access<kVec, int>()) : body(Access<kVec, int64_t>());
+  const int64_t packs = problem.rows * problem.row_stride() / kVec;
+  if (long_offsets || !aligned || problem.head_dim % kVec != 0 || packs > UINT32_MAX - 1) {
+    return body(Access<1, int64_t>());
+  }
+  body(Access<kVec, unsigned>());
 }
 
 inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 // The blocks of forward_teams and backward_teams.
 struct LaunchConfig {
-  int lane_bits;  // of the lanes that work on one query
-  int positions;  // queries of a block
-  unsigned threads;
-  int64_t blocks;
+  Blocks blocks;
+  unsigned threads;  // of a block
+  int64_t count;     // of blocks
 };
 
-// Large problems get blocks of 64 queries, a tile of an encoder's map; small ones get smaller blocks, so
-// that every multiprocessor has two.
+// Large problems get blocks of 64 queries, a tile of an encoder's map. Small ones get smaller blocks, so
+// that each multiprocessor has four, and their warps work on fewer queries at a time: several groups of
+// lanes share the points of a query.
 inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
                                   bool split_channels, int processors) {
-  int lane_bits = least_lane_bits;
-  while (lane_bits < 5 && (vec << lane_bits) < problem.head_dim) ++lane_bits;
-  const int64_t pieces =
-      split_channels ? (problem.head_dim + (vec << lane_bits) - 1) / (vec << lane_bits) : 1;
-  const int teams = kWarp >> lane_bits;
-  int positions = 64;
-  const auto blocks = [&] {
-    return problem.batch * problem.heads * pieces * ((problem.queries + positions - 1) / positions);
+  Blocks blocks = {};
+  blocks.lane_bits = least_lane_bits;
+  while (blocks.lane_bits < 5 && (vec << blocks.lane_bits) < problem.head_dim) ++blocks.lane_bits;
+  const int channels = vec << blocks.lane_bits;
+  const int64_t pieces = split_channels ? (problem.head_dim + channels - 1) / channels : 1;
+  blocks.positions = 64;
+  const auto tiles = [&] { return (problem.queries + blocks.positions - 1) / blocks.positions; };
+  const auto count = [&] { return problem.batch * problem.heads * pieces * tiles(); };
+  while (blocks.positions > 1 && count() < 4 * processors) blocks.positions /= 2;
+  const auto teams = [&] { return kWarp >> (blocks.lane_bits + blocks.split_bits); };
+  while (teams() > std::max(1, blocks.positions / 2) && (1 << blocks.split_bits) < problem.points) {
+    ++blocks.split_bits;
+  }
+  const int warps = std::clamp(blocks.positions / teams(), 1, kBlock / kWarp);
+  blocks.warp_positions = blocks.positions / warps;
+  const auto divider = [](int64_t divisor) {
+    return divider_by(static_cast<unsigned>(std::min<int64_t>(divisor, (int64_t{1} << 31) - 1)));
   };
-  while (positions > teams && blocks() < 2 * processors) positions /= 2;
-  if (positions < teams) positions = teams;
-  const int warps = std::min(positions / teams, kBlock / kWarp);
-  return {lane_bits, positions, static_cast<unsigned>(warps * kWarp), blocks()};
+  blocks.pieces = divider(pieces);
+  blocks.heads = divider(problem.heads);
+  blocks.tiles = divider(tiles());
+  return {blocks, static_cast<unsigned>(warps * kWarp), count()};
 }
 
 // The architectures that the kernels were compiled for, as nvcc lists them.
@@ -133,12 +144,13 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
   const Problem& problem = in.problem;
   const int64_t numbers = problem.batch * problem.queries * problem.row_stride();
   if (numbers == 0) return;
+  const LevelTable levels = fitted_table(in.levels, problem);
   const T* const value = static_cast<const T*>(in.value);
   T* const to = static_cast<T*>(output);
   if (baseline) {
     const GivenPoints<T> points = {static_cast<const AccOf<T>*>(in.locations), in.weights,
                                    in.weights_are_acc};
-    LAUNCH(forward_baseline<T>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+    LAUNCH(forward_baseline<T>, grid_striding(numbers), kBlock, device.stream, problem, levels,
            points, value, to);
     return check_launch("forward_baseline", device);
   }
@@ -148,8 +160,8 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
       using A = decltype(access);
       const LaunchConfig config = launch_config(problem, A::kVec, 0, true, device.processors);
       LAUNCH((forward_teams<T, A::kVec, typename A::Offset, Points>),
-             grid_of("forward_teams", config.blocks), config.threads, device.stream, problem,
-             in.levels, points, value, to, config.positions, config.lane_bits);
+             grid_of("forward_teams", config.count), config.threads, device.stream, problem, levels,
+             config.blocks, points, value, to);
       check_launch("forward_teams", device);
     });
   });
@@ -182,7 +194,7 @@ struct BackwardPlan {
 // Queries that share a Rectangle: those of a block where the queries may be the pixels of the levels, so
 // that they are neighbours; else one.
 inline int run_of(const Problem& problem, const LaunchConfig& config) {
-  return problem.queries == problem.rows ? config.positions : 1;
+  return problem.queries == problem.rows ? config.blocks.positions : 1;
 }
 
 inline bool nothing_to_do(const Problem& problem) {
@@ -202,7 +214,6 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
     plan.zeros = false;
   } else if (algorithm == BackwardAlgorithm::kGather) {
     plan.zeros = false;
-    // the most runs of any Access
     const int run = run_of(problem, launch_config(problem, 1, 2, false, device.processors));
     const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
@@ -245,26 +256,32 @@ FusedPointGradients<T> gradients_of(const FusedPoints<T>& points, const Outputs&
 }
 
 template <typename T, typename Points>
-void gather_value(const KernelCall& in, const Points& points, const T* grad_output,
-                  const Outputs& out, int run, const Device& device) {
+void gather_value(const KernelCall& in, const LevelTable& levels, const Points& points,
+                  const T* grad_output, const Outputs& out, const Device& device) {
   const Problem& problem = in.problem;
+  const LaunchConfig config = launch_config(problem, 1, 2, false, device.processors);
+  const int run = run_of(problem, config);
+  LAUNCH((bound_queries<T, Points>), grid_of("bound_queries", config.count), config.threads,
+         device.stream, problem, levels, config.blocks, points, static_cast<Rectangle*>(out.bounds),
+         run);
+  check_launch("bound_queries", device);
   // Level sizes on the device are unknown here: enough blocks for maps as large as value. A block without
   // a tile ends at once; where there are more tiles than blocks, each takes several.
   constexpr int kWidth = kTileWidth<T>;
   int64_t tiles = problem.levels;
-  if (in.levels.shapes) {
+  if (levels.shapes) {
     tiles += problem.rows * 5 / (4 * kTileHeight * kWidth);
   } else {
     for (int l = 0; l < problem.levels; ++l) {
-      tiles += ((in.levels.height[l] + kTileHeight - 1) / kTileHeight) *
-               ((in.levels.width[l] + kWidth - 1) / kWidth);
+      tiles += ((levels.height[l] + kTileHeight - 1) / kTileHeight) *
+               ((levels.width[l] + kWidth - 1) / kWidth);
     }
   }
   const int64_t planes = problem.batch * problem.heads * ((problem.head_dim + kWarp - 1) / kWarp);
   const int64_t most = ((int64_t{1} << 31) - 1) / planes;
   if (tiles > most) tiles = most;
   LAUNCH((backward_gather<T, Points>), grid_of("backward_gather", planes * tiles),
-         kGatherWarps * kWarp, device.stream, problem, in.levels, points, grad_output,
+         kGatherWarps * kWarp, device.stream, problem, levels, points, grad_output,
          static_cast<const Rectangle*>(out.bounds), static_cast<T*>(out.value), run);
   check_launch("backward_gather", device);
 }
@@ -274,6 +291,7 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
                      const BackwardPlan& plan, const Device& device) {
   const Problem& problem = in.problem;
   if (nothing_to_do(problem)) return;
+  const LevelTable levels = fitted_table(in.levels, problem);
   using Acc = AccOf<T>;
   const T* const value = static_cast<const T*>(in.value);
   const T* const grad = static_cast<const T*>(grad_output);
@@ -285,7 +303,7 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
     const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
     LAUNCH(backward_baseline<T>, grid_of("backward_baseline", items),
            static_cast<unsigned>(channels < kBlock ? channels : kBlock), device.stream, problem,
-           in.levels, points, value, grad, sums, gradients_of(points, out));
+           levels, points, value, grad, sums, gradients_of(points, out));
     check_launch("backward_baseline", device);
   } else {
     with_points<T>(in, out.statistics, [&](const auto& points) {
@@ -294,22 +312,19 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
       with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
         using A = decltype(access);
         const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
-        const auto launch = [&](auto scatter) {
-          LAUNCH((backward_teams<T, A::kVec, typename A::Offset, decltype(scatter)::value, Points>),
-                 grid_of("backward_teams", config.blocks), config.threads, device.stream, problem,
-                 in.levels, points, value, grad, sums, gradients_of(points, out),
-                 static_cast<Rectangle*>(out.bounds), run_of(problem, config), config.positions,
-                 config.lane_bits);
-          check_launch("backward_teams", device);
-        };
-        if (out.value && plan.algorithm == BackwardAlgorithm::kScatter)
-          return launch(std::true_type());
-        launch(std::false_type());
-        if (out.value) gather_value<T>(in, points, grad, out, run_of(problem, config), device);
+        const bool scatters = plan.algorithm == BackwardAlgorithm::kScatter && out.value;
+        LAUNCH((backward_teams<T, A::kVec, typename A::Offset, Points>),
+               grid_of("backward_teams", config.count), config.threads, device.stream, problem,
+               levels, config.blocks, points, value, grad, scatters ? sums : nullptr,
+               gradients_of(points, out));
+        check_launch("backward_teams", device);
       });
+      if (out.value && plan.algorithm == BackwardAlgorithm::kGather) {
+        gather_value<T>(in, levels, points, grad, out, device);
+      }
       if (Points::kFused && out.reference) {
         const int64_t numbers = problem.batch * problem.queries * in.fused.levels * in.fused.size;
-        LAUNCH(sum_heads<Acc>, grid_striding(numbers), kBlock, device.stream, problem, in.levels,
+        LAUNCH(sum_heads<Acc>, grid_striding(numbers), kBlock, device.stream, problem, levels,
                static_cast<const Acc*>(out.parts), static_cast<Acc*>(out.reference),
                in.fused.levels, in.fused.size);
         check_launch("sum_heads", device);

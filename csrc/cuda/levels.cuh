@@ -19,18 +19,55 @@ struct BlockLevels {
   bool queries_are_pixels;  // query q is row q of value, as in an encoder
 };
 
-__device__ inline int64_t area(const Level& level) { return int64_t{level.height} * level.width; }
+HOST_DEVICE int64_t area(const Level& level) { return int64_t{level.height} * level.width; }
+
+// The table with its levels fitted by the host, where none is on the device.
+inline LevelTable fitted_table(const LevelTable& table, const Problem& problem) {
+  LevelTable found = table;
+  if (table.shapes || table.starts) return found;
+  int64_t next = 0;
+  bool in_line = true;
+  for (int l = 0; l < table.count; ++l) {
+    const Level shape = fitted(0, table.height[l], table.width[l], problem.rows);
+    const Level level =
+        fitted(table.start[l] < 0 ? next : table.start[l], shape.height, shape.width, problem.rows);
+    in_line = in_line && level.height > 0 && level.start == next;
+    found.start[l] = level.start;
+    found.height[l] = level.height;
+    found.width[l] = level.width;
+    next += area(shape);
+  }
+  found.is_fitted = true;
+  found.fill_value = in_line && table.count > 0 && next == problem.rows;
+  found.queries_are_pixels =
+      found.fill_value && problem.queries == problem.rows && problem.rows < (int64_t{1} << 31);
+  return found;
+}
 
 // Fills `levels`. Called by every thread of the block; ends with a barrier.
 __device__ inline void read_levels(const LevelTable& table, const Problem& problem,
                                    BlockLevels& levels) {
-  if (threadIdx.x < kWarp) {
+  if (table.is_fitted) {
+#pragma unroll 1
+    for (int l = threadIdx.x; l <= table.count; l += blockDim.x) {
+      levels.first_point[l] = table.first_point[l];
+      if (l == table.count) break;
+      levels.level[l] = {table.start[l], static_cast<int>(table.height[l]),
+                         static_cast<int>(table.width[l])};
+    }
+    if (threadIdx.x == 0) {
+      levels.fill_value = table.fill_value;
+      levels.queries_are_pixels = table.queries_are_pixels;
+    }
+  } else if (threadIdx.x < kWarp) {
     const int lane = threadIdx.x;
+#pragma unroll 1
     for (int l = lane; l < table.count; l += kWarp) {
       const int64_t height = table.shapes ? table.shapes[2 * l] : table.height[l];
       const int64_t width = table.shapes ? table.shapes[2 * l + 1] : table.width[l];
       levels.level[l] = fitted(0, height, width, problem.rows);
     }
+#pragma unroll 1
     for (int l = lane; l <= table.count; l += kWarp) levels.first_point[l] = table.first_point[l];
     __syncwarp();
     bool in_line = true;
@@ -39,6 +76,7 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
       Level level = {0, 0, 0};
       if (l < table.count) {
         int64_t before = 0;
+#pragma unroll 1
         for (int k = 0; k < l; ++k) before += area(levels.level[k]);
         int64_t start = table.starts ? table.starts[l] : table.start[l];
         if (!table.starts && start < 0) start = before;

@@ -3,8 +3,6 @@
 //   Sample           location and weight of one point
 //   GivenPoints      points from sampling_locations and attention_weights
 //   FusedPoints      points from reference_points, sampling_offsets and attention_logits
-//   Teams            the query that a lane works on, and its channels
-//   Part             the queries, head and channels that a block works on
 //   Corner           the four pixels of a point, with their weights
 //   point_gradient   the gradients of a point
 //
@@ -13,6 +11,7 @@
 
 #include "../bilinear.h"
 #include "levels.cuh"
+#include "work.cuh"
 
 namespace deform_attn {
 
@@ -24,11 +23,11 @@ struct Sample {
 // A source of points (GivenPoints, FusedPoints) has, for one query and head:
 //
 //   open      Query: what its points have in common. Called by all lanes of a warp together, lane i
-//             for the query of team i % teams; a negative `query` has no points
+//             for the query of team teams.query_of(i), counted from the first of the block; where it is
+//             not `present`, the lane gets no points
 //   reopen    the same in a later kernel, for one lane
 //   find      the same without what `weight` needs
 //   location  (x, y) of point k, which samples `level`
-//   along     x (axis 0) or y (axis 1) of it, the same bits
 //   weight    its attention weight
 //   at        location and weight
 
@@ -88,11 +87,12 @@ struct GivenPoints {
   bool wide;
 
   struct Query {
-    int64_t first_point;  // -1: none
+    int64_t first_point;
   };
 
-  __device__ Query open(const Problem& problem, int64_t batch, int64_t query, int head, int) const {
-    return {query < 0 ? -1 : problem.point_at(batch, query, head)};
+  __device__ Query open(const Problem& problem, const Part& part, int query, bool,
+                        const Teams&) const {
+    return {part.first_point(problem) + int64_t{query} * (problem.heads * problem.points)};
   }
   __device__ Query reopen(const Problem& problem, int64_t batch, int64_t query, int head) const {
     return find(problem, batch, query, head);
@@ -102,9 +102,6 @@ struct GivenPoints {
   }
   __device__ Pack<AccOf<T>, 2> location(const Query& query, int k, int, const BlockLevels&) const {
     return load<2>(locations + 2 * (query.first_point + k));
-  }
-  __device__ AccOf<T> along(const Query& query, int k, int, const BlockLevels&, int axis) const {
-    return locations[2 * (query.first_point + k) + axis];
   }
   __device__ AccOf<T> weight(const Query& query, int k) const {
     const int64_t point = query.first_point + k;
@@ -136,7 +133,7 @@ struct FusedPoints {
   bool wide;  // offsets and logits have acc_dtype, not the dtype of value
 
   struct Query {
-    int64_t first_point;       // -1: none
+    int64_t first_point;
     int64_t item;              // batch * queries + query
     Acc largest, inverse_sum;  // of the logits, and of their exponentials
   };
@@ -170,38 +167,33 @@ struct FusedPoints {
     const Level& map = levels.level[level];
     return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
-  // A coordinate, rounded once: every caller gets the same bits.
-  __device__ Acc moved(int64_t item, int level, const BlockLevels& levels, int axis,
-                       Acc offset) const {
-    return Numbers<Acc>::multiply_add(offset, step_of(item, level, levels, axis),
-                                      reference_of(item, level)[axis]);
-  }
-
-  __device__ Query open(const Problem& problem, int64_t batch, int64_t query, int head,
-                        int teams) const {
+  __device__ Query open(const Problem& problem, const Part& part, int query, bool present,
+                        const Teams& teams) const {
     using std::exp;
-    const int lane = threadIdx.x % kWarp;
     Query opened;
-    opened.first_point = query < 0 ? -1 : problem.point_at(batch, query, head);
-    opened.item = batch * problem.queries + query;
+    opened.first_point =
+        part.first_point(problem) + int64_t{query} * (problem.heads * problem.points);
+    opened.item = part.first_item(problem) + query;
     opened.largest = -INFINITY;
-    const int count = query < 0 ? 0 : problem.points;
+    const int first = teams.round_of(teams.lane), count = present ? problem.points : 0;
 #pragma unroll 1  // unrolled, the kernel spills registers
-    for (int k = lane / teams; k < count; k += kWarp / teams) {
+    for (int k = first; k < count; k += teams.lanes()) {
       opened.largest = max(opened.largest, logit(opened.first_point + k));
     }
-    for (int step = teams; step < kWarp; step *= 2) {
+    for (int step = teams.count(); step < kWarp; step *= 2) {
       opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
     }
     Acc sum = 0;
 #pragma unroll 1
-    for (int k = lane / teams; k < count; k += kWarp / teams) {
+    for (int k = first; k < count; k += teams.lanes()) {
       sum += exp(logit(opened.first_point + k) - opened.largest);
     }
-    for (int step = teams; step < kWarp; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    for (int step = teams.count(); step < kWarp; step *= 2) {
+      sum += __shfl_xor_sync(kAllLanes, sum, step);
+    }
     opened.inverse_sum = Acc(1) / sum;
-    if (statistics && query >= 0 && lane < teams) {
-      const int64_t at = 2 * (opened.item * problem.heads + head);
+    if (statistics && present && teams.lane < teams.count()) {
+      const int64_t at = 2 * (opened.item * problem.heads + part.head);
       *reinterpret_cast<Pack<Acc, 2>*>(statistics + at) = {opened.largest, opened.inverse_sum};
     }
     return opened;
@@ -232,63 +224,36 @@ struct FusedPoints {
     return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),
             Numbers<Acc>::multiply_add(by.at[1], step.at[1], from[1])};
   }
-  __device__ Acc along(const Query& query, int k, int level, const BlockLevels& levels,
-                       int axis) const {
-    const int64_t at = 2 * (query.first_point + k) + axis;
-    const Acc by = wide ? static_cast<const Acc*>(offsets)[at]
-                        : static_cast<Acc>(static_cast<const T*>(offsets)[at]);
-    return moved(query.item, level, levels, axis, by);
-  }
   __device__ Sample<Acc> at(const Query& query, int k, int level, const BlockLevels& levels) const {
     const Pack<Acc, 2> place = location(query, k, level, levels);
     return {place.at[0], place.at[1], weight(query, k)};
   }
 };
 
-// A warp works on 32 >> lane_bits queries of one head at a time, with 1 << lane_bits lanes each.
-struct Teams {
-  int lane_bits;
-  int lane;  // of the warp
-
-  __device__ int lanes() const { return 1 << lane_bits; }
-  __device__ int count() const { return kWarp >> lane_bits; }
-  __device__ int team() const { return lane >> lane_bits; }
-  __device__ int channel_lane() const { return lane & (lanes() - 1); }
-};
-
-// The part of the work that one block does: `count` queries of one image and head, from `first` on in
-// the order of query_at, and the channels from `channel` on.
-struct Part {
-  int64_t batch;
-  int64_t first;
-  int head;
-  int channel;
-  int count;
-};
-
-// The channels change fastest with the block number, then the head: blocks that run at the same time
-// read neighbouring parts of value, locations and weights.
-__device__ inline Part part_of(int64_t block, const Problem& problem, int positions, int channels) {
-  const int64_t parts = (problem.queries + positions - 1) / positions;
-  const int pieces = (problem.head_dim + channels - 1) / channels;
-  const int channel = static_cast<int>(block % pieces) * channels;
-  block /= pieces;
-  const int head = static_cast<int>(block % problem.heads);
-  block /= problem.heads;
-  const int64_t first = block % parts * positions;
-  const int64_t left = problem.queries - first;
-  return {block / parts, first, head, channel, static_cast<int>(min(left, int64_t{positions}))};
-}
-
 // Points that a warp stages in shared memory at a time.
 template <typename Acc>
 constexpr int kStaged = sizeof(Acc) == 8 ? 32 : 64;
 
-// Offset: int where every offset into value fits, else int64_t.
+// The four pixels of a point. Offset: unsigned where the offsets into value fit, else int64_t.
 template <typename Acc, typename Offset>
-struct alignas(16) Corner {
-  Offset at[4];   // of the pixel's first channel; -1: not on the map
-  Acc weight[4];  // bilinear weight times attention weight
+struct Corner {
+  static constexpr Offset kNone = static_cast<Offset>(-1);
+  Pack<Offset, 4> at;   // of the pixel's first channel, in units of a load; kNone: not on the map
+  Pack<Acc, 4> weight;  // bilinear weight times attention weight
+};
+
+// Corners in shared memory. Offsets and weights lie apart: lanes that read corners one after the other
+// then have no bank conflicts.
+template <typename Acc, typename Offset, int kCount>
+struct Corners {
+  Pack<Offset, 4> at[kCount];
+  Pack<Acc, 4> weight[kCount];
+
+  __device__ void set(int i, const Corner<Acc, Offset>& corner) {
+    at[i] = corner.at;
+    weight[i] = corner.weight;
+  }
+  __device__ Corner<Acc, Offset> operator[](int i) const { return {at[i], weight[i]}; }
 };
 
 // The level of point k of a query, given the level of an earlier point.
@@ -297,17 +262,19 @@ __device__ inline int level_of(int k, int level, const BlockLevels& levels) {
   return level;
 }
 
+// `row_stride`: from a row of value to the next, in the unit of Corner::at.
 template <typename Acc, typename Offset>
 __device__ Corner<Acc, Offset> corner_of(const Footprint<Acc>& foot, const Level& level, Acc weight,
-                                         int64_t row_stride) {
-  Corner<Acc, Offset> corner;
+                                         Offset row_stride) {
+  using Corner = deform_attn::Corner<Acc, Offset>;
+  Corner corner;
   const Offset left =
       static_cast<Offset>(level.start) + static_cast<Offset>(foot.y) * level.width + foot.x;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const Offset row = left + (i & 1) + (i & 2 ? level.width : 0);
-    corner.at[i] = foot.on[i] ? row * static_cast<Offset>(row_stride) : Offset{-1};
-    corner.weight[i] = foot.weight(i) * weight;
+    corner.at.at[i] = foot.on[i] ? row * row_stride : Corner::kNone;
+    corner.weight.at[i] = foot.weight(i) * weight;
   }
   return corner;
 }

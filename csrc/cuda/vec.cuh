@@ -1,7 +1,7 @@
 // Operations on several elements or by several lanes at once.
 //
 //   AccOf            the dtype that sums of a dtype are accumulated in: float, or double for double
-//   Pack             kVec neighbouring elements, one load or store of up to 16 bytes
+//   Pack, Loaded     kVec neighbouring elements, one load or store of up to 16 bytes
 //   atomic_add       adds to kWidth neighbouring elements, in one atomic where the architecture has it
 //   sum_four_ways    four sums over a group of lanes, in fewer shuffles than four separate sums
 //
@@ -25,8 +25,10 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kBlock = 256;  // the most threads of a block
 
 // Blocks that must fit on a multiprocessor at once, for __launch_bounds__: half of its threads or more.
-// Three where it has 1536 threads: the shared memory of these kernels leaves no room for a fourth block.
-#if defined(__CUDA_ARCH__) && \
+// Two of the 1024 threads of sm_75, three of 1536: the shared memory leaves no room for a fourth block.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int kLeastBlocks = 2;
+#elif defined(__CUDA_ARCH__) && \
     (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890 || __CUDA_ARCH__ >= 1200)
 constexpr int kLeastBlocks = 3;
 #else
@@ -37,7 +39,7 @@ template <typename T>
 using AccOf = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
 template <typename T, int kVec>
-struct alignas(sizeof(T) * kVec) Pack {
+struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Pack {
   T at[kVec];
 };
 
@@ -50,19 +52,47 @@ __device__ Pack<T, kVec> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kVec>*>(from);
 }
 
-// Zeros where `there` is false.
-template <int kVec, typename T>
-__device__ Pack<T, kVec> load_if(bool there, const T* from) {
+// kVec neighbouring elements as loaded, in words: converting them from here takes fewer instructions than
+// from an array of 16-bit elements.
+template <typename T, int kVec>
+struct Loaded {
   using Word = std::conditional_t<sizeof(T) * kVec % 4 == 0, uint32_t, uint16_t>;
-  constexpr int kWords = sizeof(T) * kVec / sizeof(Word);
-  union {
-    Word words[kWords];
-    Pack<Word, kWords> all;
-  } bits = {};
-  if (there) bits.all = *reinterpret_cast<const Pack<Word, kWords>*>(from);
-  Pack<T, kVec> pack;
-  memcpy(&pack, &bits, sizeof(pack));
-  return pack;
+  static constexpr int kWords = sizeof(T) * kVec / sizeof(Word);
+  Pack<Word, kWords> words;
+
+  // Element c, in the dtype of sums.
+  __device__ AccOf<T> operator[](int c) const {
+    if constexpr (sizeof(T) == 8) {
+      double number;
+      memcpy(&number, &words.at[2 * c], sizeof(number));
+      return number;
+    } else if constexpr (sizeof(T) == 4 || sizeof(Word) == 2) {
+      T number;
+      memcpy(&number, &words.at[c], sizeof(number));
+      return static_cast<AccOf<T>>(number);
+    } else if constexpr (std::is_same_v<T, __half>) {
+      __half2 pair;
+      memcpy(&pair, &words.at[c / 2], sizeof(pair));
+      return c & 1 ? __high2float(pair) : __low2float(pair);
+    } else {
+      const uint32_t pair = words.at[c / 2], bits = c & 1 ? pair & 0xffff0000u : pair << 16;
+      float number;
+      memcpy(&number, &bits, sizeof(number));
+      return number;
+    }
+  }
+};
+
+// Zeros where `there` is false.
+template <typename T, int kVec>
+__device__ Loaded<T, kVec> load_if(bool there, const Pack<T, kVec>* from) {
+  Loaded<T, kVec> loaded = {};
+  if (there) loaded.words = *reinterpret_cast<const decltype(loaded.words)*>(from);
+  return loaded;
+}
+template <int kVec, typename T>
+__device__ Loaded<T, kVec> load_if(bool there, const T* from) {
+  return load_if(there, reinterpret_cast<const Pack<T, kVec>*>(from));
 }
 
 // Floats that one atomic adds to: 4 from sm_90 on, 1 before.
@@ -86,6 +116,15 @@ __device__ void atomic_add(Acc* to, const Acc* term) {
   } else {
     atomicAdd(to, *term);
   }
+}
+
+// The number itself, hidden from the compiler, which then computes again what depends on it instead of
+// keeping it in registers.
+__device__ inline int recomputed(int number) {
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+r"(number));
+#endif
+  return number;
 }
 
 // Sums of term[0..3] over the `lanes` lanes of a group (a power of two, 4 to 32). Lane j < 4 of the
