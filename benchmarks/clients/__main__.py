@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.clients.one import EXPORTS
+from benchmarks.clients.exports import EXPORTS
 from benchmarks.clients.systems import SYSTEMS, System
 
 DEFAULT_EXPORTS = ("trace", "trace, grad", "torch.export", "ONNX 17", "own ONNX")
