@@ -66,8 +66,9 @@ format: .venv/dev  ## Format Python and C++
 	.venv/bin/ruff format
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-demo: .venv/detr build  ## The shipped detector finds digits on a photograph, with every backend that runs here
+demo: .venv/detr build  ## The shipped detector on a photograph, with every backend; then fine-tuned on a small folder
 	$(PY) -m examples.detect_digits --out $(OUT)
+	$(PY) -m examples.fine_tune --out $(OUT)/fine_tune
 
 bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, and a whole Deformable DETR
 	$(PY) -m benchmarks.op --out $(OUT)
