@@ -21,7 +21,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup wheels smoke workflows build lint types format test demo bench peers kernels emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build wheels smoke workflows lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -72,14 +72,19 @@ format: .venv/dev  ## Format Python and C++
 	.venv/bin/ruff format
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-demo: .venv/detr build  ## The shipped detector finds digits on a photograph, with every backend that runs here
+demo: .venv/detr build  ## The shipped detector on a photograph, with every backend; then fine-tuned on a small folder
 	$(PY) -m examples.detect_digits --out $(OUT)
+	$(PY) -m examples.fine_tune --out $(OUT)/fine_tune
 
 bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, and a whole Deformable DETR
 	$(PY) -m benchmarks.op --out $(OUT)
 
 peers: .venv/bench  ## Install what can be compared on a CPU and comes from PyPI (compiles for minutes)
 	$(PIP) --constraint .venv/constraints.txt --no-deps --no-build-isolation torch-ms-deform-attn
+
+clients: .venv/bench .venv/dev build  ## Models of other libraries with their operator and this one (downloads gigabytes)
+	$(PY) -m benchmarks.clients.environments $(OUT)/clients
+	$(PY) -m benchmarks.clients --environments $(OUT)/clients --out $(OUT)
 
 kernels: .venv/dev .venv/cuda  ## Compile the CUDA kernels for every architecture: registers, spills, shared memory
 	@mkdir -p $(OUT)

@@ -128,6 +128,7 @@ def accelerate(model: Model, example: Any = None) -> tuple[Model, Report]:
             f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the module that "
             "the library's object holds"
         )
+    subject = type(model).__name__  # before the class of the model itself changes
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -143,7 +144,6 @@ def accelerate(model: Model, example: Any = None) -> tuple[Model, Report]:
             left[path] = f"{cls.__module__}.{cls.__qualname__} calls no known operator"
             if cls.__module__.startswith("deform_attn."):
                 left[path] = "deform_attn's own module"
-    subject = type(model).__name__
     return model, Report(
         subject,
         tuple((path or subject, name) for path, name in replaced.items()),
