@@ -398,7 +398,7 @@ struct VectorNumbers {
   static DEFORM_ATTN_INLINE Acc to_acc(Int x) { return __builtin_convertvector(x, Acc); }
   static DEFORM_ATTN_INLINE Mask mask(Mask compared) {
     // Hides from GCC that this is a comparison: it would combine AVX-512 masks bit by bit.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
     asm("" : "+v"(compared));
 #endif
     return compared;
