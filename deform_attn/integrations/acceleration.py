@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType
@@ -400,10 +399,10 @@ def _measure(model: nn.Module, example: Any) -> Measurement:
         METER.stock, METER.on, METER.seconds = stock, metered, 0.0
         try:
             synchronize()
-            start = time.perf_counter()
+            start = METER.clock()
             model(*args, **kwargs)
             synchronize()
-            elapsed = time.perf_counter() - start
+            elapsed = METER.clock() - start
         finally:
             METER.stock = METER.on = False
         return METER.seconds if metered else elapsed
