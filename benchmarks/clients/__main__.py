@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.clients.one import EXPORTS
+from benchmarks.clients.exports import EXPORTS
 from benchmarks.clients.systems import SYSTEMS, System
 
 DEFAULT_EXPORTS = ("trace", "trace, grad", "torch.export", "ONNX 17", "own ONNX")
@@ -39,10 +39,11 @@ def fails(stock: str, ours: str) -> bool:
 
 
 def table(rows: list[dict[str, Any]], kinds: list[str]) -> str:
-    """The rows in Markdown."""
-    header = ["model", "library", "replaced", "outputs", "gradients", "restored", "whole model"]
-    header += ["operator's share", *kinds]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    """The rows in Markdown: agreement and gain, then exports."""
+    lines = _header(
+        *("model", "library", "layers", "outputs", "gradients", "restored"),
+        *("whole model", "operator's share"),
+    )
     for row in rows:
         cells = [row["system"], row.get("library", "")]
         if "outputs" in row:
@@ -58,11 +59,19 @@ def table(rows: list[dict[str, Any]], kinds: list[str]) -> str:
             cells += [f"{before:.1f} -> {after:.1f} %"]
         else:
             cells += [row.get("errors", {}).get("timing", "not run"), ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", *_header("stock -> accelerated", *kinds)]
+    for row in rows:
+        cells = [row["system"]]
         for kind in kinds:
             stock, ours = row.get("exports", {}).get(kind, ("", ""))
-            cells.append(f"{stock.split(':')[0]} -> {ours.split(':')[0]}" if stock else "not run")
+            cells.append(f"{stock.split(':')[0]} -> {ours.split(':')[0]}" if stock else "")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _header(*cells: str) -> list[str]:
+    return ["| " + " | ".join(cells) + " |", "|" + "---|" * len(cells)]
 
 
 def main() -> int:
