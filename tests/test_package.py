@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -331,6 +332,24 @@ def test_architectures(toolchain, tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST.*'Ampere'"):
         toolchain.cuda_architectures(old, {"TORCH_CUDA_ARCH_LIST": "Ampere"})
+
+
+# --- what is distributed
+
+
+@needs_source
+def test_source_distribution_is_small_and_complete(tmp_path: Path) -> None:
+    """The recordings of official code stay in the repository."""
+    done = run(sys.executable, "setup.py", "-q", "sdist", f"--dist-dir={tmp_path}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.iterdir()
+    assert archive.stat().st_size < 2 * 2**20
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    for file in ("csrc/cpu/simd.h", "csrc/cuda/ops.cu", "deform_attn/detr/weights/digits.pt"):
+        assert file in names
+    assert {f"build_tools/{p.name}" for p in (ROOT / "build_tools").glob("*.*")} <= names
+    assert not [name for name in names if "goldens" in name or name.endswith((".so", ".json.gz"))]
 
 
 # --- a build that fails
