@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,35 @@ def test_source_distribution_is_small_and_complete(tmp_path: Path) -> None:
         assert file in names
     assert {f"build_tools/{p.name}" for p in (ROOT / "build_tools").glob("*.*")} <= names
     assert not [name for name in names if "goldens" in name or name.endswith((".so", ".json.gz"))]
+
+
+@needs_source
+def test_kernel_for_the_hub_is_loaded_as_kernels_does(tmp_path: Path) -> None:
+    """A variant for each backend of a wheel; its folder is imported under another name."""
+    wheel = tmp_path / "deform_attn-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
+    record = {"libraries": {"cpu": {"file": "_C_cpu.abi3.so"}, "cuda": {"missing": "FORCE_CUDA=0"}}}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in PACKAGE.rglob("*.py"):
+            archive.write(file, f"deform_attn/{file.relative_to(PACKAGE)}")
+        archive.writestr("deform_attn/_libraries.json", json.dumps(record))
+    out = tmp_path / "hub"
+    done = run(sys.executable, "build_tools/hub.py", str(wheel), f"--out={out}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (variant,) = (out / "build").iterdir()
+    assert variant.name == "torch-stable-abi210-cpu-x86_64-linux"
+    facts = json.loads((variant / "metadata.json").read_text())
+    assert facts["backend"] == {"type": "cpu"}
+    load = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location({facts["id"]!r}, {str(variant / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.layers.MultiScaleDeformableAttention.__name__, module.__version__)
+"""
+    done = run(sys.executable, "-c", load, cwd=tmp_path)
+    assert done.stdout.split() == ["MultiScaleDeformableAttention", deform_attn.__version__], (
+        done.stderr
+    )
 
 
 # --- a build that fails
