@@ -5,7 +5,7 @@
 `kernels.get_local_kernel("dist/hub")` loads it; the folder can be uploaded as a kernel repository.
 A variant holds the package as the wheel does, so nothing is compiled again. The Hub's own builder
 is not used: it makes one library for each version of torch, and these libraries serve all of them.
-An installed deform_attn takes precedence, because operators can be registered only once in a process.
+An installed deform_attn takes precedence: a process can register operators only once.
 """
 
 from __future__ import annotations
