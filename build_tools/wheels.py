@@ -90,6 +90,18 @@ def torch_for(platform: Platform, version: str = LOWEST_TORCH) -> Path:
     return folder
 
 
+def check_tag(tag: str) -> None:
+    """The tag of a release is its version, and the changelog has a section for it."""
+    text = (ROOT / "deform_attn" / "__init__.py").read_text(encoding="utf-8")
+    version = re.search(r'^__version__ = "(.*)"', text, re.MULTILINE)
+    assert version is not None
+    require(tag == f"v{version[1]}", f"--tag: expected v{version[1]}, got {tag}")
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    section = rf"^## {re.escape(tag[1:])} - \d{{4}}-\d\d-\d\d$"
+    found = re.search(section, changelog, re.MULTILINE)
+    require(found is not None, f"CHANGELOG.md: expected a line '## {tag[1:]} - YYYY-MM-DD'")
+
+
 def make_sdist(dist: Path) -> Path:
     """Builds the source distribution, and returns a folder with its contents."""
     for old in dist.glob("deform_attn-*.tar.gz"):
@@ -122,11 +134,11 @@ def make_wheel(tag: str, source: Path, dist: Path, architectures: str) -> Path:
     if platform.cuda and architectures != "none":
         environ["NVCC_CCBIN"] = os.environ.get("NVCC_CCBIN", "g++")
         environ |= {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": architectures}
-    command = [sys.executable, "setup.py", "--quiet", "bdist_wheel"]
-    command += [f"--plat-name={tag}", f"--dist-dir={dist}"]
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", f"--outdir={dist}"]
+    command += [f"-C--build-option=--plat-name={tag}", str(source)]
     for wheel in dist.glob(f"*-{tag}.whl"):
         wheel.unlink()
-    run(command, source, **environ)
+    run(command, **environ)
     (wheel,) = dist.glob(f"*-{tag}.whl")
     return wheel
 
@@ -152,11 +164,13 @@ def check(wheel: Path) -> dict[str, str]:
         found["symbols"] = check_symbols(libraries, platform)
         if tag.startswith("manylinux"):
             found["auditwheel"] = check_policy(wheel, tag)
-        found["abi3audit"] = last_line(tool("abi3audit", "--strict", "--summary", str(wheel)))
+        audit = last_line(tool("abi3audit", "--strict", "--summary", str(wheel)))
+        found["abi3audit"] = audit.rpartition(".whl: ")[2]
         if platform.target.startswith("linux"):
             audit = tool("torch-abi-audit", "--check", "torch", *map(str, libraries))
             found["torch-abi-audit"] = last_line(audit)
-        found["twine"] = last_line(tool("twine", "check", "--strict", str(wheel)))
+        twine = last_line(tool("twine", "check", "--strict", str(wheel)))
+        found["twine"] = twine.rpartition(": ")[2]
     finally:
         shutil.rmtree(folder)
     return found
@@ -271,11 +285,16 @@ def require(condition: bool, message: str) -> None:
         raise CheckError(message)
 
 
-def run(command: list[str], cwd: Path | None = None, **environ: str) -> None:
-    """Runs a command; exits with a sentence where it fails."""
-    done = subprocess.run(command, cwd=cwd, env=os.environ | environ, check=False)
+def run(command: list[str], **environ: str) -> None:
+    """Runs a command, and prints what this package prints; exits with all of it where it fails."""
+    done = subprocess.run(
+        command, env=os.environ | environ, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
-        raise SystemExit(f"wheels.py: this command failed: {' '.join(command)}")
+        raise SystemExit(f"{done.stdout}{done.stderr}\nwheels.py: failed: {' '.join(command)}")
+    for line in done.stdout.splitlines():
+        if line.startswith("deform_attn:"):
+            print(line, flush=True)
 
 
 def main() -> int:
@@ -285,9 +304,15 @@ def main() -> int:
     )
     parser.add_argument("platforms", nargs="*", metavar="PLATFORM", default=[])
     parser.add_argument("--cuda", default=" ".join(DEFAULT_CUDA_ARCHITECTURES), metavar="LIST")
+    parser.add_argument("--tag", help="of a release: fail unless version and changelog agree")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     parser.add_argument("--check", nargs="+", type=Path, metavar="WHEEL")
     arguments = parser.parse_args()
+    if arguments.tag:
+        try:
+            check_tag(arguments.tag)
+        except CheckError as error:
+            raise SystemExit(f"wheels.py: {error}") from None
     dist = arguments.dist.absolute()
     dist.mkdir(parents=True, exist_ok=True)
     wheels = arguments.check or []

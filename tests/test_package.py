@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -98,7 +100,11 @@ def test_cuda_library_links_and_registers(tmp_path: Path) -> None:
         (None, "2.13.0", "nothing was compiled in this folder yet .pip install"),
         ({"cpu": None}, "2.13.0", "_libraries.json is of an older deform_attn: compile again"),
         ({"file": "_C.so"}, "2.13.0", "_C.so was built, but is no longer in .*: install deform_"),
-        ({"file": "text.so"}, "2.9.1+cu130", "text.so needs PyTorch 2.10 or newer.*2.9.1.cu130"),
+        (
+            {"file": "text.so"},
+            "2.9.1+cu130",
+            "text.so needs PyTorch 2.10 .*2.9.1.cu130: pip install",
+        ),
         ({"file": "text.so"}, "2.13.0", "text.so could not be loaded: .*(short|invalid)"),
         ({"missing": "no compiler"}, "2.13.0", "the cpu library was not built: no compiler"),
     ],
@@ -121,6 +127,29 @@ def test_library_that_cannot_be_loaded(
     monkeypatch.setattr(compiled, "_RECORD", file)
     monkeypatch.setattr(torch, "__version__", version)
     assert re.match(reason, compiled._load("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (
+            12080,
+            "_C_cuda.abi3.so .* CUDA 13.0.88 and needs .* 13.0 or newer, .* of CUDA 12.8: update",
+        ),
+        (13000, None),
+        (13020, None),
+        (None, None),
+    ],
+)
+def test_driver_that_is_too_old(
+    driver: int | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot run the CUDA runtime of the library, even where torch has an older one."""
+    build = lambda: json.dumps({"nvcc": "13.0.88"})  # noqa: E731
+    monkeypatch.setattr(torch.ops.deform_attn, "cuda_build", build, raising=False)
+    monkeypatch.setattr(compiled, "_driver_version", lambda: driver)
+    found = compiled._why_not_driver("_C_cuda.abi3.so")
+    assert found is None if reason is None else re.match(reason, found or "")
 
 
 # --- info
@@ -199,6 +228,45 @@ def test_lowest_versions_are_written_once(toolchain) -> None:
 
 
 @needs_source
+@pytest.mark.parametrize(
+    ("asked", "machine", "target", "file"),
+    [
+        (None, "x86_64", ("linux", "x86_64"), "_C_cpu.abi3.so"),
+        ("win32-AMD64", "x86_64", ("win32", "x86_64"), "_C_cpu.pyd"),
+        ("darwin-arm64", "x86_64", ("darwin", "aarch64"), "_C_cpu.abi3.so"),
+    ],
+)
+def test_names_of_platforms(
+    toolchain, monkeypatch: pytest.MonkeyPatch, asked, machine, target, file
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DEFORM_ATTN_TARGET", raising=False)
+    if asked:
+        monkeypatch.setenv("DEFORM_ATTN_TARGET", asked)
+    found = toolchain.find_target()
+    assert (found.system, found.machine) == target
+    assert found.library("cpu") == file
+
+
+@needs_source
+@pytest.mark.parametrize("command", ["cl", r'"C:\VC\bin\cl.exe"', "clang-cl.exe"])
+def test_compilers_of_windows_that_cannot_build_get_a_reason(
+    toolchain, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(toolchain.NotFound, match=r"CXX=.*cl.*: cl.exe cannot .* set CXX=clang\+\+"):
+        toolchain.find_cxx()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(toolchain.NotFound, match="clang\\+\\+ is not on PATH: install LLVM"):
+        toolchain.find_cxx()
+    monkeypatch.setenv("CXX", "clang++ --target=x86_64-pc-windows-msvc")
+    assert toolchain.find_cxx()[0] == "clang++"
+
+
+@needs_source
 @pytest.mark.parametrize("version", ["65.5.0", "70.0.0", "76.1.0"])
 @pytest.mark.parametrize(
     "start", ["runpy.run_path('setup.py')", "importlib.import_module('backend')"]
@@ -265,6 +333,53 @@ def test_architectures(toolchain, tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST.*'Ampere'"):
         toolchain.cuda_architectures(old, {"TORCH_CUDA_ARCH_LIST": "Ampere"})
+
+
+# --- what is distributed
+
+
+@needs_source
+def test_source_distribution_is_small_and_complete(tmp_path: Path) -> None:
+    """The recordings of official code stay in the repository."""
+    done = run(sys.executable, "setup.py", "-q", "sdist", f"--dist-dir={tmp_path}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.iterdir()
+    assert archive.stat().st_size < 2 * 2**20
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    for file in ("csrc/cpu/simd.h", "csrc/cuda/ops.cu", "deform_attn/detr/weights/digits.pt"):
+        assert file in names
+    assert {f"build_tools/{p.name}" for p in (ROOT / "build_tools").glob("*.*")} <= names
+    assert not [name for name in names if "goldens" in name or name.endswith((".so", ".json.gz"))]
+
+
+@needs_source
+def test_kernel_for_the_hub_is_loaded_as_kernels_does(tmp_path: Path) -> None:
+    """A variant for each backend of a wheel; its folder is imported under another name."""
+    wheel = tmp_path / "deform_attn-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
+    record = {"libraries": {"cpu": {"file": "_C_cpu.abi3.so"}, "cuda": {"missing": "FORCE_CUDA=0"}}}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in PACKAGE.rglob("*.py"):
+            archive.write(file, f"deform_attn/{file.relative_to(PACKAGE)}")
+        archive.writestr("deform_attn/_libraries.json", json.dumps(record))
+    out = tmp_path / "hub"
+    done = run(sys.executable, "build_tools/hub.py", str(wheel), f"--out={out}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (variant,) = (out / "build").iterdir()
+    assert variant.name == "torch-stable-abi210-cpu-x86_64-linux"
+    facts = json.loads((variant / "metadata.json").read_text())
+    assert facts["backend"] == {"type": "cpu"}
+    load = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location({facts["id"]!r}, {str(variant / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.layers.MultiScaleDeformableAttention.__name__, module.__version__)
+"""
+    done = run(sys.executable, "-c", load, cwd=tmp_path)
+    assert done.stdout.split() == ["MultiScaleDeformableAttention", deform_attn.__version__], (
+        done.stderr
+    )
 
 
 # --- a build that fails
