@@ -131,10 +131,10 @@ def decompose(
     """An exported program with this package's operators in PyTorch's own.
 
     For exporters that take an ``ExportedProgram``: ``coremltools.convert``, ExecuTorch's
-    ``to_edge_transform_and_lower``, ``openvino.convert_model``. Their models take tensors alone: pass
-    a module that holds the level sizes. In the form "gather" no tensor of bilinear sampling has more
-    than five dimensions, the most that Core ML takes. Sampling locations that another library's
-    layer makes with six remain.
+    ``to_edge_transform_and_lower``, ``openvino.convert_model``. Their models take tensors alone:
+    pass a module that holds the level sizes. In the form "gather" no tensor of bilinear sampling
+    has more than five dimensions, the most that Core ML takes. Sampling locations that another
+    library's layer makes with six remain.
 
     Args:
         program: what ``torch.export.export`` made of a model in evaluation mode.
