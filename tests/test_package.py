@@ -354,6 +354,32 @@ def test_source_distribution_is_small_and_complete(tmp_path: Path) -> None:
 
 
 @needs_source
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"deform_attn/lib/libtorch_cpu.so": "of torch"},
+            r"libraries of others: .*libtorch_cpu.so",
+        ),
+        ({"deform_attn/_C_cuda.abi3.so": "not recorded"}, r"\{'_C_cpu.abi3.so'\} were built, not"),
+        ({"deform_attn/_C_cpu.pyd": "of Windows"}, r"\{'_C_cpu.abi3.so'\} were built, not"),
+    ],
+)
+def test_wheel_with_other_libraries_is_refused(
+    toolchain, tmp_path: Path, extra: dict[str, str], message: str
+) -> None:
+    wheels = importlib.import_module("wheels")
+    wheel = tmp_path / "deform_attn-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
+    record = {"libraries": {"cpu": {"file": "_C_cpu.abi3.so"}, "cuda": {"missing": "FORCE_CUDA=0"}}}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("deform_attn/_libraries.json", json.dumps(record))
+        for name, text in {"deform_attn/_C_cpu.abi3.so": "ours", **extra}.items():
+            archive.writestr(name, text)
+    with pytest.raises(wheels.CheckError, match=message):
+        wheels.check(wheel)
+
+
+@needs_source
 def test_kernel_for_the_hub_is_loaded_as_kernels_does(tmp_path: Path) -> None:
     """A variant for each backend of a wheel; its folder is imported under another name."""
     wheel = tmp_path / "deform_attn-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
