@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from PIL import Image
 
 from deform_attn.detr import __main__ as commands
 from deform_attn.detr import load
-from deform_attn.detr.data import Digits
+from deform_attn.detr.data import Digits, Shapes, write_coco
 from deform_attn.detr.export import export
 from deform_attn.detr.recipes import build
 from deform_attn.detr.train import Settings, train, transfer
+
+from .official import official_state
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -26,19 +29,15 @@ Capture = pytest.CaptureFixture[str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six digits as photographs, in COCO's format; the class "7" is missing from the file."""
     path = tmp_path_factory.mktemp("coco")
-    (path / "annotations").mkdir()
     for split in ("train", "val"):
         dataset = Digits("val")
         dataset.lengths = {"train": 6, "val": 6}  # type: ignore[misc]
-        coco = dataset.ground_truth()
-        coco["images"] = [one | {"file_name": f"{one['id']}.png"} for one in coco["images"]]
-        coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] != 7]
-        coco["categories"] = [one for one in coco["categories"] if one["id"] != 7]
-        (path / split).mkdir()
-        for i in range(6):
-            pixels = (dataset[i][0] * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(path / split / f"{i}.png")
-        (path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
+        write_coco(dataset, path, split)
+        file = path / f"annotations/instances_{split}.json"
+        truth = json.loads(file.read_text())
+        truth["annotations"] = [one for one in truth["annotations"] if one["category_id"] != 7]
+        truth["categories"] = [one for one in truth["categories"] if one["id"] != 7]
+        file.write_text(json.dumps(truth))
     return path
 
 
@@ -99,7 +98,13 @@ def test_data(
 
 
 @pytest.mark.parametrize(
-    ("recipe", "suffix"), [("rtdetr", ".onnx"), ("stewart", ".onnx"), ("dino", ".pt2")]
+    ("recipe", "suffix"),
+    [
+        ("deformable_detr", ".onnx"),
+        ("stewart", ".onnx"),
+        ("dino", ".pt2"),
+        ("rtdetr", ".torchscript"),
+    ],
 )
 def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) -> None:
     """What was written is compared with the model, with another batch."""
@@ -146,3 +151,43 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
     assert torch.equal(own[name], given[name])
     with pytest.raises(ValueError, match="recipe, model: expected one of them, or init alone"):
         Settings(data="shapes")
+
+
+DOCS = Path(__file__).parents[2] / "docs/detr"
+
+
+def documented() -> list[str]:
+    """The commands of the documentation, with their continuation lines."""
+    found = []
+    for file in sorted(DOCS.glob("*.md")):
+        fences = re.findall(r"^```(\w*)\n(.*?)^```$", file.read_text(), re.MULTILINE | re.DOTALL)
+        lines = [line for language, block in fences if not language for line in block.splitlines()]
+        found += [line for line in lines if line.startswith("python -m deform_attn.detr ")]
+    return found
+
+
+def test_every_command_of_the_documentation_runs(
+    folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").symlink_to(folder / "val")
+    torch.save({"model": official_state("rtdetr_r18")}, "rtdetr_r18.pth")
+    monkeypatch.setattr(Shapes, "lengths", {"train": 4, "val": 2})
+    lines = documented()
+    kinds = {line.split()[3] for line in lines}
+    assert kinds == {"train", "evaluate", "predict", "export", "data"}
+    runs = 0
+    for line in lines:
+        words = [word.replace("FOLDER", str(folder)) for word in line.split()[3:]]
+        runs += words[0] == "train"
+        words = [re.sub(r"^RUN\b", f"RUN{runs}", word) for word in words]
+        size = "160" if "--model" in words else "64"
+        if words[0] == "train":
+            words += ["--steps", "1", "--batch", "2", "--evaluate-every", "1"]
+        if words[0] == "export" or (words[0] == "train" and "--size" not in words):
+            words += ["--size", "64" if words[0] == "export" else size]
+        run(monkeypatch, *words)
+        capsys.readouterr()
+    written = [f"RUN{i + 1}/curves.png" for i in range(runs)]
+    written += ["results.json", "found/detections.json", "sheet.png", "detector.onnx"]
+    assert all((tmp_path / file).stat().st_size > 0 for file in written)

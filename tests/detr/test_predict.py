@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
+import resource
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -104,3 +107,22 @@ def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
         load("digits").predict(Image.new("RGB", (9, 9)))  # type: ignore[arg-type]
     with pytest.raises(FileNotFoundError):
         load("digits").predict([tmp_path / "none.png"])
+
+
+def test_files_are_closed_as_they_are_read(tmp_path: Path) -> None:
+    """A long list needs no more open files than a short one; also arrays and tensors are taken."""
+    names = [tmp_path / f"{i}.png" for i in range(24)]
+    for name in names:
+        Image.new("RGB", (16, 16)).save(name)
+    detector = load("digits")
+    detector.predict(names[:1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    now = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (now + 6, hard))
+    try:
+        found = detector.predict(names, batch=24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(found) == 24
+    for image in (np.zeros((16, 16, 3), np.uint8), torch.zeros(3, 16, 16)):
+        assert detector.predict([image])[0]["boxes"].shape[1:] == (4,)

@@ -20,29 +20,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deform_attn.detr import load
-from deform_attn.detr.data import Shapes
+from deform_attn.detr.data import Shapes, open_dataset, write_coco
+from deform_attn.detr.evaluate import evaluate
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
-from deform_attn.detr.train import Settings, _write, parameter_groups, train
+from deform_attn.detr.train import Settings, _Run, _write, parameter_groups, train
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a training on a folder of few images: shapes, written as PNG."""
     folder = tmp_path_factory.mktemp("coco")
-    (folder / "annotations").mkdir()
     few = {"train": 24, "val": 8}
     for split in few:
         dataset = Shapes(split)
         dataset.lengths = few  # type: ignore[misc]
-        coco = dataset.ground_truth()
-        coco["images"] = [one | {"file_name": f"{one['id']}.png"} for one in coco["images"]]
-        (folder / split).mkdir()
-        for index in range(len(dataset)):
-            pixels = (dataset[index][0] * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(folder / split / f"{index}.png")
-        file = folder / "annotations" / f"instances_{split}.json"
-        file.write_text(json.dumps(coco))
+        write_coco(dataset, folder, split)
     settings = {"data": f"coco:{folder}", "size": 64, "steps": 16, "batch": 4}
     return settings | {"evaluate_every": 8, "save_every": 3}
 
@@ -63,13 +56,6 @@ def one_thread() -> Iterator[None]:
 
 def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
-
-
-def torchrun(*arguments: str) -> None:
-    """Two processes; a fault is shown with what they printed."""
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run([*start, *arguments], env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
 
 
 def checkpoint(out: Path) -> dict[str, Any]:
@@ -118,25 +104,8 @@ __main__.main()
 """
 
 
-# Runs a training that gets a signal in its fifth step.
-SIGNALLED = """
-import os, signal, sys
-from deform_attn.detr import __main__, train
-
-step, number = train._Run._step, getattr(signal, sys.argv.pop(1))
-
-def stepped(run, *args):
-    if run.step == 4:
-        os.kill(os.getpid(), number)
-    return step(run, *args)
-
-train._Run._step = stepped
-__main__.main()
-"""
-
-
 def test_a_killed_training_resumes_to_the_bit(
-    short: dict[str, Any], tmp_path: Path, one_thread: None
+    short: dict[str, Any], tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With random denoising and augmentation; killed after a step and while saving.
 
@@ -149,11 +118,19 @@ def test_a_killed_training_resumes_to_the_bit(
         killed = [sys.executable, "-c", KILLED, *where, *arguments]
         assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
         assert checkpoint(tmp_path / "cut")["step"] == 3  # that of the last complete save
-    for name, code in (("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", -signal.SIGINT)):
-        out = tmp_path / name
+    step = _Run._step
+    for number, error in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        out = tmp_path / number.name
+
+        def signalled(run: Any, *batch: Any, number: int = number) -> Any:
+            if run.step == 4:
+                signal.raise_signal(number)
+            return step(run, *batch)
+
         shutil.copytree(tmp_path / "cut", out)
-        ended = [sys.executable, "-c", SIGNALLED, name, *command(out, **settings)[2:]]
-        assert subprocess.run(ended, env=environment()).returncode == code
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(_Run, "_step", signalled)
+            train(Settings(**settings), out)
         assert checkpoint(out)["step"] == 5
     shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
     train(Settings(**settings), tmp_path / "cut")
@@ -191,15 +168,14 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     script = tmp_path / "two.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from torch import distributed\n"
         "from deform_attn.detr.train import Settings, train\n"
-        "distributed.init_process_group('gloo')\n"
         "for steps in (1, 5):\n"
         f"    folder = Path({str(tmp_path)!r}) / f'two{{steps}}'\n"
         f"    train(Settings(**{settings!r} | {{'steps': steps}}), folder)\n"
-        "distributed.destroy_process_group()\n"
     )
-    torchrun(str(script))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node=2", str(script)]
+    subprocess.run(torchrun, check=True, env=environment(), capture_output=True)
     for steps in (1, 5):
         train(Settings(**settings | {"steps": steps}), tmp_path / f"one{steps}")
     one, two = (checkpoint(tmp_path / f"{name}1") for name in ("one", "two"))
@@ -209,6 +185,11 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         torch.testing.assert_close(
             mine["exp_avg"], theirs["exp_avg"], rtol=1e-4, atol=2e-5 * scale + 1e-9
         )
+    detector = load(tmp_path / "two5/model.pt")
+    val = open_dataset(settings["data"], "val", 64)
+    ap = evaluate(detector.model, detector.postprocess, val)
+    recorded = checkpoint(tmp_path / "two5")["history"]["ap"][-1]  # each process had half of them
+    assert {name: recorded[name] for name in ap} == pytest.approx(ap, abs=1e-6)
     one, two = (checkpoint(tmp_path / f"{name}5") for name in ("one", "two"))
     torch.testing.assert_close(
         torch.tensor(one["history"]["loss"]),
@@ -230,7 +211,9 @@ def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_pat
         coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] % 2]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     settings = short | {"data": f"coco:{tmp_path}", "recipe": "rtdetr", "batch": 2, "steps": 6}
-    torchrun(*command(tmp_path / "out", **settings | {"save_every": 1}))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun += ["--nproc-per-node=2", *command(tmp_path / "out", **settings | {"save_every": 1})]
+    subprocess.run(torchrun, check=True, env=environment(), capture_output=True, timeout=120)
     history = checkpoint(tmp_path / "out")["history"]
     assert len(history["loss"]) == 6
     assert all(0 < loss < 1000 for loss in history["loss"])
