@@ -31,13 +31,15 @@ from tests.simt.emulated import ALGORITHMS, Emulated
 
 KERNELS = Emulated()
 OLD = Emulated(atomic_floats=1)
+# with one multiprocessor, queries that are pixels are enough for backward_tiles
+TILES, OLD_TILES = (Emulated(atomic_floats=floats, processors=1) for floats in (4, 1))
 ENCODER = Case("encoder", levels=((9, 12), (5, 6), (3, 3)), batch=1, queries=147, head_dim=32)
 
 
 @pytest.fixture(autouse=True)
 def usual_order() -> Iterator[None]:
     yield
-    for kernels in (KERNELS, OLD):
+    for kernels in (KERNELS, OLD, TILES, OLD_TILES):
         kernels.set_order("forward")
 
 
@@ -62,6 +64,15 @@ def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
     """Queries that are the pixels, so that tiles, bands and shared pixels occur."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
     check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
+    if algorithm == "scatter":
+        check_call(case.make(DTYPES[dtype]), TILES, algorithm)
+
+
+def test_far_points_of_a_tile() -> None:
+    """Points of a block further apart than its window of slots; a map of one pixel too."""
+    case = Case("far", levels=((3, 150), (90, 2), (1, 1)), batch=1, queries=631, head_dim=8)
+    for kernels in (TILES, OLD_TILES):
+        check_call(case.make(DTYPES["f32"]), kernels, "scatter")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -147,7 +158,11 @@ def test_scattered_sums_depend_on_the_order() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize("kernels", [KERNELS, OLD], ids=["sm_90", "before_sm_90"])
+@pytest.mark.parametrize(
+    "kernels",
+    [KERNELS, OLD, TILES, OLD_TILES],
+    ids=["sm_90", "before_sm_90", "tiles", "tiles_before_sm_90"],
+)
 def test_orders_of_threads(kernels: Emulated, algorithm: str) -> None:
     inputs = ENCODER.make(DTYPES["f32"])
     for order in ("reversed", "shuffled"):
@@ -248,6 +263,9 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
                     run(inputs, grad_output_for(inputs), kernels, algorithm)
                     if algorithm in ("scatter", "gather"):
                         run_fused(inputs, kernels, algorithm)
+            if name == "head_dim_32":
+                inputs = ENCODER.make(DTYPES[dtype])
+                run(inputs, grad_output_for(inputs), TILES, "scatter")
             here = [re.search(r"deform_attn::(\w+)<(\w+)", name) for name in launched() - before]
             cases.update({match[1] for match in here})
             for match in here:
@@ -259,4 +277,9 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
     narrow = {"__half", "__nv_bfloat16"}
     wide = {"double", "float"}
     for name, types in reached.items():
-        assert types == {"round_sums": narrow, "sum_heads": wide}.get(name, wide | narrow), name
+        expected = {
+            "round_sums": narrow,
+            "sum_heads": wide,
+            "backward_tiles": {"float"} | narrow,
+        }
+        assert types == expected.get(name, wide | narrow), name
