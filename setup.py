@@ -7,6 +7,9 @@ A library that cannot be compiled is left out; the build prints the reason, and
                               where nvcc is found and torch is a CUDA build. No GPU is needed
     TORCH_CUDA_ARCH_LIST      default "7.5 8.0 8.6 8.9 9.0 10.0 12.0+PTX", those that nvcc supports
     CUDA_HOME, CXX, CXXFLAGS, LDFLAGS, NVCC_APPEND_FLAGS
+    NVCC_CCBIN                nvcc's host compiler, g++, where CXX is another one that only links
+    DEFORM_ATTN_TARGET        the platform to build for, such as "win32-x86_64"; CXX must do so too
+    DEFORM_ATTN_TORCH_DIR     the folder "torch" of that platform; default: that of the environment
     MAX_JOBS, NVCC_THREADS    files, and architectures of a file, compiled at the same time
     DEFORM_ATTN_REQUIRE_EXT=1 an error of a compiler fails the build
     DEFORM_ATTN_SKIP_EXT=1    compile nothing
@@ -22,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_tools"))
 
-from toolchain import NotFound, require_setuptools  # noqa: E402
+from toolchain import NotFound, find_target, require_setuptools  # noqa: E402
 
 require_setuptools()  # before anything that an older one lacks
 
@@ -32,7 +35,7 @@ from setuptools.command.bdist_wheel import bdist_wheel  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
 from setuptools.errors import CompileError  # noqa: E402
 
-LIBRARIES = {"cpu": "deform_attn._C_cpu", "cuda": "deform_attn._C_cuda"}
+NAMES = ("cpu", "cuda")
 
 
 class BuildLibraries(build_ext):
@@ -41,18 +44,24 @@ class BuildLibraries(build_ext):
     def run(self) -> None:
         """Builds both, prints what is missing, and writes the record into the package."""
         built = {}
-        for name, module in LIBRARIES.items():
-            file = Path(self.get_ext_fullpath(module))
+        for name, file in self.files().items():
             missing = self.build_library(name, file)
             built[name] = {"missing": missing} if missing else {"file": file.name}
         libraries.write_record(ROOT if self.inplace else Path(self.build_lib), built)
+
+    def files(self) -> dict[str, Path]:
+        """Where each library goes."""
+        folder = Path(self.get_ext_fullpath("deform_attn._C_cpu")).parent
+        return {name: folder / find_target().library(name) for name in NAMES}
 
     def build_library(self, name: str, library: Path) -> str | None:
         """Returns None where the library was built, else the reason."""
         print(f"deform_attn: compiling the {name} library", flush=True)
         try:
             version = self.distribution.get_version()
-            how = libraries.build(name, library, Path(self.build_temp), version)
+            target = find_target()
+            scratch = Path(self.build_temp) / f"{target.system}-{target.machine}"
+            how = libraries.build(name, library, scratch, version)
         except (NotFound, libraries.BuildError) as error:
             library.unlink(missing_ok=True)  # a file of an earlier build must not be packed
             failed = isinstance(error, libraries.BuildError)
@@ -66,8 +75,7 @@ class BuildLibraries(build_ext):
 
     def get_outputs(self) -> list[str]:
         """The libraries that were built, for setuptools."""
-        paths = (self.get_ext_fullpath(module) for module in LIBRARIES.values())
-        return [path for path in paths if Path(path).exists()]
+        return [str(path) for path in self.files().values() if path.exists()]
 
 
 class Wheel(bdist_wheel):
@@ -94,6 +102,6 @@ class Wheel(bdist_wheel):
 
 setup(
     # build_tools/libraries.py has their sources and flags.
-    ext_modules=[Extension(name, [], py_limited_api=True) for name in LIBRARIES.values()],
+    ext_modules=[Extension(f"deform_attn._C_{name}", [], py_limited_api=True) for name in NAMES],
     cmdclass={"build_ext": BuildLibraries, "bdist_wheel": Wheel},
 )

@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,10 +26,12 @@ from toolchain import (
     TORCH_FLOOR,
     CudaToolkit,
     NotFound,
+    Target,
     Torch,
     cuda_architectures,
     find_cuda,
     find_cxx,
+    find_target,
     find_torch,
     gencode_flags,
 )
@@ -55,7 +57,7 @@ DEFINES = ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TORCH_FLO
 CXX_FLAGS = [
     "-std=c++17",
     "-O3",
-    "-fPIC",
+    "-fPIC",  # not on Windows
     "-fvisibility=hidden",
     "-fvisibility-inlines-hidden",
     "-fno-math-errno",
@@ -112,8 +114,6 @@ def build(name: str, library: Path, scratch: Path, version: str) -> str:
     """
     if os.environ.get("DEFORM_ATTN_SKIP_EXT") == "1":
         raise NotFound("DEFORM_ATTN_SKIP_EXT=1")
-    if sys.platform == "win32":
-        raise NotFound("the compiled libraries are not built on Windows yet")
     scratch = scratch.absolute() / name
     scratch.mkdir(parents=True, exist_ok=True)
     library.parent.mkdir(parents=True, exist_ok=True)
@@ -121,31 +121,33 @@ def build(name: str, library: Path, scratch: Path, version: str) -> str:
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     with ThreadPoolExecutor(jobs) as pool:
         list(pool.map(_compile, steps))
-    run([*link, "-o", str(library.absolute())])
+    linked = scratch / library.name  # not in the package: some linkers write files beside it
+    run([*link, "-o", str(linked)])
+    shutil.copyfile(linked, library)
     return how
 
 
 def _plan_cpu(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
-    torch, cxx = find_torch(), find_cxx()
+    torch, cxx, target = find_torch(), find_cxx(), find_target()
     steps = cpu_steps(torch, cxx, scratch, version)
-    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
-    if sys.platform != "darwin":
-        # An undefined symbol is an error of the build, not of a user's import.
-        link += ["-Wl,--as-needed", "-ltorch_cpu", "-Wl,-z,defs"]
+    # An undefined symbol is an error of the build, not of a user's import.
+    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch, target)]
+    link += ["-ltorch_cpu", *(["-Wl,-z,defs"] if target.system == "linux" else [])]
     kernels = [s.source.name for s in steps if s.source.name in _kernel_files()]
     return steps, link, f"torch {torch.version}, {' '.join(cxx)}, {' '.join(kernels)}"
 
 
 def cpu_steps(torch: Torch, cxx: list[str], scratch: Path, version: str) -> list[Step]:
     """The object files of the CPU library."""
-    machine = platform.machine().lower().replace("amd64", "x86_64")
-    kernels = INSTRUCTION_SETS.get(machine, INSTRUCTION_SETS["other"])
+    target = find_target()
+    kernels = INSTRUCTION_SETS.get(target.machine, INSTRUCTION_SETS["other"])
     # Files without special instructions come first: where two objects hold the same inline
     # function, the linker keeps the first, which every processor must be able to run.
     sources = [f for f in _sources("csrc/cpu/*.cpp") if f.name not in _kernel_files()]
     sources += [Path("csrc/cpu") / file for file in sorted(kernels, key=lambda f: bool(kernels[f]))]
 
-    common = [*cxx, *DEFINES, *_facts(torch.version, version), *CXX_FLAGS, *_prefix_maps(torch)]
+    flags = [flag for flag in CXX_FLAGS if flag != "-fPIC" or target.system != "win32"]
+    common = [*cxx, *DEFINES, *_facts(torch.version, version), *flags, *_prefix_maps(torch)]
     common += shlex.split(os.environ.get("CXXFLAGS", ""))
     return [
         _step(scratch, source, [*common, *kernels.get(source.name, "").split()], torch)
@@ -160,7 +162,9 @@ def _kernel_files() -> set[str]:
 def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
     if os.environ.get("FORCE_CUDA") == "0":
         raise NotFound("FORCE_CUDA=0")
-    torch = find_torch()
+    torch, target = find_torch(), find_target()
+    if target.system != "linux":
+        raise NotFound(f"the CUDA library is built for Linux only, not for {target.system}")
     if torch.cuda is None and os.environ.get("FORCE_CUDA") != "1":
         raise NotFound(
             f"torch {torch.version} is built without CUDA and could not use the library "
@@ -169,10 +173,10 @@ def _plan_cuda(scratch: Path, version: str) -> tuple[list[Step], list[str], str]
     cuda, cxx = find_cuda(), find_cxx()
     architectures = cuda_architectures(cuda)
     steps = cuda_steps(torch, cuda, cxx, architectures, scratch, version)
-    # With the static runtime, a user needs only a driver; none of its symbols is exported.
-    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch)]
+    # With the static runtime, a user needs only a driver.
+    link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch, target)]
     link += [f"-L{cuda.library_folder}", "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
-    link += ["-Wl,--exclude-libs,ALL"]
+    link += _runtime_of_nvcc()
     how = f"CUDA {cuda.version} in {cuda.home}, for {' '.join(architectures)}"
     return steps, link, how
 
@@ -192,7 +196,7 @@ def cuda_steps(
     host = [f for f in CXX_FLAGS if f.startswith("-f")] + _prefix_maps(torch)
     common = [
         cuda.nvcc,
-        f"-ccbin={cxx[-1]}",
+        f"-ccbin={os.environ.get('NVCC_CCBIN') or cxx[-1]}",
         *DEFINES,
         *_facts(torch.version, version),
         *NVCC_FLAGS,
@@ -214,13 +218,29 @@ def _prefix_maps(torch: Torch) -> list[str]:
     return [f"-fmacro-prefix-map={torch.folder / 'include'}/=", f"-fmacro-prefix-map={ROOT}/="]
 
 
-def _link_flags(torch: Torch) -> list[str]:
+def _link_flags(torch: Torch, target: Target) -> list[str]:
     flags = [f"-L{torch.folder / 'lib'}"]
-    if sys.platform == "darwin":
-        return [*flags, "-undefined", "dynamic_lookup"]
-    # libtorch.so is loaded already; through it the loader finds the functions of the stable ABI.
-    flags += ["-Wl,--no-as-needed", "-ltorch"]
+    if target.system == "linux":
+        # libtorch.so is loaded already; through it the loader finds the functions of the stable
+        # ABI. No symbol is exported, of static libraries either.
+        exports = Path("build_tools") / "exports.map"
+        flags += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        flags += [f"-Wl,--version-script={exports}"]
+    if target.system == "darwin":
+        flags += ["-install_name", f"@rpath/{target.library('cpu')}"]  # else the builder's path
     return flags + shlex.split(os.environ.get("LDFLAGS", ""))
+
+
+def _runtime_of_nvcc() -> list[str]:
+    # Where nvcc's host compiler is not the one that links: its own C++ library, linked statically,
+    # and two functions of later C libraries that this needs.
+    host = os.environ.get("NVCC_CCBIN")
+    if not host:
+        return []
+    asked = [[host, f"-print-file-name={name}"] for name in ("libstdc++.a", "libgcc_s.so.1")]
+    files = [subprocess.run(a, capture_output=True, text=True, check=True).stdout for a in asked]
+    stubs = str(Path("build_tools") / "glibc_2_28.c")
+    return ["-nostdlib++", *(file.strip() for file in files), "-x", "c", stubs, "-x", "none"]
 
 
 def _step(scratch: Path, source: Path, flags: Sequence[str], torch: Torch) -> Step:
@@ -281,7 +301,7 @@ def main() -> int:
     version = re.search(r'^__version__ = "(.*)"', text, re.MULTILINE)[1]  # type: ignore[index]
 
     def build_one(name: str) -> tuple[dict[str, str], bool]:
-        library = ROOT / "deform_attn" / f"_C_{name}.abi3.so"
+        library = ROOT / "deform_attn" / find_target().library(name)
         try:
             how = build(name, library, ROOT / "build" / "libraries", version)
         except (NotFound, BuildError) as error:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -37,6 +39,26 @@ DEFAULT_CUDA_ARCHITECTURES = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0+P
 
 class NotFound(Exception):
     """A library cannot be built here; the message says what is missing and how to install it."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The platform that is built for."""
+
+    system: str  # as sys.platform: "linux", "darwin" or "win32"
+    machine: str  # "x86_64" or "aarch64", also where the system has another name for it
+
+    def library(self, name: str) -> str:
+        """The file of the library `name` ("cpu" or "cuda")."""
+        return f"_C_{name}{'.pyd' if self.system == 'win32' else '.abi3.so'}"
+
+
+def find_target() -> Target:
+    """$DEFORM_ATTN_TARGET, such as "win32-x86_64", else this machine."""
+    asked = os.environ.get("DEFORM_ATTN_TARGET", "")
+    system, _, machine = (asked or f"{sys.platform}-{platform.machine()}").partition("-")
+    names = {"amd64": "x86_64", "arm64": "aarch64"}
+    return Target(system, names.get(machine.lower(), machine.lower()))
 
 
 def require_setuptools() -> None:
@@ -80,7 +102,8 @@ def torch_in(folder: Path) -> Torch | None:
 def find_torch() -> Torch:
     """The torch of the environment that is built for, also from inside pip's isolated build."""
     tried = []
-    for folder in _torch_folders():
+    asked = os.environ.get("DEFORM_ATTN_TORCH_DIR")
+    for folder in [Path(asked)] if asked else _torch_folders():
         torch = torch_in(folder)
         if torch is None:
             continue
@@ -89,6 +112,7 @@ def find_torch() -> Torch:
         tried.append(f"{torch.version} in {folder}")
     floor = ".".join(map(str, TORCH_FLOOR))
     found = f"found only {', '.join(tried)}" if tried else "found none"
+    found += f" in DEFORM_ATTN_TORCH_DIR={asked}" if asked and not tried else ""
     raise NotFound(
         f"the headers of torch >= {floor} are needed, {found}: install torch first, "
         "then this package with --no-build-isolation"
@@ -115,13 +139,33 @@ def _assigned(source: str, name: str) -> str | None:
 
 
 def find_cxx() -> list[str]:
-    """The C++ compiler as a command: $CXX, else the first of c++, g++ and clang++ on PATH."""
-    if os.environ.get("CXX"):
-        return os.environ["CXX"].split()
-    for name in ("c++", "g++", "clang++"):
+    """The C++ compiler as a command: $CXX, else the first of c++, g++ and clang++ on PATH.
+
+    On Windows it must be clang++: the kernels use vector types that cl.exe lacks.
+    """
+    windows = sys.platform == "win32"
+    command = shlex.split(os.environ.get("CXX", ""), posix=not windows)
+    if command:
+        program = re.split(r"[/\\]", command[0].strip('"'))[-1].lower().removesuffix(".exe")
+        if program in ("cl", "clang-cl"):
+            raise NotFound(
+                f"CXX={command[0]}: cl.exe cannot compile the vector types of the kernels, and "
+                "clang-cl takes other options: set CXX=clang++, which LLVM and Visual Studio's "
+                'component "C++ Clang tools for Windows" install'
+            )
+        return command
+    names = ("clang++",) if windows else ("c++", "g++", "clang++")
+    for name in names:
         if shutil.which(name):
             return [name]
-    raise NotFound("no C++ compiler: $CXX is not set, and c++, g++, clang++ are not on PATH")
+    hint = (
+        'install LLVM, or Visual Studio\'s component "C++ Clang tools for Windows" '
+        "(cl.exe alone cannot compile the kernels)"
+    )
+    raise NotFound(
+        f"no C++ compiler: $CXX is not set, and {', '.join(names)} "
+        + (f"is not on PATH: {hint}" if windows else "are not on PATH")
+    )
 
 
 @dataclass(frozen=True)

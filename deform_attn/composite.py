@@ -170,10 +170,10 @@ def unfused(operands: FusedOperands) -> Operands:
     offsets, logits = offsets.to(dtype), operands.attention_logits.to(dtype)
     weights = logits.flatten(3).softmax(-1).view(logits.shape)
     counts = count_points(offsets, len(sizes), operands.num_points)
-    anchors = reference.expand(-1, -1, len(sizes), -1)[:, :, None, :, None]
     locations = []
     for level, offset in enumerate(offsets.flatten(3, -2).split(counts, 3)):  # [B, Q, M, P, 2]
-        anchor = anchors[:, :, :, level]
+        one_for_all = reference.shape[2] == 1
+        anchor = reference[:, :, 0 if one_for_all else level, None, None]
         if anchor.shape[-1] == 2:
             height, width = sizes[level]
             pixels = torch.stack((offset[..., 0] / width, offset[..., 1] / height), -1)
@@ -288,5 +288,8 @@ def _positions(value: Tensor, row: Tensor) -> Tensor:
 
 
 def _gather(pixels: Tensor, index: Tensor) -> Tensor:
-    """``[*index.shape, D]``: whole vectors of channels, several times as fast as ``gather``."""
-    return pixels.index_select(0, index.flatten()).view(*index.shape, pixels.shape[1])
+    """``[*index.shape, D]``: whole vectors of channels, several times as fast as ``gather``.
+
+    Not ``index_select``: until torch 2.11 its backward pass refuses symbolic sizes.
+    """
+    return torch.nn.functional.embedding(index, pixels)

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import deform_attn
+from benchmarks.clients.__main__ import fails
+from benchmarks.clients.exports import difference
 from deform_attn.integrations import adapters
 from tests import client_layers as clients
 
@@ -216,6 +218,14 @@ def test_models_without_numbers(mode: str) -> None:
         assert len(deform_attn.accelerate(model)[1].replaced) == 1
 
 
+def test_a_layer_by_itself() -> None:
+    """The report has the name of the library's class, not that of its replacement."""
+    layer = clients.GroundingDINO()
+    report = deform_attn.accelerate(layer)[1]
+    assert report.subject == "GroundingDINO"
+    assert report.replaced == (("GroundingDINO", CLIENTS[clients.GroundingDINO]),)
+
+
 def test_example_is_measured() -> None:
     model, memory = make(clients.GroundingDINO)
     model.train()
@@ -283,3 +293,26 @@ def test_derivatives_of_joined_maps() -> None:
     tangent = torch.ones_like(value)
     _, derivative = torch.func.jvp(joined, (value.detach(),), (tangent,))
     torch.testing.assert_close(derivative, value.detach().cos())
+
+
+# The table of libraries ----------------------------------------------------------------------
+
+
+def test_rows_are_compared_as_sets() -> None:
+    rows = torch.randn(2, 7, 4)
+    rows[0, 0, 0] = torch.inf
+    order = torch.randperm(7)
+    assert difference([rows[:, order]], [rows]) == 0
+    other = rows.clone()
+    other[1, 3] += 1
+    assert difference([other[:, order]], [rows]) > 0.01
+    with pytest.raises(AssertionError, match="1 outputs instead of 2"):
+        difference([rows], [rows, rows])
+
+
+def test_an_export_that_the_stock_model_lacks_is_no_failure() -> None:
+    assert fails("yes", "no: RuntimeError")
+    assert fails("yes", "differs by 1e-02")
+    assert fails("differs by 1e-02", "differs by 1e-02")
+    assert not fails("differs by 1e-02", "as stock")
+    assert not fails("no: RuntimeError", "no: RuntimeError")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import deform_attn
 from deform_attn import MSDeformableAttention, MSDeformAttn, ms_deform_attn
-from deform_attn.integrations.onnx import FORMS, OPSET, decompositions, export
+from deform_attn.integrations.onnx import FORMS, OPSET, decompose, decompositions, export
 from deform_attn.testing import (
     Case,
     Dtypes,
@@ -27,7 +27,7 @@ from deform_attn.testing import (
     exact_results,
     grad_output_for,
 )
-from tests.family import lively
+from tests.family import FAMILY, lively
 
 LARGEST_DIFFERENCE = 2e-6  # of a layer's float32 outputs, over their largest number
 LEVELS = [(5, 7), (3, 4), (2, 1)]
@@ -287,6 +287,23 @@ def test_what_is_exported_already() -> None:
     model = export(program, inputs, form="gather", verbose=False).model_proto
     with torch.no_grad():
         assert difference(run(model, inputs)[0], layer(*inputs)) <= LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize("name", ["mmcv", "rtdetrv2", "discrete"])
+def test_gathers_have_at_most_five_dimensions(name: str) -> None:
+    """Core ML takes no more."""
+    module, call = lively(FAMILY[name].make()).eval(), FAMILY[name].arguments()
+    program = decompose(torch.export.export(module, (), call))
+    values = [node.meta.get("val") for node in program.graph.nodes]
+    assert max(value.dim() for value in values if isinstance(value, Tensor)) <= 5
+    assert not [node for node in program.graph.nodes if "deform_attn" in str(node.target)]
+    torch.testing.assert_close(program.module()(**call), module(**call), rtol=1e-5, atol=1e-5)
+
+
+def test_decompose_has_no_nodes_of_plugins() -> None:
+    program = torch.export.export(nn.Linear(2, 2), (torch.rand(1, 2),))
+    with pytest.raises(ValueError, match="form: expected gather or grid_sample, got 'tensorrt'"):
+        decompose(program, "tensorrt")
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -98,7 +98,11 @@ def test_cuda_library_links_and_registers(tmp_path: Path) -> None:
         (None, "2.13.0", "nothing was compiled in this folder yet .pip install"),
         ({"cpu": None}, "2.13.0", "_libraries.json is of an older deform_attn: compile again"),
         ({"file": "_C.so"}, "2.13.0", "_C.so was built, but is no longer in .*: install deform_"),
-        ({"file": "text.so"}, "2.9.1+cu130", "text.so needs PyTorch 2.10 or newer.*2.9.1.cu130"),
+        (
+            {"file": "text.so"},
+            "2.9.1+cu130",
+            "text.so needs PyTorch 2.10 .*2.9.1.cu130: pip install",
+        ),
         ({"file": "text.so"}, "2.13.0", "text.so could not be loaded: .*(short|invalid)"),
         ({"missing": "no compiler"}, "2.13.0", "the cpu library was not built: no compiler"),
     ],
@@ -121,6 +125,29 @@ def test_library_that_cannot_be_loaded(
     monkeypatch.setattr(compiled, "_RECORD", file)
     monkeypatch.setattr(torch, "__version__", version)
     assert re.match(reason, compiled._load("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("driver", "reason"),
+    [
+        (
+            12080,
+            "_C_cuda.abi3.so .* CUDA 13.0.88 and needs .* 13.0 or newer, .* of CUDA 12.8: update",
+        ),
+        (13000, None),
+        (13020, None),
+        (None, None),
+    ],
+)
+def test_driver_that_is_too_old(
+    driver: int | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot run the CUDA runtime of the library, even where torch has an older one."""
+    build = lambda: json.dumps({"nvcc": "13.0.88"})  # noqa: E731
+    monkeypatch.setattr(torch.ops.deform_attn, "cuda_build", build, raising=False)
+    monkeypatch.setattr(compiled, "_driver_version", lambda: driver)
+    found = compiled._why_not_driver("_C_cuda.abi3.so")
+    assert found is None if reason is None else re.match(reason, found or "")
 
 
 # --- info
@@ -196,6 +223,45 @@ def test_lowest_versions_are_written_once(toolchain) -> None:
     assert record["lowest_torch"] == list(toolchain.TORCH_FLOOR)
     (setuptools,) = toolchain.lowest("setuptools")
     assert f'"setuptools>={setuptools}"' in (ROOT / "Makefile").read_text()
+
+
+@needs_source
+@pytest.mark.parametrize(
+    ("asked", "machine", "target", "file"),
+    [
+        (None, "x86_64", ("linux", "x86_64"), "_C_cpu.abi3.so"),
+        ("win32-AMD64", "x86_64", ("win32", "x86_64"), "_C_cpu.pyd"),
+        ("darwin-arm64", "x86_64", ("darwin", "aarch64"), "_C_cpu.abi3.so"),
+    ],
+)
+def test_names_of_platforms(
+    toolchain, monkeypatch: pytest.MonkeyPatch, asked, machine, target, file
+) -> None:
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DEFORM_ATTN_TARGET", raising=False)
+    if asked:
+        monkeypatch.setenv("DEFORM_ATTN_TARGET", asked)
+    found = toolchain.find_target()
+    assert (found.system, found.machine) == target
+    assert found.library("cpu") == file
+
+
+@needs_source
+@pytest.mark.parametrize("command", ["cl", r'"C:\VC\bin\cl.exe"', "clang-cl.exe"])
+def test_compilers_of_windows_that_cannot_build_get_a_reason(
+    toolchain, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setenv("CXX", command)
+    with pytest.raises(toolchain.NotFound, match=r"CXX=.*cl.*: cl.exe cannot .* set CXX=clang\+\+"):
+        toolchain.find_cxx()
+    monkeypatch.delenv("CXX")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(toolchain.NotFound, match="clang\\+\\+ is not on PATH: install LLVM"):
+        toolchain.find_cxx()
+    monkeypatch.setenv("CXX", "clang++ --target=x86_64-pc-windows-msvc")
+    assert toolchain.find_cxx()[0] == "clang++"
 
 
 @needs_source

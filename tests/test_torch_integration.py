@@ -508,7 +508,9 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         for process in processes:
             output, errors = process.communicate(timeout=1800)
             assert process.returncode == 0, errors
-            assert output.split() == list(FAMILY)
+            # gloo of torch 2.10 logs to the standard output
+            lines = [line for line in output.splitlines() if not line.startswith("[Gloo]")]
+            assert lines == list(FAMILY)
     finally:
         for process in processes:
             process.kill()
@@ -644,6 +646,7 @@ def test_operations_are_counted() -> None:
 PACKAGED = """
 import sys
 import torch
+import torch._inductor.codecache  # torch 2.10 does not import it for itself
 import deform_attn
 
 given, expected = torch.load(sys.argv[2])

@@ -101,7 +101,8 @@ def test_a_wrong_operator_is_detected(small: Small, monkeypatch: pytest.MonkeyPa
 def test_one_graph(name: str) -> None:
     """torch.compile(fullgraph=True) of an attention layer: forward, backward, one operator each."""
     small = SMALL[name]
-    model, report = accelerate(build(small))
+    stock = build(small)
+    model, report = accelerate(copy.deepcopy(stock))
     place = report.replaced[0][0].removesuffix(".attn")  # the layer that holds the module `attn`
     layer = model.get_submodule(place)
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -109,6 +110,11 @@ def test_one_graph(name: str) -> None:
     logits_of(model, small)
     layer._forward_pre_hooks.clear()
     arguments, named = calls[0]
+    try:  # torch 2.10 cannot compile some of these layers
+        OneGraph(stock.get_submodule(place), "eager").call(*arguments, **named)
+    except torch._dynamo.exc.InternalTorchDynamoError as error:
+        reason = str(error).splitlines()[0]
+        pytest.skip(f"this torch does not compile the layer as shipped: {reason}")
     outputs, gradients = [], []
     graph = OneGraph(layer, "aot_eager")
     with default_dtype(torch.float64):

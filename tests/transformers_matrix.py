@@ -7,7 +7,9 @@ with its dependencies and the version of `kernels` that it accepts. The table ha
 the largest relative difference of its outputs (evaluation) and of the gradients of all parameters
 (training, with the model's own loss if it has one), and whether torch.compile still makes one
 graph of a model that it makes one graph of. float64 decides; float32 shows what a user gets, and
-there rounding before a topk may choose another query.
+there rounding before a topk may choose another query. With ``--exports`` it has what the model can
+be exported to before and after accelerate(), see benchmarks/clients/exports.py; a type fails where
+the accelerated model lacks an export that the stock model has.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from functorch.compile import make_boxed_func
 from torch import Tensor, nn
 from torch._dynamo.backends.common import aot_autograd
 
+EXPORTS = ("trace", "torch.export", "ONNX 17", "ONNX dynamo")
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 1e-9  # of a relative difference in float64
 NEGLIGIBLE = 1e-4  # smaller gradients, relative to the largest, are compared as if this large
@@ -153,6 +156,35 @@ def compiles(small: Any, dtype: torch.dtype, backend: str = "aot_eager", stock: 
     return "one graph" if differ <= LIMIT else f"FAIL: differs by {differ:.0e}"
 
 
+class OfTensors(nn.Module):
+    """A model as a function of its tensors that returns its floating tensors."""
+
+    def __init__(self, model: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        from tests.transformers_models import tensors_of
+
+        return tuple(tensors_of(self.model(**dict(zip(self.names, inputs)))))
+
+
+def exports(small: Any, kinds: list[str]) -> dict[str, list[str]]:
+    """What the stock and the accelerated model can be exported to, in float32."""
+    from benchmarks.clients.exports import compare
+    from tests.transformers_models import build, inputs_of, without_labels
+
+    inputs = without_labels(inputs_of(small, torch.float32))
+    model = OfTensors(build(small, torch.float32), list(inputs)).eval()
+    return compare(model, tuple(inputs.values()), kinds)
+
+
+def lacks_an_export(row: dict[str, Any]) -> bool:
+    from benchmarks.clients.__main__ import fails
+
+    return any(fails(*results) for results in row.get("exports", {}).values())
+
+
 def compare(small: Any, dtype: torch.dtype) -> tuple[float, float, Any]:
     """(values, gradients, report): an accelerated model compared with the stock model."""
     from deform_attn.integrations.transformers import accelerate
@@ -204,7 +236,7 @@ def kernels_row() -> dict[str, Any]:
     return {"status": status, "error": f"values {values:.0e}, gradients {gradients:.0e}"}
 
 
-def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
+def rows(names: list[str], backend: str, kinds: list[str]) -> Iterator[dict[str, Any]]:
     """The rows of the importable version of transformers."""
     import transformers
 
@@ -232,7 +264,10 @@ def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
                 "values_f32": values32,
                 "gradients_f32": gradients32,
                 "compile": compiled,
+                "exports": exports(small, kinds),
             }
+            if lacks_an_export(row):
+                row["status"] = "FAIL"
         except Exception as error:
             row |= {"status": "FAIL", "error": f"{type(error).__name__}: {error}"}
             traceback.print_exc()
@@ -244,11 +279,14 @@ def rows(names: list[str], backend: str) -> Iterator[dict[str, Any]]:
 COLUMNS = ("values", "gradients", "values_f32", "gradients_f32")
 
 
-def line(row: dict[str, Any]) -> str:
+def line(row: dict[str, Any], kinds: list[str]) -> str:
     if "values" not in row:
-        cells = [row.get("error", row["status"]), "", "", "", ""]
+        cells = [row.get("error", row["status"]), "", "", "", "", *("" for _ in kinds)]
     else:
         cells = [*(f"{row[name]:.0e}" for name in COLUMNS), row["compile"]]
+        for kind in kinds:
+            stock, ours = (result.split(":")[0] for result in row["exports"][kind])
+            cells.append(f"{stock} -> {ours}")
     return f"| {row['transformers']} | {row['model']} | " + " | ".join(cells) + " |"
 
 
@@ -283,18 +321,20 @@ def main() -> int:
         default="aot_eager",
         help="of torch.compile; none: do not compile",
     )
+    parser.add_argument("--exports", nargs="*", default=[], choices=EXPORTS)
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
     parser.add_argument("--here", action="store_true", help="print the rows of this environment")
     arguments = parser.parse_args()
     if arguments.here:
-        for row in rows(arguments.models, arguments.backend):
+        for row in rows(arguments.models, arguments.backend, arguments.exports):
             print(json.dumps(row), flush=True)
         return 0
 
     found = []
     header = ("transformers", "model", "values", "gradients", "values f32", "gradients f32")
-    print("| " + " | ".join((*header, "compile")) + " |")
-    print("|" + "---|" * 7, flush=True)
+    header += ("compile", *arguments.exports)
+    print("| " + " | ".join(header) + " |")
+    print("|" + "---|" * len(header), flush=True)
     command = [
         sys.executable,
         "-m",
@@ -303,6 +343,8 @@ def main() -> int:
         "--backend",
         arguments.backend,
     ]
+    if arguments.exports:
+        command += ["--exports", *arguments.exports]
     if arguments.models:
         command += ["--models", *arguments.models]
     for version in arguments.transformers:
@@ -316,7 +358,7 @@ def main() -> int:
                 row = json.loads(printed)
                 assert row["transformers"] == version, f"imported {row['transformers']}"
                 found.append(row)
-                print(line(row), flush=True)
+                print(line(row, arguments.exports), flush=True)
             if process.wait() != 0:
                 raise SystemExit(f"transformers {version}: exit status {process.returncode}")
     arguments.out.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ ENVIRONMENTS = {
     "ultralytics": ["ultralytics==8.4.190"],
     "rfdetr": ["rfdetr==1.11.2"],
     "libreyolo": ["libreyolo==1.6.0"],
+    "lightly": ["lightly-train==0.18.0"],
 }
 
 

@@ -7,6 +7,7 @@ default initialisation puts every point on a pixel centre with equal weights.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.util
 import tempfile
@@ -21,33 +22,52 @@ from torch import Tensor, nn
 _LIBRARIES: list[Any] = []
 
 
-@dataclass(frozen=True)
-class System:
-    """A model of a library."""
-
-    environment: str  # name of an environment, see environments.py
-    module: str  # to import: absent where it cannot be
-    build: Callable[[int], nn.Module]
-    side: int = 640  # of the image that is timed
-    small: int = 256  # of the image that outputs, gradients and exports are compared on
-
-
 class Flat(nn.Module):
-    """A model that takes an image and returns a flat tuple of floating tensors."""
+    """A model that takes an image and returns a flat tuple of floating tensors.
 
-    def __init__(self, model: nn.Module, **kwargs: Any) -> None:
+    Args:
+        model: the library's module.
+        own: writes an ONNX file by the library's own command, given this object, the side of an
+            image and a folder; returns the file's path.
+        owner: the library's object that holds ``model``, where the command belongs to it.
+        kwargs: further arguments of ``model``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        own: Callable[[Flat, int, Path], Any] | None = None,
+        owner: Any = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__()
         self.model = model
+        self.own = own
+        self.owner = [owner]  # in a list, where it is no submodule
         self.kwargs = kwargs
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensors_of(self.model(image, **self.kwargs)))
 
 
+@dataclass(frozen=True)
+class System:
+    """A model of a library."""
+
+    environment: str  # name of an environment, see environments.py
+    package: str  # distribution whose version the table names
+    module: str  # to import: absent where it cannot be
+    build: Callable[[int], Flat]
+    side: int = 640  # of the image that is timed
+    small: int = 256  # of the image that outputs, gradients and exports are compared on
+
+
 def tensors_of(output: Any) -> list[Tensor]:
     """The floating tensors of a model's output, in order."""
     if isinstance(output, Tensor):
         return [output] if output.is_floating_point() else []
+    if dataclasses.is_dataclass(output) and not isinstance(output, dict):
+        output = [getattr(output, field.name) for field in dataclasses.fields(output)]
     if isinstance(output, dict):
         output = list(output.values())
     if isinstance(output, (list, tuple)):
@@ -55,7 +75,7 @@ def tensors_of(output: Any) -> list[Tensor]:
     return []
 
 
-def build(name: str, side: int) -> nn.Module:
+def build(name: str, side: int) -> Flat:
     """A system in evaluation mode with points spread at random."""
     torch.manual_seed(0)
     model = SYSTEMS[name].build(side).eval()
@@ -76,8 +96,8 @@ def _torchvision() -> None:
         _LIBRARIES.append(library)
 
 
-def _mmdet(config: str) -> Callable[[int], nn.Module]:
-    def build(side: int) -> nn.Module:
+def _mmdet(config: str) -> Callable[[int], Flat]:
+    def build(side: int) -> Flat:
         from deform_attn.integrations import install_shims
 
         _torchvision()
@@ -97,7 +117,7 @@ def _mmdet(config: str) -> Callable[[int], nn.Module]:
     return build
 
 
-def _groundingdino(side: int) -> nn.Module:
+def _groundingdino(side: int) -> Flat:
     _torchvision()
     transformers = importlib.import_module("transformers")
     folder = tempfile.mkdtemp(prefix="bert-")
@@ -117,40 +137,76 @@ def _groundingdino(side: int) -> nn.Module:
     return Flat(model, captions=["cat . dog . remote ."])
 
 
-def _dfine_seg(side: int) -> nn.Module:
+def _dfine_seg(side: int) -> Flat:
     _torchvision()
     module = importlib.import_module("dfine_seg.model.dfine")
     return Flat(module.build_model("s", 80, False, "cpu", img_size=[side, side]))
 
 
-def _pydfine(side: int) -> nn.Module:
+def _pydfine(side: int) -> Flat:
+    def export(flat: Flat, side: int, folder: Path) -> Any:
+        return flat.owner[0].export(file=folder / "model.onnx", imgsz=side, dynamic=False)
+
     _torchvision()
-    module = importlib.import_module("dfine.model")
-    return Flat(module.DFINE("s", backbone_pretrained=False, device="cpu").model)
+    owner = importlib.import_module("dfine.model").DFINE("s", backbone_pretrained=False)
+    return Flat(owner.model, export, owner)
 
 
-def _ultralytics(side: int) -> nn.Module:
+def _ultralytics(side: int) -> Flat:
+    def export(flat: Flat, side: int, folder: Path) -> Any:
+        flat.owner[0].model.pt_path = str(folder / "model.pt")  # the file is written beside it
+        return flat.owner[0].export(format="onnx", imgsz=side, simplify=False, device="cpu")
+
     _torchvision()
-    return Flat(importlib.import_module("ultralytics").RTDETR("rtdetr-l.yaml").model)
+    owner = importlib.import_module("ultralytics").RTDETR("rtdetr-l.yaml")
+    return Flat(owner.model, export, owner)
 
 
-def _rfdetr(side: int) -> nn.Module:
+def _rfdetr(side: int) -> Flat:
+    def export(flat: Flat, side: int, folder: Path) -> Any:
+        return flat.owner[0].export(output_dir=str(folder), verbose=False)
+
     _torchvision()
-    module = importlib.import_module("rfdetr")
-    return Flat(module.RFDETRNano(pretrain_weights=None, device="cpu").model.model)
+    owner = importlib.import_module("rfdetr").RFDETRNano(pretrain_weights=None, device="cpu")
+    return Flat(owner.model.model, export, owner)
 
 
-def _libreyolo(name: str, size: str) -> Callable[[int], nn.Module]:
-    def build(side: int) -> nn.Module:
+def _libreyolo(name: str, size: str) -> Callable[[int], Flat]:
+    def export(flat: Flat, side: int, folder: Path) -> Any:
+        return flat.owner[0].export(
+            output_path=str(folder / "model.onnx"), imgsz=side, simplify=False, dynamic=False
+        )
+
+    def build(side: int) -> Flat:
         _torchvision()
-        cls = getattr(importlib.import_module("libreyolo"), name)
-        return Flat(cls(None, size, device="cpu").model)
+        owner = getattr(importlib.import_module("libreyolo"), name)(None, size, device="cpu")
+        return Flat(owner.model, export, owner)
 
     return build
 
 
-def _transformers(name: str, **options: Any) -> Callable[[int], nn.Module]:
-    def build(side: int) -> nn.Module:
+def _lightly(side: int) -> Flat:
+    def export(flat: Flat, side: int, folder: Path) -> Any:
+        flat.model.export_onnx(
+            folder / "model.onnx", dynamic_batch_size=False, simplify=False, verify=False
+        )
+        return folder / "model.onnx"
+
+    _torchvision()
+    module = importlib.import_module(
+        "lightly_train._task_models.ltdetr_object_detection.task_model"
+    )
+    model = module.LTDETRObjectDetection(
+        model_name="dinov3/vitt16-ltdetr",
+        classes={index: str(index) for index in range(80)},
+        image_size=(side, side),
+        load_weights=False,
+    )
+    return Flat(model, export)
+
+
+def _transformers(name: str, **options: Any) -> Callable[[int], Flat]:
+    def build(side: int) -> Flat:
         transformers = importlib.import_module("transformers")
         config = getattr(transformers, f"{name}Config")(**options)
         return Flat(getattr(transformers, f"{name}ForObjectDetection")(config))
@@ -162,31 +218,42 @@ _DEFORMABLE = "deformable_detr/deformable-detr_r50_16xb2-50e_coco.py"
 _DINO = "dino/dino-4scale_r50_8xb2-12e_coco.py"
 
 SYSTEMS = {
-    "mmdet Deformable DETR": System("mmdet", "mmdet", _mmdet(_DEFORMABLE)),
-    "mmdet DINO": System("mmdet", "mmdet", _mmdet(_DINO)),
+    "mmdet Deformable DETR": System("mmdet", "mmdet", "mmdet", _mmdet(_DEFORMABLE)),
+    "mmdet DINO": System("mmdet", "mmdet", "mmdet", _mmdet(_DINO)),
     "mmdet Mask2Former": System(
-        "mmdet", "mmdet", _mmdet("mask2former/mask2former_r50_8xb2-lsj-50e_coco.py")
+        "mmdet", "mmdet", "mmdet", _mmdet("mask2former/mask2former_r50_8xb2-lsj-50e_coco.py")
     ),
-    "onedl Deformable DETR": System("onedl", "mmdet", _mmdet(_DEFORMABLE)),
-    "onedl DINO": System("onedl", "mmdet", _mmdet(_DINO)),
-    "rf-groundingdino": System("groundingdino", "groundingdino", _groundingdino),
-    "groundingdino-py": System("groundingdino-py", "groundingdino", _groundingdino),
-    "transformers RT-DETR": System("", "transformers", _transformers("RTDetr")),
-    "dfine-seg S": System("dfine", "dfine_seg", _dfine_seg, small=320),
-    "pydfine S": System("dfine", "dfine", _pydfine, small=640),
-    "ultralytics RT-DETR-L": System("ultralytics", "ultralytics", _ultralytics, small=320),
-    "rfdetr Nano": System("rfdetr", "rfdetr", _rfdetr, side=384, small=384),
+    "onedl Deformable DETR": System("onedl", "onedl-mmdetection", "mmdet", _mmdet(_DEFORMABLE)),
+    "onedl DINO": System("onedl", "onedl-mmdetection", "mmdet", _mmdet(_DINO)),
+    "rf-groundingdino": System(
+        "groundingdino", "rf-groundingdino", "groundingdino", _groundingdino
+    ),
+    "groundingdino-py": System(
+        "groundingdino-py", "groundingdino-py", "groundingdino", _groundingdino
+    ),
+    "transformers RT-DETR": System("", "transformers", "transformers", _transformers("RTDetr")),
+    "dfine-seg S": System("dfine", "dfine-seg", "dfine_seg", _dfine_seg, small=320),
+    "pydfine S": System("dfine", "pydfine", "dfine", _pydfine, small=640),
+    "ultralytics RT-DETR-L": System(
+        "ultralytics", "ultralytics", "ultralytics", _ultralytics, small=320
+    ),
+    "rfdetr Nano": System("rfdetr", "rfdetr", "rfdetr", _rfdetr, side=384, small=384),
+    "LightlyTrain LT-DETR": System(
+        "lightly", "lightly-train", "lightly_train", _lightly, small=320
+    ),
     "LibreYOLO D-FINE-S": System(
-        "libreyolo", "libreyolo", _libreyolo("LibreDFINE", "s"), small=640
+        "libreyolo", "libreyolo", "libreyolo", _libreyolo("LibreDFINE", "s"), small=640
     ),
     "LibreYOLO RT-DETRv2-R18": System(
-        "libreyolo", "libreyolo", _libreyolo("LibreRTDETRv2", "r18"), small=640
+        "libreyolo", "libreyolo", "libreyolo", _libreyolo("LibreRTDETRv2", "r18"), small=640
     ),
     "LibreYOLO Deformable DETR": System(
-        "libreyolo", "libreyolo", _libreyolo("LibreDeformableDETR", "r50"), small=320
+        "libreyolo", "libreyolo", "libreyolo", _libreyolo("LibreDeformableDETR", "r50"), small=320
     ),
     "LibreYOLO LW-DETR-T": System(
-        "libreyolo", "libreyolo", _libreyolo("LibreLWDETR", "t"), small=640
+        "libreyolo", "libreyolo", "libreyolo", _libreyolo("LibreLWDETR", "t"), small=640
     ),
-    "LibreYOLO GTR-S": System("libreyolo", "libreyolo", _libreyolo("LibreGTR", "s"), small=640),
+    "LibreYOLO GTR-S": System(
+        "libreyolo", "libreyolo", "libreyolo", _libreyolo("LibreGTR", "s"), small=640
+    ),
 }

@@ -1,6 +1,6 @@
 // The CPU library: registers the CPU kernels through torch's stable ABI.
 //
-//   usable_kernels, chosen_kernels   the kernels for this processor
+//   usable_kernels, chosen_kernels   the kernels for this processor (X86 reads its features)
 //   Scratch                          a thread's working memory
 //   inputs_of                        from a Call to the kernels' Inputs
 //   empty, clear                     new tensors, and zeros
@@ -12,6 +12,9 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__x86_64__)
+#include <cpuid.h>
 #endif
 
 #include <cstdlib>
@@ -29,19 +32,36 @@ namespace {
 
 using cpu::Kernels;
 
+#if defined(__x86_64__)
+// What the processor has and the operating system saves. CPUID is read here because
+// __builtin_cpu_supports needs a runtime library that Zig and clang-cl lack.
+struct X86 {
+  bool avx2 = false, avx512 = false;
+
+  X86() {
+    constexpr unsigned kFma = 1u << 12, kXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
+    constexpr unsigned kBasic = kFma | kXsave | kAvx | kF16c;
+    constexpr unsigned kAvx2 = 1u << 5;
+    constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
+    constexpr unsigned kYmmSaved = 0x6, kZmmSaved = 0xe6;
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kBasic) != kBasic) return;
+    unsigned saved = 0, upper = 0;
+    asm volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return;
+    avx2 = (b & kAvx2) && (saved & kYmmSaved) == kYmmSaved;
+    avx512 = avx2 && (b & kAvx512) == kAvx512 && (saved & kZmmSaved) == kZmmSaved;
+  }
+};
+#endif
+
 // The kernels that run on this processor, the fastest first.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
-    usable.push_back(&cpu::kAvx512);
-  }
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    usable.push_back(&cpu::kAvx2);
-  }
+  const X86 processor;
+  if (processor.avx512) usable.push_back(&cpu::kAvx512);
+  if (processor.avx2) usable.push_back(&cpu::kAvx2);
 #endif
   usable.push_back(&cpu::kPortable);
   return usable;

@@ -389,16 +389,30 @@ struct VectorNumbers {
     for (int i = 0; i < kLanes; ++i) sum[i] = Numbers<Lane>::multiply_add(a[i], b[i], c[i]);
     return sum;
   }
-  // Beyond the range of integers, and for NaN, a number that is off every map.
+  // Beyond the range of integers, and for NaN, a number that is off every map, or NaN. x86 converts
+  // NaN to the lowest integer, other processors to 0.
   static DEFORM_ATTN_INLINE Acc round_down(Acc x) {
+#if defined(DEFORM_ATTN_NEON)
+    if constexpr (std::is_same_v<Acc, Vec<float, 4>>) {
+      return bits_as<Acc>(vrndmq_f32(bits_as<float32x4_t>(x)));
+    }
+    if constexpr (std::is_same_v<Acc, Vec<double, 2>>) {
+      return bits_as<Acc>(vrndmq_f64(bits_as<float64x2_t>(x)));
+    }
+#endif
     const Acc towards_zero = to_acc(to_int(x));
-    return towards_zero > x ? towards_zero - 1 : towards_zero;
+    const Acc whole = towards_zero > x ? towards_zero - 1 : towards_zero;
+#if defined(__x86_64__)
+    return whole;
+#else
+    return x == x ? whole : x;
+#endif
   }
   static DEFORM_ATTN_INLINE Int to_int(Acc x) { return __builtin_convertvector(x, Int); }
   static DEFORM_ATTN_INLINE Acc to_acc(Int x) { return __builtin_convertvector(x, Acc); }
   static DEFORM_ATTN_INLINE Mask mask(Mask compared) {
     // Hides from GCC that this is a comparison: it would combine AVX-512 masks bit by bit.
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(__clang__)
     asm("" : "+v"(compared));
 #endif
     return compared;

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +38,40 @@ def _load(device_type: str) -> str | None:
         )
     if [int(part) for part in torch.__version__.split(".")[:2]] < lowest:
         needed = ".".join(map(str, lowest))
-        return f"{library.name} needs PyTorch {needed} or newer, this is {torch.__version__}"
+        return (
+            f"{library.name} needs PyTorch {needed} or newer, this is {torch.__version__}: "
+            f"pip install --upgrade 'torch>={needed}'"
+        )
     try:
         torch.ops.load_library(library)
     except OSError as error:
         return f"{library.name} could not be loaded: {error.__cause__ or error}"
-    return None
+    return _why_not_driver(library.name) if device_type == "cuda" else None
+
+
+def _why_not_driver(library: str) -> str | None:
+    """The runtime inside the library needs a driver of its major CUDA version or a later one."""
+    built = str(json.loads(torch.ops.deform_attn.cuda_build())["nvcc"])
+    driver = _driver_version()
+    if driver is None or driver // 1000 >= int(built.split(".")[0]):
+        return None
+    return (
+        f"{library} was built with CUDA {built} and needs a driver of CUDA "
+        f"{built.split('.')[0]}.0 or newer, this one is of CUDA {driver // 1000}."
+        f"{driver % 1000 // 10}: update the driver, or compile deform_attn here with the CUDA "
+        "toolkit of this PyTorch (pip install --no-build-isolation --no-binary=deform_attn "
+        "deform_attn)"
+    )
+
+
+def _driver_version() -> int | None:
+    """Such as 12080 for CUDA 12.8; None without a driver."""
+    try:
+        driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+    except OSError:
+        return None
+    version = ctypes.c_int()
+    return version.value if driver.cuDriverGetVersion(ctypes.byref(version)) == 0 else None
 
 
 # Why a device's library is not there, None where it is; tracing ("meta") needs the schema alone.

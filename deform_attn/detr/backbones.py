@@ -220,3 +220,24 @@ def hgnetv2(
         use_learnable_affine_block=affine,
     )
     return LibraryBackbone(library.HGNetV2Backbone(config), frozen=frozen)
+
+
+def swin_large(maps: int = 3) -> LibraryBackbone:
+    """Swin-L with windows of 12, pretrained on images of 384 pixels (DINO, Mr. DETR).
+
+    Args:
+        maps: number of the last stages whose maps are used.
+    """
+    library = _library()
+    config = library.SwinConfig(
+        out_features=_stages(maps),
+        image_size=384,
+        embed_dim=192,
+        depths=[2, 2, 18, 2],
+        num_heads=[6, 12, 24, 48],
+        window_size=12,
+        drop_path_rate=0.2,
+    )
+    body = library.SwinBackbone(config)
+    body.swin.layernorm = nn.Identity()  # of the classifier
+    return LibraryBackbone(body, mean=IMAGENET_MEAN, std=IMAGENET_STD)

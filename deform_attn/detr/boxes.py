@@ -82,8 +82,8 @@ def sine_of_pixels(
     Args:
         padding_mask: bool ``[B, H, W]``, True for padding.
         x: the map ``[B, d_model, H, W]``, which gives channels and dtype.
-        temperature: 10000 (DETR, Deformable DETR) or 20 (DAB-DETR and its successors).
-        shift: -0.5 for pixel centres (Deformable DETR), 0 elsewhere.
+        temperature: 10000 (DETR, Deformable DETR) or 20 (DAB-DETR, DINO).
+        shift: -0.5 for pixel centres (systems on Deformable DETR), 0 elsewhere.
 
     Returns:
         ``[B, d_model, H, W]``.

@@ -179,10 +179,25 @@ BACKBONES: dict[str, Rules] = {
         _CONV,
         _NORM,
     ],
+    "swin": [
+        (r"^backbone\.(?:0\.)?", "backbone.body."),
+        (r"\.body\.norm(\d)\.", lambda m: f".body.hidden_states_norms.stage{int(m[1]) + 1}."),
+        (r"\.body\.layers\.", ".body.swin.encoder.layers."),
+        (r"\.body\.patch_embed\.proj\.", ".body.swin.embeddings.patch_embeddings.projection."),
+        (r"\.body\.patch_embed\.norm\.", ".body.swin.embeddings.norm."),
+        (r"\.norm1\.", ".layernorm_before."),
+        (r"\.norm2\.", ".layernorm_after."),
+        (
+            r"\.attn\.relative_position_bias_table$",
+            ".attn.relative_position_bias.relative_position_bias_table",
+        ),
+        (r"\.attn\.proj\.", ".attn.o_proj."),
+        (r"\.attn\.", ".attention."),
+    ],
 }
 
-# Buffers of RT-DETRv2 and D-FINE that depend on the size of the images; here they are computed.
-_DERIVED = ("decoder.anchors", "decoder.valid_mask")
+# Buffers that follow from sizes; here they are computed: RT-DETRv2's and D-FINE's, and Swin's.
+_DERIVED = re.compile(r"^decoder\.(?:anchors|valid_mask)$|\.relative_position_index$")
 
 RULES: dict[str, Rules] = {
     "detr": _DETR,
@@ -235,11 +250,21 @@ def load_official(
             tensors where the model shares one.
     """
     layers = len(cast(nn.ModuleList, model.get_submodule("decoder.layers")))
+    maps = len([name for name in state if re.match(r"neck\.convs\.\d+\.conv\.weight$", name)])
+
+    def joined(found: re.Match[str]) -> str:  # Mr. DETR numbers the further levels from 0
+        return f"neck.convs.{maps + int(found[1])}."
+
     given = {
-        renamed(system, name, layers, backbone): tensor
+        renamed(
+            system, re.sub(r"^neck\.extra_convs\.(\d+)\.", joined, name), layers, backbone
+        ): tensor
         for name, tensor in state.items()
-        if name not in _DERIVED
+        if not _DERIVED.search(name)
     }
+    for name in [name for name in given if ".qkv." in name]:
+        for part, rows in zip("qkv", given.pop(name).chunk(3)):
+            given[name.replace(".qkv.", f".{part}_proj.")] = rows
     load_renamed(model, given)
 
 

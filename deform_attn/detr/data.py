@@ -8,8 +8,10 @@ before a batch pads it.
 from __future__ import annotations
 
 import functools
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -86,6 +88,25 @@ def open_dataset(
     if kind == "coco" and folder:
         return CocoFolder(folder, split, size or 640, resize, classes)
     raise ValueError(f"data: expected 'shapes', 'digits' or 'coco:FOLDER', got {name!r}")
+
+
+def write_coco(dataset: Detection, folder: str | Path, split: str) -> None:
+    """Write a data set as PNG files and annotations in COCO's format.
+
+    Args:
+        dataset: its images must have the sizes that its ground truth states.
+        folder: gets ``annotations/instances_SPLIT.json`` and images in ``SPLIT/``.
+        split: ``train`` or ``val``.
+    """
+    images, content = Path(folder) / split, dict(dataset.ground_truth())
+    images.mkdir(parents=True, exist_ok=True)
+    content["images"] = [one | {"file_name": f"{one['id']}.png"} for one in content["images"]]
+    for i, facts in enumerate(content["images"]):
+        pixels = (dataset[i][0] * 255).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(pixels).save(images / facts["file_name"])
+    file = Path(folder) / "annotations" / f"instances_{split}.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(content))
 
 
 Drawing = tuple[Image.Image, list[list[float]], list[int]]
@@ -194,13 +215,17 @@ class Digits(_Drawn):
     classes = tuple("0123456789")
     flips, side = False, 128
 
-    def draw(self, rng: np.random.Generator, size: int) -> Drawing:
-        """Digits that do not touch, light on dark parts of the photograph, dark on light."""
+    def background(self, rng: np.random.Generator, size: int) -> Image.Image:
+        """A random square of a photograph, at that size."""
         photographs = _photographs(self.split)
         photograph = photographs[int(rng.integers(len(photographs)))]
         side = rng.uniform(0.4, 1) * min(photograph.size)
         x, y = (rng.uniform(0, length - side) for length in photograph.size)
-        canvas = photograph.resize((size, size), box=(x, y, x + side, y + side))
+        return photograph.resize((size, size), box=(x, y, x + side, y + side))
+
+    def draw(self, rng: np.random.Generator, size: int) -> Drawing:
+        """Digits that do not touch, light on dark parts of the photograph, dark on light."""
+        canvas = self.background(rng, size)
         digits, names = _handwriting(self.split)
         boxes: list[list[float]] = []
         labels: list[int] = []

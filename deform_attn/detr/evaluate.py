@@ -17,7 +17,11 @@ AREAS = {"AP_small": (0, 32**2), "AP_medium": (32**2, 96**2), "AP_large": (96**2
 
 
 def detect(
-    model: nn.Module, postprocess: Postprocess, dataset: Detection, batch: int = 16
+    model: nn.Module,
+    postprocess: Postprocess,
+    dataset: Detection,
+    batch: int = 16,
+    part: tuple[int, int] = (0, 1),
 ) -> list[dict[str, Tensor]]:
     """Detections in all images of a data set.
 
@@ -28,10 +32,12 @@ def detect(
             in pixels, scores and labels of each image.
         dataset: the images.
         batch: images per call of the model.
+        part: (i, n): the i-th of n consecutive parts of the images, for a process of several.
 
     Returns:
         For each image what ``postprocess`` gives, in pixels of the file.
     """
+    begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
     device = next(model.parameters()).device
     sizes = torch.tensor([[one["height"], one["width"]] for one in facts])
@@ -39,12 +45,12 @@ def detect(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for first in range(0, len(dataset), batch):
-            part = range(len(dataset))[first : first + batch]
-            images, mask, _ = collate([dataset[i] for i in part])
+        for first in range(begin, end, batch):
+            last = min(first + batch, end)
+            images, mask, _ = collate([dataset[i] for i in range(first, last)])
             mask = None if mask is None else mask.to(device)
             outputs = model(images.to(device), mask)
-            detections += postprocess(outputs, sizes[part.start : part.stop].to(device))
+            detections += postprocess(outputs, sizes[first:last].to(device))
     model.train(training)
     return detections
 

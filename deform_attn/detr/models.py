@@ -451,7 +451,7 @@ def dab_deformable_detr(
     heads = Heads(size, num_classes, refine="layer", eps=1e-3)
     decoder = Decoder(size, decoder_layers(size), SinePos(size.d_model, scale=True), heads)
     queries = AnchorQueries(size, content=size.d_model - (denoising is not None))
-    encoder = DeformableEncoder(backbone.channels, size, **DAB_SINES)
+    encoder = DeformableEncoder(backbone.channels, size)
     model = Detector(backbone, encoder, queries, decoder, denoising=denoising)
     return System(model, Criterion(WEIGHTS), BestScores())
 

@@ -13,6 +13,8 @@ import json
 import math
 import os
 import re
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -30,7 +32,7 @@ from torch.utils.data import DataLoader
 from deform_attn.detr.augment import AUGMENTATIONS, Augmented, batches
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
-from deform_attn.detr.evaluate import as_text, draw_curves, evaluate
+from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.predict import Predictor, load
 from deform_attn.detr.recipes import RECIPES, Recipe, build
@@ -285,6 +287,8 @@ class _Run:
         parts = ("model", "average", "optimizer", "scaler")
         self.parts = {name: getattr(self, name) for name in parts}
         self.step = 0
+        self.signal = 0  # the signal that ends the training
+        self.handlers: dict[int, Any] = {signal.SIGINT: None, signal.SIGTERM: None}
         self.history: dict[str, Any] = {"loss": [], "parts": [], "ap": [], "cpu_seconds": 0.0}
         self._check_queries()
         torch.manual_seed(settings.seed + 1000 * rank)  # processes draw different noise
@@ -368,7 +372,18 @@ class _Run:
     # The loop
 
     def go(self, workers: int) -> dict[str, Any]:
-        """Run the remaining steps."""
+        """Run the remaining steps; SIGINT and SIGTERM save after the current one."""
+        if threading.current_thread() is threading.main_thread():
+            for number in self.handlers:
+                self.handlers[number] = signal.signal(number, self._signalled)
+        try:
+            return self._go(workers)
+        finally:
+            for number, handler in self.handlers.items():
+                if handler is not None:
+                    signal.signal(number, handler)
+
+    def _go(self, workers: int) -> dict[str, Any]:
         settings, part = self.settings, (self.rank, self.world)
         remaining = range(self.step, settings.steps)
         loader = DataLoader(
@@ -393,16 +408,31 @@ class _Run:
             for batch in loader:
                 losses = self._step(model, *batch)
                 self.history["loss"].append(sum(losses.values()))
+                stopped = max(self._gathered(self.signal))  # processes get it in other steps
                 last = self.step == settings.steps
                 if last or self.step % settings.evaluate_every == 0:
                     self._evaluate(losses)
                 self.history["cpu_seconds"] = time.process_time() - began
-                if last or self.step % settings.save_every == 0:
+                if last or stopped or self.step % settings.save_every == 0:
                     self._save()
+                if stopped and not last:
+                    self._stop(stopped)
                 bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
         if self.world > 1:  # gloo's threads may still use tensors when Python ends: wait
             distributed.barrier()
         return self.history
+
+    def _signalled(self, number: int, frame: Any) -> None:
+        """Ends the training after the current step; a second signal ends it at once."""
+        self.signal = number
+        signal.signal(number, self.handlers[number])
+
+    def _stop(self, number: int) -> None:
+        name = signal.Signals(number).name
+        self.console.print(f"{name}: saved after step {self.step}; the same command resumes")
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + number)
 
     def _step(
         self,
@@ -450,8 +480,12 @@ class _Run:
 
     def _evaluate(self, losses: dict[str, float]) -> None:
         self.history["parts"].append({"step": self.step, **losses})
+        part = (self.rank, self.world)
+        found = detect(self.average, self.postprocess, self.test, self.settings.batch, part)
+        found = [{key: value.cpu() for key, value in one.items()} for one in found]
+        gathered = [one for part in self._gathered(found) for one in part]
         if self.rank == 0:
-            ap = evaluate(self.average, self.postprocess, self.test, self.settings.batch)
+            ap = average_precision(self.test.ground_truth(), gathered)
             self.history["ap"].append({"step": self.step, **ap})
             done = f"step {self.step:5}  loss {self.history['loss'][-1]:.3f}"
             self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")

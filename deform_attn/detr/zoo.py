@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deform_attn.detr import models
-from deform_attn.detr.backbones import hgnetv2, resnet, resnet_vd
+from deform_attn.detr.backbones import hgnetv2, resnet, resnet_vd, swin_large
 from deform_attn.detr.checkpoints import load_official, renamed
 from deform_attn.detr.layers import Size
 from deform_attn.detr.models import Builder, System
@@ -89,12 +89,17 @@ def _detr_line() -> dict[str, Configuration]:
     found["dn_deformable_detr_r50"] = one(models.dn_deformable_detr, resnet, size=wide)
     dino = replace(wide, num_queries=900)
     found["dino_r50_4scale"] = one(models.dino, resnet, size=dino)
-    found["dino_r50_5scale"] = one(
-        models.dino, partial(resnet, maps=4), size=replace(dino, num_levels=5)
-    )
-    mr_size = Size(num_queries=900, dim_feedforward=2048)
-    found["mr_detr_r50"] = Configuration(
-        models.mr_detr, resnet, "detectron2", mr_size, classes=COCO_80
+    five = replace(dino, num_levels=5)
+    found["dino_r50_5scale"] = one(models.dino, partial(resnet, maps=4), size=five)
+    large = partial(one, backbone_rules="swin")
+    found["dino_swin_l_4scale"] = large(models.dino, swin_large, size=dino)
+    found["dino_swin_l_5scale"] = large(models.dino, partial(swin_large, maps=4), size=five)
+    routes = partial(one, backbone_rules="detectron2", classes=COCO_80)
+    for queries, suffix in ((900, ""), (300, "_300")):
+        size = replace(wide, num_queries=queries)
+        found[f"mr_detr_r50{suffix}"] = routes(models.mr_detr, resnet, size=size)
+    found["stewart_r50"] = one(
+        models.stewart, resnet, size=Size(d_model=250, dropout=0.15), classes=("person",)
     )
     return found
 
@@ -219,8 +224,10 @@ def identify(state: Mapping[str, Tensor]) -> list[tuple[str, int]]:
     """
     fitting = []
     for name, one in CONFIGURATIONS.items():
-        patterns = _SIGNATURES[one.system.__name__]
-        if not all(any(re.search(pattern, key) for key in state) for pattern in patterns):
+        patterns = _SIGNATURES.get(one.system.__name__)
+        if patterns is None or not all(
+            any(re.search(pattern, key) for key in state) for pattern in patterns
+        ):
             continue
         num_classes = _num_classes(one, state)
         if num_classes is None:
@@ -286,7 +293,7 @@ def from_official(
         )
     if name is None:
         chosen = [name for name, _ in fitting]
-        words = [w for w in ("deim", "discrete", "dsp") if w in hint.lower()]
+        words = [w for w in ("deim", "discrete", "dsp", "dc5") if w in hint.lower()]
         words = ["discrete" if w == "dsp" else w for w in words]
         best = [n for n in chosen if all(w in n for w in words)] or chosen
         name = best[0]

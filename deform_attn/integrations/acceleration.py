@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import CellType, CodeType, FunctionType
@@ -128,6 +127,7 @@ def accelerate(model: Model, example: Any = None) -> tuple[Model, Report]:
             f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the module that "
             "the library's object holds"
         )
+    subject = type(model).__name__  # before the class of the model itself changes
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
     for path, module in model.named_modules():
@@ -143,7 +143,6 @@ def accelerate(model: Model, example: Any = None) -> tuple[Model, Report]:
             left[path] = f"{cls.__module__}.{cls.__qualname__} calls no known operator"
             if cls.__module__.startswith("deform_attn."):
                 left[path] = "deform_attn's own module"
-    subject = type(model).__name__
     return model, Report(
         subject,
         tuple((path or subject, name) for path, name in replaced.items()),
@@ -400,10 +399,10 @@ def _measure(model: nn.Module, example: Any) -> Measurement:
         METER.stock, METER.on, METER.seconds = stock, metered, 0.0
         try:
             synchronize()
-            start = time.perf_counter()
+            start = METER.clock()
             model(*args, **kwargs)
             synchronize()
-            elapsed = time.perf_counter() - start
+            elapsed = METER.clock() - start
         finally:
             METER.stock = METER.on = False
         return METER.seconds if metered else elapsed

@@ -1,4 +1,4 @@
-"""ONNX through PyTorch's exporter: the operator as standard nodes, or as TensorRT's plugin.
+"""ONNX through PyTorch's exporter, and exporters that take an ``ExportedProgram``.
 
 PyTorch's exporter has no translation of this package's operators. :func:`export` traces a model, in
 which each operator is one node, and replaces these nodes by one of three forms:
@@ -6,9 +6,10 @@ which each operator is one node, and replaces these nodes by one of three forms:
 ============= ================================ ==================================================
 form          becomes                          for
 ============= ================================ ==================================================
-"grid_sample" a GridSample per level            onnxruntime, OpenVINO, ...
-"gather"      Gather and MatMul per level      TensorRT (NVIDIA/TensorRT #4813 reports wrong results
-                                               of GridSample in such models); level sizes that are
+"grid_sample" a GridSample per level           onnxruntime, OpenVINO, ...
+"gather"      Gather and MatMul per level, on  TensorRT (NVIDIA/TensorRT #4813 reports wrong results
+              tensors of at most five          of GridSample in such models); Core ML, ExecuTorch
+              dimensions                       and LiteRT (:func:`decompose`); level sizes that are
                                                inputs of the graph
 "tensorrt"    a MultiscaleDeformableAttn-      TensorRT with its plugins
               Plugin_TRT node
@@ -34,7 +35,7 @@ from deform_attn.composite import discrete, unfused
 from deform_attn.levels import count_points, level_pairs
 from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands, acc_dtype
 
-__all__ = ["FORMS", "decompositions", "export"]
+__all__ = ["FORMS", "decompose", "decompositions", "export"]
 
 #: The forms that the operator can take, see above.
 FORMS = ("grid_sample", "gather", "tensorrt")
@@ -94,8 +95,6 @@ def export(
     """
     import onnx
 
-    table = decompositions(form, plugin_version=plugin_version)
-    table[torch.ops.aten.clamp.default] = _clamp
     if isinstance(model, torch.export.ExportedProgram):
         if dynamic_shapes is not None:
             raise ValueError("dynamic_shapes: an exported program has its own, expected None")
@@ -107,8 +106,7 @@ def export(
         model = torch.export.export(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
-    with torch.no_grad():
-        model = model.run_decompositions(table)
+    model = _decomposed(model, form, plugin_version, {torch.ops.aten.clamp.default: _clamp})
     options = {"opset_version": OPSET} | options
     program = torch.onnx.export(model, args, kwargs=kwargs, dynamo=True, **options)
     assert program is not None
@@ -124,6 +122,64 @@ def export(
     if path is not None:
         program.save(Path(path))
     return program
+
+
+def decompose(
+    program: torch.export.ExportedProgram, form: str = "gather"
+) -> torch.export.ExportedProgram:
+    """An exported program with this package's operators in PyTorch's own.
+
+    For exporters that take an ``ExportedProgram``: ``coremltools.convert``, ExecuTorch's
+    ``to_edge_transform_and_lower``, ``openvino.convert_model``. In the form "gather" no tensor of
+    this package has more than five dimensions, the most that Core ML takes. Sampling locations
+    that another library's layer makes with six remain.
+
+    Args:
+        program: what ``torch.export.export`` made of a model in evaluation mode.
+        form: ``"gather"`` or ``"grid_sample"``.
+
+    Raises:
+        ValueError: no such form, or one that needs level sizes as numbers, see :func:`export`.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn import MSDeformAttn
+        >>> from deform_attn.integrations.onnx import decompose
+        >>> layer = MSDeformAttn(d_model=32, n_levels=2, n_heads=4, n_points=3).eval()
+        >>> shapes = [(8, 6), (4, 3)]
+        >>> inputs = torch.rand(2, 5, 32), torch.rand(2, 5, 2, 2), torch.rand(2, 60, 32), shapes
+        >>> program = decompose(torch.export.export(layer, inputs))
+        >>> values = [node.meta.get("val") for node in program.graph.nodes]
+        >>> max(value.dim() for value in values if isinstance(value, torch.Tensor))
+        5
+    """
+    if form == "tensorrt":
+        raise ValueError("form: expected gather or grid_sample, got 'tensorrt', a node of ONNX")
+    return _decomposed(program, form, "", {})
+
+
+def _decomposed(
+    program: torch.export.ExportedProgram,
+    form: str,
+    plugin_version: str,
+    more: dict[torch._ops.OperatorBase, Callable[..., Any]],
+) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        table = decompositions(form, plugin_version=plugin_version) | more
+        program = program.run_decompositions(table)
+    _merge_views(program.graph_module)
+    return program
+
+
+def _merge_views(module: torch.fx.GraphModule) -> None:
+    """Replace a view of a view by one: layers shape offsets and weights to six dimensions first."""
+    view = torch.ops.aten.view.default
+    for node in module.graph.nodes:
+        if node.target is view:
+            while node.args[0].target is view:
+                node.replace_input_with(node.args[0], node.args[0].args[0])
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def decompositions(

@@ -111,10 +111,30 @@ __main__.main()
 """
 
 
+# Runs a training that gets a signal in its fifth step.
+SIGNALLED = """
+import os, signal, sys
+from deform_attn.detr import __main__, train
+
+step, number = train._Run._step, getattr(signal, sys.argv.pop(1))
+
+def stepped(run, *args):
+    if run.step == 4:
+        os.kill(os.getpid(), number)
+    return step(run, *args)
+
+train._Run._step = stepped
+__main__.main()
+"""
+
+
 def test_a_killed_training_resumes_to_the_bit(
     short: dict[str, Any], tmp_path: Path, one_thread: None
 ) -> None:
-    """With random denoising and augmentation; killed after a step and while saving."""
+    """With random denoising and augmentation; killed after a step and while saving.
+
+    Ctrl-C and SIGTERM end it after the current step, which is saved.
+    """
     settings = short | {"recipe": "deim", "amp": "bfloat16"}
     train(Settings(**settings), tmp_path / "whole")
     for where in (("step", "5"), ("checkpoint.pt", "0")):
@@ -122,6 +142,13 @@ def test_a_killed_training_resumes_to_the_bit(
         killed = [sys.executable, "-c", KILLED, *where, *arguments]
         assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
         assert checkpoint(tmp_path / "cut")["step"] == 3  # that of the last complete save
+    for name, code in (("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", -signal.SIGINT)):
+        out = tmp_path / name
+        shutil.copytree(tmp_path / "cut", out)
+        ended = [sys.executable, "-c", SIGNALLED, name, *command(out, **settings)[2:]]
+        assert subprocess.run(ended, env=environment()).returncode == code
+        assert checkpoint(out)["step"] == 5
+    shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
     train(Settings(**settings), tmp_path / "cut")
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     for one in (whole, cut):

@@ -3,90 +3,56 @@
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import sys
 import types
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from deform_attn.detr import create, load
-from deform_attn.detr.checkpoints import official_state, read_checkpoint
+from deform_attn.detr import checkpoints, create, load
+from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.models import Detector
 from deform_attn.detr.zoo import COCO_80, COCO_91, CONFIGURATIONS, from_official, identify
 
-from .official import weight
-from .recorded import FOLDER, relative_error
+from .official import official_state, output_errors, picture
 
-# Names and shapes of the official state dicts, of those models whose code could be run.
-NAMES: dict[str, list[Any]] = json.loads(
-    gzip.decompress((FOLDER / "official_names.json.gz").read_bytes())
-)
-RECORDED = ("rtdetr_r18", "rtdetrv2_r18", "deim_rtdetrv2_r18", "dfine_n", "deim_dfine_n")
-
-
-def state_of(name: str) -> dict[str, Tensor]:
-    """Official weights that follow from their names."""
-    own = {}
-    for key, shape in NAMES[name]:
-        value = weight(key, shape)
-        if value is not None:
-            own[key] = value
-    return own
-
-
-def with_buffers(name: str) -> dict[str, Tensor]:
-    """All official tensors; those that follow from the configuration are zero, or right."""
-    state = {key: torch.zeros(()).expand(shape) for key, shape in NAMES[name]}
-    for key, shape in NAMES[name]:
-        if key.endswith("num_points_scale"):
-            points = CONFIGURATIONS[name].size.num_points
-            counts = [points] * 3 if isinstance(points, int) else points
-            state[key] = torch.cat([torch.full((n,), 1 / n) for n in counts])
-            assert list(state[key].shape) == shape
-        if key.endswith("decoder.up"):
-            state[key] = torch.tensor([0.5])
-        if key.endswith("decoder.reg_scale"):
-            state[key] = torch.tensor([4.0])
-    return state
-
-
-FOUND = ("rtdetr_r18", "rtdetrv2_hgnetv2_l", "deim_rtdetrv2_r18", "dfine_n", "dfine_x")
+# One of each system, backbone and layout; `python -m tests.detr.models_table` has all.
+FOUND = ("detr_r50_dc5", "deformable_detr_r50_two_stage", "dab_detr_r50", "dn_deformable_detr_r50")
+FOUND += ("dino_swin_l_5scale", "mr_detr_r50_300", "rtdetr_r18", "rtdetrv2_hgnetv2_l")
+FOUND += ("deim_rtdetrv2_r18", "dfine_n", "dfine_x")
+# Models with the same names and shapes as others.
+TWINS = ("dfine", "deim_dfine", "discrete", "dc5", "detr_r50")
 
 
 @pytest.mark.parametrize("name", FOUND)
 def test_a_model_is_found_by_its_names_and_shapes(name: str) -> None:
-    found = identify(with_buffers(name))
-    assert (name, 80) in found
+    """Strictly: all names and shapes are those of the official file."""
+    found = identify(official_state(name, values=False))
+    assert (name, len(CONFIGURATIONS[name].classes)) in found
     systems = {CONFIGURATIONS[other].system.__name__ for other, _ in found}
     assert systems <= {"dfine", "deim"} or len(systems) == 1
-    assert all(name in other or other in name or "dfine" in name for other, _ in found)
+    assert len(found) == 1 or all(any(t in other for t in TWINS) for other, _ in found)
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("name", ["rtdetr_r18", "deim_rtdetrv2_r18", "dfine_n", "dab_detr_r50"])
 def test_outputs_from_pixels_are_those_of_the_official_code(name: str) -> None:
-    """In float64; the official code has constants of float32."""
-    recorded = np.load(FOLDER / "official_models.npz")
-    state = with_buffers(name) | state_of(name)
+    """In float64, with padding where the system has it."""
+    state = official_state(name)
     _, system, num_classes = from_official(state, name=name)
-    assert num_classes == 80
-    images = np.sin(np.arange(3 * 320 * 320) * 0.37).reshape(1, 3, 320, 320) * 0.5 + 0.5
+    assert num_classes == len(CONFIGURATIONS[name].classes)
+    images, mask = picture(name)
     with torch.no_grad():
-        outputs = system.model.double().eval()(torch.from_numpy(images))
-    for key, step in (("logits", 97), ("boxes", 7)):
-        found = outputs[key][-1].flatten()[::step]
-        assert relative_error(found, torch.from_numpy(recorded[f"{name}/{key}"])) < 1e-6
+        outputs = system.model.double().eval()(images, mask)
+    assert max(output_errors(name, outputs)) < 1e-6
 
 
 @pytest.fixture(scope="module")
 def nano() -> dict[str, Tensor]:
     """The smallest official model, with 3 classes."""
-    state = with_buffers("dfine_n") | state_of("dfine_n")
+    state = official_state("dfine_n")
     for key in list(state):
         if "score_head" in key:
             state[key] = state[key][:3].clone()
@@ -119,7 +85,7 @@ def test_layouts_of_official_files(layout: str, nano: dict[str, Tensor], tmp_pat
         torch.save(layouts(nano)[layout], tmp_path / "file.pth")
     finally:
         del sys.modules["not_installed"]
-    state = official_state(read_checkpoint(tmp_path / "file.pth"))
+    state = checkpoints.official_state(read_checkpoint(tmp_path / "file.pth"))
     assert set(state) == set(nano)
     assert all(torch.equal(state[key], nano[key]) for key in nano)
 
@@ -127,7 +93,7 @@ def test_layouts_of_official_files(layout: str, nano: dict[str, Tensor], tmp_pat
 def test_a_file_of_old_torch(nano: dict[str, Tensor], tmp_path: Path) -> None:
     old = {"model": {"a": torch.ones(2)}}
     torch.save(old, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    assert official_state(read_checkpoint(tmp_path / "old.pth"))["a"].tolist() == [1, 1]
+    assert checkpoints.official_state(read_checkpoint(tmp_path / "old.pth"))["a"].tolist() == [1, 1]
 
 
 class _Harmful:

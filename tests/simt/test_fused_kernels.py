@@ -1,4 +1,4 @@
-"""The fused kernels, compared with the composite implementation in float64."""
+"""The fused kernels, compared with the oracle."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from deform_attn import composite
-from deform_attn.operands import FusedOperands
 from deform_attn.testing import DTYPES
+from deform_attn.testing.cases import FusedInputs
+from deform_attn.testing.comparison import expected_fused
 from tests.simt.emulated import PROCESSORS, Emulated
 
 LEVELS = ((9, 12), (5, 6), (3, 3))
 ROWS = sum(height * width for height, width in LEVELS)
-NAMES = ("output", "value", "reference_points", "sampling_offsets", "attention_logits")
 SCALE = 0.75
 
 
@@ -38,32 +37,14 @@ def draw(
     )
 
 
-def composite_results(
-    tensors: tuple[Tensor, ...], counts: list[int], exact: bool
-) -> tuple[Tensor, ...]:
-    """The NAMES by the composite implementation, in float64 or in the dtypes of the kernels."""
-    if exact:
-        tensors = tuple(tensor.double() for tensor in tensors)
-    leaves = [tensor.clone().requires_grad_() for tensor in tensors[:4]]
-    value, reference, offsets, logits = leaves
-    sizes = torch.tensor(LEVELS)
-    output = composite.fused(
-        FusedOperands(value, sizes, None, reference, offsets, logits, None, counts, SCALE)
-    )
-    return output, *torch.autograd.grad(output, leaves, tensors[4])
-
-
 def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[int]) -> None:
-    """An error may be twice that of the composite implementation in the same dtypes."""
-    true = composite_results(tensors, counts, exact=True)
-    rough = composite_results(tensors, counts, exact=False)
-    for name, one, exact, other in zip(NAMES, found, true, rough):
-        # in float64 the reference has rounding errors of its own
-        units = 64 if one.dtype == torch.float64 else 4
-        limit = units * torch.finfo(one.dtype).eps * exact.abs().max().item()
-        limit = max(limit, 2 * (other.double() - exact).abs().max().item())
-        error = (one.double() - exact).abs().max().item()
-        assert error <= limit, f"{name}: error {error:.3g}, at most {limit:.3g} is right"
+    """The rule of every fused result: `deform_attn.testing.comparison.expected_fused`."""
+    *inputs, grad_output = tensors
+    errors = expected_fused(
+        FusedInputs(inputs[0], [*LEVELS], *inputs[1:], counts, SCALE), grad_output
+    )
+    faults = [str(error) for error in errors.errors(found) if not error.passed]
+    assert not faults, "; ".join(faults)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
