@@ -168,8 +168,9 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
   });
 }
 
-// kBaseline: as in 2020. kScatter: atomics. kGather: no atomics, the same bits every time.
-enum class BackwardAlgorithm { kBaseline, kScatter, kGather };
+// kBaseline: as in 2020. kScatter: atomics. kTiles: atomics, after adding up what a tile of queries adds to
+// a pixel, where `in_tiles`; elsewhere as kScatter. kGather: no atomics, the same bits every time.
+enum class BackwardAlgorithm { kBaseline, kScatter, kTiles, kGather };
 
 // Scattering takes far fewer instructions; gathering is repeatable to the bit.
 inline BackwardAlgorithm choose_backward(bool deterministic) {
@@ -184,7 +185,7 @@ struct OutputMask {
 // The working memory of a backward call, in bytes.
 struct BackwardPlan {
   BackwardAlgorithm algorithm;
-  bool tiles;         // scattering by backward_tiles, where alignment allows it
+  bool tiles;         // by backward_tiles, where alignment allows it
   bool zeros;         // the gradient of value must be zeros before; else every element is written
   size_t sums;        // the gradient of a 16-bit value in float, zeros before; rounded once
   size_t bounds;      // of backward_gather
@@ -210,15 +211,14 @@ inline LaunchConfig tiles_config(const Problem& problem) {
   return config;
 }
 
-// Whether backward_tiles takes fewer reductions: the queries may be the pixels of the levels, so that
-// those of a block sample the same pixels, and there are enough blocks.
+// Whether backward_tiles can run, and takes fewer reductions: the queries may be the pixels of the levels,
+// so that those of a block sample the same pixels.
 inline bool in_tiles(const KernelCall& in, const Device& device) {
   const Problem& problem = in.problem;
   const int64_t limit = int64_t{1} << (32 - kShareBits);  // of an offset, in units of kTileVec
   return in.type != Type::kDouble && problem.queries == problem.rows &&
          problem.head_dim % kTileVec == 0 && !device.long_offsets &&
-         problem.rows * problem.row_stride() / kTileVec < limit &&
-         tiles_config(problem).count >= device.processors;
+         problem.rows * problem.row_stride() / kTileVec < limit;
 }
 
 inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algorithm,
@@ -242,8 +242,7 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
     plan.zeros = false;
     plan.sums = bytes(problem.batch * problem.rows * problem.row_stride());
   }
-  plan.tiles =
-      output_mask.value && algorithm == BackwardAlgorithm::kScatter && in_tiles(in, device);
+  plan.tiles = output_mask.value && algorithm == BackwardAlgorithm::kTiles && in_tiles(in, device);
   if (in.fused.reference) {
     if (plan.tiles || (output_mask.value && algorithm == BackwardAlgorithm::kGather)) {
       plan.statistics = bytes(2 * items);
@@ -337,7 +336,7 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
         using A = decltype(access);
         const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
         tiles = tiles && std::is_same_v<typename A::Offset, unsigned>;
-        const bool scatters = plan.algorithm == BackwardAlgorithm::kScatter && out.value && !tiles;
+        const bool scatters = plan.algorithm != BackwardAlgorithm::kGather && out.value && !tiles;
         LAUNCH((backward_teams<T, A::kVec, typename A::Offset, Points>),
                grid_of("backward_teams", config.count), config.threads, device.stream, problem,
                levels, config.blocks, points, value, grad, scatters ? sums : nullptr,

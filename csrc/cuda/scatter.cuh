@@ -50,9 +50,9 @@ struct alignas(16) KeptFootprint {
 };
 
 // Points whose dot products a team computes at once. The pixels of two take too many registers in 16 bits,
-// where a lane has eight channels, and in float64.
-template <typename T>
-constexpr int kAtOnce = sizeof(T) == 4 ? 2 : 1;
+// where a lane has eight channels, in float64 and in a fused call.
+template <typename T, typename Points>
+constexpr int kAtOnce = sizeof(T) == 4 && !Points::kFused ? 2 : 1;
 
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. In shared memory and not
 // in registers, which the pixels and grad_output need.
@@ -200,10 +200,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         };
         const int entries = count * teams.count(), step = splits * teams.count();
 #pragma unroll 1
-        for (int first_entry = 0; first_entry < entries; first_entry += kAtOnce<T> * step) {
+        for (int first_entry = 0; first_entry < entries; first_entry += kAtOnce<T, Points> * step) {
           int entry = first_entry + split * teams.count() + teams.team();
           Acc sum = dot_with(entry);
-          if constexpr (kAtOnce<T> == 1) {
+          if constexpr (kAtOnce<T, Points> == 1) {
             for (int by = 4; by < lanes; by *= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
             if (lane < 4) keep(entry, sum);
           } else {

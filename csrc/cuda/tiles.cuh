@@ -54,34 +54,6 @@ __device__ inline int packed(int count, int begin) { return count << 16 | begin;
 __device__ inline int count_of(int packed) { return packed >> 16; }
 __device__ inline int begin_of(int packed) { return packed & 0xffff; }
 
-// Whether the lanes of a team exchange their sums, so that neighbouring lanes add to neighbouring
-// addresses: where an atomic adds less than the channels of a lane.
-template <typename Acc>
-constexpr bool kExchanges = kAtomicWidth<Acc, kTileVec> < kTileVec;
-
-// Adds the sums of a team's lanes to a pixel. `to`: the lane's first channel; with kExchanges the team's.
-template <typename Acc>
-__device__ void add_to_pixel(Acc* to, const Pack<Acc, kTileVec>& sum, int lane_bits, int channels,
-                             Pack<Acc, kTileVec>* exchange) {
-  if constexpr (!kExchanges<Acc>) {
-    atomic_add<kTileVec>(to, sum.at);
-  } else {
-    const int lanes = 1 << lane_bits, lane = threadIdx.x & (lanes - 1);
-    const unsigned team = (kAllLanes >> (kWarp - lanes)) << (threadIdx.x % kWarp & ~(lanes - 1));
-    Pack<Acc, kTileVec>* const sums = exchange + (threadIdx.x & ~(lanes - 1));
-    __syncwarp(team);
-    sums[lane] = sum;
-    __syncwarp(team);
-#pragma unroll
-    for (int c = 0; c < kTileVec; ++c) {
-      const int channel = (c << lane_bits) + lane;
-      if (channel < channels) {
-        atomicAdd(to + channel, sums[channel / kTileVec].at[channel % kTileVec]);
-      }
-    }
-  }
-}
-
 // Adds to `grad_value`, zeros before. In each turn a thread has one point, all of the same level. The
 // threads list the shares of the points, sorted by pixel; then each team of lanes adds up an equal part
 // of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec fit an unsigned, those
@@ -97,7 +69,6 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
   __shared__ Part part;
   __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
   __shared__ typename Points::Query queries[kTileQueries];
-  __shared__ Pack<Acc, kTileVec> exchange[kExchanges<Acc> ? kBlock : 1];
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
   read_levels(table, problem, levels);
   const unsigned stride = static_cast<unsigned>(problem.row_stride() / kTileVec);
@@ -203,15 +174,18 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
         const int channels = problem.head_dim - from;
         // A lane without channels reads those of the first lane, and adds nothing.
         const bool active = lane * kTileVec < channels;
-        const bool adds = active || kExchanges<Acc>;
-        const unsigned mask = adds ? ~0u : ~(kAddLeft | kAddRight);
+        const unsigned mask = active ? ~0u : ~(kAddLeft | kAddRight);
         const auto* const source = reinterpret_cast<const Pack<T, kTileVec>*>(
             first_grad + from + (active ? lane * kTileVec : 0));
-        auto* const target = reinterpret_cast<Pack<Acc, kTileVec>*>(
-            first_pixel + from + (kExchanges<Acc> ? 0 : lane * kTileVec));
+        auto* const target =
+            reinterpret_cast<Pack<Acc, kTileVec>*>(first_pixel + from + lane * kTileVec);
         // `at` is less than zero, and wraps, for a left pixel that is not on the map.
         const auto add = [&](unsigned at, const Pack<Acc, kTileVec>& sum) {
-          add_to_pixel((target + at)->at, sum, lane_bits, channels, exchange);
+          constexpr int kWidth = kAtomicWidth<Acc, kTileVec>;
+#pragma unroll
+          for (int c = 0; c < kTileVec; c += kWidth) {
+            atomic_add<kWidth>((target + at)->at + c, sum.at + c);
+          }
         };
         Pack<Acc, kTileVec> left = {}, right = {};
 #pragma unroll 1
@@ -243,7 +217,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
         // The pixels of the last share go on in the next chunk.
         const Share& share = turn.at(end - 1);
         const unsigned bits = share.query & mask;
-        if (bits & kShift && adds) add(share.left + stride, left);
+        if (bits & kShift && active) add(share.left + stride, left);
         if (!(bits & kMore)) continue;
         if (bits & kAddLeft) add(share.left, left);
         if (bits & kAddRight) add(share.left + stride, right);

@@ -9,7 +9,7 @@ from torch import Tensor
 from deform_attn.testing import DTYPES
 from deform_attn.testing.cases import FusedInputs
 from deform_attn.testing.comparison import expected_fused
-from tests.simt.emulated import PROCESSORS, Emulated
+from tests.simt.emulated import Emulated
 
 LEVELS = ((9, 12), (5, 6), (3, 3))
 ROWS = sum(height * width for height, width in LEVELS)
@@ -48,7 +48,7 @@ def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "tiles", "gather"])
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("levels", [1, 3], ids=["shared_reference", "reference_a_level"])
 @pytest.mark.parametrize(
@@ -70,8 +70,7 @@ def test_fused(
         queries = 31  # one large case is enough
     tensors = draw(value_dtype, queries, head_dim, counts, levels, size)
     value, reference, offsets, logits, grad_output = tensors
-    # with one multiprocessor, queries that are pixels are enough for backward_tiles
-    kernels = Emulated(long_offsets=size == 4, processors=1 if queries == ROWS else PROCESSORS)
+    kernels = Emulated(long_offsets=size == 4)
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     found = (
         kernels.fused_forward(*arguments),

@@ -31,15 +31,13 @@ from tests.simt.emulated import ALGORITHMS, Emulated
 
 KERNELS = Emulated()
 OLD = Emulated(atomic_floats=1)
-# with one multiprocessor, queries that are pixels are enough for backward_tiles
-TILES, OLD_TILES = (Emulated(atomic_floats=floats, processors=1) for floats in (4, 1))
 ENCODER = Case("encoder", levels=((9, 12), (5, 6), (3, 3)), batch=1, queries=147, head_dim=32)
 
 
 @pytest.fixture(autouse=True)
 def usual_order() -> Iterator[None]:
     yield
-    for kernels in (KERNELS, OLD, TILES, OLD_TILES):
+    for kernels in (KERNELS, OLD):
         kernels.set_order("forward")
 
 
@@ -59,20 +57,18 @@ def check_call(inputs: OpInputs, kernels: Emulated = KERNELS, algorithm: str = "
 
 @pytest.mark.parametrize("head_dim", [1, 4, 8, 16, 30, 32, 64, 71, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "tiles", "gather"])
 def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
     """Queries that are the pixels, so that tiles, bands and shared pixels occur."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
     check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
-    if algorithm == "scatter":
-        check_call(case.make(DTYPES[dtype]), TILES, algorithm)
 
 
 def test_far_points_of_a_tile() -> None:
     """Points of a block further apart than its window of slots; a map of one pixel too."""
     case = Case("far", levels=((3, 150), (90, 2), (1, 1)), batch=1, queries=631, head_dim=8)
-    for kernels in (TILES, OLD_TILES):
-        check_call(case.make(DTYPES["f32"]), kernels, "scatter")
+    for kernels in (KERNELS, OLD):
+        check_call(case.make(DTYPES["f32"]), kernels, "tiles")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,11 +154,7 @@ def test_scattered_sums_depend_on_the_order() -> None:
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-@pytest.mark.parametrize(
-    "kernels",
-    [KERNELS, OLD, TILES, OLD_TILES],
-    ids=["sm_90", "before_sm_90", "tiles", "tiles_before_sm_90"],
-)
+@pytest.mark.parametrize("kernels", [KERNELS, OLD], ids=["sm_90", "before_sm_90"])
 def test_orders_of_threads(kernels: Emulated, algorithm: str) -> None:
     inputs = ENCODER.make(DTYPES["f32"])
     for order in ("reversed", "shuffled"):
@@ -265,7 +257,7 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
                         run_fused(inputs, kernels, algorithm)
             if name == "head_dim_32":
                 inputs = ENCODER.make(DTYPES[dtype])
-                run(inputs, grad_output_for(inputs), TILES, "scatter")
+                run(inputs, grad_output_for(inputs), KERNELS, "tiles")
             here = [re.search(r"deform_attn::(\w+)<(\w+)", name) for name in launched() - before]
             cases.update({match[1] for match in here})
             for match in here:
