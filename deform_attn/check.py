@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import torch
 
 import deform_attn
-from deform_attn.backends import BACKENDS
+from deform_attn.backends import BACKENDS, unannounced
 from deform_attn.info import report as info
 from deform_attn.testing import (
     CASES,
@@ -357,11 +356,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="a tenth of the cases")
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
-    logging.getLogger("deform_attn").setLevel(logging.ERROR)  # the report says what did not run
     devices = None if arguments.device is None else [arguments.device]
-    report = run(
-        devices, quick=arguments.quick, progress=lambda text: _progress(f"checking {text}")
-    )
+    with unannounced():
+        report = run(
+            devices, quick=arguments.quick, progress=lambda text: _progress(f"checking {text}")
+        )
     _progress("")
     print(json.dumps(report.as_dict(), indent=2) if arguments.json else as_text(report))
     return 0 if report.passed else 1

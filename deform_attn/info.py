@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import json
-import logging
 import os
 import platform
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 import deform_attn
-from deform_attn.backends import BACKENDS, choose_backend, compiled
+from deform_attn.backends import BACKENDS, choose_backend, compiled, unannounced
 
 __all__ = ["report"]
 
@@ -132,9 +131,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deform_attn.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    # A fallback is announced in the log too; here it is the report itself.
-    logging.getLogger("deform_attn").setLevel(logging.ERROR)
-    facts = report()
+    with unannounced():
+        facts = report()
     print(json.dumps(facts, indent=2) if arguments.json else _as_text(facts))
 
 

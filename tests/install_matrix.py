@@ -43,7 +43,7 @@ def new_environment(python: str, torch: str, package: Path, scratch: Path) -> st
     environment = scratch / "environment"
     shutil.rmtree(environment, ignore_errors=True)
     run([python, "-m", "venv", str(environment)])
-    installed = str(environment / "bin" / "python")
+    installed = str(environment / ("Scripts" if os.name == "nt" else "bin") / "python")
     install = [installed, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     requirement = "torch" if torch == "newest" else f"torch=={torch}"
     run([*install, "--cache-dir", str(scratch / "cache"), requirement])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -132,6 +134,26 @@ def test_levels_that_do_not_fit_sample_zero() -> None:
         assert unchecked((3, 5), dtype) == 13
         for shape in ((3, 50), (0, 5), (-3, -5)):
             assert unchecked(shape, dtype) == 0
+
+
+@pytest.mark.parametrize("method", ["default", "discrete"])
+def test_level_sizes_in_any_integer(method: str) -> None:
+    """Rows are counted in int64: height * width overflows int16 and uint8."""
+
+    def sample(side: int, sizes: Any) -> Tensor:
+        torch.manual_seed(0)
+        value = torch.randn(1, side * side, 1, 1)
+        locations, weights = torch.rand(1, 9, 1, 1, 2, 2), torch.rand(1, 9, 1, 1, 2)
+        return ms_deform_attn(value, sizes, None, locations, weights, method=method)
+
+    for side, dtype in ((200, torch.int16), (20, torch.uint8), (12, torch.int8)):
+        expected = sample(side, [(side, side)])
+        for sizes in (
+            torch.tensor([(side, side)], dtype=dtype),
+            np.array([(side, side)], dtype=str(dtype).removeprefix("torch.")),
+            [(np.int64(side), torch.tensor(side, dtype=dtype))],
+        ):
+            assert torch.equal(sample(side, sizes), expected)
 
 
 class Sampling(torch.nn.Module):

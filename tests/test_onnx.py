@@ -289,7 +289,7 @@ def test_what_is_exported_already() -> None:
         assert difference(run(model, inputs)[0], layer(*inputs)) <= LARGEST_DIFFERENCE
 
 
-@pytest.mark.parametrize("name", ["mmcv", "rtdetrv2", "discrete"])
+@pytest.mark.parametrize("name", ["mmcv", "rtdetrv2", "dfine"])
 def test_gathers_have_at_most_five_dimensions(name: str) -> None:
     """Core ML takes no more."""
     module, call = lively(FAMILY[name].make()).eval(), FAMILY[name].arguments()

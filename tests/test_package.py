@@ -10,6 +10,8 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -331,6 +333,79 @@ def test_architectures(toolchain, tmp_path: Path) -> None:
     ]
     with pytest.raises(ValueError, match=r"TORCH_CUDA_ARCH_LIST.*'Ampere'"):
         toolchain.cuda_architectures(old, {"TORCH_CUDA_ARCH_LIST": "Ampere"})
+
+
+# --- what is distributed
+
+
+@needs_source
+def test_source_distribution_is_small_and_complete(tmp_path: Path) -> None:
+    """The recordings of official code stay in the repository."""
+    done = run(sys.executable, "setup.py", "-q", "sdist", f"--dist-dir={tmp_path}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.iterdir()
+    assert archive.stat().st_size < 2 * 2**20
+    with tarfile.open(archive) as files:
+        names = {name.partition("/")[2] for name in files.getnames()}
+    for file in ("csrc/cpu/simd.h", "csrc/cuda/ops.cu", "deform_attn/detr/weights/digits.pt"):
+        assert file in names
+    assert {f"build_tools/{p.name}" for p in (ROOT / "build_tools").glob("*.*")} <= names
+    assert not [name for name in names if "goldens" in name or name.endswith((".so", ".json.gz"))]
+
+
+@needs_source
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"deform_attn/lib/libtorch_cpu.so": "of torch"},
+            r"libraries of others: .*libtorch_cpu.so",
+        ),
+        ({"deform_attn/_C_cuda.abi3.so": "not recorded"}, r"\{'_C_cpu.abi3.so'\} were built, not"),
+        ({"deform_attn/_C_cpu.pyd": "of Windows"}, r"\{'_C_cpu.abi3.so'\} were built, not"),
+    ],
+)
+def test_wheel_with_other_libraries_is_refused(
+    toolchain, tmp_path: Path, extra: dict[str, str], message: str
+) -> None:
+    wheels = importlib.import_module("wheels")
+    wheel = tmp_path / "deform_attn-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
+    record = {"libraries": {"cpu": {"file": "_C_cpu.abi3.so"}, "cuda": {"missing": "FORCE_CUDA=0"}}}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("deform_attn/_libraries.json", json.dumps(record))
+        for name, text in {"deform_attn/_C_cpu.abi3.so": "ours", **extra}.items():
+            archive.writestr(name, text)
+    with pytest.raises(wheels.CheckError, match=message):
+        wheels.check(wheel)
+
+
+@needs_source
+def test_kernel_for_the_hub_is_loaded_as_kernels_does(tmp_path: Path) -> None:
+    """A variant for each backend of a wheel; its folder is imported under another name."""
+    wheel = tmp_path / "deform_attn-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
+    record = {"libraries": {"cpu": {"file": "_C_cpu.abi3.so"}, "cuda": {"missing": "FORCE_CUDA=0"}}}
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in PACKAGE.rglob("*.py"):
+            archive.write(file, f"deform_attn/{file.relative_to(PACKAGE)}")
+        archive.writestr("deform_attn/_libraries.json", json.dumps(record))
+    out = tmp_path / "hub"
+    done = run(sys.executable, "build_tools/hub.py", str(wheel), f"--out={out}", cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    (variant,) = (out / "build").iterdir()
+    assert variant.name == "torch-stable-abi210-cpu-x86_64-linux"
+    facts = json.loads((variant / "metadata.json").read_text())
+    assert facts["backend"] == {"type": "cpu"}
+    load = f"""
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location({facts["id"]!r}, {str(variant / "__init__.py")!r})
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+print(module.layers.MultiScaleDeformableAttention.__name__, module.__version__)
+"""
+    done = run(sys.executable, "-c", load, cwd=tmp_path)
+    assert done.stdout.split() == ["MultiScaleDeformableAttention", deform_attn.__version__], (
+        done.stderr
+    )
 
 
 # --- a build that fails

@@ -41,8 +41,9 @@ inline std::string launch_error(const char* kernel, int error, const char* what,
                                 const std::string& built_for) {
   const std::string name = std::string("deform_attn: CUDA kernel ") + kernel;
   const std::string here = version_of(capability);
-  const std::string build =
-      "Build it: TORCH_CUDA_ARCH_LIST=\"" + here + "\" pip install --no-build-isolation .";
+  const std::string build = "Build it: TORCH_CUDA_ARCH_LIST=\"" + here +
+                            "\" pip install --no-build-isolation "
+                            "--no-binary=deform_attn deform_attn, or . in a clone";
   if (error == kNoKernelImage || error == kInvalidDeviceFunction) {
     return name + " was not built for this GPU, which has compute capability " + here +
            "; built for: " + built_for + ". " + build;

@@ -148,6 +148,17 @@ def choose_backend(
     return candidate
 
 
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Log no fallback inside a ``with`` block: for reports, which list the reasons themselves."""
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _announce(name: str, device_type: str, reasons: list[str]) -> None:
     """Log once that a slower backend is used on a device, and why."""
     message = f"using the {name} backend on {device_type} ({'; '.join(reasons)})"

@@ -215,6 +215,10 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
     """Train or fine-tune a detector; resumes from the checkpoint in ``out``, if there is one.
 
+    Under torchrun it makes a process group, if there is none, and destroys it at the end. A script
+    that trains several times makes one group for all: PyTorch's store keeps the addresses of a
+    destroyed group, and a second group can wait for them.
+
     Examples: python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN;
     python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN
 
@@ -231,13 +235,13 @@ def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
         ValueError: an invalid setting, or another than in the checkpoint.
         FloatingPointError: the loss is not finite.
     """
-    distributed_run = "RANK" in os.environ  # started by torchrun
-    if distributed_run:
+    makes_group = "RANK" in os.environ and not distributed.is_initialized()  # RANK: of torchrun
+    if makes_group:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
         return _Run(settings, out).go(workers)
     finally:
-        if distributed_run:
+        if makes_group:
             distributed.destroy_process_group()
 
 

@@ -21,6 +21,7 @@ gathered pixels in every form.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -130,9 +131,10 @@ def decompose(
     """An exported program with this package's operators in PyTorch's own.
 
     For exporters that take an ``ExportedProgram``: ``coremltools.convert``, ExecuTorch's
-    ``to_edge_transform_and_lower``, ``openvino.convert_model``. In the form "gather" no tensor of
-    this package has more than five dimensions, the most that Core ML takes. Sampling locations
-    that another library's layer makes with six remain.
+    ``to_edge_transform_and_lower``, ``openvino.convert_model``. Their models take tensors alone:
+    pass a module that holds the level sizes. In the form "gather" no tensor of bilinear sampling
+    has more than five dimensions, the most that Core ML takes. Sampling locations that another
+    library's layer makes with six remain.
 
     Args:
         program: what ``torch.export.export`` made of a model in evaluation mode.
@@ -272,7 +274,8 @@ def _gathered(operands: Operands) -> Tensor:
     """Gathers rows of D channels from one list of all pixels and multiplies them by their weights.
 
     Pixel coordinates are float32, since TensorRT has no float64. At a knot the pixel may be the
-    wrong neighbour, which does not change the output, because it is continuous there.
+    wrong neighbour, which does not change the output, because it is continuous there. Core ML's
+    converter has no rule for ``&``, ``~`` and ``where`` with a number, which are avoided.
     """
     value, starts = operands.value, operands.level_start_index
     dtype = acc_dtype(value.dtype)
@@ -294,8 +297,9 @@ def _gathered(operands: Operands) -> Tensor:
         height, width = sizes[level]
         start = end if starts is None else starts[level].to(value.device)
         end = start + height * width
-        near = ((location >= -1) & (location <= 2)).all(-1, keepdim=True)
-        x, y = torch.where(near, location, -1).unbind(-1)  # [B, Q, M, P]; NaN is outside
+        near = _all(location >= -1, location <= 2).all(-1, keepdim=True)
+        # [B, Q, M, P]; NaN is outside
+        x, y = location.masked_fill(near.logical_not(), -1).unbind(-1)
         x, y = x * width - 0.5, y * height - 0.5
         left, upper = x.floor(), y.floor()
         right_share, lower_share = x - left, y - upper
@@ -303,13 +307,19 @@ def _gathered(operands: Operands) -> Tensor:
         lines = torch.stack((upper, upper, upper + 1, upper + 1), -1)
         share = torch.stack((1 - right_share, right_share) * 2, -1)
         share = share * torch.stack((*(1 - lower_share,) * 2, *(lower_share,) * 2), -1)
-        on_map = (columns >= 0) & (columns < width) & (lines >= 0) & (lines < height)
+        on_map = _all(columns >= 0, columns < width, lines >= 0, lines < height)
         pixel = start + lines.long() * width + columns.long()
-        row = torch.where(on_map, (image[..., None] + pixel) * M + head[..., None], nothing)
+        row = (image[..., None] + pixel) * M + head[..., None]
+        row = row.masked_fill(on_map.logical_not(), nothing)
         pixels = rows.index_select(0, row.reshape(-1)).reshape(B, Q, M, count, D)
         share = (share * weight[..., None]).reshape(B, Q, M, 1, count)
         output = output + share @ pixels
     return output.reshape(B, Q, M * D).to(value.dtype)
+
+
+def _all(*flags: Tensor) -> Tensor:
+    """Where all are true."""
+    return functools.reduce(torch.logical_and, flags)
 
 
 def _plugin(operands: Operands, version: str) -> Tensor:

@@ -65,6 +65,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+def torchrun(*arguments: str) -> None:
+    """Two processes; a fault is shown with what they printed."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*start, *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def checkpoint(out: Path) -> dict[str, Any]:
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
@@ -184,14 +191,15 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     script = tmp_path / "two.py"
     script.write_text(
         "from pathlib import Path\n"
+        "from torch import distributed\n"
         "from deform_attn.detr.train import Settings, train\n"
+        "distributed.init_process_group('gloo')\n"
         "for steps in (1, 5):\n"
         f"    folder = Path({str(tmp_path)!r}) / f'two{{steps}}'\n"
         f"    train(Settings(**{settings!r} | {{'steps': steps}}), folder)\n"
+        "distributed.destroy_process_group()\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", str(script)]
-    subprocess.run(torchrun, check=True, env=environment(), capture_output=True)
+    torchrun(str(script))
     for steps in (1, 5):
         train(Settings(**settings | {"steps": steps}), tmp_path / f"one{steps}")
     one, two = (checkpoint(tmp_path / f"{name}1") for name in ("one", "two"))
@@ -222,9 +230,7 @@ def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_pat
         coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] % 2]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     settings = short | {"data": f"coco:{tmp_path}", "recipe": "rtdetr", "batch": 2, "steps": 6}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", *command(tmp_path / "out", **settings | {"save_every": 1})]
-    subprocess.run(torchrun, check=True, env=environment(), capture_output=True, timeout=120)
+    torchrun(*command(tmp_path / "out", **settings | {"save_every": 1}))
     history = checkpoint(tmp_path / "out")["history"]
     assert len(history["loss"]) == 6
     assert all(0 < loss < 1000 for loss in history["loss"])
