@@ -107,13 +107,13 @@ def predict(
 
 
 def export(model: str, file: Path, size: int = 0) -> None:
-    """Write a detector with its postprocessing as ONNX or as an exported program of PyTorch.
+    """Write a detector with its postprocessing: ONNX, exported program or TorchScript trace.
 
     Example: python -m deform_attn.detr export --model RUN/model.pt --file detector.onnx
 
     Args:
         model: what `deform_attn.detr.load` takes.
-        file: with the suffix .onnx or .pt2.
+        file: with the suffix .onnx, .pt2 or .torchscript.
         size: side of the images in pixels; 0: that of the detector.
     """
     detector = load(model)

@@ -206,7 +206,7 @@ RULES: dict[str, Rules] = {
     **dict.fromkeys(("dn_deformable_detr", "dino"), _DEFORMABLE),
     **dict.fromkeys(("rtdetr", "rtdetrv2", "deim_rtdetrv2"), _RTDETR),
     **dict.fromkeys(("dfine", "deim"), _DFINE),
-    "mr_detr": _MR_DETR,
+    **dict.fromkeys(("mr_detr", "mr_detr_dino", "mr_detr_align"), _MR_DETR),
 }
 
 

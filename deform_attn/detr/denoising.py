@@ -8,6 +8,7 @@ only.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,7 @@ class Denoising(nn.Module):
         box_noise: largest shift, as a fraction of half a box's side.
         padding: padding slots have an embedding of their own and an empty box (RT-DETR), else
             zeros.
+        spare: the embedding has one row more than classes, as in all systems but Mr. DETR's.
         eps: of the inverse sigmoid of boxes.
     """
 
@@ -71,6 +73,7 @@ class Denoising(nn.Module):
         label_noise: float = 0.25,
         box_noise: float = 1.0,
         padding: bool = False,
+        spare: bool = True,
         eps: float = 1e-3,
     ) -> None:
         super().__init__()
@@ -78,7 +81,7 @@ class Denoising(nn.Module):
         self.number, self.groups, self.eps = number, groups, eps
         self.label_noise, self.box_noise = label_noise, box_noise
         channels, last = d_model if contrastive else d_model - 1, num_classes if padding else None
-        self.label_embed = nn.Embedding(num_classes + 1, channels, padding_idx=last)
+        self.label_embed = nn.Embedding(num_classes + spare, channels, padding_idx=last)
 
     def noise(self, targets: Targets) -> Noised | None:
         """Noised objects; None where the batch has no object."""
@@ -117,17 +120,29 @@ class Denoising(nn.Module):
         corners = to_corners(boxes) + sign * u * torch.cat([half, half], -1)
         return from_corners(corners.clamp(0, 1))
 
-    def prepend(self, matched: Queries, noised: Noised) -> Queries:
-        """Noised queries, followed by the matched ones."""
+    def prepend(
+        self, matched: Queries, noised: Noised, query_pos: Callable[[Tensor], Tensor] | None = None
+    ) -> Queries:
+        """Noised queries, followed by the matched ones.
+
+        Args:
+            matched: of an encoder's proposals, or learnt.
+            noised: of :meth:`noise`.
+            query_pos: of boxes, where the matched queries have theirs (Mr. DETR).
+        """
         assert matched.reference_points is not None, "denoising needs references"
         content = torch.cat([self.content(noised), matched.content], 1)
         boxes = noised.boxes.sigmoid().to(matched.reference_points.dtype)
-        return Queries(content, torch.cat([boxes, matched.reference_points], 1))
+        references = torch.cat([boxes, matched.reference_points], 1)
+        if matched.query_pos is None or query_pos is None:
+            return Queries(content, references)
+        return Queries(content, references, torch.cat([query_pos(boxes), matched.query_pos], 1))
 
     def content(self, noised: Noised) -> Tensor:
         """Embedded labels: ``[B, slots, d_model]``."""
         real = noised.labels >= 0
-        content: Tensor = self.label_embed(noised.labels.where(real, self.num_classes))
+        unlabelled = self.num_classes if self.padding else 0
+        content: Tensor = self.label_embed(noised.labels.where(real, unlabelled))
         if not self.padding:
             content = content * real[..., None]
         if not self.contrastive:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from deform_attn.detr.models import Postprocess
 
-SUFFIXES = (".onnx", ".pt2")
+SUFFIXES = (".onnx", ".pt2", ".torchscript")
 
 
 class Exportable(nn.Module):
@@ -33,7 +33,9 @@ def export(
     size: int | tuple[int, int],
     **options: Any,
 ) -> float:
-    """Write a detector as ONNX (``.onnx``) or as an exported program of PyTorch (``.pt2``).
+    """Write a detector as ONNX, an exported program of PyTorch, or a TorchScript trace.
+
+    The file's suffix decides: ``.onnx``, ``.pt2`` or ``.torchscript``.
 
     Inputs are ``images [B, 3, H, W]``, float32 RGB in [0, 1], and ``sizes [B, (height, width)]``,
     the images' sizes in pixels before they were resized. Outputs are ``boxes [B, n, 4]``, corners
@@ -57,7 +59,7 @@ def export(
     """
     file = Path(file)
     if file.suffix not in SUFFIXES:
-        raise ValueError(f"file: expected the suffix {' or '.join(SUFFIXES)}, got {file.name!r}")
+        raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
     height, width = (size, size) if isinstance(size, int) else size
     whole = Exportable(model, postprocess).eval()
 
@@ -65,18 +67,22 @@ def export(
         images = torch.rand(batch, 3, height, width, generator=torch.Generator().manual_seed(0))
         return images, torch.tensor([[height, width]]).repeat(batch, 1)
 
+    # With 2 a stride of expanded queries can equal that of contiguous ones, which fixes the batch.
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = {"images": {0: batch}, "sizes": {0: batch}}
     with torch.no_grad():
         if file.suffix == ".pt2":
-            program = torch.export.export(whole, inputs(2), dynamic_shapes=shapes)
+            program = torch.export.export(whole, inputs(3), dynamic_shapes=shapes)
             torch.export.save(program, file)
-            found = torch.export.load(file).module()(*inputs(3))
+            found = torch.export.load(file).module()(*inputs(2))
+        elif file.suffix == ".torchscript":
+            torch.jit.trace(whole, inputs(3)).save(file)
+            found = torch.jit.load(file)(*inputs(2))
         else:
-            found = _export_onnx(whole, inputs(2), inputs(3), file, shapes, options)
+            found = _export_onnx(whole, inputs(3), inputs(2), file, shapes, options)
         if found is None:
             return float("nan")
-        expected = whole(*inputs(3))
+        expected = whole(*inputs(2))
     pairs = zip(expected[:2], found[:2])
     return max((a - torch.as_tensor(b)).abs().max().item() for a, b in pairs)
 

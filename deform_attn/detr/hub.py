@@ -70,6 +70,28 @@ _FINE: Rules = [
     (r"^decoder\.lqe_layers\.(\d+)\.reg_conf\.", r"decoder.heads.quality.\1.mlp."),
     (r"^decoder\.heads\.box_heads\.", "decoder.heads.corner_heads."),
 ]
+_DAB: Rules = [
+    (r"^class_embed\.", "decoder.heads.class_heads.0."),
+    (r"^(?:model\.decoder\.bbox_embed|bbox_predictor)\.", "decoder.heads.box_heads.0."),
+    (r"^model\.", ""),
+    (r"^query_refpoint_embeddings\.", "queries.refpoint_embed."),
+    (r"^input_projection\.", "encoder.input_proj."),
+    (r"^decoder\.layernorm\.", "decoder.heads.norm."),
+    (r"^decoder\.ref_point_head\.", "decoder.position.mlp."),
+    (r"^decoder\.(query_scale|ref_anchor_head)\.", r"decoder.position.\1."),
+    (r"^(encoder\.layers\.\d+)\.self_attn_layer_norm\.", r"\1.norm1.norm."),
+    (r"^(encoder\.layers\.\d+)\.final_layer_norm\.", r"\1.norm2.norm."),
+    (r"^(encoder\.layers\.\d+)\.self_attn\.", r"\1.self_attn.attention."),
+    (r"\.self_attn\.self_attn_layer_norm\.", ".norm_self.norm."),
+    (r"\.cross_attn\.cross_attn_layer_norm\.", ".norm_cross.norm."),
+    (r"\.mlp\.final_layer_norm\.", ".norm_ffn.norm."),
+    (r"\.(self|cross)_attn\.\1_attn\.output_proj\.", r".\1_attn.out_proj."),
+    (r"\.(self|cross)_attn\.\1_attn_query_pos_sine_proj\.", r".\1_attn.q_sine."),
+    (r"\.(self|cross)_attn\.\1_attn_value_proj\.", r".\1_attn.v."),
+    (r"\.(self|cross)_attn\.\1_attn_(q|k)(?:uery|ey)_(content|pos)_proj\.", r".\1_attn.\2_\3."),
+    (r"^((?:en|de)coder\.layers\.\d+)\.(?:mlp\.)?fc(\d)\.", r"\1.ffn.linear\2."),
+    (r"^((?:en|de)coder\.layers\.\d+)\.(?:mlp\.)?activation_fn\.", r"\1.ffn.activation."),
+]
 
 
 def from_transformers(
@@ -79,7 +101,7 @@ def from_transformers(
 
     Args:
         name_or_folder: a folder that ``save_pretrained`` wrote, or a name on the Hugging Face hub,
-            of a detr, deformable_detr, rt_detr, rt_detr_v2 or d_fine.
+            of a detr, deformable_detr, dab-detr, rt_detr, rt_detr_v2 or d_fine.
         options: of ``from_pretrained``, such as ``revision``.
 
     Returns:
@@ -104,11 +126,12 @@ def from_transformers(
     except OSError:  # a folder without preprocessor_config.json
         image = {}
     mean_and_std: dict[str, Any] = {}
-    line = config.model_type in ("detr", "deformable_detr")
+    line = config.model_type in ("detr", "deformable_detr", "dab-detr")
     if image.get("do_normalize", line):
         mean_and_std["mean"] = image.get("image_mean", (0.485, 0.456, 0.406))
         mean_and_std["std"] = image.get("image_std", (0.229, 0.224, 0.225))
-    backbone = LibraryBackbone(source.model.backbone.model, **mean_and_std)
+    convolutions = getattr(source.model.backbone, "conv_encoder", source.model.backbone)
+    backbone = LibraryBackbone(convolutions.model, **mean_and_std)
     system = _SYSTEMS[config.model_type](config, backbone)
     load_renamed(system.model, _renamed(source.state_dict(), config, system.model))
     classes = tuple(config.id2label[i] for i in range(config.num_labels))
@@ -120,12 +143,12 @@ def from_transformers(
 
 def _renamed(state: dict[str, Tensor], config: Any, model: nn.Module) -> dict[str, Tensor]:
     """Tensors under the names used here, with the projections of attention joined."""
-    rules = _FINE if config.model_type == "d_fine" else _RULES
+    rules = {"d_fine": _FINE, "dab-detr": _DAB}.get(config.model_type, _RULES)
     layers = config.decoder_layers
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if name.startswith("model.backbone."):
-            name = "backbone.body." + name.removeprefix("model.backbone.model.")
+            name = re.sub(r"^model\.backbone\.(?:conv_encoder\.)?model\.", "backbone.body.", name)
         else:
             for pattern, ours in rules:
                 name = re.sub(pattern, ours, name)
@@ -168,6 +191,13 @@ def _detr(config: Any, backbone: LibraryBackbone) -> System:
     _require(config, position_embedding_type="sine", encoder_ffn_dim=config.decoder_ffn_dim)
     size = replace(_size(config), activation=ACTIVATIONS[config.activation_function])
     return models.detr(backbone, config.num_labels, size)
+
+
+def _dab_detr(config: Any, backbone: LibraryBackbone) -> System:
+    _require(config, encoder_ffn_dim=config.decoder_ffn_dim, activation_function="prelu")
+    _require(config, temperature_height=20, temperature_width=20, num_patterns=0, query_dim=4)
+    _require(config, keep_query_pos=False, sine_position_embedding_scale=None)
+    return models.dab_detr(backbone, config.num_labels, _size(config))
 
 
 def _deformable_detr(config: Any, backbone: LibraryBackbone) -> System:
@@ -216,6 +246,7 @@ def _dfine(config: Any, backbone: LibraryBackbone) -> System:
 _SYSTEMS: dict[str, Any] = {
     "detr": _detr,
     "deformable_detr": _deformable_detr,
+    "dab-detr": _dab_detr,
     "rt_detr": _rtdetr,
     "rt_detr_v2": _rtdetrv2,
     "d_fine": _dfine,

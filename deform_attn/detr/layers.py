@@ -329,8 +329,18 @@ class InstructedSelfAttention(nn.Module):
         self.tokens_pos = nn.Embedding(num_tokens, d_model)
 
     def forward(self, x: Tensor, query_pos: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """Update of ``x [B, Q, d_model]``; ``attn_mask`` is not used by this route."""
+        """Update of ``x [B, Q, d_model]``.
+
+        With noised queries, which ``attn_mask [Q, Q]`` hides from matched ones, tokens and matched
+        queries attend to each other only.
+        """
+        n = self.tokens.num_embeddings
+        if attn_mask is not None:
+            noised = attn_mask[-1:]  # what the last query, a matched one, must not see
+            tokens_mask = torch.cat([attn_mask.new_ones(1, n), noised], 1).expand(n, -1)
+            attn_mask = torch.cat([noised.T.expand(-1, n), attn_mask], 1)
+            attn_mask = torch.cat([tokens_mask, attn_mask])
         tokens = self.tokens.weight.expand(x.shape[0], -1, -1)
         q = torch.cat([tokens + self.tokens_pos.weight, x + query_pos], 1)
         v = torch.cat([tokens, x], 1)
-        return self.attention(q, q, v, need_weights=False)[0][:, tokens.shape[1] :]
+        return self.attention(q, q, v, attn_mask=attn_mask, need_weights=False)[0][:, n:]

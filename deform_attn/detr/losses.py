@@ -94,6 +94,46 @@ class MatchabilityAwareLoss:
 
 
 @dataclass(frozen=True)
+class AlignedLoss:
+    """The target score is ``p^alpha IoU^(1 - alpha)`` (Align-DETR, arXiv 2304.07527).
+
+    Where an object has several queries, targets and the GIoU loss of its query of rank r, from 0
+    for the highest target, are multiplied by ``exp(-r / tau)``.
+
+    Attributes:
+        alpha: weight of the score.
+        tau: the larger, the slower the weights fall.
+    """
+
+    alpha: float = 0.25
+    tau: float = 1.5
+    no_object: ClassVar[bool] = False
+
+    def __call__(
+        self, logits: Tensor, one_hot: Tensor, quality: Tensor, num_objects: Tensor
+    ) -> Tensor:
+        """See :class:`Classification`; ``quality`` are the targets."""
+        negative = torch.where(one_hot > 0, 1 - quality, logits.sigmoid() ** 2)
+        losses = quality * F.logsigmoid(logits) + negative * F.logsigmoid(-logits)
+        return -losses.sum() / num_objects
+
+    def targets(self, score: Tensor, iou: Tensor) -> Tensor:
+        """Target score of each pair of a query and an object."""
+        target = score**self.alpha * iou ** (1 - self.alpha)
+        return target.clamp(min=0.01).detach()
+
+    def rank_weights(self, target: Tensor, of: Tensor) -> Tensor:
+        """Weights of pairs with these targets, by their rank among the pairs of one object."""
+        order = target.argsort(descending=True, stable=True)
+        order = order[of[order].argsort(stable=True)]
+        grouped = of[order]
+        rank = torch.empty_like(target)
+        places = torch.arange(len(of), device=of.device)
+        rank[order] = (places - torch.searchsorted(grouped, grouped)).to(target.dtype)
+        return torch.exp(-rank / self.tau)
+
+
+@dataclass(frozen=True)
 class WeightedCrossEntropy:
     """Softmax cross entropy, as a weighted mean over queries (DETR).
 
@@ -187,6 +227,7 @@ class LossInput(NamedTuple):
         targets: of each image.
         pairs: of queries and targets.
         num_objects: divides the losses.
+        ranked: queries of one object have weights by their rank (:class:`AlignedLoss`).
     """
 
     name: str
@@ -194,6 +235,7 @@ class LossInput(NamedTuple):
     targets: Targets
     pairs: Pairs
     num_objects: Tensor
+    ranked: bool = False
 
 
 @dataclass
@@ -208,6 +250,7 @@ class Criterion:
             DETR in two stages); "anchors", binary and matched by the proposals' anchors (Mr. DETR).
         encoder_weight: further factor of all losses of proposals.
         one_to_many: assignment of the routes beside the decoder's own (Mr. DETR).
+        route_divisor: further divisor of these routes' losses.
         bins: of D-FINE's distributions: adds their losses, and the boxes of all layers use the
             union of all layers' pairs.
     """
@@ -218,6 +261,7 @@ class Criterion:
     encoder: Literal["classes", "binary", "anchors"] = "classes"
     encoder_weight: float = 1.0
     one_to_many: OneToMany | None = None
+    route_divisor: float = 1.0
     bins: EdgeBins | None = None
 
     def __call__(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
@@ -274,19 +318,25 @@ class Criterion:
         self, outputs: Outputs, targets: Targets, num_objects: Tensor
     ) -> Iterator[LossInput]:
         """Sets with known pairs (denoising queries) or one-to-many assignment (routes)."""
-        noised = outputs.get("dn", {})
-        for name, prediction in layers_of(noised, "dn"):
-            number = num_objects * noised["groups"]
-            yield LossInput(name, prediction, targets, noised["pairs"], number)
-        for route in ("o2m", "sep"):
-            for name, prediction in layers_of(outputs.get(route, {}), route):
+        routes = {name: outputs[name] for name in ("o2m", "sep") if name in outputs}
+        for route, own in {
+            "": outputs,
+            **{f"_{name}": own for name, own in routes.items()},
+        }.items():
+            noised = own.get("dn", {})
+            for name, prediction in layers_of(noised, f"dn{route}"):
+                number = num_objects * noised["groups"]
+                yield LossInput(name, prediction, targets, noised["pairs"], number)
+        for route, own in routes.items():
+            for name, prediction in layers_of(own, route):
                 assert self.one_to_many is not None, "routes need one_to_many"
                 pairs = self.one_to_many(prediction, targets)
-                yield LossInput(name, prediction, targets, pairs, num_objects)
+                number = num_objects * self.route_divisor
+                yield LossInput(name, prediction, targets, pairs, number, ranked=True)
 
     def class_loss(self, one: LossInput) -> Tensor:
         """Classification loss over all queries of a set."""
-        _, prediction, targets, pairs, num_objects = one
+        _, prediction, targets, pairs, num_objects, _ = one
         logits, where = prediction["logits"], query_indices(pairs)
         labels = paired(targets, pairs, "labels").long()
         iou = overlap(prediction["boxes"][where].detach(), paired(targets, pairs, "boxes"))[0]
@@ -297,6 +347,11 @@ class Criterion:
         quality = (
             one_hot * logits.new_zeros(label.shape).index_put(where, iou.to(logits))[..., None]
         )
+        if isinstance(self.classification, AlignedLoss):
+            place = (*where, labels)  # a query with several targets has several labels
+            one_hot = torch.zeros_like(logits).index_put(place, logits.new_ones(()))
+            target, weights = self._aligned(one)
+            quality = torch.zeros_like(logits).index_put(place, (target * weights).to(logits))
         if "counted" in prediction:
             keep = prediction["counted"]
             logits, one_hot, quality = logits[keep], one_hot[keep], quality[keep]
@@ -304,19 +359,37 @@ class Criterion:
             logits, one_hot, quality = (x.flatten(0, 1) for x in (logits, one_hot, quality))
         return self.classification(logits, one_hot, quality, num_objects)
 
+    def _aligned(self, one: LossInput) -> tuple[Tensor, Tensor]:
+        """Targets of Align-DETR's pairs, and their weights by rank."""
+        assert isinstance(self.classification, AlignedLoss), "classification"
+        where = query_indices(one.pairs)
+        labels = paired(one.targets, one.pairs, "labels").long()
+        boxes = one.prediction["boxes"][where].detach()
+        iou = overlap(boxes, paired(one.targets, one.pairs, "boxes"))[0]
+        score = one.prediction["logits"].detach()[(*where, labels)].sigmoid()
+        target = self.classification.targets(score, iou)
+        if not one.ranked:
+            return target, torch.ones_like(target)
+        most = max((len(t["labels"]) for t in one.targets), default=0)
+        of = where[0] * most + torch.cat([which for _, which in one.pairs])
+        return target, self.classification.rank_weights(target, of)
+
     def box_losses(self, one: LossInput, balance: tuple[int, int]) -> dict[str, Tensor]:
         """Losses of the boxes of matched queries.
 
         ``balance`` is that of :meth:`~deform_attn.detr.dfine.EdgeBins.distillation`.
         """
-        _, prediction, targets, pairs, n = one
+        _, prediction, targets, pairs, n, _ = one
         where, target_boxes = query_indices(pairs), paired(targets, pairs, "boxes")
         boxes = prediction["boxes"][where]
         iou, giou = overlap(boxes, target_boxes)
         distance = (boxes - target_boxes).abs()
         if "pixels" in prediction:  # Stewart's distances are in pixels
             distance = distance * prediction["pixels"][where[0]]
-        losses = {"l1": distance.sum() / n, "giou": (1 - giou).sum() / n}
+        misfit = 1 - giou
+        if isinstance(self.classification, AlignedLoss):
+            misfit = misfit * self._aligned(one)[1]
+        losses = {"l1": distance.sum() / n, "giou": misfit.sum() / n}
         if self.bins is not None and "corners" in prediction:
             corners, initial = prediction["corners"][where], prediction["initial"][where]
             iou = iou.detach()

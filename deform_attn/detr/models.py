@@ -36,6 +36,7 @@ from deform_attn.detr.layers import (
     class_head,
 )
 from deform_attn.detr.losses import (
+    AlignedLoss,
     Classification,
     Criterion,
     CrossEntropy,
@@ -50,6 +51,7 @@ from deform_attn.detr.queries import (
     BoxPos,
     ConditionalPos,
     LearntQueries,
+    Queries,
     SelectedQueries,
     SinePos,
     fixed_pos,
@@ -163,29 +165,35 @@ class Detector(nn.Module):
     def detect(self, memory: Memory, noised: Noised | None = None) -> Outputs:
         """Queries and decoder on the encoder's memory."""
         queries, proposed = self.queries(memory)
-        if noised is None or self.denoising is None:
-            outputs = self.decoder(queries, memory)
-            if self.training and self.denoising is not None:
-                # Without objects the embedding is unused: DDP needs its gradient all the same.
-                unused = self.denoising.label_embed.weight.sum() * 0
-                outputs["logits"] = outputs["logits"] + unused
-        else:
-            both = self.denoising.prepend(queries, noised)
-            mask = noised.attn_mask(queries.content.shape[1])
-            predictions = self.decoder(both, memory, mask)
-            slots = noised.labels.shape[1]
-            outputs = {name: value[:, :, slots:] for name, value in predictions.items()}
-            outputs["dn"] = {name: value[:, :, :slots] for name, value in predictions.items()}
-            outputs["dn"] |= {"pairs": noised.pairs, "groups": noised.groups}
-            if not self.denoising.contrastive:  # DN-DETR: padding slots have no loss
-                outputs["dn"]["counted"] = noised.labels >= 0
+        outputs = self._route(self.decoder, queries, memory, noised)
+        if noised is None and self.training and self.denoising is not None:
+            # Without objects the embedding is unused: DDP needs its gradient all the same.
+            unused = self.denoising.label_embed.weight.sum() * 0
+            outputs["logits"] = outputs["logits"] + unused
         outputs |= proposed
         if self.training and self.o2m_queries is not None and self.o2m_decoder is not None:
             many, proposed = self.o2m_queries(memory)
             outputs["encoder_o2m"] = proposed["encoder"]
-            outputs["o2m"] = self.o2m_decoder(many, memory)
+            outputs["o2m"] = self._route(self.o2m_decoder, many, memory, noised)
         if self.training and self.sep_decoder is not None:
-            outputs["sep"] = self.sep_decoder(queries, memory)
+            outputs["sep"] = self._route(self.sep_decoder, queries, memory, noised)
+        return outputs
+
+    def _route(
+        self, decoder: nn.Module, matched: Queries, memory: Memory, noised: Noised | None
+    ) -> Outputs:
+        """A decoder's predictions; those of noised queries are its ``dn``."""
+        if noised is None or self.denoising is None:
+            outputs: Outputs = decoder(matched, memory)
+            return outputs
+        both = self.denoising.prepend(matched, noised, getattr(self.queries, "query_pos", None))
+        predictions = decoder(both, memory, noised.attn_mask(matched.content.shape[1]))
+        slots = noised.labels.shape[1]
+        outputs = {name: value[:, :, slots:] for name, value in predictions.items()}
+        outputs["dn"] = {name: value[:, :, :slots] for name, value in predictions.items()}
+        outputs["dn"] |= {"pairs": noised.pairs, "groups": noised.groups}
+        if not self.denoising.contrastive:  # DN-DETR: padding slots have no loss
+            outputs["dn"]["counted"] = noised.labels >= 0
         return outputs
 
 
@@ -594,6 +602,8 @@ def mr_detr(
     size: Size = Size(num_queries=900),
     *,
     iou_weight: float = 0.7,
+    denoising: Denoising | None = None,
+    criterion: Criterion | None = None,
 ) -> System:
     """Mr. DETR (arXiv 2412.10028): two-stage Deformable DETR with two more routes in training.
 
@@ -606,6 +616,8 @@ def mr_detr(
         num_classes: number of classes.
         size: of the system.
         iou_weight: of :class:`~deform_attn.detr.matching.OneToMany`.
+        denoising: makes noised queries for all three routes.
+        criterion: instead of Deformable DETR's; it gets the one-to-many assignment.
     """
     d = size.d_model
     heads = Heads(size, num_classes, refine="twice", eps=1e-3)
@@ -625,9 +637,54 @@ def mr_detr(
         DeformableEncoder(backbone.channels, size),
         queries,
         decoder,
+        denoising=denoising,
         o2m=(o2m_queries, sharing(decoder, layers=o2m)),
         sep=sharing(decoder, layers=sep),
     )
-    assign = OneToMany(iou_weight, max_choices=int(size.num_queries * 0.25))
-    criterion = Criterion(WEIGHTS_CLASS_2, encoder="anchors", encoder_weight=3, one_to_many=assign)
+    if criterion is None:
+        criterion = Criterion(WEIGHTS_CLASS_2, encoder="anchors", encoder_weight=3)
+    criterion.one_to_many = OneToMany(iou_weight, max_choices=int(size.num_queries * 0.25))
     return System(model, criterion, BestScores(fuse=True))
+
+
+def _mr_denoising(num_classes: int, size: Size) -> Denoising:
+    return Denoising(num_classes, size.d_model, box_noise=0.4, spare=False)
+
+
+def mr_detr_dino(
+    backbone: Backbone, num_classes: int, size: Size = Size(dim_feedforward=2048, num_queries=900)
+) -> System:
+    """Mr. DETR's routes on DINO (arXiv 2412.10028): contrastive denoising in all three of them.
+
+    The routes' losses are divided by three times the number of objects.
+    """
+    criterion = Criterion(WEIGHTS_CLASS_2, encoder="binary", route_divisor=3)
+    denoising = _mr_denoising(num_classes, size)
+    options: Any = {"iou_weight": 0.8, "denoising": denoising, "criterion": criterion}
+    return mr_detr(backbone, num_classes, size, **options)
+
+
+def mr_detr_align(
+    backbone: Backbone,
+    num_classes: int,
+    size: Size = Size(dim_feedforward=2048, num_queries=900),
+    *,
+    temperature: float = 1e4,
+    shift: float = -0.5,
+) -> System:
+    """Mr. DETR's routes on Align-DETR (arXiv 2412.10028): as on DINO, with the aligned loss.
+
+    Args:
+        backbone: images to maps.
+        num_classes: number of classes.
+        size: of the system.
+        temperature: of :class:`~deform_attn.detr.encoder.DeformableEncoder`; 20 for 24 epochs.
+        shift: of the same; 0 for 24 epochs.
+    """
+    criterion = Criterion(WEIGHTS, classification=AlignedLoss(), encoder="binary", route_divisor=3)
+    denoising = _mr_denoising(num_classes, size)
+    options: Any = {"iou_weight": 0.8, "denoising": denoising, "criterion": criterion}
+    system = mr_detr(backbone, num_classes, size, **options)
+    encoder: Any = system.model.encoder
+    encoder.temperature, encoder.shift = temperature, shift
+    return system

@@ -116,7 +116,7 @@ def load(
         name_or_path: ``digits``, which is part of the package; ``model.pt`` of a training; an
             official checkpoint, of DETR, Deformable DETR, DAB-DETR, DN-DETR, DINO, RT-DETR,
             RT-DETRv2, D-FINE, DEIM or Mr. DETR; or a folder or a name on the Hugging Face hub of a
-            detr, deformable_detr, rt_detr, rt_detr_v2 or d_fine of transformers.
+            detr, deformable_detr, dab-detr, rt_detr, rt_detr_v2 or d_fine of transformers.
         device: where it runs.
         model: one of :data:`~deform_attn.detr.zoo.CONFIGURATIONS`, for an official checkpoint; by
             default it is found out from names and shapes.

@@ -148,11 +148,20 @@ class SelectedQueries(nn.Module):
         proposed = {"logits": logits, "boxes": boxes.sigmoid(), "anchors": anchors.sigmoid()}
         content, references = content.detach(), selected.detach().sigmoid()
         if self.pos_trans is not None:
-            sines = sine(references, self.d_model // 2).to(content.dtype)
-            query_pos, content = self.pos_trans(sines).chunk(2, -1)
+            query_pos, content = self._projected(references).chunk(2, -1)
         if self.tgt_embed is not None:
             content = self.tgt_embed.weight.expand(references.shape[0], -1, -1)
         return Queries(content, references, query_pos), {"encoder": precise(proposed)}
+
+    def query_pos(self, boxes: Tensor) -> Tensor:
+        """Positional embedding ``[..., d_model]`` of boxes ``[..., 4]``, if ``binary``."""
+        return self._projected(boxes)[..., : self.d_model]
+
+    def _projected(self, boxes: Tensor) -> Tensor:
+        assert self.pos_trans is not None, "binary"
+        sines = sine(boxes, self.d_model // 2).to(self.proj.weight.dtype)
+        projected: Tensor = self.pos_trans(sines)
+        return projected
 
 
 def proposals(memory: Memory) -> tuple[Tensor, Tensor]:

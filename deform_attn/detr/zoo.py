@@ -98,6 +98,17 @@ def _detr_line() -> dict[str, Configuration]:
     for queries, suffix in ((900, ""), (300, "_300")):
         size = replace(wide, num_queries=queries)
         found[f"mr_detr_r50{suffix}"] = routes(models.mr_detr, resnet, size=size)
+    found["mr_detr_dino_r50"] = routes(models.mr_detr_dino, resnet, size=dino)
+    found["mr_detr_align_r50"] = routes(models.mr_detr_align, resnet, size=dino)
+    longer = {"temperature": 20.0, "shift": 0.0}
+    found["mr_detr_align_r50_24ep"] = routes(
+        models.mr_detr_align, resnet, size=dino, options=longer
+    )
+    routes = partial(large, classes=COCO_80)
+    found["mr_detr_align_swin_l"] = routes(models.mr_detr_align, swin_large, size=dino)
+    found["mr_detr_align_swin_l_5scale"] = routes(
+        models.mr_detr_align, partial(swin_large, maps=4), size=five
+    )
     found["stewart_r50"] = one(
         models.stewart, resnet, size=Size(d_model=250, dropout=0.15), classes=("person",)
     )
@@ -203,12 +214,18 @@ _SIGNATURES: dict[str, tuple[str, ...]] = {
     "dn_deformable_detr": (r"^label_enc\.", r"^tgt_embed\.", r"\.cross_attn\.sampling_offsets\."),
     "dino": (r"^transformer\.enc_out_class_embed\.", r"^label_enc\."),
     "mr_detr": (r"\.instruction_o2m",),
+    "mr_detr_dino": (r"\.instruction_o2m", r"^label_enc\."),
+    "mr_detr_align": (r"\.instruction_o2m", r"^label_enc\."),
     "rtdetr": (r"^decoder\.enc_score_head\.", r"\.cross_attn\.value_proj\."),
     "rtdetrv2": (r"^decoder\.enc_score_head\.", r"\.value_proj\.", r"\.num_points_scale$"),
     "deim_rtdetrv2": (r"\.value_proj\.", r"^decoder\.query_pos_head\.layers\.2\."),
     "dfine": (r"^decoder\.decoder\.lqe_layers\.",),
     "deim": (r"^decoder\.decoder\.lqe_layers\.",),
 }
+
+
+# Words of file names that tell models with the same names and shapes apart.
+_HINTS = ("deim", "discrete", "dsp", "dc5", "dino", "align", "24ep")
 
 
 def identify(state: Mapping[str, Tensor]) -> list[tuple[str, int]]:
@@ -293,7 +310,7 @@ def from_official(
         )
     if name is None:
         chosen = [name for name, _ in fitting]
-        words = [w for w in ("deim", "discrete", "dsp", "dc5") if w in hint.lower()]
+        words = [w for w in _HINTS if w in hint.lower()]
         words = ["discrete" if w == "dsp" else w for w in words]
         best = [n for n in chosen if all(w in n for w in words)] or chosen
         name = best[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,7 @@ def made(kind: str) -> Any:
         "deformable_detr_refine": ("DeformableDetr", line(*THREE, with_box_refine=True)),
         "deformable_detr_two_stage": ("DeformableDetr", line(*THREE, **two)),
         "detr": ("Detr", line("stage4")),
+        "dab_detr": ("DabDetr", line("stage4", hidden_size=32)),
     }
     name, given = options[kind]
     config = getattr(transformers, name + "Config")(**given)
@@ -78,7 +80,7 @@ def made(kind: str) -> Any:
 
 
 KINDS = ("rt_detr", "rt_detr_v2", "rt_detr_v2_discrete", "d_fine", "deformable_detr")
-KINDS += ("deformable_detr_refine", "deformable_detr_two_stage", "detr")
+KINDS += ("deformable_detr_refine", "deformable_detr_two_stage", "detr", "dab_detr")
 
 
 def draw_weights(model: nn.Module) -> None:
@@ -94,13 +96,15 @@ def draw_weights(model: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_outputs_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+def test_outputs_are_those_of_transformers(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In float64; transformers has constants of float32 in its proposals."""
     source = made(kind)
     draw_weights(source)
     source.save_pretrained(tmp_path)
     system, classes, size, resize = from_transformers(tmp_path)
-    padded = kind.startswith("de")
+    padded = kind.startswith("d") and kind != "d_fine"
     assert (size, resize) == ((800, "shortest") if padded else (640, "stretch"))
     assert classes == tuple(f"LABEL_{i}" for i in range(5))
     images = torch.rand(2, 3, 128, 160 if padded else 128, dtype=torch.double)
@@ -111,6 +115,7 @@ def test_outputs_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
         mask[1, 96:], mask[1, :, 128:] = True, True
         options["pixel_mask"] = (~mask).long()
     normalized = normalize(images, mask)
+    monkeypatch.setattr(torch, "zeros", partial(torch.zeros, dtype=torch.double))  # of DAB-DETR
     with torch.no_grad():
         expected = source.double().eval()(normalized, **options)
         found = system.model.double().eval()(images, mask)
