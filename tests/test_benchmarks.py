@@ -400,7 +400,9 @@ def test_kernel_limits(figures: dict[str, int], fails: bool) -> None:
 
 
 def test_kernel_names_are_parsed() -> None:
-    signature = "void deform_attn::backward_teams<__half, 8, int, true, deform_attn::FusedPoints<"
+    signature = (
+        "void deform_attn::backward_teams<__half, 8, unsigned int, deform_attn::FusedPoints<"
+    )
     kernel = kernels.parse(f"{signature}__half> >(deform_attn::Problem)", 90)
     assert (kernel.name, kernel.dtype) == ("backward_teams", "f16")
-    assert kernel.variant == "16 bytes, int32, scatter, layer"
+    assert kernel.variant == "16 bytes, uint32, fused"

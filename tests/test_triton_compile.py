@@ -62,7 +62,7 @@ AMD_KERNELS: list[Any] = [
 TOO_LARGE: Kernel = ("forward", 90, "f32", {"head_dim": 128, "blocks": (32, 128, 1)})
 
 COMPILE = """
-import dataclasses, json, sys
+import dataclasses, json, multiprocessing, sys
 from concurrent.futures import ProcessPoolExecutor
 from benchmarks.gates.triton_kernels import compile_kernel
 from deform_attn.backends.triton_launcher import Blocks
@@ -76,7 +76,8 @@ def compile(kernel):
     return dataclasses.asdict(compile_kernel(name, architecture, dtype, **shape))
 
 if __name__ == "__main__":
-    with ProcessPoolExecutor(2) as pool:
+    # forked: other processes cannot import a function of this text (the default from Python 3.14)
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("fork")) as pool:
         json.dump(list(pool.map(compile, json.load(sys.stdin))), sys.stdout)
 """
 

@@ -132,7 +132,7 @@ def parse(demangled: str, architecture: int) -> Kernel:
         variant.append("16 bytes" if arguments[1] != "1" else "any D")
         variant.append("uint32" if arguments[2].startswith("unsigned") else "int64")
     if "FusedPoints" in demangled:
-        variant.append("layer")
+        variant.append("fused")
     return Kernel(architecture, name, dtype, ", ".join(variant))
 
 

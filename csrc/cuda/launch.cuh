@@ -22,6 +22,7 @@
 #include "gather.cuh"
 #include "scatter.cuh"
 #include "sums.cuh"
+#include "tiles.cuh"
 
 namespace deform_attn {
 
@@ -167,8 +168,9 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
   });
 }
 
-// kBaseline: as in 2020. kScatter: atomics. kGather: no atomics, the same bits every time.
-enum class BackwardAlgorithm { kBaseline, kScatter, kGather };
+// kBaseline: as in 2020. kScatter: atomics. kTiles: atomics, after adding up what a tile of queries adds to
+// a pixel, where `in_tiles`; elsewhere as kScatter. kGather: no atomics, the same bits every time.
+enum class BackwardAlgorithm { kBaseline, kScatter, kTiles, kGather };
 
 // Scattering takes far fewer instructions; gathering is repeatable to the bit.
 inline BackwardAlgorithm choose_backward(bool deterministic) {
@@ -183,6 +185,7 @@ struct OutputMask {
 // The working memory of a backward call, in bytes.
 struct BackwardPlan {
   BackwardAlgorithm algorithm;
+  bool tiles;         // by backward_tiles, where alignment allows it
   bool zeros;         // the gradient of value must be zeros before; else every element is written
   size_t sums;        // the gradient of a 16-bit value in float, zeros before; rounded once
   size_t bounds;      // of backward_gather
@@ -201,6 +204,23 @@ inline bool nothing_to_do(const Problem& problem) {
   return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
 }
 
+// The blocks of backward_tiles.
+inline LaunchConfig tiles_config(const Problem& problem) {
+  LaunchConfig config = launch_config(problem, kTileVec, 0, false, 0);
+  config.threads = kBlock;
+  return config;
+}
+
+// Whether backward_tiles can run, and takes fewer reductions: the queries may be the pixels of the levels,
+// so that those of a block sample the same pixels.
+inline bool in_tiles(const KernelCall& in, const Device& device) {
+  const Problem& problem = in.problem;
+  const int64_t limit = int64_t{1} << (32 - kShareBits);  // of an offset, in units of kTileVec
+  return in.type != Type::kDouble && problem.queries == problem.rows &&
+         problem.head_dim % kTileVec == 0 && !device.long_offsets &&
+         problem.rows * problem.row_stride() / kTileVec < limit;
+}
+
 inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algorithm,
                                   const Device& device, const OutputMask& output_mask = {}) {
   const Problem& problem = in.problem;
@@ -208,7 +228,7 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
   const int64_t acc_bytes = in.type == Type::kDouble ? sizeof(double) : sizeof(float);
   const int64_t items = problem.batch * problem.queries * problem.heads;
   const auto bytes = [&](int64_t numbers) { return static_cast<size_t>(numbers * acc_bytes); };
-  BackwardPlan plan = {algorithm, true, 0, 0, 0, 0, 0};
+  BackwardPlan plan = {algorithm, false, true, 0, 0, 0, 0, 0};
   if (nothing_to_do(problem)) return plan;
   if (!output_mask.value) {
     plan.zeros = false;
@@ -222,9 +242,11 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
     plan.zeros = false;
     plan.sums = bytes(problem.batch * problem.rows * problem.row_stride());
   }
+  plan.tiles = output_mask.value && algorithm == BackwardAlgorithm::kTiles && in_tiles(in, device);
   if (in.fused.reference) {
-    if (output_mask.value && algorithm == BackwardAlgorithm::kGather)
+    if (plan.tiles || (output_mask.value && algorithm == BackwardAlgorithm::kGather)) {
       plan.statistics = bytes(2 * items);
+    }
     if (problem.points * kWarp / 4 > (acc_bytes == 8 ? kKept<double> : kKept<float>)) {
       plan.by_weight = bytes(items * problem.points);
     }
@@ -308,17 +330,27 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
   } else {
     with_points<T>(in, out.statistics, [&](const auto& points) {
       using Points = std::decay_t<decltype(points)>;
+      bool tiles = plan.tiles && out.value;
       const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
       with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
         using A = decltype(access);
         const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
-        const bool scatters = plan.algorithm == BackwardAlgorithm::kScatter && out.value;
+        tiles = tiles && std::is_same_v<typename A::Offset, unsigned>;
+        const bool scatters = plan.algorithm != BackwardAlgorithm::kGather && out.value && !tiles;
         LAUNCH((backward_teams<T, A::kVec, typename A::Offset, Points>),
                grid_of("backward_teams", config.count), config.threads, device.stream, problem,
                levels, config.blocks, points, value, grad, scatters ? sums : nullptr,
                gradients_of(points, out));
         check_launch("backward_teams", device);
       });
+      if constexpr (sizeof(T) < 8) {
+        if (tiles) {
+          const LaunchConfig config = tiles_config(problem);
+          LAUNCH((backward_tiles<T, Points>), grid_of("backward_tiles", config.count),
+                 config.threads, device.stream, problem, levels, config.blocks, points, grad, sums);
+          check_launch("backward_tiles", device);
+        }
+      }
       if (out.value && plan.algorithm == BackwardAlgorithm::kGather) {
         gather_value<T>(in, levels, points, grad, out, device);
       }

@@ -22,6 +22,38 @@ constexpr bool kSplits = sizeof(Acc) < 8;
 template <typename Acc>
 constexpr bool kRecomputesMean = kKept<Acc> == 0;
 
+// A lane keeps what it computed of a point in shared memory, as the pixels need the registers. float64 has no
+// room for that, and computes the point again.
+template <typename Acc>
+constexpr bool kKeepsFootprints = sizeof(Acc) < 8;
+
+template <typename Acc>
+struct alignas(16) KeptFootprint {
+  Acc right, down, weight;
+  unsigned on;
+
+  __device__ void keep(const Footprint<Acc>& foot, Acc attention_weight) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) bits |= foot.on[i] ? 1u << i : 0;
+    *this = {foot.right, foot.down, attention_weight, bits};
+  }
+  // Restores all but the pixel's coordinates; returns the attention weight.
+  __device__ Acc restore(Footprint<Acc>& foot) const {
+    const KeptFootprint kept = *this;
+    foot.right = kept.right;
+    foot.down = kept.down;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) foot.on[i] = kept.on >> i & 1;
+    return kept.weight;
+  }
+};
+
+// Points whose dot products a team computes at once. The pixels of two take too many registers in 16 bits,
+// where a lane has eight channels, in float64 and in a fused call.
+template <typename T, typename Points>
+constexpr int kAtOnce = sizeof(T) == 4 && !Points::kFused ? 2 : 1;
+
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. In shared memory and not
 // in registers, which the pixels and grad_output need.
 template <typename Acc, typename Offset, typename Points>
@@ -33,7 +65,9 @@ struct Staged {
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
   int order[kWarp];                         // the queries of the warp, from part.first on
-  Acc weight[Points::kFused ? kWarp : 1];   // of a fused call, where it takes an exponential
+  KeptFootprint<Acc> foot[kKeepsFootprints<Acc> ? kWarp : 1];
+  // Otherwise: of a fused call, where it takes an exponential.
+  Acc weight[Points::kFused && !kKeepsFootprints<Acc> ? kWarp : 1];
   Acc by_weight[Points::kFused && kKept<Acc> > 0 ? kKept<Acc> : 1];
 };
 
@@ -125,8 +159,14 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
         staged.corners.set(teams.lane, corner_of<Acc, Offset>(foot, levels.level[level],
                                                               sample.weight, row_stride));
-        if constexpr (Points::kFused) staged.weight[teams.lane] = sample.weight;
-        staged.dot[teams.lane] = {};
+        if constexpr (kKeepsFootprints<Acc>) {
+          staged.foot[teams.lane].keep(foot, sample.weight);
+        } else if constexpr (Points::kFused) {
+          staged.weight[teams.lane] = sample.weight;
+        }
+      } else {
+        constexpr Offset kNone = Corner::kNone;
+        staged.corners.at[teams.lane] = {kNone, kNone, kNone, kNone};
       }
       __syncwarp();
 
@@ -134,19 +174,17 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       const T* const grad_of_query = grad_output + staged.output_at[teams.team()];
       for (int from = 0; from < problem.head_dim; from += lanes * kVec) {
         const int channel = from + lane * kVec;
-        const bool active = mine && channel < problem.head_dim;
-        const auto grad = load_if<kVec>(active, grad_of_query + channel);
+        const bool active = channel < problem.head_dim;
+        const auto grad = load_if<kVec>(active && mine, grad_of_query + channel);
         const auto* const source = reinterpret_cast<const Pack<T, kVec>*>(
             value + problem.value_at(part.batch, 0, part.head) + channel);
-#pragma unroll 1
-        for (int k = split; k - split < count; k += splits) {
-          const int entry = k * teams.count() + teams.team();
-          const bool works = active && k < count;
+        // Entries without a point have no pixels.
+        const auto dot_with = [&](int entry) {
+          const auto at = staged.corners.at[entry];
           Loaded<T, kVec> pixel[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            const Offset at = works ? staged.corners.at[entry].at[i] : Corner::kNone;
-            pixel[i] = load_if(at != Corner::kNone, source + at);
+            pixel[i] = load_if(active && at.at[i] != Corner::kNone, source + at.at[i]);
           }
           Acc dot[4] = {};
 #pragma unroll
@@ -154,8 +192,33 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
 #pragma unroll
             for (int c = 0; c < kVec; ++c) dot[i] += grad[c] * pixel[i][c];
           }
-          const Acc sum = sum_four_ways(dot, teams.lane, lanes);
-          if (mine && k < count && lane < 4) staged.dot[entry].at[lane] += sum;
+          return sum_four_ways(dot, teams.lane);
+        };
+        const auto keep = [&](int entry, Acc sum) {
+          Acc& total = staged.dot[entry].at[lane & 3];
+          total = from == 0 ? sum : total + sum;
+        };
+        const int entries = count * teams.count(), step = splits * teams.count();
+#pragma unroll 1
+        for (int first_entry = 0; first_entry < entries; first_entry += kAtOnce<T, Points> * step) {
+          int entry = first_entry + split * teams.count() + teams.team();
+          Acc sum = dot_with(entry);
+          if constexpr (kAtOnce<T, Points> == 1) {
+            for (int by = 4; by < lanes; by *= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
+            if (lane < 4) keep(entry, sum);
+          } else {
+            const Acc other = dot_with(entry + step);
+            if (lanes == 4) {
+              keep(entry + step, other);
+            } else {  // the second four lanes sum up the second point
+              const bool second = lane & 4;
+              const Acc given = __shfl_xor_sync(kAllLanes, second ? sum : other, 4);
+              sum = (second ? other : sum) + given;
+              if (second) entry += step;
+              for (int by = 8; by < lanes; by *= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
+            }
+            if (lane < 8) keep(entry, sum);
+          }
         }
       }
       // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
@@ -190,14 +253,19 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         }
       }
       __syncwarp();
-      if (stages) {  // computes the point again, which takes fewer registers than keeping it
-        const int k = recomputed(k_staged);
-        if constexpr (sizeof(Acc) == 8) level = level_of(k, 0, levels);
-        const auto location = points.location(query, k, level, levels);
-        const Acc weight = Points::kFused ? staged.weight[teams.lane] : points.weight(query, k);
+      if (stages) {
+        const int k = kKeepsFootprints<Acc> ? k_staged : recomputed(k_staged);
         Footprint<Acc> foot;
-        foot.place(location.at[0], location.at[1], levels.level[level].height,
-                   levels.level[level].width);
+        Acc weight;
+        if constexpr (kKeepsFootprints<Acc>) {
+          weight = staged.foot[teams.lane].restore(foot);
+        } else {
+          level = level_of(k, 0, levels);
+          const auto location = points.location(query, k, level, levels);
+          weight = Points::kFused ? staged.weight[teams.lane] : points.weight(query, k);
+          foot.place(location.at[0], location.at[1], levels.level[level].height,
+                     levels.level[level].width);
+        }
         const auto gradient =
             point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane].at);
         const int64_t point = query.first_point + k;

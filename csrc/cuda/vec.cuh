@@ -3,7 +3,7 @@
 //   AccOf            the dtype that sums of a dtype are accumulated in: float, or double for double
 //   Pack, Loaded     kVec neighbouring elements, one load or store of up to 16 bytes
 //   atomic_add       adds to kWidth neighbouring elements, in one atomic where the architecture has it
-//   sum_four_ways    four sums over a group of lanes, in fewer shuffles than four separate sums
+//   sum_four_ways    four sums over four lanes, in fewer shuffles than four separate sums
 //
 // After any edit: make kernels traffic
 #pragma once
@@ -127,20 +127,26 @@ __device__ inline int recomputed(int number) {
   return number;
 }
 
-// Sums of term[0..3] over the `lanes` lanes of a group (a power of two, 4 to 32). Lane j < 4 of the
-// group gets the sum of term[j]; the results of the other lanes are meaningless. Each of the first two
-// steps halves the number of sums that a lane carries.
 template <typename Acc>
-__device__ Acc sum_four_ways(const Acc (&term)[4], int lane, int lanes) {
+__device__ Acc zero() {
+  Acc number = 0;
+#if defined(__CUDA_ARCH__)
+  asm volatile("" : "+f"(number));
+#endif
+  return number;
+}
+
+// Sums of term[0..3] over the four lanes of a group. Lane j of the four gets the sum of term[j]. Each of
+// the two steps halves the number of sums that a lane carries.
+template <typename Acc>
+__device__ Acc sum_four_ways(const Acc (&term)[4], int lane) {
   const bool odd = lane & 1, high = lane & 2;
   Acc low_pair = odd ? term[1] : term[0];
   Acc high_pair = odd ? term[3] : term[2];
   low_pair += __shfl_xor_sync(kAllLanes, odd ? term[0] : term[1], 1);
   high_pair += __shfl_xor_sync(kAllLanes, odd ? term[2] : term[3], 1);
   Acc sum = high ? high_pair : low_pair;
-  sum += __shfl_xor_sync(kAllLanes, high ? low_pair : high_pair, 2);
-  for (int step = 4; step < lanes; step *= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
-  return sum;
+  return sum + __shfl_xor_sync(kAllLanes, high ? low_pair : high_pair, 2);
 }
 
 }  // namespace deform_attn

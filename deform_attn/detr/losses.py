@@ -366,7 +366,8 @@ class Criterion:
         labels = paired(one.targets, one.pairs, "labels").long()
         boxes = one.prediction["boxes"][where].detach()
         iou = overlap(boxes, paired(one.targets, one.pairs, "boxes"))[0]
-        score = one.prediction["logits"].detach()[(*where, labels)].sigmoid()
+        image, query = where
+        score = one.prediction["logits"].detach()[image, query, labels].sigmoid()
         target = self.classification.targets(score, iou)
         if not one.ranked:
             return target, torch.ones_like(target)

@@ -175,9 +175,11 @@ def _decomposed(
 
 def _merge_views(module: torch.fx.GraphModule) -> None:
     """Replace a view of a view by one: layers shape offsets and weights to six dimensions first."""
-    view = torch.ops.aten.view.default
+    view, detach = torch.ops.aten.view.default, torch.ops.aten.detach.default
     for node in module.graph.nodes:
-        if node.target is view:
+        if node.target is detach:  # torch 2.15 keeps them, between two views
+            node.replace_all_uses_with(node.args[0])
+        elif node.target is view:
             while node.args[0].target is view:
                 node.replace_input_with(node.args[0], node.args[0].args[0])
     module.graph.eliminate_dead_code()

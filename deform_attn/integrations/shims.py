@@ -2,7 +2,8 @@
 
 Deformable DETR, DINO, Mask2Former, GroundingDINO, detrex and mmcv each compile their own extension
 of the operator. With the stand-ins in ``sys.modules``, an unmodified checkout imports and runs
-without compiling one.
+without compiling one. mmcv, GroundingDINO and detrex call theirs for tensors on GPUs alone, and a
+function of their own elsewhere; :func:`deform_attn.accelerate` replaces both.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-ALGORITHMS = ("baseline", "scatter", "gather", "planned")
+ALGORITHMS = ("baseline", "scatter", "tiles", "gather", "planned")
 NAN = float("nan")
 PROCESSORS = 132  # multiprocessors of the emulated GPU
 

@@ -60,6 +60,7 @@ BackwardPlan plan(const KernelCall& in, const std::string& name, const Device& d
                   const OutputMask& output_mask) {
   const BackwardAlgorithm algorithm = name == "baseline"  ? BackwardAlgorithm::kBaseline
                                       : name == "scatter" ? BackwardAlgorithm::kScatter
+                                      : name == "tiles"   ? BackwardAlgorithm::kTiles
                                                           : choose_backward(name == "gather");
   return plan_backward(in, algorithm, device, output_mask);
 }
@@ -67,6 +68,7 @@ BackwardPlan plan(const KernelCall& in, const std::string& name, const Device& d
 const char* name_of(BackwardAlgorithm algorithm) {
   return algorithm == BackwardAlgorithm::kBaseline  ? "baseline"
          : algorithm == BackwardAlgorithm::kScatter ? "scatter"
+         : algorithm == BackwardAlgorithm::kTiles   ? "tiles"
                                                     : "gather";
 }
 

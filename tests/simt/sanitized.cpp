@@ -203,7 +203,7 @@ void run_fused(KernelCall in, const Case& test, size_t index, const std::string&
     }
   }
   for (const BackwardAlgorithm algorithm :
-       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kGather}) {
+       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kTiles, BackwardAlgorithm::kGather}) {
     const Gradients<T> found = backward(in, grad.data(), algorithm, device);
     alike(by_given.value, found.value, "value");
     alike(by_reference, found.reference, "reference points");
@@ -274,10 +274,11 @@ void run(const Case& test, Type type, size_t index) {
 
   const Gradients<T> expected = backward(in, grad.data(), BackwardAlgorithm::kBaseline, device);
   for (const BackwardAlgorithm algorithm :
-       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kGather}) {
+       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kTiles, BackwardAlgorithm::kGather}) {
     const Gradients<T> result = backward(in, grad.data(), algorithm, device);
-    const std::string what =
-        name + (algorithm == BackwardAlgorithm::kScatter ? "scatter" : "gather");
+    const std::string what = name + (algorithm == BackwardAlgorithm::kScatter ? "scatter"
+                                     : algorithm == BackwardAlgorithm::kTiles ? "tiles"
+                                                                              : "gather");
     expect(close(expected.value, result.value, tolerance), what + ", value");
     expect(close(expected.locations, result.locations, tolerance), what + ", locations");
     expect(close(expected.wide, result.wide, tolerance), what + ", weights");

@@ -566,6 +566,11 @@ T __shfl_xor_sync(unsigned mask, T number, int bits) {
                        static_cast<int>(threadIdx.x % simt::kWarpSize) ^ bits);
 }
 template <typename T>
+T __shfl_up_sync(unsigned mask, T number, int by) {
+  const int from = static_cast<int>(threadIdx.x % simt::kWarpSize) - by;
+  return simt::shuffle(mask, "__shfl_up_sync", number, from);
+}
+template <typename T>
 T __shfl_down_sync(unsigned mask, T number, int by) {
   const int from = static_cast<int>(threadIdx.x % simt::kWarpSize) + by;
   return simt::shuffle(mask, "__shfl_down_sync", number, from < simt::kWarpSize ? from : -1);
@@ -588,9 +593,14 @@ inline void atomicAdd(double* to, double term) {
   simt::watch_atomic(to, 8);
   simt::add<double, uint64_t>(to, term);
 }
-inline void atomicAdd(int* to, int term) {
+inline int atomicAdd(int* to, int term) {
   simt::watch_atomic(to, 4);
-  __atomic_fetch_add(to, term, __ATOMIC_RELAXED);
+  return __atomic_fetch_add(to, term, __ATOMIC_RELAXED);
+}
+inline int atomicCAS(int* to, int expected, int desired) {
+  simt::watch_atomic(to, 4);
+  __atomic_compare_exchange_n(to, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
+  return expected;
 }
 inline void atomicAdd(float2* to, float2 term) {
   simt::watch_atomic(to, 8);

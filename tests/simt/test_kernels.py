@@ -57,11 +57,18 @@ def check_call(inputs: OpInputs, kernels: Emulated = KERNELS, algorithm: str = "
 
 @pytest.mark.parametrize("head_dim", [1, 4, 8, 16, 30, 32, 64, 71, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "tiles", "gather"])
 def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
     """Queries that are the pixels, so that tiles, bands and shared pixels occur."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
     check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
+
+
+def test_far_points_of_a_tile() -> None:
+    """Points of a block further apart than its window of slots; a map of one pixel too."""
+    case = Case("far", levels=((3, 150), (90, 2), (1, 1)), batch=1, queries=631, head_dim=8)
+    for kernels in (KERNELS, OLD):
+        check_call(case.make(DTYPES["f32"]), kernels, "tiles")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -248,6 +255,9 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
                     run(inputs, grad_output_for(inputs), kernels, algorithm)
                     if algorithm in ("scatter", "gather"):
                         run_fused(inputs, kernels, algorithm)
+            if name == "head_dim_32":
+                inputs = ENCODER.make(DTYPES[dtype])
+                run(inputs, grad_output_for(inputs), KERNELS, "tiles")
             here = [re.search(r"deform_attn::(\w+)<(\w+)", name) for name in launched() - before]
             cases.update({match[1] for match in here})
             for match in here:
@@ -259,4 +269,9 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
     narrow = {"__half", "__nv_bfloat16"}
     wide = {"double", "float"}
     for name, types in reached.items():
-        assert types == {"round_sums": narrow, "sum_heads": wide}.get(name, wide | narrow), name
+        expected = {
+            "round_sums": narrow,
+            "sum_heads": wide,
+            "backward_tiles": {"float"} | narrow,
+        }
+        assert types == expected.get(name, wide | narrow), name

@@ -1,0 +1,229 @@
+// backward_tiles: the gradient of value where the queries are the pixels. A block adds up what its
+// queries add to a pixel, and then adds the sum to memory: one atomic a pixel instead of one a point.
+//
+// After any edit: make kernels traffic
+#pragma once
+
+#include "points.cuh"
+
+namespace deform_attn {
+
+constexpr int kTileQueries = 64;  // of a block: a tile of 8 x 8 pixels, see query_at
+constexpr int kTurnPoints = kBlock / kTileQueries;  // points of a query in a turn: a thread has one
+constexpr int kShares = 2 * kBlock;                 // of a turn: two image rows of each point
+constexpr int kSide = 32;                           // of the window of slots
+constexpr int kRowSlots = kSide + 4;                // 4: so that neighbouring rows use other banks
+constexpr int kSlots = kSide * kRowSlots;
+constexpr int kTileVec = 4;    // channels of a lane
+constexpr int kTileBatch = 2;  // shares that a lane loads at a time
+// Blocks that must fit on a multiprocessor at once. Five fit in the registers where an atomic adds the
+// channels of a lane.
+constexpr int kTileBlocks = kLeastBlocks == 4 && kAtomicFloats == 4 ? 5 : kLeastBlocks;
+
+// What a point adds to two neighbouring pixels of an image row.
+struct alignas(16) Share {
+  unsigned query;  // the offset of its gradient, in units of kTileVec, << kShareBits, and ShareBits
+  unsigned left;   // the offset of the left pixel, in units of kTileVec
+  float left_weight, right_weight;
+};
+
+// What happens to the sums of the two pixels after a share.
+enum ShareBits : unsigned {
+  kAddLeft = 1,   // to memory; with kMore: the left pixel is on the map
+  kAddRight = 2,  // to memory; with kMore: the right pixel is on the map
+  kShift = 4,     // the next share's left pixel is the right one of this share
+  kMore = 8       // nothing: the next share has the same pixels
+};
+constexpr int kShareBits = 4;
+
+// What the threads of a block have in common in a turn. The pair of pixels that begins at (x, y) has the
+// slot (x % 32, y % 32). Where two pairs have the same slot, the first to come owns it; the shares of
+// the other are not added up.
+struct Turn {
+  int owner[kSlots];  // which pair; -1: none
+  int count[kSlots];  // of shares; later packed with the place where they begin
+  // Shares of a slot one behind the other, slots of a row in order; then those without a slot.
+  Share share[kShares + kShares / 16 + kTileBatch];
+  int listed, single;  // shares with and without a slot
+
+  // Teams begin 16 shares apart where all points are on the map: a gap avoids bank conflicts.
+  __device__ Share& at(unsigned i) { return share[i + i / 16]; }
+};
+
+__device__ inline int packed(int count, int begin) { return count << 16 | begin; }
+__device__ inline int count_of(int packed) { return packed >> 16; }
+__device__ inline int begin_of(int packed) { return packed & 0xffff; }
+
+// Adds to `grad_value`, zeros before. In each turn a thread has one point, all of the same level. The
+// threads list the shares of the points, sorted by pixel; then each team of lanes adds up an equal part
+// of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec fit an unsigned, those
+// in grad_output its upper 28 bits.
+template <typename T, typename Points>
+__global__ void __launch_bounds__(kBlock, kTileBlocks)
+    backward_tiles(Problem problem, LevelTable table, Blocks blocks, Points points,
+                   const T* __restrict__ grad_output, AccOf<T>* __restrict__ grad_value) {
+  using Acc = AccOf<T>;
+  __shared__ BlockLevels levels;
+  __shared__ Turn turn;
+  // In shared memory and not in registers, which the sums need.
+  __shared__ Part part;
+  __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
+  __shared__ typename Points::Query queries[kTileQueries];
+  if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+  read_levels(table, problem, levels);
+  const unsigned stride = static_cast<unsigned>(problem.row_stride() / kTileVec);
+  if (static_cast<int>(threadIdx.x) < part.count) {
+    const int64_t query = query_at(part.first + threadIdx.x, levels, table.count);
+    grad_at[threadIdx.x] = static_cast<unsigned>(query) * stride << kShareBits;
+    queries[threadIdx.x] = points.reopen(problem, part.batch, query, part.head);
+  }
+  static_assert(kSide * kSide == 4 * kBlock);
+  const int own_slots = threadIdx.x / (kSide / 4) * kRowSlots + threadIdx.x % (kSide / 4) * 4;
+  const auto clear = [&] {
+    *reinterpret_cast<Pack<int, 4>*>(turn.owner + own_slots) = {-1, -1, -1, -1};
+    *reinterpret_cast<Pack<int, 4>*>(turn.count + own_slots) = {0, 0, 0, 0};
+    if (threadIdx.x == 0) turn.listed = turn.single = 0;
+  };
+  clear();
+  const int lane_bits = blocks.lane_bits;
+  const int lane = threadIdx.x & ((1 << lane_bits) - 1), team = threadIdx.x >> lane_bits;
+  const T* const first_grad = grad_output + problem.output_at(part.batch, 0, part.head);
+  Acc* const first_pixel = grad_value + problem.value_at(part.batch, 0, part.head);
+
+#pragma unroll 1
+  for (int l = 0; l < table.count; ++l) {
+    const Level level = levels.level[l];
+#pragma unroll 1
+    for (int first = levels.first_point[l]; first < levels.first_point[l + 1];
+         first += kTurnPoints) {
+      __syncthreads();  // cleared, and the previous turn is over
+      // Neighbouring threads have neighbouring points of a query.
+      const int position = threadIdx.x / kTurnPoints, k = first + threadIdx.x % kTurnPoints;
+      Footprint<Acc> foot;
+      Acc weight = 0;
+      int place[2] = {-1, -1};  // slot, and number among the shares of the slot; -1: not on the map
+      if (position < part.count && k < levels.first_point[l + 1]) {
+        const Sample<Acc> sample = points.at(queries[position], k, l, levels);
+        weight = sample.weight;
+        foot.place(sample.x, sample.y, level.height, level.width);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (!foot.on[2 * i] && !foot.on[2 * i + 1]) continue;
+          const int y = foot.y + i;
+          const int slot = (y & (kSide - 1)) * kRowSlots + (foot.x & (kSide - 1));
+          const int pair = y * (level.width + 1) + foot.x + 1;
+          const int owner = atomicCAS(&turn.owner[slot], -1, pair);
+          place[i] = owner == -1 || owner == pair ? slot << 16 | atomicAdd(&turn.count[slot], 1)
+                                                  : kSlots << 16 | atomicAdd(&turn.single, 1);
+        }
+      }
+      __syncthreads();
+      {  // where the shares of each slot begin; a warp has whole rows of slots
+        auto& counts = *reinterpret_cast<Pack<int, 4>*>(turn.count + own_slots);
+        Pack<int, 4> count = counts;
+        const int own = count.at[0] + count.at[1] + count.at[2] + count.at[3];
+        const int warp_lane = threadIdx.x % kWarp;
+        int upto = own;
+#pragma unroll
+        for (int step = 1; step < kWarp; step *= 2) {
+          const int before = __shfl_up_sync(kAllLanes, upto, step);
+          if (warp_lane >= step) upto += before;
+        }
+        int begin = warp_lane == kWarp - 1 ? atomicAdd(&turn.listed, upto) : 0;
+        begin = __shfl_sync(kAllLanes, begin, kWarp - 1) + upto - own;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int of_slot = count.at[i];
+          count.at[i] = packed(of_slot, begin);
+          begin += of_slot;
+        }
+        counts = count;
+      }
+      __syncthreads();
+      const int listed = turn.listed, total = listed + turn.single;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (place[i] < 0) continue;
+        const int slot = place[i] >> 16, number = place[i] & 0xffff, y = foot.y + i;
+        int begin = listed;
+        unsigned bits = (foot.on[2 * i] ? kAddLeft : 0) | (foot.on[2 * i + 1] ? kAddRight : 0);
+        if (slot < kSlots) {
+          begin = begin_of(turn.count[slot]);
+          const int next = (foot.x & (kSide - 1)) == kSide - 1 ? -1 : turn.owner[slot + 1];
+          if (number + 1 < count_of(turn.count[slot])) {
+            bits |= kMore;
+          } else if (next == y * (level.width + 1) + foot.x + 2) {
+            bits = (bits & kAddLeft) | kShift;
+          }
+        }
+        const int row = static_cast<int>(level.start) + y * level.width + foot.x;
+        turn.at(begin + number) = {grad_at[position] | bits, static_cast<unsigned>(row) * stride,
+                                   foot.weight(2 * i) * weight, foot.weight(2 * i + 1) * weight};
+      }
+      if (threadIdx.x < kTileBatch) turn.at(total + threadIdx.x) = {0, 0, 0, 0};
+      __syncthreads();
+
+      clear();
+      const unsigned teams_bits = 8 - lane_bits;  // of kBlock threads
+      const unsigned chunk =
+          ((total + (kTileBatch << teams_bits) - 1) / kTileBatch >> teams_bits) * kTileBatch;
+      const unsigned begin = team * chunk, end = min(begin + chunk, static_cast<unsigned>(total));
+      if (begin >= end) continue;
+#pragma unroll 1
+      for (int from = 0; from < problem.head_dim; from += kTileVec << lane_bits) {
+        const int channels = problem.head_dim - from;
+        // A lane without channels reads those of the first lane, and adds nothing.
+        const bool active = lane * kTileVec < channels;
+        const unsigned mask = active ? ~0u : ~(kAddLeft | kAddRight);
+        const auto* const source = reinterpret_cast<const Pack<T, kTileVec>*>(
+            first_grad + from + (active ? lane * kTileVec : 0));
+        auto* const target =
+            reinterpret_cast<Pack<Acc, kTileVec>*>(first_pixel + from + lane * kTileVec);
+        // `at` is less than zero, and wraps, for a left pixel that is not on the map.
+        const auto add = [&](unsigned at, const Pack<Acc, kTileVec>& sum) {
+          constexpr int kWidth = kAtomicWidth<Acc, kTileVec>;
+#pragma unroll
+          for (int c = 0; c < kTileVec; c += kWidth) {
+            atomic_add<kWidth>((target + at)->at + c, sum.at + c);
+          }
+        };
+        Pack<Acc, kTileVec> left = {}, right = {};
+#pragma unroll 1
+        for (unsigned i = begin; i < end; i += kTileBatch) {
+          const Share* const shares = &turn.at(i);
+          Share share[kTileBatch];
+          Loaded<T, kTileVec> grad[kTileBatch];
+#pragma unroll
+          for (int j = 0; j < kTileBatch; ++j) {
+            share[j] = shares[j];
+            grad[j] = load_if(true, source + (share[j].query >> kShareBits));
+          }
+#pragma unroll
+          for (int j = 0; j < kTileBatch; ++j) {
+#pragma unroll
+            for (int c = 0; c < kTileVec; ++c) {
+              left.at[c] += share[j].left_weight * grad[j][c];
+              right.at[c] += share[j].right_weight * grad[j][c];
+            }
+            if (share[j].query & kMore) continue;
+            const unsigned bits = share[j].query & mask;
+            if (bits & kAddLeft) add(share[j].left, left);
+            if (bits & kAddRight) add(share[j].left + stride, right);
+#pragma unroll
+            for (int c = 0; c < kTileVec; ++c) left.at[c] = bits & kShift ? right.at[c] : Acc(0);
+            right = {};
+          }
+        }
+        // The pixels of the last share go on in the next chunk.
+        const Share& share = turn.at(end - 1);
+        const unsigned bits = share.query & mask;
+        if (bits & kShift && active) add(share.left + stride, left);
+        if (!(bits & kMore)) continue;
+        if (bits & kAddLeft) add(share.left, left);
+        if (bits & kAddRight) add(share.left + stride, right);
+      }
+    }
+  }
+}
+
+}  // namespace deform_attn
