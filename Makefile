@@ -53,7 +53,7 @@ build: .venv/torch  ## Compile the libraries into the tree, as far as they chang
 test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels, make docs
 	@# The CUDA library too: it must compile, link and register, even if this machine cannot run it.
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(BUILD)
-	$(PY) -m pytest -n auto --maxprocesses 8
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
 	$(PY) build_tools/headers.py lowest newest
 	@# Needs Python 3.11.
 	@test ! -x .venv/bin/torch-abi-audit || .venv/bin/torch-abi-audit --check torch deform_attn/*.so

@@ -83,11 +83,11 @@ def torch_for(platform: Platform, version: str = LOWEST_TORCH) -> Path:
         requirement = "torch" if version == "newest" else f"torch=={version}"
         subprocess.run([*command, f"--dest={scratch}", requirement], check=True)
         (wheel,) = Path(scratch).glob("*.whl")
-        wanted = re.compile(
+        needed = re.compile(
             r"torch/(version\.py|include/torch/.*|lib/(lib)?(torch|torch_cpu|c10)\..*)"
         )
         with zipfile.ZipFile(wheel) as archive:
-            archive.extractall(folder.parent, filter(wanted.fullmatch, archive.namelist()))
+            archive.extractall(folder.parent, filter(needed.fullmatch, archive.namelist()))
     return folder
 
 

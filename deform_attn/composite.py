@@ -170,9 +170,9 @@ def unfused(operands: FusedOperands) -> Operands:
     offsets, logits = offsets.to(dtype), operands.attention_logits.to(dtype)
     weights = logits.flatten(3).softmax(-1).view(logits.shape)
     counts = count_points(offsets, len(sizes), operands.num_points)
+    one_for_all = reference.shape[2] == 1
     locations = []
     for level, offset in enumerate(offsets.flatten(3, -2).split(counts, 3)):  # [B, Q, M, P, 2]
-        one_for_all = reference.shape[2] == 1
         anchor = reference[:, :, 0 if one_for_all else level, None, None]
         if anchor.shape[-1] == 2:
             height, width = sizes[level]

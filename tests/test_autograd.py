@@ -147,12 +147,12 @@ def test_second_derivatives_of_the_operators_themselves(
             sum((grad**2).sum() for grad in grads), with_respect_to[position], retain_graph=True
         )[0]
 
-    truth = second(exact, exact_leaves)
-    assert truth.abs().max() > 0
+    expected = second(exact, exact_leaves)
+    assert expected.abs().max() > 0
     for grads in (first, direct):
         assert all(grad.requires_grad for grad in grads)
-        error = (second(grads, leaves).double() - truth).abs().max()
-        assert error <= 64 * torch.finfo(torch.float32).eps * truth.abs().max()
+        error = (second(grads, leaves).double() - expected).abs().max()
+        assert error <= 64 * torch.finfo(torch.float32).eps * expected.abs().max()
 
 
 # --------------------------------------------------------------------------------- torch.func

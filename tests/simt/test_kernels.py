@@ -222,7 +222,7 @@ def test_errors_name_the_kernel() -> None:
         KERNELS.backward(grad_output_for(inputs), *arguments, algorithm="scatter")
     text = str(caught.value)
     assert "backward_teams was not built for this GPU, which has compute capability 9.0" in text
-    assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation .' in text
+    assert 'TORCH_CUDA_ARCH_LIST="9.0" pip install --no-build-isolation --no-binary=' in text
 
 
 def run_fused(inputs: OpInputs, kernels: Emulated, algorithm: str) -> None:

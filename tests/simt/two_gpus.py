@@ -82,8 +82,8 @@ def try_fused(device: int, current: int) -> None:
     kernels = ran_on(device, current)
     leaves = [t.clone().requires_grad_() for t in (value, reference, offsets, logits)]
     output = OPS.ms_deform_attn_fused(leaves[0], shapes, None, *leaves[1:], None, [3, 3], 0.5)
-    for got, truth in zip(found, (output, *torch.autograd.grad(output, leaves, grad))):
-        torch.testing.assert_close(got, truth)
+    for got, expected in zip(found, (output, *torch.autograd.grad(output, leaves, grad))):
+        torch.testing.assert_close(got, expected)
     print("fused", "f32", f"cuda:{device}", *dict.fromkeys(kernels))
 
 
