@@ -33,6 +33,12 @@ def _device(name: str) -> torch.device:
     return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def _at_least_one(**numbers: int) -> None:
+    for name, got in numbers.items():
+        if got < 1:
+            raise ValueError(f"{name}: expected at least 1, got {got}")
+
+
 def evaluate(
     model: str,
     data: str,
@@ -53,6 +59,7 @@ def evaluate(
         device: cpu, cuda, ...; by default a GPU, if there is one.
         results: JSON file for the detections, in COCO's results format.
     """
+    _at_least_one(batch=batch)
     detector = load(model, _device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
@@ -91,6 +98,7 @@ def predict(
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
     """
+    _at_least_one(batch=batch)
     detector = load(model, _device(device))
     files = find_images(images)
     out.mkdir(parents=True, exist_ok=True)
@@ -132,6 +140,7 @@ def data(data: str, split: str = "train", sheet: Path | None = None, samples: in
         sheet: PNG file for samples with their boxes.
         samples: number of them.
     """
+    _at_least_one(samples=samples)
     dataset = open_dataset(data, split)
     coco = dataset.ground_truth()
     counts = Counter(one["category_id"] for one in coco["annotations"])
@@ -180,7 +189,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog=PROG, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
         )
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         sys.exit(f"{PROG}: error: {error}")
 
 

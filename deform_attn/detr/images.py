@@ -47,7 +47,7 @@ def read_image(source: Any) -> Image.Image:
         raise ValueError(
             f"{source}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS to allow it"
         ) from error
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all of them
+    except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{str(source)!r}: expected an image, got {error}") from error
 
 

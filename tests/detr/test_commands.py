@@ -34,10 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dataset.lengths = {"train": 6, "val": 6}  # type: ignore[misc]
         write_coco(dataset, path, split)
         file = path / f"annotations/instances_{split}.json"
-        truth = json.loads(file.read_text())
-        truth["annotations"] = [one for one in truth["annotations"] if one["category_id"] != 7]
-        truth["categories"] = [one for one in truth["categories"] if one["id"] != 7]
-        file.write_text(json.dumps(truth))
+        coco = json.loads(file.read_text())
+        coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] != 7]
+        coco["categories"] = [one for one in coco["categories"] if one["id"] != 7]
+        file.write_text(json.dumps(coco))
     return path
 
 
@@ -169,25 +169,25 @@ def documented() -> list[str]:
 def test_every_command_of_the_documentation_runs(
     folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
+    """In the order of the pages, at small sizes; each new training in RUN gets a folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photographs").symlink_to(folder / "val")
-    torch.save({"model": official_state("rtdetr_r18")}, "rtdetr_r18.pth")
+    torch.save({"model": official_state("dfine_n")}, "dfine_n_coco.pth")
     monkeypatch.setattr(Shapes, "lengths", {"train": 4, "val": 2})
-    lines = documented()
-    kinds = {line.split()[3] for line in lines}
-    assert kinds == {"train", "evaluate", "predict", "export", "data"}
+    lines = [line.split()[3:] for line in documented()]
+    assert {words[0] for words in lines} == {"train", "evaluate", "predict", "export", "data"}
     runs = 0
-    for line in lines:
-        words = [word.replace("FOLDER", str(folder)) for word in line.split()[3:]]
-        runs += words[0] == "train"
+    for words in lines:
+        runs += words[-2:] == ["--out", "RUN"]
+        words = [word.replace("FOLDER", str(folder)) for word in words]
         words = [re.sub(r"^RUN\b", f"RUN{runs}", word) for word in words]
-        size = "160" if "--model" in words else "64"
         if words[0] == "train":
-            words += ["--steps", "1", "--batch", "2", "--evaluate-every", "1"]
-        if words[0] == "export" or (words[0] == "train" and "--size" not in words):
-            words += ["--size", "64" if words[0] == "export" else size]
+            steps = 2 if "--resume" in words else 1
+            words += ["--steps", str(steps), "--batch", "2", "--evaluate-every", "1"]
+        if words[0] in ("train", "export") and "--size" not in words:
+            words += ["--size", "160" if "--model" in words and words[0] == "train" else "64"]
         run(monkeypatch, *words)
         capsys.readouterr()
-    written = [f"RUN{i + 1}/curves.png" for i in range(runs)]
+    written = [f"{name}/curves.png" for name in ("NEXT", *(f"RUN{i + 1}" for i in range(runs)))]
     written += ["results.json", "found/detections.json", "sheet.png", "detector.onnx"]
     assert all((tmp_path / file).stat().st_size > 0 for file in written)

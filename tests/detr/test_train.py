@@ -58,6 +58,13 @@ def environment() -> dict[str, str]:
     return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
+def torchrun(*arguments: str) -> None:
+    """Two processes; a fault is shown with what they printed."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*start, *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def checkpoint(out: Path) -> dict[str, Any]:
     return torch.load(out / "checkpoint.pt", weights_only=True)
 
@@ -168,14 +175,15 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     script = tmp_path / "two.py"
     script.write_text(
         "from pathlib import Path\n"
+        "from torch import distributed\n"
         "from deform_attn.detr.train import Settings, train\n"
+        "distributed.init_process_group('gloo')\n"
         "for steps in (1, 5):\n"
         f"    folder = Path({str(tmp_path)!r}) / f'two{{steps}}'\n"
         f"    train(Settings(**{settings!r} | {{'steps': steps}}), folder)\n"
+        "distributed.destroy_process_group()\n"
     )
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", str(script)]
-    subprocess.run(torchrun, check=True, env=environment(), capture_output=True)
+    torchrun(str(script))
     for steps in (1, 5):
         train(Settings(**settings | {"steps": steps}), tmp_path / f"one{steps}")
     one, two = (checkpoint(tmp_path / f"{name}1") for name in ("one", "two"))
@@ -211,9 +219,7 @@ def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_pat
         coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] % 2]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     settings = short | {"data": f"coco:{tmp_path}", "recipe": "rtdetr", "batch": 2, "steps": 6}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    torchrun += ["--nproc-per-node=2", *command(tmp_path / "out", **settings | {"save_every": 1})]
-    subprocess.run(torchrun, check=True, env=environment(), capture_output=True, timeout=120)
+    torchrun(*command(tmp_path / "out", **settings | {"save_every": 1}))
     history = checkpoint(tmp_path / "out")["history"]
     assert len(history["loss"]) == 6
     assert all(0 < loss < 1000 for loss in history["loss"])
@@ -261,12 +267,51 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"weight_decay": -1.0}, r"weight_decay: expected a number from 0, got -1\.0"),
         ({"freeze_norms": 2}, "freeze_norms: expected 0 or 1, got 2"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"save_every": 4, "keep_every": 6}, "keep_every: expected a multiple of save_every"),
     ):
         with pytest.raises(ValueError, match=message):
             train(Settings(**settings | wrong), tmp_path)
-    train(Settings(**settings), tmp_path)
-    with pytest.raises(ValueError, match=r"lr: expected 0\.001 as in .*checkpoint\.pt, got 0\.1"):
-        train(Settings(**settings | {"lr": 0.1}), tmp_path)
+
+
+def test_a_training_is_continued_with_other_settings(
+    short: dict[str, Any], tmp_path: Path, one_thread: None
+) -> None:
+    """From an earlier checkpoint after it diverged; what decides the model cannot change."""
+    settings = short | {"recipe": "deformable_detr", "batch": 2, "steps": 6, "evaluate_every": 6}
+    settings |= {"save_every": 1, "keep_every": 2}
+    run, next_run = tmp_path / "run", tmp_path / "next"
+    with pytest.raises(FloatingPointError, match=r"finite .*--resume .*run --lr 1e\+29 --out"):
+        train(Settings(**settings | {"lr": 1e30, "steps": 600}), run)
+    early = run / "checkpoint_2.pt"
+    (tmp_path / "moved").symlink_to(short["data"].removeprefix("coco:"))
+    other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "batch": 4}
+    other |= {"steps": 4, "evaluate_every": 4, "augment": "none", "amp": "float16", "seed": 1}
+    other |= {"data": f"coco:{tmp_path / 'moved'}", "save_every": 4, "keep_every": 0}
+    with pytest.raises(ValueError, match=r"lr: expected 1e\+30 as in .*, got 0\.0001; --resume"):
+        train(Settings(**other), run)
+    with pytest.raises(ValueError, match=r"layers: expected 2 as in .*, got 3; --init starts"):
+        train(Settings(**other | {"layers": 3}), next_run, resume=early)
+    with pytest.raises(ValueError, match=r"out: expected a folder without another training"):
+        train(Settings(**other), run, resume=early)
+    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint or its folder"):
+        train(Settings(**other), next_run, resume=tmp_path / "none")
+    with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
+        train(Settings(**other | {"steps": 1}), next_run, resume=early)
+    state = torch.load(early, weights_only=True)["optimizer"]
+    history = train(Settings(**other), next_run, resume=early)
+    assert len(history["loss"]) == 4
+    after = checkpoint(next_run)
+    assert after["settings"] == other | {
+        name: after["settings"][name] for name in after["settings"].keys() - other.keys()
+    }
+    groups = after["optimizer"]["param_groups"]
+    assert {group["peak"] for group in groups} == pytest.approx({1e-4, 1e-5})
+    assert {group["weight_decay"] for group in groups} == {0, 0.1}
+    assert [group["params"] for group in groups] == [g["params"] for g in state["param_groups"]]
+    assert all(one["step"] == 4 for one in after["optimizer"]["state"].values())
+    assert (next_run / "best.pt").exists()
+    train(Settings(**other | {"steps": 5}), next_run, resume=next_run)
+    assert checkpoint(next_run)["step"] == 5
 
 
 def test_a_folder_is_known_by_its_content_not_by_its_path(
