@@ -30,7 +30,14 @@ PROG = "python -m deform_attn.detr"
 
 
 def _device(name: str) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected cpu, cuda or another of PyTorch, got {name!r}: {reason}"
+        ) from error
 
 
 def _at_least_one(**numbers: int) -> None:
@@ -59,7 +66,6 @@ def evaluate(
         device: cpu, cuda, ...; by default a GPU, if there is one.
         results: JSON file for the detections, in COCO's results format.
     """
-    _at_least_one(batch=batch)
     detector = load(model, _device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes

@@ -117,6 +117,8 @@ class CocoFolder:
         self._objects: dict[Any, list[dict[str, Any]]] = {}
         for one in rows:
             self._objects.setdefault(one["image_id"], []).append(one)
+        counts = Counter(one["image_id"] for one in rows if not one["iscrowd"])
+        self.most_objects = max(counts.values(), default=0)
 
     def __len__(self) -> int:
         return len(self._content["images"])

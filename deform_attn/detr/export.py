@@ -57,13 +57,15 @@ def export(
         :func:`difference`. ONNX is compared if onnxruntime is installed, else it is NaN.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or an invalid size.
         ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
     """
     file = Path(file)
     if file.suffix not in SUFFIXES:
         raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"size: expected at least 1, got {(height, width)}")
     whole = Exportable(model, postprocess).eval()
 
     def inputs(batch: int) -> tuple[Tensor, Tensor]:

@@ -100,7 +100,10 @@ def _rgb(image: Image.Image) -> Image.Image:
                 f"{values.min()} to {values.max()}; scale them to bytes"
             )
         image = Image.fromarray((values // 257).astype(np.uint8))
-    return image.convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"images: expected a mode that becomes RGB, got {image.mode!r}") from error
 
 
 def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
@@ -110,12 +113,15 @@ def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
         kind = "tensor"
         if array.ndim == 3 and array.shape[0] in (1, 3):
             array = array.permute(1, 2, 0)
+        array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has none
         array = np.asarray(array.detach().cpu().numpy())
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
         expected = "[H, W] or [H, W, 3]" if kind == "array" else "[3, H, W] or [1, H, W]"
         raise ValueError(f"images: expected an {kind} {expected}, got {list(array.shape)}")
+    if array.size == 0:
+        raise ValueError(f"images: expected pixels, got an {kind} of {list(array.shape)}")
     if array.dtype == np.uint16:
         array = (array // 257).astype(np.uint8)
     if np.issubdtype(array.dtype, np.floating):

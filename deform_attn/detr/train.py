@@ -17,7 +17,6 @@ import re
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -311,9 +310,19 @@ class _Run:
             initial = transfer(system.model, source.model, self.data.classes, source.classes)
             if rank == 0 and initial:
                 self.console.print(f"drawn anew: {', '.join(initial)}")
-        for name, parameter in system.model.named_parameters():
-            if settings.freeze and name.startswith(settings.freeze):
-                parameter.requires_grad_(False)
+        frozen = [
+            parameter
+            for name, parameter in system.model.named_parameters()
+            if settings.freeze and name.startswith(settings.freeze)
+        ]
+        if settings.freeze and not frozen:
+            parts = sorted({name.split(".")[0] for name in system.model.state_dict()})
+            raise ValueError(
+                f"freeze: expected the start of a parameter's name, such as one of {parts}, "
+                f"got {settings.freeze!r}"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         self.criterion, self.postprocess = system.criterion, system.postprocess
         self.model = system.model.to(device)
         if world > 1 and cuda:
@@ -336,17 +345,19 @@ class _Run:
             self._load(file, checkpoint, change=resume is not None)
 
     def _check_queries(self) -> None:
-        """Warn of images with more objects than queries can find."""
-        ground_truth = self.data.ground_truth()
-        counts = Counter(
-            one["image_id"] for one in ground_truth["annotations"] if not one["iscrowd"]
-        )
-        queries = self.queries
-        above = [count for count in counts.values() if count > queries]
-        if above and self.settings.recipe != "stewart":  # whose boxes are those of its cells
+        """Warn of images with more objects than queries can find.
+
+        Raises:
+            ValueError: there is no object at all.
+        """
+        most = self.data.most_objects
+        if most == 0:
+            raise ValueError(f"data: expected objects to learn, got none in {self.settings.data}")
+        # Stewart's boxes are those of its cells.
+        if most > self.queries and self.settings.recipe != "stewart":
             self.console.print(
-                f"warning: queries: {len(above)} images have more objects than {queries} queries, "
-                f"up to {max(above)}; the others are never learnt"
+                f"warning: queries: images have up to {most} objects, more than the "
+                f"{self.queries} queries; the others are never learnt"
             )
 
     def _gathered(self, value: Any) -> list[Any]:

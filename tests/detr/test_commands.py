@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -15,7 +16,8 @@ from PIL import Image
 from deform_attn.detr import __main__ as commands
 from deform_attn.detr import load
 from deform_attn.detr.data import Digits, Shapes, write_coco
-from deform_attn.detr.export import export
+from deform_attn.detr.export import difference, export
+from deform_attn.detr.models import Detections
 from deform_attn.detr.recipes import build
 from deform_attn.detr.train import Settings, train, transfer
 
@@ -62,8 +64,14 @@ def test_evaluate(
     assert float(rows["AP50"]) > 0.5
     assert rows["AP_large"] == rows["7"] == "-"
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])
-    with pytest.raises(SystemExit, match="error: name_or_path: expected one of"):
-        run(monkeypatch, "evaluate", "--model", "letters", "--data", "shapes")
+    for wrong, message in (
+        (("letters", "shapes"), "error: name_or_path: expected one of"),
+        (("digits", "shapes"), r"data: expected the classes \['0', .*, got \('disc'"),
+        (("digits", f"coco:{folder}", "--batch", 0), "batch: expected at least 1, got 0"),
+        (("digits", "shapes", "--device", "tpu"), "device: expected cpu, .*, got 'tpu'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "evaluate", "--model", wrong[0], "--data", *wrong[1:])
 
 
 def test_predict(
@@ -95,6 +103,8 @@ def test_data(
     assert capsys.readouterr().out.startswith("6 images, ")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (1200, 600)
+    with pytest.raises(SystemExit, match="samples: expected at least 1, got 0"):
+        run(monkeypatch, "data", "--data", f"coco:{folder}", "--samples", 0)
 
 
 @pytest.mark.parametrize(
@@ -118,6 +128,26 @@ def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) ->
     assert file.stat().st_size > 1000
     with pytest.raises(ValueError, match=r"expected a suffix of \.onnx, .*, got 'a\.bin'"):
         export(model, postprocess, "a.bin", 64)
+    with pytest.raises(ValueError, match=r"size: expected at least 1, got \(-3, -3\)"):
+        export(model, postprocess, file, -3)
+
+
+def test_detections_are_compared_by_pairs() -> None:
+    """Detections of nearly equal scores may change places; another label or box is a difference."""
+    boxes = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(0)) * 50
+    scores = torch.tensor([0.9, 0.5, 0.5, 0.4, 0.2]).repeat(2, 1)
+    labels = torch.tensor([0, 1, 1, 0, 2]).repeat(2, 1)
+    expected = Detections(boxes, scores, labels)
+    exchanged = torch.tensor([0, 2, 1, 3])
+    found = Detections(*(x[:, exchanged].clone() for x in expected))
+    found.scores[1, 0] += 1e-3
+    assert difference(expected, found) == pytest.approx(1e-3, rel=1e-3)
+    found.boxes[0, 1] += 3
+    assert difference(expected, found) == pytest.approx(3, rel=1e-3)
+    found.labels[1, 3] = 1
+    assert difference(expected, found) == math.inf
+    found.boxes[:] = math.nan
+    assert difference(expected, found) == math.inf
 
 
 def test_weights_are_transferred_by_the_names_of_the_classes() -> None:
@@ -151,6 +181,10 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
     assert torch.equal(own[name], given[name])
     with pytest.raises(ValueError, match="recipe, model: expected one of them, or init alone"):
         Settings(data="shapes")
+    with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
+        Settings(data="shapes", model="dfine_n", queries=7)
+    with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
+        train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
 
 
 DOCS = Path(__file__).parents[2] / "docs/detr"

@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[Any, np.ndarray]] = {
     "gray array": (GRAY, GRAY),
     "array of 16 bits": (GRAY.astype(np.uint16) * 257, GRAY),
     "array of floats": (COLOUR / 255, COLOUR),
+    "tensor of bfloat16": (torch.from_numpy(GRAY[None] // 128).bfloat16(), GRAY // 128 * 255),
     "tensor": (torch.from_numpy(COLOUR.transpose(2, 0, 1).copy()), COLOUR),
     "gray tensor of floats": (torch.from_numpy(GRAY[None] / 255), GRAY),
 }
@@ -65,6 +66,16 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         COLOUR.astype(np.int64),
         ValueError,
         "expected bytes or floats, got array of int64",
+    ),
+    "no pixels": (
+        np.zeros((0, 4, 3), np.uint8),
+        ValueError,
+        r"expected pixels, got .* \[0, 4, 3\]",
+    ),
+    "mode": (
+        Image.fromarray(COLOUR).convert("RGBA").convert("RGBa"),
+        ValueError,
+        "expected a mode that becomes RGB, got 'RGBa'",
     ),
     "number": (7, TypeError, "expected files, PIL images, arrays or tensors, got int"),
     "null byte": ("a\0b", ValueError, r"'a\\x00b': expected an image, got embedded null byte"),

@@ -328,8 +328,22 @@ def test_a_folder_is_known_by_its_content_not_by_its_path(
     coco["images"] = coco["images"][:5]
     coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] < 5]
     file.write_text(json.dumps(coco))
-    with pytest.raises(ValueError, match="data: expected the train images of .*, got others"):
-        train(Settings(**settings | {"data": f"coco:{tmp_path / 'cut'}"}), tmp_path / "out")
+    moved = Settings(**settings | {"data": f"coco:{tmp_path / 'cut'}"})
+    for resume in (None, tmp_path / "out"):
+        with pytest.raises(ValueError, match="data: expected the train images of .*, got others"):
+            train(moved, tmp_path / "out", resume=resume)
+    coco["categories"][0]["name"] = "circle"
+    file.write_text(json.dumps(coco))
+    (tmp_path / "cut/annotations/instances_val.json").write_text(json.dumps(coco))
+    shutil.copytree(tmp_path / "cut/train", tmp_path / "cut/val", dirs_exist_ok=True)
+    with pytest.raises(
+        ValueError, match=r"classes: expected \['disc', .*, got \['circle', .*--init"
+    ):
+        train(moved, tmp_path / "out", resume=tmp_path / "out")
+    coco["annotations"] = []
+    file.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="data: expected objects to learn, got none in coco:"):
+        train(moved, tmp_path / "new")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_path: Path) -> None:
@@ -348,7 +362,7 @@ def test_more_objects_than_queries_are_warned_of(
 ) -> None:
     settings = short | {"recipe": "detr", "steps": 1, "batch": 2, "queries": 2}
     train(Settings(**settings), tmp_path)
-    assert "images have more objects than 2 queries, up to 4" in capsys.readouterr().out
+    assert "up to 4 objects, more than the 2 queries" in capsys.readouterr().out
 
 
 def test_images_of_different_sizes_are_padded_and_masked(
