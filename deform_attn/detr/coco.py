@@ -95,7 +95,8 @@ class CocoFolder:
             faults = [f"{path}: {text}, got {brief.repr(got)}" for path, text, got in wrong]
         if faults:
             shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if faults[20:] else [])
-            raise ValueError("\n  ".join([f"{file}: {len(faults)} faults", *shown]))
+            number = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+            raise ValueError("\n  ".join([f"{file}: {number}", *shown]))
         found = hashlib.sha256(text)
         for facts in content["images"]:
             found.update(b"%d " % (self.images / facts["file_name"]).stat().st_size)
