@@ -99,11 +99,21 @@ def _rgb(image: Image.Image) -> Image.Image:
                 "expected 8 or 16 bits per channel, got integers from "
                 f"{values.min()} to {values.max()}; scale them to bytes"
             )
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(values))
     try:
         return image.convert("RGB")
     except ValueError as error:
         raise ValueError(f"images: expected a mode that becomes RGB, got {image.mode!r}") from error
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """From 16 bits."""
+    if 0 < values.max(initial=0) < 256:
+        raise ValueError(
+            f"images: expected 16 bits of up to 65535, got values up to {values.max()}, which "
+            "would become black; convert them to unsigned bytes"
+        )
+    return (values // 257).astype(np.uint8)
 
 
 def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
@@ -123,7 +133,7 @@ def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"images: expected pixels, got an {kind} of {list(array.shape)}")
     if array.dtype == np.uint16:
-        array = (array // 257).astype(np.uint8)
+        array = _eight_bits(array)
     if np.issubdtype(array.dtype, np.floating):
         if not ((array >= 0) & (array <= 1)).all():
             low, high = array.min(), array.max()

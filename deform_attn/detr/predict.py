@@ -152,7 +152,12 @@ def load(
         )
     content = read_checkpoint(file)
     if "settings" in content and "classes" in content:
-        return _from_training(content, device)
+        try:
+            trained = _from_training(content)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{file}: expected model.pt of a training, got {error!r}") from error
+        trained.model.to(device)
+        return trained
     try:
         state = official_state(content)
         name, system, num_classes = from_official(state, file.name, model)
@@ -166,7 +171,7 @@ def load(
     return Predictor(system, classes, one.image_size, one.resize, facts=facts, device=device)
 
 
-def _from_training(content: dict[str, Any], device: str | torch.device) -> Predictor:
+def _from_training(content: dict[str, Any]) -> Predictor:
     """From ``model.pt`` of a training."""
     settings = content["settings"]
     if settings.get("model"):
@@ -181,7 +186,6 @@ def _from_training(content: dict[str, Any], device: str | torch.device) -> Predi
         content["size"],
         content.get("resize", "stretch"),
         facts={name: content[name] for name in ("settings", "step", "ap")},
-        device=device,
     )
 
 

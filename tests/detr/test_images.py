@@ -56,6 +56,16 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "got integers from 0 to 25500000",
     ),
+    "8 bits in 32": (
+        Image.fromarray(GRAY.astype(np.int32)),
+        ValueError,
+        "expected 16 bits of up to 65535, got values up to 255",
+    ),
+    "8 bits in 16": (
+        GRAY.astype(np.uint16),
+        ValueError,
+        "got values up to 255, which would become",
+    ),
     "bright floats": (COLOUR * 1.0, ValueError, r"expected floats in \[0, 1\], got 0 to 255"),
     "four channels": (
         np.zeros((4, 4, 4), np.uint8),

@@ -105,6 +105,11 @@ def test_scores_are_sorted_and_above_the_threshold() -> None:
 def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"one of \['digits'\], a file, .*'letters'"):
         load("letters")
+    torch.save({"settings": {"recipe": "rtdetr"}, "classes": ["a"]}, tmp_path / "odd.pt")
+    with pytest.raises(
+        ValueError, match=r"odd\.pt: expected model\.pt of a training, got KeyError"
+    ):
+        load(tmp_path / "odd.pt")
     detector, image = load("digits"), Image.new("RGB", (9, 9))
     single: tuple[Any, ...] = (image, "a.png", np.zeros((9, 9, 3)), None, {"image": image})
     for one in single:
