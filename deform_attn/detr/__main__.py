@@ -66,6 +66,8 @@ def evaluate(
         device: cpu, cuda, ...; by default a GPU, if there is one.
         results: JSON file for the detections, in COCO's results format.
     """
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
     detector = load(model, _device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
@@ -130,6 +132,7 @@ def export(model: str, file: Path, size: int = 0) -> None:
         file: with the suffix .onnx, .pt2 or .torchscript.
         size: side of the images in pixels; 0: that of the detector.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     detector = load(model)
     error = export_detector(detector.model, detector.postprocess, file, size or detector.size)
     print(f"{file}: boxes and scores differ by {error:.2g} from the model's")
@@ -157,6 +160,7 @@ def data(data: str, split: str = "train", sheet: Path | None = None, samples: in
         table.add_row(name, str(counts[label]))
     Console().print(table)
     if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
         _draw_sheet(dataset, sheet, samples)
 
 

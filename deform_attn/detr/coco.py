@@ -149,7 +149,7 @@ def _annotation_file(folder: Path, split: str) -> tuple[Path, Path]:
         raise ValueError(f"{str(folder)!r}: expected a folder, got {error}") from error
     if len(found) != 1:
         names = [file.name for file in found] or "none"
-        raise ValueError(f"{folder}: expected one file {pattern}, got {names}")
+        raise ValueError(f"{str(folder)!r}: expected one file {pattern}, got {names}")
     return found[0], folder / found[0].stem.removeprefix("instances_")
 
 
