@@ -100,10 +100,7 @@ def _rgb(image: Image.Image) -> Image.Image:
                 f"{values.min()} to {values.max()}; scale them to bytes"
             )
         image = Image.fromarray(_eight_bits(values))
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"images: expected a mode that becomes RGB, got {image.mode!r}") from error
+    return image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:

@@ -82,11 +82,6 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         r"expected pixels, got .* \[0, 4, 3\]",
     ),
-    "mode": (
-        Image.fromarray(COLOUR).convert("RGBA").convert("RGBa"),
-        ValueError,
-        "expected a mode that becomes RGB, got 'RGBa'",
-    ),
     "number": (7, TypeError, "expected files, PIL images, arrays or tensors, got int"),
     "null byte": ("a\0b", ValueError, r"'a\\x00b': expected an image, got embedded null byte"),
 }
