@@ -444,7 +444,8 @@ class _Run:
         if self.rank < processes and then.get("seed") == self.settings.seed:
             for generator, state in zip(self.random, checkpoint["random"][self.rank]):
                 generator.set_state(state)
-        self.console.print(f"resumes {file} after step {self.step} of {self.settings.steps}")
+        done = f"step {self.step} of {self.settings.steps}"
+        self.console.print(f"resumes {file} after {done}", soft_wrap=True)
 
     # The loop
 

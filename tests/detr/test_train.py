@@ -277,17 +277,18 @@ def test_a_training_is_continued_with_other_settings(
     short: dict[str, Any], tmp_path: Path, one_thread: None
 ) -> None:
     """From an earlier checkpoint after it diverged; what decides the model cannot change."""
-    settings = short | {"recipe": "deformable_detr", "batch": 2, "steps": 6, "evaluate_every": 6}
+    settings = short | {"recipe": "deformable_detr", "batch": 2, "steps": 2, "evaluate_every": 9}
     settings |= {"save_every": 1, "keep_every": 2}
     run, next_run = tmp_path / "run", tmp_path / "next"
+    train(Settings(**settings), run)
     with pytest.raises(FloatingPointError, match=r"finite .*--resume .*run --lr 1e\+29 --out"):
-        train(Settings(**settings | {"lr": 1e30, "steps": 600}), run)
+        train(Settings(**settings | {"lr": 1e30, "steps": 60}), run, resume=run)
     early = run / "checkpoint_2.pt"
     (tmp_path / "moved").symlink_to(short["data"].removeprefix("coco:"))
     other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "batch": 4}
     other |= {"steps": 4, "evaluate_every": 4, "augment": "none", "amp": "float16", "seed": 1}
     other |= {"data": f"coco:{tmp_path / 'moved'}", "save_every": 4, "keep_every": 0}
-    with pytest.raises(ValueError, match=r"lr: expected 1e\+30 as in .*, got 0\.0001; --resume"):
+    with pytest.raises(ValueError, match=r"steps: expected 60 as in .*, got 4; --resume"):
         train(Settings(**other), run)
     with pytest.raises(ValueError, match=r"layers: expected 2 as in .*, got 3; --init starts"):
         train(Settings(**other | {"layers": 3}), next_run, resume=early)
@@ -305,7 +306,7 @@ def test_a_training_is_continued_with_other_settings(
         name: after["settings"][name] for name in after["settings"].keys() - other.keys()
     }
     groups = after["optimizer"]["param_groups"]
-    assert {group["peak"] for group in groups} == pytest.approx({1e-4, 1e-5})
+    assert sorted({round(group["peak"], 9) for group in groups}) == [1e-5, 1e-4]
     assert {group["weight_decay"] for group in groups} == {0, 0.1}
     assert [group["params"] for group in groups] == [g["params"] for g in state["param_groups"]]
     assert all(one["step"] == 4 for one in after["optimizer"]["state"].values())
