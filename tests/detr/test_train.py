@@ -309,7 +309,8 @@ def test_a_training_is_continued_with_other_settings(
     assert sorted({round(group["peak"], 9) for group in groups}) == [1e-5, 1e-4]
     assert {group["weight_decay"] for group in groups} == {0, 0.1}
     assert [group["params"] for group in groups] == [g["params"] for g in state["param_groups"]]
-    assert all(one["step"] == 4 for one in after["optimizer"]["state"].values())
+    # The scaler of float16 leaves steps out.
+    assert all(2 <= one["step"] <= 4 for one in after["optimizer"]["state"].values())
     assert (next_run / "best.pt").exists()
     train(Settings(**other | {"steps": 5}), next_run, resume=next_run)
     assert checkpoint(next_run)["step"] == 5
