@@ -219,7 +219,7 @@ def test_every_command_of_the_documentation_runs(
             steps = 2 if "--resume" in words else 1
             words += ["--steps", str(steps), "--batch", "2", "--evaluate-every", "1"]
         if words[0] in ("train", "export") and "--size" not in words:
-            words += ["--size", "160" if "--model" in words and words[0] == "train" else "64"]
+            words += ["--size", "320" if "--model" in words and words[0] == "train" else "64"]
         run(monkeypatch, *words)
         capsys.readouterr()
     written = [f"{name}/curves.png" for name in ("NEXT", *(f"RUN{i + 1}" for i in range(runs)))]
