@@ -574,7 +574,7 @@ class _Run:
             ap = average_precision(self.test.ground_truth(), gathered)
             best = max((one["AP"] or 0 for one in self.history["ap"]), default=-1)
             self.history["ap"].append({"step": self.step, **ap})
-            if (ap["AP"] or 0) > best:
+            if (ap["AP"] or 0) >= best or not (self.out / "best.pt").exists():
                 _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
             done = f"step {self.step:5}  loss {self.history['loss'][-1]:.3f}"
             self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")

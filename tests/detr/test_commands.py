@@ -110,7 +110,6 @@ def test_data(
 @pytest.mark.parametrize(
     ("recipe", "suffix"),
     [
-        ("deformable_detr", ".onnx"),
         ("stewart", ".onnx"),
         ("dino", ".pt2"),
         ("rtdetr", ".torchscript"),
