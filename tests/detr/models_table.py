@@ -36,9 +36,6 @@ from .test_hub import errors as errors_of_transformers
 
 # Models whose official code is not compared.
 NOT_COMPARED = {
-    "rtdetr_hgnetv2_l": "official code: PaddlePaddle only",
-    "rtdetr_hgnetv2_x": "official code: PaddlePaddle only",
-    "rtdetrv2_r101_discrete": "no official configuration",
     "stewart_r50": "official code: Caffe and GoogLeNet; decoder compared, see Stewart",
 }
 COLUMNS = (
