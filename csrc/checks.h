@@ -209,8 +209,8 @@ struct Call {
     DEFORM_ATTN_REQUIRE(
         points.dim() == 4 && points.size(0) == problem.batch && points.size(1) == problem.queries &&
             (points.size(2) == 1 || points.size(2) == problem.levels) &&
-            (points.size(3) == 2 || points.size(3) == 4),
-        "reference_points: expected [batch, queries, num_levels or 1, 2 or 4], got ",
+            (points.size(3) == 2 || points.size(3) == 4 || points.size(3) == 5),
+        "reference_points: expected [batch, queries, num_levels or 1, 2, 4 or 5], got ",
         shape_of(points));
   }
 

@@ -77,7 +77,7 @@ enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 struct Fused {
   const void* reference;  // [B, Q, levels, size] in the accumulation type; null: not a fused call
   int levels;             // L, or 1: one reference point for all levels
-  int size;               // 2: (x, y); 4: (cx, cy, w, h)
+  int size;               // 2: (x, y); 4: (cx, cy, w, h); 5: (cx, cy, w, h, angle in radians)
   double offset_scale;    // boxes: an offset of 1 moves a point by
                           // side * offset_scale / number of points of the level
 };

@@ -127,6 +127,13 @@ class Report:
         }
 
 
+_FUSED = (
+    (2, None, "points"),
+    (4, (3, 0, 2), "boxes, listed points"),
+    (5, None, "rotated boxes"),
+)
+
+
 def run(
     devices: Sequence[str] | None = None,
     *,
@@ -196,7 +203,7 @@ def _outcomes(
             yield from _attention(where, case.name, inputs, grad_output, right)
             if discrete is not None:
                 yield _discrete(where, case.name, inputs, grad_output, discrete)
-    for size, num_points in ((2, None), (4, (3, 0, 2))) if backends else ():
+    for size, num_points, name in _FUSED if backends else ():
         points = None if num_points is None else list(num_points)
         fused = FusedInputs.draw(dtypes.value, size=size, num_points=points, device=device)
         grad_output = grad_output_for(fused)
@@ -204,7 +211,6 @@ def _outcomes(
         for backend in backends:
             where = (device, backend, dtypes.name)
             if backend != "triton" or device != "cpu":
-                name = "points" if size == 2 else "boxes, listed points"
                 yield from _fused(where, name, fused, grad_output, right)
     if "triton" in backends and device == "cpu" and dtypes.name == "f32":
         for name in INTERPRETED:

@@ -184,11 +184,12 @@ def _check_reference_points(operands: FusedOperands, num_levels: int) -> None:
         len(shape) != 4
         or shape[:2] != (B, Q)
         or shape[2] not in (1, num_levels)
-        or shape[3] not in (2, 4)
+        or shape[3] not in (2, 4, 5)
     ):
         raise ValueError(
-            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, 2] of points (x, y) "
-            f"or [{B}, {Q}, {num_levels} or 1, 4] of boxes (cx, cy, w, h), got {shape}"
+            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, size] with size 2 for "
+            "points (x, y), 4 for boxes (cx, cy, w, h) or 5 for rotated boxes (cx, cy, w, h, "
+            f"angle in radians), got {shape}"
         )
     _check_floating("reference_points", reference)
     _check_device("reference_points", reference, operands.value)

@@ -180,7 +180,10 @@ def unfused(operands: FusedOperands) -> Operands:
             locations.append(anchor + pixels)
         else:
             portion = operands.offset_scale / max(counts[level], 1)
-            locations.append(anchor[..., :2] + offset * portion * anchor[..., 2:])
+            moved = offset * portion * anchor[..., 2:4]
+            if anchor.shape[-1] == 5:
+                moved = _turned(moved, anchor[..., 4])
+            locations.append(anchor[..., :2] + moved)
     return Operands(
         operands.value,
         operands.spatial_shapes,
@@ -190,6 +193,13 @@ def unfused(operands: FusedOperands) -> Operands:
         operands.level_sizes,
         operands.num_points,
     )
+
+
+def _turned(vectors: Tensor, angle: Tensor) -> Tensor:
+    """Vectors ``(x, y)``, turned by an angle in radians from the x axis towards the y axis."""
+    x, y = vectors.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((cos * x - sin * y, sin * x + cos * y), -1)
 
 
 def discrete(operands: DiscreteOperands) -> Tensor:

@@ -110,20 +110,27 @@ def ms_deform_attn_fused(
     :func:`ms_deform_attn` whose weights are the softmax of ``attention_logits`` over all points of
     a query and head, and whose locations are relative to ``reference_points``: ``(x, y) + offset /
     (width, height)`` for points, ``(cx, cy) + offset * (w, h) * offset_scale / points`` for boxes,
-    where ``points`` is the number of points in the level. The compiled and the Triton backend have
-    one kernel for it, which writes neither locations nor weights to memory; the reference backend
-    computes the steps one after the other.
+    where ``points`` is the number of points in the level. For rotated boxes the offsets turn with
+    the box: ``(cx, cy) + R(angle) (offset * (w, h) * offset_scale / points)`` with ``R(angle) (x,
+    y) = (x cos - y sin, x sin + y cos)``. The compiled and the Triton backend have one kernel for
+    it, which writes neither locations nor weights to memory; the reference backend computes the
+    steps one after the other.
 
     Args:
         value: as in :func:`ms_deform_attn`: ``[batch, rows, num_heads, head_dim]``.
         spatial_shapes: as in :func:`ms_deform_attn`.
         level_start_index: as in :func:`ms_deform_attn`.
-        reference_points: ``[batch, queries, num_levels, 2]``, points ``(x, y)``, or
-            ``[batch, queries, num_levels, 4]``, boxes ``(cx, cy, w, h)``, as fractions of the map.
-            Dimension 2 may be 1: the same for all levels.
+        reference_points: as fractions of the map, ``[batch, queries, num_levels, 2]``, points
+            ``(x, y)``; ``[batch, queries, num_levels, 4]``, boxes ``(cx, cy, w, h)``; or
+            ``[batch, queries, num_levels, 5]``, rotated boxes ``(cx, cy, w, h, angle)``. The angle
+            is in radians, from the x axis towards the y axis: clockwise in an image, whose y axis
+            points down. Offsets turn in fractions of the map, as in the oriented head of
+            GTR (LibreYOLO): on a map that is not square the box is sheared. Dimension 2 may be
+            1: the same for all levels.
         sampling_offsets: ``[batch, queries, num_heads, num_levels, points, 2]``, or with
             ``num_points`` ``[batch, queries, num_heads, sum(num_points), 2]``; in pixels of the
-            level for points, in ``(w, h) * offset_scale / points`` for boxes.
+            level for points, in ``(w, h) * offset_scale / points`` along the sides of the box for
+            boxes.
         attention_logits: shape of ``sampling_offsets`` without its last dimension.
         num_points: number of points in each level, if it differs between levels.
         offset_scale: fraction of a box's side that ``points`` offsets of 1 add up to.

@@ -285,9 +285,11 @@ class MSDeformAttn(_Attention):
         Args:
             query: ``[batch, queries, d_model]``.
             reference_points: ``[batch, queries, n_levels, 2]``, the point ``(x, y)`` as fractions
-                of the map, or ``[batch, queries, n_levels, 4]``, a box ``(cx, cy, w, h)``. The
-                unit of an offset is a pixel of the level for points, and
-                ``(w, h) / 2 / n_points`` for boxes. Dimension 2 may be 1: the same for all levels.
+                of the map, ``[batch, queries, n_levels, 4]``, a box ``(cx, cy, w, h)``, or
+                ``[batch, queries, n_levels, 5]``, a rotated box ``(cx, cy, w, h, angle)`` (see
+                :func:`deform_attn.ms_deform_attn_fused`). The unit of an offset is a pixel of the
+                level for points, and ``(w, h) / 2 / n_points`` for boxes. Dimension 2 may be 1:
+                the same for all levels.
             input_flatten: feature maps, one row per pixel: ``[batch, rows, d_model]``.
             input_spatial_shapes: ``(height, width)`` of each level: ``[n_levels, 2]`` or a list.
             input_level_start_index: row of each level's first pixel, ``[n_levels]``.
@@ -417,7 +419,8 @@ class MultiScaleDeformableAttention(_Attention):
             identity: added to the output; None: ``query``. ``query_pos`` is not part of it.
             query_pos: added to the query before the projections; shape of ``query``.
             key_padding_mask: ``[batch, rows]``, True for padding; these rows are set to zero.
-            reference_points: ``[batch, queries, num_levels, 2 or 4]`` as in :class:`MSDeformAttn`.
+            reference_points: ``[batch, queries, num_levels, 2, 4 or 5]`` as in
+                :class:`MSDeformAttn`.
             spatial_shapes: ``(height, width)`` of each level: ``[num_levels, 2]`` or a list.
             level_start_index: row of each level's first pixel, ``[num_levels]``.
             residual: deprecated name of ``identity``.
@@ -573,8 +576,9 @@ class MSDeformableAttention(_Attention):
         Args:
             query: ``[batch, queries, embed_dim]``.
             reference_points: ``[batch, queries, 1 or num_levels, 4]``, a box ``(cx, cy, w, h)`` as
-                fractions of the map, or ``[..., 2]``, a point ``(x, y)``; the unit of an offset is
-                then a pixel of the level.
+                fractions of the map; ``[..., 5]``, a rotated box ``(cx, cy, w, h, angle)`` (see
+                :func:`deform_attn.ms_deform_attn_fused`); or ``[..., 2]``, a point ``(x, y)``: the
+                unit of an offset is then a pixel of the level.
             value: feature maps, one row per pixel: ``[batch, rows, embed_dim]``. For ``"dfine"``
                 also the official form, a list with ``[batch, num_heads, embed_dim / num_heads,
                 height * width]`` of each level, which is copied to the first form.

@@ -245,7 +245,7 @@ class Call {
     expect_the_same(one, name);
   }
 
-  // A fused call on the same value, with reference points (size 2) or boxes (size 4).
+  // A fused call on the same value, with reference points (size 2), boxes (4) or rotated boxes (5).
   void check_fused(const std::string& name, int size) {
     const Problem& p = in_.problem;
     const int levels = p.levels % 2 ? p.levels : 1;
@@ -257,7 +257,9 @@ class Call {
     in_.locations = offsets.data();
     in_.weights = logits.data();
 
-    std::vector<double> at(2 * points_), weights(points_), scale(2 * points_);
+    // how far an offset moves the location along its axis, and along the other one
+    std::vector<double> scale(2 * points_), across(2 * points_);
+    std::vector<double> at(2 * points_), weights(points_);
     const auto each_point = [&](const auto& use) {
       for (int64_t query = 0; query < p.batch * p.queries; ++query) {
         for (int m = 0; m < p.heads; ++m) {
@@ -278,14 +280,21 @@ class Call {
       }
       weights[point] = std::exp(static_cast<double>(to_acc(logits[point]))) / sum;
       const Level& level = test_.levels[static_cast<size_t>(l)];
+      const auto offset = [&](size_t i) {
+        return static_cast<double>(to_acc(offsets[2 * point + i]));
+      };
       for (size_t i = 0; i < 2; ++i) {
-        const double side = i ? level.height : level.width;
-        scale[2 * point + i] = size == 2 ? 1 / side
-                                         : static_cast<double>(reference[from + 2 + i]) * 0.5 /
-                                               test_.counts[static_cast<size_t>(l)];
-        at[2 * point + i] =
-            static_cast<double>(reference[from + i]) +
-            static_cast<double>(to_acc(offsets[2 * point + i])) * scale[2 * point + i];
+        const double side = size == 2 ? 1.0 / (i ? level.height : level.width)
+                                      : static_cast<double>(reference[from + 2 + i]) * 0.5 /
+                                            test_.counts[static_cast<size_t>(l)];
+        const double turn = size == 5 ? static_cast<double>(reference[from + 4]) : 0;
+        scale[2 * point + i] = side * std::cos(turn);
+        across[2 * point + i] = (i ? -side : side) * std::sin(turn);
+      }
+      for (size_t i = 0; i < 2; ++i) {
+        at[2 * point + i] = static_cast<double>(reference[from + i]) +
+                            offset(i) * scale[2 * point + i] +
+                            offset(1 - i) * across[2 * point + 1 - i];
       }
     });
     const Expected expected(p, test_, doubles(value_), at, weights, doubles(grad_));
@@ -299,12 +308,19 @@ class Call {
       grad_logits[point] = weights[point] * (expected.weights[point] - mean);
       for (size_t i = 0; i < 2; ++i) {
         const double slope = expected.locations[2 * point + i];
-        grad_offsets[2 * point + i] = slope * scale[2 * point + i];
+        const double other = expected.locations[2 * point + 1 - i];
+        const double by_offset = slope * scale[2 * point + i] + other * across[2 * point + i];
+        grad_offsets[2 * point + i] = by_offset;
         grad_reference[from + i] += slope;
-        if (size == 4) {
-          grad_reference[from + 2 + i] += slope *
-                                          static_cast<double>(to_acc(offsets[2 * point + i])) *
-                                          0.5 / test_.counts[static_cast<size_t>(l)];
+        if (size >= 4) {  // a side scales what its offset adds to the location
+          grad_reference[from + 2 + i] += by_offset *
+                                          static_cast<double>(to_acc(offsets[2 * point + i])) /
+                                          static_cast<double>(reference[from + 2 + i]);
+        }
+        if (size == 5) {  // by the angle: what is added, turned by a right angle
+          const double moved =
+              at[2 * point + 1 - i] - static_cast<double>(reference[from + 1 - i]);
+          grad_reference[from + 4] += (i ? moved : -moved) * slope;
         }
       }
     });
@@ -423,7 +439,8 @@ void check(const Kernels& kernels, const Case& test, Type type, size_t index) {
                            ", type " + std::to_string(static_cast<int>(type)) + ": ";
   Call<T, Weight> call(kernels, test, type, index);
   call.check(name);
-  call.check_fused(name, index % 2 ? 4 : 2);
+  const int sizes[] = {2, 4, 5};
+  call.check_fused(name, sizes[index % 3]);
 }
 
 }  // namespace

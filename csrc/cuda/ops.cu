@@ -109,9 +109,16 @@ Tensor pairwise_aligned(const Tensor& locations) {
   return fits ? locations : torch::stable::clone(locations);
 }
 
+Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
+  const std::vector<int64_t> shape = {static_cast<int64_t>(count)};
+  return zeros ? torch::stable::new_zeros(like, shape, ScalarType::Byte)
+               : torch::stable::new_empty(like, shape, ScalarType::Byte);
+}
+
+// `frames`: holds the working memory that the kernels of rotated boxes need.
 KernelCall kernel_call(const Call& call, const Levels& levels, const Tensor& locations,
-                       double offset_scale = 0) {
-  KernelCall in;
+                       double offset_scale = 0, Tensor* frames = nullptr) {
+  KernelCall in = {};
   in.problem = call.problem;
   in.levels = levels.table;
   in.type = type_of(call.type);
@@ -123,14 +130,12 @@ KernelCall kernel_call(const Call& call, const Levels& levels, const Tensor& loc
   if (call.reference) {
     in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};
+    if (const size_t bytes = frames_bytes(in)) {
+      *frames = bytes_of(call.value, bytes, false);
+      in.frames = frames->mutable_data_ptr();
+    }
   }
   return in;
-}
-
-Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
-  const std::vector<int64_t> shape = {static_cast<int64_t>(count)};
-  return zeros ? torch::stable::new_zeros(like, shape, ScalarType::Byte)
-               : torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
 Tensor grad_value_like(const Tensor& value, bool requested, const BackwardPlan& plan) {
@@ -237,9 +242,9 @@ Tensor fused_forward(const Tensor value, const MaybeTensor spatial_shapes,
                   attention_logits, level_sizes, num_points);
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
-  Tensor output = torch::stable::new_empty(call.value, call.output_shape());
-  forward_call(kernel_call(call, levels, offsets, offset_scale), output.mutable_data_ptr(),
-               context.device);
+  Tensor output = torch::stable::new_empty(call.value, call.output_shape()), frames;
+  forward_call(kernel_call(call, levels, offsets, offset_scale, &frames),
+               output.mutable_data_ptr(), context.device);
   return output;
 }
 
@@ -254,7 +259,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
-  const KernelCall in = kernel_call(call, levels, offsets, offset_scale);
+  Tensor frames;
+  const KernelCall in = kernel_call(call, levels, offsets, offset_scale, &frames);
   const BackwardPlan plan = plan_backward(in, choose_backward(deterministic), context.device,
                                           {output_mask[0], output_mask[1]});
 

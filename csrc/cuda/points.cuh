@@ -54,8 +54,8 @@ struct FusedPointGradients {
   using Acc = AccOf<T>;
   void* offsets;
   void* logits;
-  Acc* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the gradient of
-                         // reference_points; null: not requested
+  Acc* reference_parts;  // [B, Q, M, L or 1, 2, 4 or 6]: what each head adds to the gradient of
+                         // FusedPoints::reference; null: not requested
   Acc* by_weight;        // [B, Q, M, K]: working memory, where shared memory is too small for it
   bool wide;             // offsets and logits have acc_dtype, not the dtype of value
 
@@ -115,6 +115,11 @@ struct GivenPoints {
   }
 };
 
+// Numbers of a Frame, which the kernels read in place of a rotated box: sines and cosines take registers
+// that the pixels need. With a, b the sides of the box as vectors, (w cos, w sin) and (-h sin, h cos):
+// (cx, cy, a.x, b.y, b.x, a.y). Without the last two it has the form of a box without an angle.
+constexpr int kFrame = 6;
+
 // Points of a fused call: offsets from reference points or boxes, and logits whose softmax over all
 // points of a query and head gives the weights. Locations and weights are never written to memory.
 template <typename T>
@@ -123,7 +128,8 @@ struct FusedPoints {
   using Gradients = FusedPointGradients<T>;
   using Acc = AccOf<T>;
 
-  const Acc* reference;  // [B, Q, L or 1, 2 or 4]: (x, y), or (x, y, width, height)
+  const Acc* reference;  // [B, Q, L or 1, 2, 4 or 6]: (x, y), (x, y, width, height), or the Frame
+                         // of a rotated box
   const void* offsets;   // [B, Q, M, K, 2]: in pixels, or in parts of the box
   const void* logits;    // [B, Q, M, K]
   Acc* statistics;       // [B, Q, M, 2], for `reopen`; null: not needed
@@ -161,12 +167,17 @@ struct FusedPoints {
     const int points = levels.first_point[level + 1] - levels.first_point[level];
     return offset_scale / static_cast<Acc>(max(points, 1));
   }
-  // How far an offset of 1 moves the location along an axis.
+  // How far an offset of 1 along an axis moves the location along that axis.
   __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
-    if (reference_size == 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
+    if (reference_size >= 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
     const Level& map = levels.level[level];
     return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
+  // How far an offset of 1 along the other axis moves the location along an axis; rotated boxes only.
+  __device__ Acc step_across(int64_t item, int level, const BlockLevels& levels, int axis) const {
+    return reference_of(item, level)[4 + axis] * portion(level, levels);
+  }
+  __device__ bool rotated() const { return reference_size == kFrame; }
   __device__ Query open(const Problem& problem, const Part& part, int query, bool present,
                         const Teams& teams) const {
     using std::exp;
@@ -213,14 +224,20 @@ struct FusedPoints {
                                    const BlockLevels& levels) const {
     const Acc* const from = reference_of(query.item, level);
     Pack<Acc, 2> step;
-    if (reference_size == 4) {
+    const Pack<Acc, 2> by = offset(query.first_point + k);
+    if (reference_size >= 4) {
       const Acc part = portion(level, levels);
       step = {from[2] * part, from[3] * part};
+      if (rotated()) {
+        const Acc x = Numbers<Acc>::multiply_add(by.at[1], from[4] * part, from[0]);
+        const Acc y = Numbers<Acc>::multiply_add(by.at[0], from[5] * part, from[1]);
+        return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], x),
+                Numbers<Acc>::multiply_add(by.at[1], step.at[1], y)};
+      }
     } else {
       step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
               Acc(1) / static_cast<Acc>(levels.level[level].height)};
     }
-    const Pack<Acc, 2> by = offset(query.first_point + k);
     return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),
             Numbers<Acc>::multiply_add(by.at[1], step.at[1], from[1])};
   }

@@ -6,7 +6,7 @@ backward                 gradients of locations and weights; of value by atomic 
 add_up_rows              the gradient of value from that list, sorted by row
 
 Each takes sampling locations and attention weights, or (fused) computes them: locations from
-reference points (REFERENCE coordinates, 2 or 4) and offsets, weights by a softmax of logits.
+reference points (REFERENCE coordinates: 2, 4 or 5) and offsets, weights by a softmax of logits.
 
 A program computes BLOCK_Q queries of one head. Its tensors are [BLOCK_Q], one number per query, or
 [BLOCK_Q, BLOCK_D], with the channels side by side: a thread loads 16 bytes of neighbouring
@@ -185,8 +185,9 @@ def _anchor(
     REFERENCE: tl.constexpr,
     ANCHORS: tl.constexpr,
 ):
-    """Reference point (x, y) of a level; of a box also how far an offset of 1 leads in x and y, and
-    which part of the box that is: offset_scale / points of the level.
+    """Reference point (x, y) of a level; of a box also how far an offset of 1 leads along its
+    sides, and which part of the box that is: offset_scale / points of the level; of a rotated box
+    also the cosine and sine of its angle.
     """
     reference, vector, offset_scale = anchors
     at = vector * ANCHORS * REFERENCE
@@ -195,12 +196,21 @@ def _anchor(
     x = tl.load(reference + at, mask=on_query, other=0.0)
     y = tl.load(reference + at + 1, mask=on_query, other=0.0)
     anchor = (x, y)
-    if REFERENCE == 4:
+    if REFERENCE >= 4:
         part = tl.div_rn(offset_scale, count.to(tl.float32))
         x_step = tl.load(reference + at + 2, mask=on_query, other=0.0) * part
         y_step = tl.load(reference + at + 3, mask=on_query, other=0.0) * part
         anchor = (x, y, x_step, y_step, part)
+    if REFERENCE == 5:
+        angle = tl.load(reference + at + 4, mask=on_query, other=0.0)
+        anchor = (x, y, x_step, y_step, part, tl.cos(angle), tl.sin(angle))
     return anchor
+
+
+@triton.jit
+def _turned(x, y, cos, sin):
+    """A vector, turned from x towards y."""
+    return x * cos - y * sin, x * sin + y * cos
 
 
 @triton.jit
@@ -254,6 +264,12 @@ def _sample(
     if REFERENCE == 4:
         x_location = anchor[0] + x_offset * anchor[2]
         y_location = anchor[1] + y_offset * anchor[3]
+    elif REFERENCE == 5:
+        x_moved, y_moved = _turned(
+            x_offset * anchor[2], y_offset * anchor[3], anchor[5], anchor[6]
+        )
+        x_location = anchor[0] + x_moved
+        y_location = anchor[1] + y_moved
     elif REFERENCE == 2:
         # divided, not multiplied by the inverse, so that the point lies on the same side of a knot
         # as it does where PyTorch computes the locations
@@ -436,19 +452,24 @@ def backward(
             # of the pixel, which is the offset where a reference point has two coordinates
             grad_x = ((b - a) * (1.0 - down) + (d - c) * down) * weight
             grad_y = ((c - a) * (1.0 - right) + (d - b) * right) * weight
+            place = BLOCK_K + (number * REFERENCE if ANCHORS > 1 else 0)
             if grad_reference is not None:
-                place = BLOCK_K + (number * REFERENCE if ANCHORS > 1 else 0)
                 slot_grads = _put(slot_grads, slot, place, grad_x * level[1])
                 slot_grads = _put(slot_grads, slot, place + 1, grad_y * level[0])
-                if REFERENCE == 4:
-                    grad_width = grad_x * level[1] * x_offset * anchor[4]
-                    grad_height = grad_y * level[0] * y_offset * anchor[4]
-                    slot_grads = _put(slot_grads, slot, place + 2, tl.where(hit, grad_width, 0.0))
-                    slot_grads = _put(slot_grads, slot, place + 3, tl.where(hit, grad_height, 0.0))
             if REFERENCE != 2:
                 grad_x *= level[1]
                 grad_y *= level[0]
-            if REFERENCE == 4:
+            if REFERENCE == 5:  # along the sides of the box
+                grad_x, grad_y = _turned(grad_x, grad_y, anchor[5], -anchor[6])
+            if grad_reference is not None and REFERENCE >= 4:
+                grad_width = grad_x * x_offset * anchor[4]
+                grad_height = grad_y * y_offset * anchor[4]
+                slot_grads = _put(slot_grads, slot, place + 2, tl.where(hit, grad_width, 0.0))
+                slot_grads = _put(slot_grads, slot, place + 3, tl.where(hit, grad_height, 0.0))
+                if REFERENCE == 5:
+                    grad_angle = grad_y * x_offset * anchor[2] - grad_x * y_offset * anchor[3]
+                    slot_grads = _put(slot_grads, slot, place + 4, tl.where(hit, grad_angle, 0.0))
+            if REFERENCE >= 4:
                 grad_x = tl.where(hit, grad_x * anchor[2], 0.0)
                 grad_y = tl.where(hit, grad_y * anchor[3], 0.0)
             slot_grads = _put(slot_grads, slot, k, grad_weight)

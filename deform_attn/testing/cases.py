@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ class FusedInputs:
 
     value: Tensor  # [B, S, M, D]
     spatial_shapes: list[tuple[int, int]]  # (height, width) of each level
-    reference_points: Tensor  # [B, Q, L or 1, 2 or 4]
+    reference_points: Tensor  # [B, Q, L or 1, 2, 4 or 5]
     sampling_offsets: Tensor  # [B, Q, M, L, P, 2] or [B, Q, M, K, 2]
     attention_logits: Tensor
     num_points: list[int] | None = None
@@ -113,7 +114,7 @@ class FusedInputs:
 
         Args:
             dtype: of value, offsets and logits; reference points are float32, or float64 with it.
-            size: 2 for reference points, 4 for boxes.
+            size: 2 for reference points, 4 for boxes, 5 for rotated boxes.
             num_points: points of each level; None: four in each.
             batch: B.
             queries: Q.
@@ -130,6 +131,7 @@ class FusedInputs:
         points = [sum(num_points)] if num_points else [len(shapes), 4]
         rows = sum(height * width for height, width in shapes)
         reference = uniform((batch, queries, len(shapes), size), generator, 0, 1)
+        reference[..., 4:] *= 2 * math.pi  # the angle of a rotated box
         return cls(
             normal(batch, rows, heads, head_dim).to(device, dtype),
             shapes,

@@ -161,12 +161,15 @@ def ms_deform_attn_fused(inputs: FusedInputs) -> Tensor:
     locations = []
     for level, offset in enumerate(offsets.split(counts, 3)):
         height, width = x.spatial_shapes[level]
-        point = reference[:, :, None, level, None]  # [B, Q, 1, 1, 2 or 4]
+        point = reference[:, :, None, level, None]  # [B, Q, 1, 1, 2, 4 or 5]
         if point.shape[-1] == 2:
             locations.append(point + offset / offset.new_tensor([width, height]))
         else:
-            step = point[..., 2:] * x.offset_scale / max(1, counts[level])
-            locations.append(point[..., :2] + offset * step)
+            step = offset * point[..., 2:4] * x.offset_scale / max(1, counts[level])
+            if point.shape[-1] == 5:  # as complex numbers, turned by exp(i angle)
+                turn = torch.polar(torch.ones_like(point[..., 4]), point[..., 4])
+                step = torch.view_as_real(torch.view_as_complex(step) * turn)
+            locations.append(point[..., :2] + step)
     return ms_deform_attn(
         OpInputs(x.value, x.spatial_shapes, None, torch.cat(locations, 3), weights, counts)
     )

@@ -143,7 +143,7 @@ class Emulated:
         value: Tensor,
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
         level_start_index: Tensor | None,
-        reference_points: Tensor,  # [B, Q, L or 1, 2 or 4]
+        reference_points: Tensor,  # [B, Q, L or 1, 2, 4 or 5]
         sampling_offsets: Tensor,
         attention_logits: Tensor,
         num_points: Sequence[int] | None,

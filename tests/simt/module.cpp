@@ -80,7 +80,9 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
 
   module.def("forward", [](const py::dict& call, uintptr_t output, bool baseline, int processors,
                            bool long_offsets) {
-    const KernelCall in = kernel_call(call);
+    KernelCall in = kernel_call(call);
+    std::vector<unsigned char> frames(frames_bytes(in), 0xff);
+    in.frames = frames.data();
     const py::gil_scoped_release release;
     forward_call(in, at(output), device(processors, long_offsets), baseline);
   });
@@ -95,7 +97,9 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   });
   module.def("backward", [](const py::dict& call, uintptr_t grad_output, const py::tuple& outputs,
                             const std::string& name, int processors, bool long_offsets) {
-    const KernelCall in = kernel_call(call);
+    KernelCall in = kernel_call(call);
+    std::vector<unsigned char> frames(frames_bytes(in), 0xff);
+    in.frames = frames.data();
     const auto address = [&](size_t i) { return at(outputs[i].cast<uintptr_t>()); };
     const Outputs out = {address(0), address(1), address(2), address(3), address(4),
                          address(5), address(6), address(7), address(8)};
