@@ -229,7 +229,10 @@ def _attention(
 ) -> Iterator[Outcome]:
     def call(inputs: OpInputs) -> torch.Tensor:
         return deform_attn.ms_deform_attn(
-            *inputs.arguments, num_points=inputs.num_points, backend=where[1]
+            *inputs.arguments,
+            num_points=inputs.num_points,
+            backend=where[1],
+            value_mask=inputs.value_mask,
         )
 
     # The reference has no deterministic backward on a GPU; interpreted kernels have one order.
@@ -262,7 +265,11 @@ def _discrete(
 ) -> Outcome:
     def call(inputs: OpInputs) -> torch.Tensor:
         return deform_attn.ms_deform_attn(
-            *inputs.arguments, num_points=inputs.num_points, method="discrete", backend=where[1]
+            *inputs.arguments,
+            num_points=inputs.num_points,
+            method="discrete",
+            backend=where[1],
+            value_mask=inputs.value_mask,
         )
 
     try:
@@ -285,6 +292,7 @@ def _fused(
             num_points=inputs.num_points,
             offset_scale=inputs.offset_scale,
             backend=where[1],
+            value_mask=inputs.value_mask,
         )
 
     try:

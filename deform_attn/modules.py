@@ -101,8 +101,7 @@ class _Attention(nn.Module):
     def _attention(self, arguments: _Arguments) -> Tensor:
         query, reference_points, value, spatial_shapes, level_start_index, mask = arguments
         value = self.value_proj(value)
-        if mask is not None:
-            value = value.masked_fill(self._padding(mask, value)[..., None], 0)
+        padding = None if mask is None else self._padding(mask, value)
         B, Q, _ = query.shape
         counts, uniform = self._points, len(set(self._points)) == 1
         points = (B, Q, self._heads, *((len(counts), counts[0]) if uniform else (sum(counts),)))
@@ -118,6 +117,7 @@ class _Attention(nn.Module):
                 offset_scale=self.offset_scale,
                 method=self.method,
                 official_clamp=self.official_clamp,
+                value_mask=padding,  # after the projection: its bias is added to padding too
             )
         )
         return output
@@ -293,7 +293,7 @@ class MSDeformAttn(_Attention):
             input_flatten: feature maps, one row per pixel: ``[batch, rows, d_model]``.
             input_spatial_shapes: ``(height, width)`` of each level: ``[n_levels, 2]`` or a list.
             input_level_start_index: row of each level's first pixel, ``[n_levels]``.
-            input_padding_mask: ``[batch, rows]``, True for padding; these rows are set to zero.
+            input_padding_mask: ``[batch, rows]``, True for padding; these rows read as zero.
 
         Returns:
             ``[batch, queries, d_model]``.
@@ -418,7 +418,7 @@ class MultiScaleDeformableAttention(_Attention):
                 None: ``query``.
             identity: added to the output; None: ``query``. ``query_pos`` is not part of it.
             query_pos: added to the query before the projections; shape of ``query``.
-            key_padding_mask: ``[batch, rows]``, True for padding; these rows are set to zero.
+            key_padding_mask: ``[batch, rows]``, True for padding; these rows read as zero.
             reference_points: ``[batch, queries, num_levels, 2, 4 or 5]`` as in
                 :class:`MSDeformAttn`.
             spatial_shapes: ``(height, width)`` of each level: ``[num_levels, 2]`` or a list.
@@ -583,7 +583,7 @@ class MSDeformableAttention(_Attention):
                 also the official form, a list with ``[batch, num_heads, embed_dim / num_heads,
                 height * width]`` of each level, which is copied to the first form.
             value_spatial_shapes: ``(height, width)`` of each level: a list or ``[num_levels, 2]``.
-            value_mask: ``[batch, rows]``, True for pixels, False for padding, which is set to zero.
+            value_mask: ``[batch, rows]``, True for pixels, False for padding, which reads as zero.
 
         Returns:
             ``[batch, queries, embed_dim]``.

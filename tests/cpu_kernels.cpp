@@ -99,10 +99,11 @@ struct Results {
 struct Expected {
   std::vector<double> output, value, locations, weights;
 
-  Expected(const Problem& p, const Case& test, const std::vector<double>& from,
+  Expected(const Inputs& in, const Case& test, const std::vector<double>& from,
            const std::vector<double>& at, const std::vector<double>& weight,
            const std::vector<double>& grad)
       : output(grad.size()), value(from.size()), locations(at.size()), weights(weight.size()) {
+    const Problem& p = in.problem;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t q = 0; q < p.queries; ++q) {
         for (int m = 0; m < p.heads; ++m) {
@@ -110,7 +111,7 @@ struct Expected {
           const int64_t to = p.output_at(b, q, m);
           for (size_t l = 0; l < test.levels.size(); ++l) {
             for (int k = 0; k < test.counts[l]; ++k, ++point) {
-              sample(p, test.levels[l], b, m, to, point, from, at, weight, grad);
+              sample(in, test.levels[l], b, m, to, point, from, at, weight, grad);
             }
           }
         }
@@ -119,7 +120,7 @@ struct Expected {
   }
 
  private:
-  void sample(const Problem& p, const Level& level, int64_t b, int m, int64_t to, size_t point,
+  void sample(const Inputs& in, const Level& level, int64_t b, int m, int64_t to, size_t point,
               const std::vector<double>& from, const std::vector<double>& at,
               const std::vector<double>& weight, const std::vector<double>& grad) {
     const double x = at[2 * point] * level.width - 0.5, y = at[2 * point + 1] * level.height - 0.5;
@@ -130,15 +131,16 @@ struct Expected {
       if (column < 0 || column >= level.width || row < 0 || row >= level.height) continue;
       const double across = i % 2 ? x - left : 1 - (x - left);
       const double along = i / 2 ? y - top : 1 - (y - top);
-      const int64_t pixel = p.value_at(
-          b, level.start + static_cast<int64_t>(row) * level.width + static_cast<int64_t>(column),
-          m);
-      for (int d = 0; d < p.head_dim; ++d) {
-        const size_t in = static_cast<size_t>(pixel + d), out = static_cast<size_t>(to + d);
-        output[out] += weight[point] * across * along * from[in];
-        value[in] += weight[point] * across * along * grad[out];
-        weights[point] += across * along * from[in] * grad[out];
-        const double product = weight[point] * from[in] * grad[out];
+      const int64_t value_row =
+          level.start + static_cast<int64_t>(row) * level.width + static_cast<int64_t>(column);
+      if (in.mask && in.mask[b * in.problem.rows + value_row]) continue;
+      const int64_t pixel = in.problem.value_at(b, value_row, m);
+      for (int d = 0; d < in.problem.head_dim; ++d) {
+        const size_t source = static_cast<size_t>(pixel + d), out = static_cast<size_t>(to + d);
+        output[out] += weight[point] * across * along * from[source];
+        value[source] += weight[point] * across * along * grad[out];
+        weights[point] += across * along * from[source] * grad[out];
+        const double product = weight[point] * from[source] * grad[out];
         locations[2 * point] += product * along * (i % 2 ? 1 : -1) * level.width;
         locations[2 * point + 1] += product * across * (i / 2 ? 1 : -1) * level.height;
       }
@@ -230,11 +232,26 @@ class Call {
     in_.weights = weights_.data();
   }
 
+  // Masks rows, which hold NaN: a third of them, and the last quarter.
+  void mask() {
+    const Problem& p = in_.problem;
+    mask_.resize(static_cast<size_t>(p.batch * p.rows));
+    for (size_t i = 0; i < mask_.size(); ++i) {
+      const auto row = static_cast<int64_t>(i) % p.rows;
+      mask_[i] = random_() % 3 == 0 || 4 * row >= 3 * p.rows;
+      for (int64_t c = 0; c < p.row_stride() && mask_[i]; ++c) {
+        from_acc(static_cast<Acc>(NAN),
+                 value_[i * static_cast<size_t>(p.row_stride()) + static_cast<size_t>(c)]);
+      }
+    }
+    in_.mask = mask_.data();
+  }
+
   // One thread compared with the expected results, several threads with one.
   void check(const std::string& name) {
     const auto one = run(1, false);
-    const Expected expected(in_.problem, test_, doubles(value_), doubles(locations_),
-                            doubles(weights_), doubles(grad_));
+    const Expected expected(in_, test_, doubles(value_), doubles(locations_), doubles(weights_),
+                            doubles(grad_));
     const double exact = sizeof(Acc) == 4 ? 2e-5 : 1e-13;
     const double rounded = sizeof(T) == 2 ? 1e-2 : exact;
     expect_close(one.output, expected.output, rounded, name + "output");
@@ -297,7 +314,7 @@ class Call {
                             offset(1 - i) * across[2 * point + 1 - i];
       }
     });
-    const Expected expected(p, test_, doubles(value_), at, weights, doubles(grad_));
+    const Expected expected(in_, test_, doubles(value_), at, weights, doubles(grad_));
     std::vector<double> grad_offsets(2 * points_), grad_logits(points_), grad_reference(references);
     each_point([&](size_t head, size_t point, int l, size_t from) {
       double mean = 0;
@@ -318,8 +335,7 @@ class Call {
                                           static_cast<double>(reference[from + 2 + i]);
         }
         if (size == 5) {  // by the angle: what is added, turned by a right angle
-          const double moved =
-              at[2 * point + 1 - i] - static_cast<double>(reference[from + 1 - i]);
+          const double moved = at[2 * point + 1 - i] - static_cast<double>(reference[from + 1 - i]);
           grad_reference[from + 4] += (i ? moved : -moved) * slope;
         }
       }
@@ -363,6 +379,7 @@ class Call {
   std::vector<T> value_, grad_;
   std::vector<Acc> locations_;
   std::vector<Weight> weights_;
+  std::vector<uint8_t> mask_;
 
   bool levels_overlap() const {
     for (size_t l = 1; l < test_.levels.size(); ++l) {
@@ -438,6 +455,7 @@ void check(const Kernels& kernels, const Case& test, Type type, size_t index) {
   const std::string name = std::string(kernels.name) + ", case " + std::to_string(index) +
                            ", type " + std::to_string(static_cast<int>(type)) + ": ";
   Call<T, Weight> call(kernels, test, type, index);
+  if ((index + static_cast<size_t>(type)) % 2) call.mask();
   call.check(name);
   const int sizes[] = {2, 4, 5};
   call.check_fused(name, sizes[index % 3]);

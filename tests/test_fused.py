@@ -297,7 +297,7 @@ def test_direction_of_the_angle(
     offset: tuple[int, int],
     pixel: tuple[int, int],
 ) -> None:
-    """A box of 2 x 4 pixels (w, h) in a map of 5 x 5; with one point an offset moves half a side."""
+    """A box of (w, h) = (2, 4) pixels on a map of 5 x 5: an offset of 1 is half a side."""
     value = torch.zeros(1, 5, 5, 1, 1)
     value[0, pixel[0], pixel[1]] = 1
     reference = torch.tensor([0.5, 0.5, 0.4, 0.8, quarters * math.pi / 2]).view(1, 1, 1, 5)

@@ -32,7 +32,7 @@ __global__ void __launch_bounds__(kBlock)
       for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
         const Sample<Acc> sample = points.at({item * problem.points}, k, l, levels);
         Footprint<Acc> foot;
-        foot.place(sample.x, sample.y, level.height, level.width);
+        find_pixels(foot, sample.x, sample.y, level, table, problem, batch);
         const auto corner =
             corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
         for (int j = 0; j < 4; ++j) {
@@ -62,7 +62,8 @@ __global__ void __launch_bounds__(kBlock)
     level = level_of(k, level, levels);
     const Sample<Acc> sample = points.at({item * problem.points}, k, level, levels);
     Footprint<Acc> foot;
-    foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
+    find_pixels(foot, sample.x, sample.y, levels.level[level], table, problem,
+                item / problem.heads / problem.queries);
     const auto corner =
         corner_of<Acc, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride());
     Acc dot[4] = {0, 0, 0, 0};

@@ -3,7 +3,8 @@
 //   Sample           location and weight of one point
 //   GivenPoints      points from sampling_locations and attention_weights
 //   FusedPoints      points from reference_points, sampling_offsets and attention_logits
-//   Corner           the four pixels of a point, with their weights
+//   find_pixels      the four pixels of a point, without masked ones
+//   Corner           the same with their weights
 //   point_gradient   the gradients of a point
 //
 // After any edit: make kernels traffic
@@ -246,6 +247,20 @@ struct FusedPoints {
     return {place.at[0], place.at[1], weight(query, k)};
   }
 };
+
+// `foot`: the pixels of a point in a level of an image. A masked pixel is dropped as if it were off the map.
+template <typename Acc>
+__device__ void find_pixels(Footprint<Acc>& foot, Acc x, Acc y, const Level& level,
+                            const LevelTable& table, const Problem& problem, int64_t batch) {
+  foot.place(x, y, level.height, level.width);
+  if (!table.mask) return;
+  const uint8_t* const masked =
+      table.mask + batch * problem.rows + level.start + int64_t{foot.y} * level.width + foot.x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    foot.on[i] = foot.on[i] && !masked[(i & 1) + (i & 2 ? level.width : 0)];
+  }
+}
 
 // Points that a warp stages in shared memory at a time.
 template <typename Acc>

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
       if (position < part.count && k < levels.first_point[l + 1]) {
         const Sample<Acc> sample = points.at(queries[position], k, l, levels);
         weight = sample.weight;
-        foot.place(sample.x, sample.y, level.height, level.width);
+        find_pixels(foot, sample.x, sample.y, level, table, problem, part.batch);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!foot.on[2 * i] && !foot.on[2 * i + 1]) continue;

@@ -240,9 +240,22 @@ def _open_level(
 
 
 @triton.jit
+def _unmasked(value_mask, row, width, on):
+    """Which of a sample's four pixels are on the map and not masked."""
+    below = row + width.to(row.dtype)
+    return (
+        on[0] & (tl.load(value_mask + row, mask=on[0], other=0) == 0),
+        on[1] & (tl.load(value_mask + row + 1, mask=on[1], other=0) == 0),
+        on[2] & (tl.load(value_mask + below, mask=on[2], other=0) == 0),
+        on[3] & (tl.load(value_mask + below + 1, mask=on[3], other=0) == 0),
+    )
+
+
+@triton.jit
 def _sample(
     locations,
     weights,
+    value_mask,  # of the batch element, or None
     point,
     on_query,
     level,
@@ -265,9 +278,7 @@ def _sample(
         x_location = anchor[0] + x_offset * anchor[2]
         y_location = anchor[1] + y_offset * anchor[3]
     elif REFERENCE == 5:
-        x_moved, y_moved = _turned(
-            x_offset * anchor[2], y_offset * anchor[3], anchor[5], anchor[6]
-        )
+        x_moved, y_moved = _turned(x_offset * anchor[2], y_offset * anchor[3], anchor[5], anchor[6])
         x_location = anchor[0] + x_moved
         y_location = anchor[1] + y_moved
     elif REFERENCE == 2:
@@ -280,6 +291,9 @@ def _sample(
         x_location, y_location = x_offset, y_offset
     x, y, right, down, hit, on = _footprint(x_location, y_location, height, width, on_query)
     row = start.to(INDEX) + y.to(INDEX) * width.to(INDEX) + x.to(INDEX)
+    if value_mask is not None:
+        on = _unmasked(value_mask, row, width, on)
+        hit = on[0] | on[1] | on[2] | on[3]
     weight = tl.where(hit, weight, 0.0)  # no pixel: not even a NaN weight counts
     return (row, on, weight, right, down), x_offset, y_offset, hit
 
@@ -295,6 +309,7 @@ def forward(
     offset_scale,
     locations,  # [B, queries, heads, POINTS, 2]; with a reference, the offsets from it
     weights,  # [B, queries, heads, POINTS]; with a reference, the logits
+    value_mask,  # [B, rows] in uint8: 1 for rows that read as zero; or None
     output,  # [B, queries, heads, HEAD_DIM]
     rows,
     queries,
@@ -316,6 +331,8 @@ def forward(
     channel, exists = _channels(chunk, HEAD_DIM, BLOCK_D)
     row_stride = heads.to(INDEX) * HEAD_DIM
     value += batch * rows * row_stride + head * HEAD_DIM
+    if value_mask is not None:
+        value_mask += batch * rows
     vector = (batch * queries + query) * heads + head
 
     softmax = ()
@@ -333,7 +350,8 @@ def forward(
         )
         for k in range(first, last):
             sample, x_offset, y_offset, hit = _sample(
-                locations, weights, k, on_query, level, anchor, softmax, REFERENCE, INDEX
+                *(locations, weights, value_mask, k, on_query, level, anchor, softmax),
+                *(REFERENCE, INDEX),
             )
             for i in tl.static_range(4):
                 row, share = _pixel_at(sample, level[1], i)
@@ -350,7 +368,7 @@ def forward(
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     grad_output,  # [B, queries, heads, HEAD_DIM]
-    value,  # as in forward, down to weights
+    value,  # as in forward, down to value_mask
     shapes,
     starts,
     sizes,
@@ -359,6 +377,7 @@ def backward(
     offset_scale,
     locations,
     weights,
+    value_mask,
     grad_value,  # [B, rows, heads, HEAD_DIM] float32, zeros; or None
     targets,  # [queries, heads, POINTS, 4] head * rows + row of value; heads * rows: none; or None
     shares,  # [queries, heads, POINTS, 4] what to multiply with the gradient of the output; or None
@@ -387,6 +406,8 @@ def backward(
     on_query = query < queries
     row_stride = heads.to(INDEX) * HEAD_DIM
     image = batch * rows * row_stride + head * HEAD_DIM
+    if value_mask is not None:
+        value_mask += batch * rows
     if targets is not None:  # which are those of one batch element
         targets -= 4 * POINTS * batch * queries * heads
         shares -= 4 * POINTS * batch * queries * heads
@@ -417,7 +438,8 @@ def backward(
         for k in range(first, last):
             point = vector * POINTS + k
             sample, x_offset, y_offset, hit = _sample(
-                locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
+                *(locations, weights, value_mask, point, on_query, level, anchor, softmax),
+                *(REFERENCE, INDEX),
             )
             first_row, on, weight, right, down = sample
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import count_points
-from deform_attn.operands import FusedOperands, Operands
+from deform_attn.operands import FusedOperands, Operands, of_backward
 
 __all__ = [
     "DEVICES",
@@ -246,8 +246,8 @@ def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
     a stable sort; it takes about 100 bytes of memory per point, for one batch element at a time.
     """
-    *call, deterministic, output_mask = inputs
-    return _Call(Operands(*call)).backward(grad_output, deterministic, output_mask)
+    operands, *options = of_backward(Operands, inputs)
+    return _Call(operands).backward(grad_output, *options)
 
 
 def fused_forward(*inputs: Any) -> Tensor:
@@ -257,8 +257,8 @@ def fused_forward(*inputs: Any) -> Tensor:
 
 def fused_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """The kernel of ``ms_deform_attn_fused_triton_backward``; see :func:`backward`."""
-    *call, deterministic, output_mask = inputs
-    return _Call(FusedOperands(*call)).backward(grad_output, deterministic, output_mask)
+    operands, *options = of_backward(FusedOperands, inputs)
+    return _Call(operands).backward(grad_output, *options)
 
 
 class _Call:
@@ -284,6 +284,7 @@ class _Call:
         self.value = value.contiguous()
         self.locations = locations.contiguous()
         self.weights = weights.contiguous()
+        mask = operands.value_mask
         self.reference = None if reference is None else reference.contiguous()
         self.reference_shape = (0, 0)
         if reference is not None:
@@ -308,6 +309,7 @@ class _Call:
             float(offset_scale),
             self.locations,
             self.weights,
+            None if mask is None else mask.contiguous().view(torch.uint8),
         )
 
     def forward(self) -> Tensor:

@@ -34,6 +34,7 @@ KernelCall kernel_call(const py::dict& call) {
   in.levels.count = in.problem.levels;
   in.levels.shapes = at<const int64_t>(call["shapes"].cast<uintptr_t>());
   in.levels.starts = at<const int64_t>(call["starts"].cast<uintptr_t>());
+  in.levels.mask = at<const uint8_t>(call["mask"].cast<uintptr_t>());
   const auto sizes = call["sizes"].cast<std::vector<std::pair<int64_t, int64_t>>>();
   for (size_t l = 0; l < sizes.size(); ++l) {
     in.levels.height[l] = sizes[l].first;

@@ -267,7 +267,13 @@ void run(const Case& test, Type type, size_t index) {
   const size_t outputs = static_cast<size_t>(problem.batch * problem.queries) * width;
   const size_t points = static_cast<size_t>(problem.batch * problem.queries) *
                         static_cast<size_t>(problem.heads * problem.points);
-  const auto value = drawn<T>(static_cast<size_t>(problem.batch * rows) * width, random, -1, 1);
+  auto value = drawn<T>(static_cast<size_t>(problem.batch * rows) * width, random, -1, 1);
+  std::vector<uint8_t> mask(index % 3 ? static_cast<size_t>(problem.batch * rows) : 0);
+  for (size_t i = 0; i < mask.size(); ++i) {  // masked rows hold NaN
+    mask[i] = random() % 3 == 0;
+    for (size_t c = 0; c < width && mask[i]; ++c) value[i * width + c] = static_cast<T>(NAN);
+  }
+  in.levels.mask = mask.empty() ? nullptr : mask.data();
   const auto grad = drawn<T>(outputs, random, -1, 1);
   auto locations = drawn<Acc>(2 * points, random, -0.3f, 1.3f);
   for (size_t i = 0; i < locations.size(); i += 11) {
