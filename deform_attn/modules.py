@@ -557,7 +557,7 @@ class MSDeformableAttention(_Attention):
             or not readable(scale.cpu())
         ):
             return
-        if not torch.allclose(scale.float().cpu(), expected, rtol=1e-2):
+        if not torch.allclose(scale.double().cpu(), expected.double(), rtol=1e-2):
             errors.append(
                 f"{name}: expected 1 / points for num_points {self.num_points_list}, "
                 f"got {scale.tolist()}"
