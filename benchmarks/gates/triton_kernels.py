@@ -162,6 +162,8 @@ def compile_kernel(
         backward=name != "forward",
         deterministic=deterministic,
         fused=reference != (0, 0),
+        masked=masked,
+        rotated=reference[1] == 6,
         lanes=target.warp_size,
     )
     options = backend.launch_options(blocks, backend.target_of(make_backend, target).options)

@@ -6,7 +6,11 @@ backward                 gradients of locations and weights; of value by atomic 
 add_up_rows              the gradient of value from that list, sorted by row
 
 Each takes sampling locations and attention weights, or (fused) computes them: locations from
-reference points (REFERENCE coordinates: 2, 4 or 5) and offsets, weights by a softmax of logits.
+reference points (REFERENCE numbers: 2, 4 or 6) and offsets, weights by a softmax of logits.
+
+A reference of 6 numbers is the frame of a rotated box, which the launcher computes: a sine takes
+float64 and memory of its own. With a, b the sides of the box as vectors, (w cos, w sin) and
+(-h sin, h cos), it is (cx, cy, a.x, b.y, b.x, a.y).
 
 A program computes BLOCK_Q queries of one head. Its tensors are [BLOCK_Q], one number per query, or
 [BLOCK_Q, BLOCK_D], with the channels side by side: a thread loads 16 bytes of neighbouring
@@ -185,9 +189,9 @@ def _anchor(
     REFERENCE: tl.constexpr,
     ANCHORS: tl.constexpr,
 ):
-    """Reference point (x, y) of a level; of a box also how far an offset of 1 leads along its
-    sides, and which part of the box that is: offset_scale / points of the level; of a rotated box
-    also the cosine and sine of its angle.
+    """Reference point (x, y) of a level; of a box also how far an offset of 1 leads in x and y, and
+    which part of the box that is: offset_scale / points of the level; of a rotated box also how far
+    an offset of 1 in y leads in x, and one in x leads in y.
     """
     reference, vector, offset_scale = anchors
     at = vector * ANCHORS * REFERENCE
@@ -201,16 +205,11 @@ def _anchor(
         x_step = tl.load(reference + at + 2, mask=on_query, other=0.0) * part
         y_step = tl.load(reference + at + 3, mask=on_query, other=0.0) * part
         anchor = (x, y, x_step, y_step, part)
-    if REFERENCE == 5:
-        angle = tl.load(reference + at + 4, mask=on_query, other=0.0)
-        anchor = (x, y, x_step, y_step, part, tl.cos(angle), tl.sin(angle))
+    if REFERENCE == 6:
+        x_across = tl.load(reference + at + 4, mask=on_query, other=0.0) * part
+        y_across = tl.load(reference + at + 5, mask=on_query, other=0.0) * part
+        anchor = (x, y, x_step, y_step, part, x_across, y_across)
     return anchor
-
-
-@triton.jit
-def _turned(x, y, cos, sin):
-    """A vector, turned from x towards y."""
-    return x * cos - y * sin, x * sin + y * cos
 
 
 @triton.jit
@@ -277,10 +276,9 @@ def _sample(
     if REFERENCE == 4:
         x_location = anchor[0] + x_offset * anchor[2]
         y_location = anchor[1] + y_offset * anchor[3]
-    elif REFERENCE == 5:
-        x_moved, y_moved = _turned(x_offset * anchor[2], y_offset * anchor[3], anchor[5], anchor[6])
-        x_location = anchor[0] + x_moved
-        y_location = anchor[1] + y_moved
+    elif REFERENCE == 6:
+        x_location = anchor[0] + x_offset * anchor[2] + y_offset * anchor[5]
+        y_location = anchor[1] + y_offset * anchor[3] + x_offset * anchor[6]
     elif REFERENCE == 2:
         # divided, not multiplied by the inverse, so that the point lies on the same side of a knot
         # as it does where PyTorch computes the locations
@@ -481,19 +479,28 @@ def backward(
             if REFERENCE != 2:
                 grad_x *= level[1]
                 grad_y *= level[0]
-            if REFERENCE == 5:  # along the sides of the box
-                grad_x, grad_y = _turned(grad_x, grad_y, anchor[5], -anchor[6])
             if grad_reference is not None and REFERENCE >= 4:
                 grad_width = grad_x * x_offset * anchor[4]
                 grad_height = grad_y * y_offset * anchor[4]
                 slot_grads = _put(slot_grads, slot, place + 2, tl.where(hit, grad_width, 0.0))
                 slot_grads = _put(slot_grads, slot, place + 3, tl.where(hit, grad_height, 0.0))
-                if REFERENCE == 5:
-                    grad_angle = grad_y * x_offset * anchor[2] - grad_x * y_offset * anchor[3]
-                    slot_grads = _put(slot_grads, slot, place + 4, tl.where(hit, grad_angle, 0.0))
-            if REFERENCE >= 4:
+                if REFERENCE == 6:
+                    grad_x_across = grad_x * y_offset * anchor[4]
+                    grad_y_across = grad_y * x_offset * anchor[4]
+                    slot_grads = _put(
+                        slot_grads, slot, place + 4, tl.where(hit, grad_x_across, 0.0)
+                    )
+                    slot_grads = _put(
+                        slot_grads, slot, place + 5, tl.where(hit, grad_y_across, 0.0)
+                    )
+            if REFERENCE == 4:
                 grad_x = tl.where(hit, grad_x * anchor[2], 0.0)
                 grad_y = tl.where(hit, grad_y * anchor[3], 0.0)
+            elif REFERENCE == 6:
+                grad_x_offset = grad_x * anchor[2] + grad_y * anchor[6]
+                grad_y_offset = grad_y * anchor[3] + grad_x * anchor[5]
+                grad_x = tl.where(hit, grad_x_offset, 0.0)
+                grad_y = tl.where(hit, grad_y_offset, 0.0)
             slot_grads = _put(slot_grads, slot, k, grad_weight)
             side_grads = _put(side_grads, side, 2 * k, grad_x)
             side_grads = _put(side_grads, side, 2 * k + 1, grad_y)
