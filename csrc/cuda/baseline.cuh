@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kBlock)
       for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
         const Sample<Acc> sample = points.at({item * problem.points}, k, l, levels);
         Footprint<Acc> foot;
-        find_pixels(foot, sample.x, sample.y, level, table, problem, batch);
-        const auto corner =
-            corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
+        foot.place(sample.x, sample.y, level.height, level.width);
+        const auto corner = corner_of<Acc, int64_t>(
+            foot, level, sample.weight, problem.row_stride(), mask_of(table, problem, batch));
         for (int j = 0; j < 4; ++j) {
           if (foot.on[j]) sum += corner.weight.at[j] * static_cast<Acc>(source[corner.at.at[j]]);
         }
@@ -62,10 +62,10 @@ __global__ void __launch_bounds__(kBlock)
     level = level_of(k, level, levels);
     const Sample<Acc> sample = points.at({item * problem.points}, k, level, levels);
     Footprint<Acc> foot;
-    find_pixels(foot, sample.x, sample.y, levels.level[level], table, problem,
-                item / problem.heads / problem.queries);
+    foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
     const auto corner =
-        corner_of<Acc, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride());
+        corner_of<Acc, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride(),
+                                mask_of(table, problem, item / problem.heads / problem.queries));
     Acc dot[4] = {0, 0, 0, 0};
     for (int channel = threadIdx.x; channel < problem.head_dim; channel += blockDim.x) {
       const Acc grad = static_cast<Acc>(grad_output[item * problem.head_dim + channel]);

@@ -3,7 +3,7 @@
 //   Sample           location and weight of one point
 //   GivenPoints      points from sampling_locations and attention_weights
 //   FusedPoints      points from reference_points, sampling_offsets and attention_logits
-//   find_pixels      the four pixels of a point, without masked ones
+//   mask_of, find_pixels   the four pixels of a point, without masked ones
 //   Corner           the same with their weights
 //   point_gradient   the gradients of a point
 //
@@ -248,17 +248,23 @@ struct FusedPoints {
   }
 };
 
-// `foot`: the pixels of a point in a level of an image. A masked pixel is dropped as if it were off the map.
-template <typename Acc>
+// The mask of an image, [rows]; null: no row is masked.
+__device__ inline const uint8_t* mask_of(const LevelTable& table, const Problem& problem,
+                                         int64_t batch) {
+  return table.mask ? table.mask + batch * problem.rows : nullptr;
+}
+
+// `foot`: the pixels of a point in a level. A masked pixel is dropped as if it were off the map. Row: unsigned
+// where the rows of value fit, else int64_t; off the map it may wrap.
+template <typename Row, typename Acc>
 __device__ void find_pixels(Footprint<Acc>& foot, Acc x, Acc y, const Level& level,
-                            const LevelTable& table, const Problem& problem, int64_t batch) {
+                            const uint8_t* mask) {
   foot.place(x, y, level.height, level.width);
-  if (!table.mask) return;
-  const uint8_t* const masked =
-      table.mask + batch * problem.rows + level.start + int64_t{foot.y} * level.width + foot.x;
+  if (!mask) return;
+  const Row first = static_cast<Row>(level.start) + static_cast<Row>(foot.y) * level.width + foot.x;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    foot.on[i] = foot.on[i] && !masked[(i & 1) + (i & 2 ? level.width : 0)];
+    foot.on[i] = foot.on[i] && !mask[first + (i & 1) + (i & 2 ? level.width : 0)];
   }
 }
 
@@ -294,10 +300,11 @@ __device__ inline int level_of(int k, int level, const BlockLevels& levels) {
   return level;
 }
 
-// `row_stride`: from a row of value to the next, in the unit of Corner::at.
+// `row_stride`: from a row of value to the next, in the unit of Corner::at. Masked pixels are dropped
+// as find_pixels does; which of the two spills no register depends on the kernel.
 template <typename Acc, typename Offset>
-__device__ Corner<Acc, Offset> corner_of(const Footprint<Acc>& foot, const Level& level, Acc weight,
-                                         Offset row_stride) {
+__device__ Corner<Acc, Offset> corner_of(Footprint<Acc>& foot, const Level& level, Acc weight,
+                                         Offset row_stride, const uint8_t* mask = nullptr) {
   using Corner = deform_attn::Corner<Acc, Offset>;
   Corner corner;
   const Offset left =
@@ -305,6 +312,7 @@ __device__ Corner<Acc, Offset> corner_of(const Footprint<Acc>& foot, const Level
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const Offset row = left + (i & 1) + (i & 2 ? level.width : 0);
+    if (mask && foot.on[i]) foot.on[i] = !mask[row];
     corner.at.at[i] = foot.on[i] ? row * row_stride : Corner::kNone;
     corner.weight.at[i] = foot.weight(i) * weight;
   }

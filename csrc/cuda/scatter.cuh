@@ -158,7 +158,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
         const Sample<Acc> sample = points.at(query, k_staged, level, levels);
         Footprint<Acc> foot;
-        find_pixels(foot, sample.x, sample.y, levels.level[level], table, problem, part.batch);
+        find_pixels<int64_t>(foot, sample.x, sample.y, levels.level[level],
+                             mask_of(table, problem, part.batch));
         staged.corners.set(teams.lane, corner_of<Acc, Offset>(foot, levels.level[level],
                                                               sample.weight, row_stride));
         if constexpr (kKeepsFootprints<Acc>) {
@@ -265,8 +266,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
           level = level_of(k, 0, levels);
           const auto location = points.location(query, k, level, levels);
           weight = Points::kFused ? staged.weight[teams.lane] : points.weight(query, k);
-          find_pixels(foot, location.at[0], location.at[1], levels.level[level], table, problem,
-                      part.batch);
+          find_pixels<int64_t>(foot, location.at[0], location.at[1], levels.level[level],
+                               mask_of(table, problem, part.batch));
         }
         const auto gradient =
             point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane].at);

@@ -44,6 +44,8 @@ __global__ void __launch_bounds__(kBlock)
   const int64_t total = problem.batch * problem.queries * reference_levels;
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
+    const Acc* const box = boxes + i * kRotatedBox;
+    const Acc c = cos(box[4]), s = sin(box[4]);  // before the sums, which would be spilled
     const int l = static_cast<int>(i % reference_levels);
     const bool none = reference_levels > 1 && table.first_point[l] == table.first_point[l + 1];
     const Acc* const first = parts + i / reference_levels * problem.heads * row + l * kFrame;
@@ -52,9 +54,7 @@ __global__ void __launch_bounds__(kBlock)
 #pragma unroll
       for (int j = 0; j < kFrame; ++j) sum[j] += first[int64_t{head} * row + j];
     }
-    const Acc* const box = boxes + i * kRotatedBox;
     Acc* const to = grad_reference + i * kRotatedBox;
-    const Acc c = cos(box[4]), s = sin(box[4]);
     to[0] = sum[0];
     to[1] = sum[1];
     to[2] = c * sum[2] + s * sum[5];
