@@ -250,8 +250,16 @@ def _as_operands(
         weights = converted("attention_weights", weights, dtype)
     spatial_shapes, level_start_index, level_sizes = level_operands(shapes, starts)
     counts = None if num_points is None else list(num_points)
-    levels = spatial_shapes, level_start_index
-    return value, *levels, locations, weights, level_sizes, counts, value_mask
+    return (
+        value,
+        spatial_shapes,
+        level_start_index,
+        locations,
+        weights,
+        level_sizes,
+        counts,
+        value_mask,
+    )
 
 
 def _fused(
