@@ -359,6 +359,9 @@ def main() -> int:
             process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
             assert process.stdout is not None
             for printed in process.stdout:
+                if not printed.startswith("{"):  # of an exporter
+                    print(printed, end="", file=sys.stderr)
+                    continue
                 row = json.loads(printed)
                 assert row["transformers"] == version, f"imported {row['transformers']}"
                 found.append(row)
