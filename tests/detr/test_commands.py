@@ -15,11 +15,13 @@ from PIL import Image
 
 from deform_attn.detr import __main__ as commands
 from deform_attn.detr import load
+from deform_attn.detr.augment import AUGMENTATIONS
 from deform_attn.detr.data import Digits, Shapes, write_coco
 from deform_attn.detr.export import difference, export
+from deform_attn.detr.images import RESIZE
 from deform_attn.detr.models import Detections
-from deform_attn.detr.recipes import build
-from deform_attn.detr.train import Settings, train, transfer
+from deform_attn.detr.recipes import RECIPES, build
+from deform_attn.detr.train import AMP, Settings, train, transfer
 
 from .official import official_state
 
@@ -184,6 +186,17 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
         Settings(data="shapes", model="dfine_n", queries=7)
     with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
+
+
+def test_help_has_examples_and_names_the_choices(monkeypatch: Patch, capsys: Capture) -> None:
+    for name in ("train", "evaluate", "predict", "export", "data"):
+        with pytest.raises(SystemExit, match="0"):
+            run(monkeypatch, name, "--help")
+        text = capsys.readouterr().out
+        assert f"python -m deform_attn.detr {name} --" in text
+        words = set(re.findall(r"\w+", text))
+        if name == "train":
+            assert {*RECIPES, *AUGMENTATIONS, *AMP, *RESIZE, "rtdetr_r18"} <= words
 
 
 DOCS = Path(__file__).parents[2] / "docs/detr"
