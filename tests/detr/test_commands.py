@@ -230,6 +230,8 @@ def test_every_command_of_the_documentation_runs(
         if words[0] == "train":
             steps = 2 if "--resume" in words else 1
             words += ["--steps", str(steps), "--batch", "2", "--evaluate-every", "1"]
+        if "--recipe" in words:
+            words += ["--width", "32", "--layers", "1", "--queries", "10"]
         if words[0] in ("train", "export") and "--size" not in words:
             words += ["--size", "320" if "--model" in words and words[0] == "train" else "64"]
         run(monkeypatch, *words)
