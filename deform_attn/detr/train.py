@@ -39,8 +39,23 @@ from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.zoo import CONFIGURATIONS
 
 # Settings that --resume lets change.
-CHANGEABLE = ("steps", "batch", "lr", "backbone_lr", "weight_decay", "clip", "augment", "amp")
-CHANGEABLE += ("freeze_norms", "seed", "evaluate_every", "save_every", "keep_every")
+CHANGEABLE = frozenset(
+    [
+        "steps",
+        "batch",
+        "lr",
+        "backbone_lr",
+        "weight_decay",
+        "clip",
+        "augment",
+        "amp",
+        "freeze_norms",
+        "seed",
+        "evaluate_every",
+        "save_every",
+        "keep_every",
+    ]
+)
 ARCHITECTURE = ("recipe", "model", "width", "layers", "queries")
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -323,9 +338,9 @@ class _Run:
             if settings.freeze and name.startswith(settings.freeze)
         ]
         if settings.freeze and not frozen:
-            parts = sorted({name.split(".")[0] for name in system.model.state_dict()})
+            starts = sorted({name.split(".")[0] for name in system.model.state_dict()})
             raise ValueError(
-                f"freeze: expected the start of a parameter's name, such as one of {parts}, "
+                f"freeze: expected the start of a parameter's name, such as one of {starts}, "
                 f"got {settings.freeze!r}"
             )
         for parameter in frozen:
