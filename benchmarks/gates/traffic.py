@@ -140,9 +140,9 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         figures["least_bytes"] += zeros
         return figures
 
-    for algorithm in ("baseline", "scatter", "gather"):
-        found[f"backward {algorithm}"] = backward(algorithm)
     algorithm = KERNELS.chosen_algorithm(*given)
+    for name in dict.fromkeys(("baseline", "scatter", algorithm, "gather")):
+        found[f"backward {name}"] = backward(name)
     found[f"backward {algorithm} fused"] = backward(algorithm, fused=True)
     found[f"backward {algorithm} fused, {FIXED}"] = backward(algorithm, fused=True, reference=False)
     found = {
@@ -298,11 +298,8 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
         sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
         (encoder if "encoder" in case else others).add(sectors, case)
         moved = [
-            sum(
-                found[f"backward {algorithm}"][kind]
-                for kind in ("read", "written", "atomic_sectors")
-            )
-            for algorithm in ("gather", "scatter")
+            sum(found[f"backward {name}"][kind] for kind in ("read", "written", "atomic_sectors"))
+            for name in ("gather", "scatter")
         ]
         gathered.add(moved[0] / moved[1], case)
     found_bars = [loads, read, narrow, missed, atomics, encoder, others, gathered]

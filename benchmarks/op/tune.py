@@ -194,7 +194,7 @@ def _by_call(rows: Sequence[Row], phase: str) -> list[tuple[Row, dict[str, float
 
 
 def choose_backward(rows: Sequence[Row]) -> list[str]:
-    """The threshold of `choose_backward` in csrc/cuda/launch.cuh.
+    """The rules of `choose_backward` in csrc/cuda/launch.cuh.
 
     Gather reads each sampling point once for each tile that it touches and needs no atomics, so
     that it can only pay off with many points per row of value. The threshold minimises the sum of
@@ -203,9 +203,9 @@ def choose_backward(rows: Sequence[Row]) -> list[str]:
     lines = []
     for name, dtypes in (("32-bit", ("f32",)), ("16-bit", ("f16", "bf16"))):
         calls = [
-            (row["points_per_row"], times[SCATTER], times[GATHER], row)
+            (row["points_per_row"], times["compiled"], times[GATHER], row)
             for row, times in _by_call(rows, "backward")
-            if row["dtype"] in dtypes and {SCATTER, GATHER} <= times.keys()
+            if row["dtype"] in dtypes and {"compiled", GATHER} <= times.keys()
         ]
         if not calls:
             lines.append(f"choose_backward, {name} values: not measured")
@@ -214,29 +214,38 @@ def choose_backward(rows: Sequence[Row]) -> list[str]:
 
         def cost(threshold: float, calls: Any = calls) -> float:
             return sum(
-                math.log(gather if density >= threshold else scatter)
-                for density, scatter, gather, _ in calls
+                math.log(gather if density >= threshold else atomic)
+                for density, atomic, gather, _ in calls
             )
 
         best = min(at, key=cost)
         if cost(math.inf) - cost(best) < math.log(MARGIN):
             best = math.inf  # not worth a branch
         losses = {
-            f"{row['workload']} {row['dtype']}": (gather if density >= best else scatter)
-            / min(gather, scatter)
-            for density, scatter, gather, row in calls
+            f"{row['workload']} {row['dtype']}": (gather if density >= best else atomic)
+            / min(gather, atomic)
+            for density, atomic, gather, row in calls
         }
         worst = max(losses, key=lambda call: losses[call])
         rule = (
-            "kScatter unless determinism is asked for"
+            "kGather only where determinism is asked for"
             if math.isinf(best)
-            else f"kGather from {best:.3g} points of a head per row of value on, else kScatter"
+            else f"kGather from {best:.3g} points of a head per row of value on"
         )
         lines.append(
             f"csrc/cuda/launch.cuh, choose_backward, {name} values: {rule}; fastest in "
             f"{sum(loss < MARGIN for loss in losses.values())} of {len(losses)}, at worst "
             f"{losses[worst]:.2f}x the time of the other ({worst})"
         )
+    slower = [
+        f"{row['workload']} {row['dtype']} ({times['compiled'] / times[SCATTER]:.2f}x)"
+        for row, times in _by_call(rows, "backward")
+        if {"compiled", SCATTER} <= times.keys() and times["compiled"] > MARGIN * times[SCATTER]
+    ]
+    lines.append(
+        "csrc/cuda/launch.cuh, choose_backward: kScatter in place of the choice would be faster "
+        f"on: {', '.join(slower) or 'none'}"
+    )
     return lines
 
 

@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kBlock)
                      const T* __restrict__ value, T* __restrict__ output) {
   using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
-  read_levels(table, problem, levels);
+  read_levels<false>(table, problem, levels);
   const int64_t total = problem.batch * problem.queries * problem.row_stride();
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBlock)
   using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
   __shared__ Acc dots[4][kBlock];
-  read_levels(table, problem, levels);
+  read_levels<false>(table, problem, levels);
   const int64_t item = blockIdx.x;
   const int head = static_cast<int>(item % problem.heads);
   const int64_t start = problem.value_at(item / problem.heads / problem.queries, 0, head);

@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kBlock, 2)
                   Rectangle* __restrict__ bounds, int run) {
   __shared__ BlockLevels levels;
   const Part part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
-  read_levels(table, problem, levels);
+  read_levels<Points::kFused>(table, problem, levels);
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;

@@ -172,11 +172,6 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
 // a pixel, where `in_tiles`; elsewhere as kScatter. kGather: no atomics, the same bits every time.
 enum class BackwardAlgorithm { kBaseline, kScatter, kTiles, kGather };
 
-// Scattering takes far fewer instructions; gathering is repeatable to the bit.
-inline BackwardAlgorithm choose_backward(bool deterministic) {
-  return deterministic ? BackwardAlgorithm::kGather : BackwardAlgorithm::kScatter;
-}
-
 // Which of the gradients that take extra work are requested; the others are always computed.
 struct OutputMask {
   bool value = true, reference = true;
@@ -219,6 +214,22 @@ inline bool in_tiles(const KernelCall& in, const Device& device) {
   return in.type != Type::kDouble && problem.queries == problem.rows &&
          problem.head_dim % kTileVec == 0 && !device.long_offsets &&
          problem.rows * problem.row_stride() / kTileVec < limit;
+}
+
+// Gathering takes several times as many instructions, and is repeatable to the bit. Tiles take fewer
+// reductions than scattering, and pay off where their blocks fill the multiprocessors and points fill
+// their turns (docs/design-gpu.md).
+inline BackwardAlgorithm choose_backward(const KernelCall& in, const Device& device,
+                                         bool deterministic) {
+  if (deterministic) return BackwardAlgorithm::kGather;
+  int in_turns = 0;  // points that the turns of a query have room for
+  for (int l = 0; l < in.levels.count; ++l) {
+    const int points = in.levels.first_point[l + 1] - in.levels.first_point[l];
+    in_turns += (points + kTurnPoints - 1) / kTurnPoints * kTurnPoints;
+  }
+  const bool pays =
+      tiles_config(in.problem).count >= 4 * device.processors && 2 * in.problem.points > in_turns;
+  return pays && in_tiles(in, device) ? BackwardAlgorithm::kTiles : BackwardAlgorithm::kScatter;
 }
 
 inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algorithm,

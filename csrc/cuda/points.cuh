@@ -142,6 +142,20 @@ struct FusedPoints {
     return wide ? static_cast<const Acc*>(logits)[point]
                 : static_cast<Acc>(static_cast<const T*>(logits)[point]);
   }
+  // Whether each lane of a team can read its logits at once, as four neighbours. Not in float64, which has
+  // no registers for them.
+  __device__ bool reads_fours(int points, int lanes) const {
+    return sizeof(Acc) == 4 && points % 4 == 0 && points <= 4 * lanes &&
+           reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+  }
+  __device__ Pack<Acc, 4> four_logits(int64_t point) const {
+    if (wide) return load<4>(static_cast<const Acc*>(logits) + point);
+    const auto narrow = load<4>(static_cast<const T*>(logits) + point);
+    Pack<Acc, 4> numbers;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) numbers.at[i] = static_cast<Acc>(narrow.at[i]);
+    return numbers;
+  }
   __device__ Pack<Acc, 2> offset(int64_t point) const {
     if (wide) return load<2>(static_cast<const Acc*>(offsets) + 2 * point);
     const auto narrow = load<2>(static_cast<const T*>(offsets) + 2 * point);
@@ -161,11 +175,19 @@ struct FusedPoints {
     const int points = levels.first_point[level + 1] - levels.first_point[level];
     return offset_scale / static_cast<Acc>(max(points, 1));
   }
+  // 1 / (width, height).
+  __device__ static Pack<Acc, 2> pixel_of_level(int level, const BlockLevels& levels) {
+    if constexpr (sizeof(Acc) == 4) {
+      return levels.pixel[level];
+    } else {
+      const Level& map = levels.level[level];
+      return {Acc(1) / static_cast<Acc>(map.width), Acc(1) / static_cast<Acc>(map.height)};
+    }
+  }
   // How far an offset of 1 moves the location along an axis.
   __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
     if (reference_size == 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
-    const Level& map = levels.level[level];
-    return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
+    return pixel_of_level(level, levels).at[axis];
   }
   __device__ Query open(const Problem& problem, const Part& part, int query, bool present,
                         const Teams& teams) const {
@@ -176,17 +198,29 @@ struct FusedPoints {
     opened.item = part.first_item(problem) + query;
     opened.largest = -INFINITY;
     const int first = teams.round_of(teams.lane), count = present ? problem.points : 0;
+    const bool fours = reads_fours(problem.points, teams.lanes());
+    Pack<Acc, 4> own = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    if (fours) {
+      if (4 * first < count) own = four_logits(opened.first_point + 4 * first);
+      opened.largest = max(max(own.at[0], own.at[1]), max(own.at[2], own.at[3]));
+    } else {
 #pragma unroll 1  // unrolled, the kernel spills registers
-    for (int k = first; k < count; k += teams.lanes()) {
-      opened.largest = max(opened.largest, logit(opened.first_point + k));
+      for (int k = first; k < count; k += teams.lanes()) {
+        opened.largest = max(opened.largest, logit(opened.first_point + k));
+      }
     }
     for (int step = teams.count(); step < kWarp; step *= 2) {
       opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
     }
     Acc sum = 0;
+    if (fours) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sum += exp(own.at[i] - opened.largest);
+    } else {
 #pragma unroll 1
-    for (int k = first; k < count; k += teams.lanes()) {
-      sum += exp(logit(opened.first_point + k) - opened.largest);
+      for (int k = first; k < count; k += teams.lanes()) {
+        sum += exp(logit(opened.first_point + k) - opened.largest);
+      }
     }
     for (int step = teams.count(); step < kWarp; step *= 2) {
       sum += __shfl_xor_sync(kAllLanes, sum, step);
@@ -217,8 +251,7 @@ struct FusedPoints {
       const Acc part = portion(level, levels);
       step = {from[2] * part, from[3] * part};
     } else {
-      step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
-              Acc(1) / static_cast<Acc>(levels.level[level].height)};
+      step = pixel_of_level(level, levels);
     }
     const Pack<Acc, 2> by = offset(query.first_point + k);
     return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),

@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
   __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
   __shared__ typename Points::Query queries[kTileQueries];
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
-  read_levels(table, problem, levels);
+  read_levels<Points::kFused>(table, problem, levels);
   const unsigned stride = static_cast<unsigned>(problem.row_stride() / kTileVec);
   if (static_cast<int>(threadIdx.x) < part.count) {
     const int64_t query = query_at(part.first + threadIdx.x, levels, table.count);
@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
     if (threadIdx.x == 0) turn.listed = turn.single = 0;
   };
   clear();
-  const int lane_bits = blocks.lane_bits;
-  const int lane = threadIdx.x & ((1 << lane_bits) - 1), team = threadIdx.x >> lane_bits;
+  constexpr int kWidth = kAtomicWidth<Acc, kTileVec>;
+  const int lane_bits = blocks.lane_bits, lanes = 1 << lane_bits;
+  const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x >> lane_bits;
   const T* const first_grad = grad_output + problem.output_at(part.batch, 0, part.head);
   Acc* const first_pixel = grad_value + problem.value_at(part.batch, 0, part.head);
 
@@ -172,19 +173,25 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
 #pragma unroll 1
       for (int from = 0; from < problem.head_dim; from += kTileVec << lane_bits) {
         const int channels = problem.head_dim - from;
+        // Where an atomic adds one channel, neighbouring lanes have neighbouring channels: channel c of a
+        // lane is `from` + lane + c * lanes.
+        const int first_channel = kWidth == 1 ? lane : lane * kTileVec;
+        const auto there = [&](int c) { return first_channel + c * lanes < channels; };
         // A lane without channels reads those of the first lane, and adds nothing.
-        const bool active = lane * kTileVec < channels;
+        const bool active = first_channel < channels;
         const unsigned mask = active ? ~0u : ~(kAddLeft | kAddRight);
+        // Aligned; a lane's first channel comes `own` numbers later.
+        const int own = kWidth == 1 ? lane : 0;
         const auto* const source = reinterpret_cast<const Pack<T, kTileVec>*>(
-            first_grad + from + (active ? lane * kTileVec : 0));
+            first_grad + from + (active ? first_channel - own : 0));
         auto* const target =
-            reinterpret_cast<Pack<Acc, kTileVec>*>(first_pixel + from + lane * kTileVec);
+            reinterpret_cast<Pack<Acc, kTileVec>*>(first_pixel + from + first_channel - own);
         // `at` is less than zero, and wraps, for a left pixel that is not on the map.
         const auto add = [&](unsigned at, const Pack<Acc, kTileVec>& sum) {
-          constexpr int kWidth = kAtomicWidth<Acc, kTileVec>;
 #pragma unroll
           for (int c = 0; c < kTileVec; c += kWidth) {
-            atomic_add<kWidth>((target + at)->at + c, sum.at + c);
+            if (c > 0 && !there(c)) break;
+            atomic_add<kWidth>((target + at)->at + own + c * lanes, sum.at + c);
           }
         };
         Pack<Acc, kTileVec> left = {}, right = {};
@@ -192,18 +199,23 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
         for (unsigned i = begin; i < end; i += kTileBatch) {
           const Share* const shares = &turn.at(i);
           Share share[kTileBatch];
-          Loaded<T, kTileVec> grad[kTileBatch];
+          Loaded<T, kWidth> grad[kTileBatch][kTileVec / kWidth];
 #pragma unroll
           for (int j = 0; j < kTileBatch; ++j) {
             share[j] = shares[j];
-            grad[j] = load_if(true, source + (share[j].query >> kShareBits));
+            const T* const numbers = (source + (share[j].query >> kShareBits))->at + own;
+#pragma unroll
+            for (int c = 0; c < kTileVec; c += kWidth) {
+              grad[j][c / kWidth] = load_if<kWidth>(kWidth > 1 || there(c), numbers + c * lanes);
+            }
           }
 #pragma unroll
           for (int j = 0; j < kTileBatch; ++j) {
 #pragma unroll
             for (int c = 0; c < kTileVec; ++c) {
-              left.at[c] += share[j].left_weight * grad[j][c];
-              right.at[c] += share[j].right_weight * grad[j][c];
+              const Acc number = grad[j][c / kWidth][c % kWidth];
+              left.at[c] += share[j].left_weight * number;
+              right.at[c] += share[j].right_weight * number;
             }
             if (share[j].query & kMore) continue;
             const unsigned bits = share[j].query & mask;

@@ -60,8 +60,9 @@ BackwardPlan plan(const KernelCall& in, const std::string& name, const Device& d
                   const OutputMask& output_mask) {
   const BackwardAlgorithm algorithm = name == "baseline"  ? BackwardAlgorithm::kBaseline
                                       : name == "scatter" ? BackwardAlgorithm::kScatter
-                                      : name == "tiles"   ? BackwardAlgorithm::kTiles
-                                                          : choose_backward(name == "gather");
+                                      : name == "tiles"
+                                          ? BackwardAlgorithm::kTiles
+                                          : choose_backward(in, device, name == "gather");
   return plan_backward(in, algorithm, device, output_mask);
 }
 

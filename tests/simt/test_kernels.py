@@ -5,6 +5,7 @@ test_op.py tests what they compute, through runner.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import re
@@ -62,6 +63,26 @@ def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
     """Queries that are the pixels, so that tiles, bands and shared pixels occur."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
     check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "processors", "expected"),
+    [
+        ({}, "f32", 1, "tiles"),
+        ({}, "bf16", 1, "tiles"),
+        ({}, "f64", 1, "scatter"),
+        ({}, "f32", 132, "scatter"),  # too few blocks
+        ({"queries": 146}, "f32", 1, "scatter"),  # the queries are not the pixels
+        ({"head_dim": 30}, "f32", 1, "scatter"),
+        ({"points": 2}, "f32", 1, "scatter"),  # half of the threads would have no point
+        ({"points": 3}, "f32", 1, "tiles"),
+    ],
+)
+def test_choice(changes: dict[str, int], dtype: str, processors: int, expected: str) -> None:
+    """Which algorithm a backward pass takes; test_encoder runs each of them."""
+    inputs = dataclasses.replace(ENCODER, **changes).make(DTYPES[dtype])
+    kernels = Emulated(processors=processors)
+    assert kernels.chosen_algorithm(*inputs.arguments, inputs.num_points) == expected
 
 
 def test_far_points_of_a_tile() -> None:
