@@ -75,12 +75,12 @@ def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
         ({"queries": 146}, "f32", 1, "scatter"),  # the queries are not the pixels
         ({"head_dim": 30}, "f32", 1, "scatter"),
         ({"points": 2}, "f32", 1, "scatter"),  # half of the threads would have no point
-        ({"points": 3}, "f32", 1, "tiles"),
+        ({"points": (8, 1, 4)}, "f32", 1, "tiles"),
     ],
 )
-def test_choice(changes: dict[str, int], dtype: str, processors: int, expected: str) -> None:
+def test_choice(changes: dict[str, Any], dtype: str, processors: int, expected: str) -> None:
     """Which algorithm a backward pass takes; test_encoder runs each of them."""
-    inputs = dataclasses.replace(ENCODER, **changes).make(DTYPES[dtype])
+    inputs = dataclasses.replace(ENCODER, **{"points": 3, **changes}).make(DTYPES[dtype])
     kernels = Emulated(processors=processors)
     assert kernels.chosen_algorithm(*inputs.arguments, inputs.num_points) == expected
 
