@@ -8,9 +8,10 @@
 namespace deform_attn {
 
 // Whether pixels that are not on the map are zeros in registers; else what they would add is left out. The
-// latter takes a predicate for each pixel, too many for the two points at a time of float32.
-template <typename T>
-constexpr bool kMakesZeros = sizeof(T) >= 4;
+// latter takes a predicate for each pixel, too many for the two points at a time of float32, and in a fused
+// call more registers than sm_86, sm_89 and sm_120 have.
+template <typename T, typename Points>
+constexpr bool kMakesZeros = sizeof(T) >= 4 || (Points::kFused && kLeastBlocks == 3);
 
 // A block works on the queries of its Part, a team of lanes on each. Each lane stages the corners of points
 // of query query_of(lane) in shared memory; then each team reads those of its query.
@@ -75,13 +76,13 @@ __global__ void __launch_bounds__(kBlock, 4)
         for (int i = 0; i < 4; ++i) {
           const bool there = corner.at.at[i] != Corner::kNone;
           const auto* const from = source + corner.at.at[i];
-          pixel[i] = kMakesZeros<T> ? load_if(there, from) : load_where(there, from);
+          pixel[i] = kMakesZeros<T, Points> ? load_if(there, from) : load_where(there, from);
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
           for (int c = 0; c < kVec; ++c) {
-            if constexpr (kMakesZeros<T>) {
+            if constexpr (kMakesZeros<T, Points>) {
               sum[c] += corner.weight.at[i] * pixel[i][c];
             } else {
               add_where(corner.at.at[i] != Corner::kNone, sum[c], corner.weight.at[i], pixel[i][c]);

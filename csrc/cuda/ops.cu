@@ -210,8 +210,10 @@ BackwardAlgorithm named(const std::string& name) {
   if (name == "baseline") return BackwardAlgorithm::kBaseline;
   if (name == "scatter") return BackwardAlgorithm::kScatter;
   if (name == "tiles") return BackwardAlgorithm::kTiles;
+  if (name == "fixed") return BackwardAlgorithm::kFixed;
   if (name == "gather") return BackwardAlgorithm::kGather;
-  throw std::runtime_error("algorithm: expected baseline, scatter, tiles or gather, got " + name);
+  throw std::runtime_error("algorithm: expected baseline, scatter, tiles, fixed or gather, got " +
+                           name);
 }
 
 Tensor forward_by(const std::string algorithm, const Tensor value, const MaybeTensor spatial_shapes,

@@ -147,7 +147,9 @@ constexpr int kAtomicWidth =
 
 template <int kWidth, typename Acc>
 __device__ void atomic_add(Acc* to, const Acc* term) {
-  if constexpr (kWidth == 4) {
+  if constexpr (std::is_integral_v<Acc>) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(*term));
+  } else if constexpr (kWidth == 4) {
     atomicAdd(reinterpret_cast<float4*>(to), make_float4(term[0], term[1], term[2], term[3]));
   } else {
     atomicAdd(to, *term);

@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-ALGORITHMS = ("baseline", "scatter", "tiles", "gather", "planned")
+ALGORITHMS = ("baseline", "scatter", "tiles", "fixed", "gather", "planned", "deterministic")
 NAN = float("nan")
 PROCESSORS = 132  # multiprocessors of the emulated GPU
 
@@ -188,9 +188,10 @@ class Emulated:
         self._backward(_Call(*arguments), grad_output, targets, algorithm)
         return targets[0], targets[3], targets[1], targets[2]
 
-    def chosen_algorithm(self, *arguments: Any) -> str:
+    def chosen_algorithm(self, *arguments: Any, deterministic: bool = False) -> str:
         """The algorithm that choose_backward takes for a call."""
-        return self.module.plan(_Call(*arguments).fields, "planned", self.processors, True, True)[0]
+        name = "deterministic" if deterministic else "planned"
+        return self.module.plan(_Call(*arguments).fields, name, self.processors, True, True)[0]
 
 
 class _Call:

@@ -60,9 +60,11 @@ BackwardPlan plan(const KernelCall& in, const std::string& name, const Device& d
                   const OutputMask& output_mask) {
   const BackwardAlgorithm algorithm = name == "baseline"  ? BackwardAlgorithm::kBaseline
                                       : name == "scatter" ? BackwardAlgorithm::kScatter
-                                      : name == "tiles"
-                                          ? BackwardAlgorithm::kTiles
-                                          : choose_backward(in, device, name == "gather");
+                                      : name == "tiles"   ? BackwardAlgorithm::kTiles
+                                      : name == "fixed"   ? BackwardAlgorithm::kFixed
+                                      : name == "gather"
+                                          ? BackwardAlgorithm::kGather
+                                          : choose_backward(in, device, name == "deterministic");
   return plan_backward(in, algorithm, device, output_mask);
 }
 
@@ -70,6 +72,7 @@ const char* name_of(BackwardAlgorithm algorithm) {
   return algorithm == BackwardAlgorithm::kBaseline  ? "baseline"
          : algorithm == BackwardAlgorithm::kScatter ? "scatter"
          : algorithm == BackwardAlgorithm::kTiles   ? "tiles"
+         : algorithm == BackwardAlgorithm::kFixed   ? "fixed"
                                                     : "gather";
 }
 
