@@ -5,8 +5,8 @@
 
 Needs torch and Triton alone. Each workload and dtype is a race of the 2020-style baseline, the
 scatter and deterministic backward, Triton, and the fused operator of both; the table is written
-after each of them. A contestant with wrong results gets no time. The last lines name the constant, the file it
-belongs in, and how much slower the resulting choice is than the fastest contestant of each row.
+after each of them. A contestant with wrong results gets no time. The last lines name the constant,
+the file it belongs in, and how much slower the resulting choice is than the fastest contestant.
 """
 
 from __future__ import annotations
