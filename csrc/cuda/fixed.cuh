@@ -1,6 +1,7 @@
 // Sums of the gradient of value in 64-bit fixed point, which do not depend on the order of the terms.
 //
-//   TermBound      what bounds the terms of an image and head, and their scale
+//   TermBound      what bounds the terms of an image and head
+//   FixedPoint     their scale
 //   bound_terms    fills the TermBounds of a call
 //   round_fixed    the sums to the gradient
 //
@@ -20,21 +21,10 @@ namespace deform_attn {
 
 // Bits of floats without their signs, which have the order of the numbers. Zeros before bound_terms.
 struct TermBound {
-  static constexpr int kNone = INT_MIN;
   unsigned weight, gradient;
 
   // Less than 2**exponent; infinity and NaN have the largest exponent.
   __device__ static int exponent(unsigned bits) { return static_cast<int>(bits >> 23) - 126; }
-  // A term is multiplied by 2**scale_exponent; kNone: there is no such number. The weights alone must not
-  // become infinite.
-  __device__ int scale_exponent(const Problem& problem) const {
-    if (max(exponent(weight), exponent(gradient)) > 128) return kNone;
-    int bits = 0;
-    while (bits < 62 && (int64_t{1} << bits) < problem.queries * problem.points) ++bits;
-    const int most = min(126, 120 - exponent(weight));
-    const int found = min(most, 62 - bits - exponent(weight) - exponent(gradient));
-    return found < -126 ? kNone : found;
-  }
 };
 
 // 2**exponent, for -126 <= exponent <= 127.
@@ -43,6 +33,29 @@ __device__ inline float power_of_two(int exponent) {
   float number;
   memcpy(&number, &bits, sizeof(number));
   return number;
+}
+
+struct FixedPoint {
+  static constexpr int kNone = INT_MIN;
+  const TermBound* bounds;  // [batch * heads]
+  int sum_bits;             // a sum has at most 2**sum_bits terms
+
+  // A term of an image and head is multiplied by 2**exponent; kNone: there is no such number. The weights
+  // alone must not become infinite.
+  __device__ int exponent(int64_t plane) const {
+    const int weight = TermBound::exponent(bounds[plane].weight);
+    const int gradient = TermBound::exponent(bounds[plane].gradient);
+    if (max(weight, gradient) > 128) return kNone;
+    const int most = min(126, 120 - weight);
+    const int found = min(most, 62 - sum_bits - weight - gradient);
+    return found < -126 ? kNone : found;
+  }
+};
+
+inline FixedPoint fixed_point(const Problem& problem, const TermBound* bounds) {
+  FixedPoint found = {bounds, 0};
+  while ((int64_t{1} << found.sum_bits) < problem.queries * problem.points) ++found.sum_bits;
+  return found;
 }
 
 __device__ inline unsigned magnitude(float number) {
@@ -93,8 +106,8 @@ __global__ void __launch_bounds__(kBlock)
 // The images share the blocks in turn; a thread has the same channels in each of its rows.
 template <typename T>
 __global__ void __launch_bounds__(kBlock)
-    round_fixed(Problem problem, const int64_t* __restrict__ sums,
-                const TermBound* __restrict__ bounds, T* __restrict__ rounded) {
+    round_fixed(Problem problem, const int64_t* __restrict__ sums, FixedPoint fixed,
+                T* __restrict__ rounded) {
   const int batches = static_cast<int>(problem.batch);
   const int batch = static_cast<int>(blockIdx.x) % batches;
   const int channels = static_cast<int>(problem.row_stride()), width = min(channels, kBlock);
@@ -102,9 +115,8 @@ __global__ void __launch_bounds__(kBlock)
   if (own_row >= rows_at_once) return;
   const int64_t step = int64_t{gridDim.x} / batches * rows_at_once;
   for (int c = static_cast<int>(threadIdx.x) % width; c < channels; c += width) {
-    const TermBound bound = bounds[int64_t{batch} * problem.heads + c / problem.head_dim];
-    const int exponent = bound.scale_exponent(problem);
-    const float unscaled = exponent == TermBound::kNone ? NAN : power_of_two(-exponent);
+    const int exponent = fixed.exponent(int64_t{batch} * problem.heads + c / problem.head_dim);
+    const float unscaled = exponent == FixedPoint::kNone ? NAN : power_of_two(-exponent);
     for (int64_t row = int64_t{blockIdx.x} / batches * rows_at_once + own_row; row < problem.rows;
          row += step) {
       const int64_t at = problem.value_at(batch, row, 0) + c;

@@ -201,9 +201,9 @@ inline bool nothing_to_do(const Problem& problem) {
   return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
 }
 
-// The blocks of backward_tiles.
-inline LaunchConfig tiles_config(const Problem& problem) {
-  LaunchConfig config = launch_config(problem, kTileVec, 0, false, 0);
+// The blocks of backward_tiles; smaller ones where each multiprocessor would not have two.
+inline LaunchConfig tiles_config(const Problem& problem, int processors) {
+  LaunchConfig config = launch_config(problem, kTileVec, 0, false, processors / 2);
   config.threads = kBlock;
   return config;
 }
@@ -232,8 +232,8 @@ inline BackwardAlgorithm choose_backward(const KernelCall& in, const Device& dev
     const int points = in.levels.first_point[l + 1] - in.levels.first_point[l];
     in_turns += (points + kTurnPoints - 1) / kTurnPoints * kTurnPoints;
   }
-  const bool pays =
-      tiles_config(in.problem).count >= 4 * device.processors && 2 * in.problem.points > in_turns;
+  const bool pays = tiles_config(in.problem, 0).count >= 4 * device.processors &&
+                    2 * in.problem.points > in_turns;
   return pays && in_tiles(in, device) ? BackwardAlgorithm::kTiles : BackwardAlgorithm::kScatter;
 }
 
@@ -342,21 +342,22 @@ void sum_fixed(const KernelCall& in, const LevelTable& levels, const Points& poi
   const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
   int64_t* const sums = static_cast<int64_t*>(out.sums);
   TermBound* const bounds = reinterpret_cast<TermBound*>(sums + numbers);
+  const FixedPoint fixed = fixed_point(problem, bounds);
   constexpr int kWarps = kBlock / kWarp;
   const int64_t blocks = std::clamp<int64_t>(8 * device.processors / planes, 1,
                                              (problem.queries + kWarps - 1) / kWarps);
   LAUNCH((bound_terms<T, Points>), grid_of("bound_terms", planes * blocks), kBlock, device.stream,
          problem, points, grad_output, bounds);
   check_launch("bound_terms", device);
-  const LaunchConfig config = tiles_config(problem);
+  const LaunchConfig config = tiles_config(problem, device.processors);
   LAUNCH((backward_tiles<T, Points, int64_t>), grid_of("backward_tiles", config.count),
          config.threads, device.stream, problem, levels, config.blocks, points, grad_output, sums,
-         bounds);
+         fixed);
   check_launch("backward_tiles", device);
-  const int64_t of_image =
-      std::clamp<int64_t>(8 * device.processors / problem.batch, 1, problem.rows);
+  const int64_t of_image = std::clamp<int64_t>(2 * device.processors / problem.batch, 1,
+                                               std::max<int64_t>(1, problem.rows));
   LAUNCH(round_fixed<T>, grid_of("round_fixed", problem.batch * of_image), kBlock, device.stream,
-         problem, sums, bounds, static_cast<T*>(out.value));
+         problem, sums, fixed, static_cast<T*>(out.value));
   check_launch("round_fixed", device);
 }
 
@@ -400,10 +401,10 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
         if (tiles && fixed) {
           sum_fixed<T>(in, levels, points, grad, out, device);
         } else if (tiles) {
-          const LaunchConfig config = tiles_config(problem);
+          const LaunchConfig config = tiles_config(problem, device.processors);
           LAUNCH((backward_tiles<T, Points, Acc>), grid_of("backward_tiles", config.count),
                  config.threads, device.stream, problem, levels, config.blocks, points, grad, sums,
-                 static_cast<const TermBound*>(nullptr));
+                 FixedPoint());
           check_launch("backward_tiles", device);
         }
       }

@@ -69,15 +69,15 @@ __device__ inline int packed(int count, int begin) { return count << 16 | begin;
 __device__ inline int count_of(int packed) { return packed >> 16; }
 __device__ inline int begin_of(int packed) { return packed & 0xffff; }
 
-// Adds to `grad_value`, zeros before; `bounds`: of sums in fixed point. In each turn a thread has one point, all of the same level. The
-// threads list the shares of the points, sorted by pixel; then each team of lanes adds up an equal part
+// Adds to `grad_value`, zeros before; `fixed`: of sums in fixed point. In each turn a thread has one point,
+// all of the same level. The threads list the shares of the points, sorted by pixel; then each team of lanes adds up an equal part
 // of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec fit an unsigned, those
 // in grad_output its upper 28 bits.
 template <typename T, typename Points, typename Sum>
 __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
     backward_tiles(Problem problem, LevelTable table, Blocks blocks, Points points,
                    const T* __restrict__ grad_output, Sum* __restrict__ grad_value,
-                   const TermBound* __restrict__ bounds) {
+                   FixedPoint fixed) {
   using Acc = AccOf<T>;
   constexpr bool kFixed = std::is_integral_v<Sum>;
   constexpr int kBatch = kFixed ? 1 : kTileBatch;  // two spill registers
@@ -91,9 +91,8 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   if (threadIdx.x == 0) {
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
     if constexpr (kFixed) {
-      const int exponent =
-          bounds[int64_t{part.batch} * problem.heads + part.head].scale_exponent(problem);
-      scale = exponent == TermBound::kNone ? 0 : power_of_two(exponent);
+      const int exponent = fixed.exponent(int64_t{part.batch} * problem.heads + part.head);
+      scale = exponent == FixedPoint::kNone ? 0 : power_of_two(exponent);
     }
   }
   read_levels<Points::kFused>(table, problem, levels);
