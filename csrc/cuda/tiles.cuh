@@ -1,5 +1,5 @@
-// backward_tiles: the gradient of value where the queries are the pixels. A block adds up what its
-// queries add to a pixel, and then adds the sum to memory: one atomic a pixel instead of one a point.
+// backward_tiles: the gradient of value. A block adds up what its queries add to a pixel, and then adds the
+// sum to memory: where the queries are the pixels, one atomic a pixel instead of one a point.
 //
 // After any edit: make kernels traffic
 #pragma once
@@ -70,9 +70,9 @@ __device__ inline int count_of(int packed) { return packed >> 16; }
 __device__ inline int begin_of(int packed) { return packed & 0xffff; }
 
 // Adds to `grad_value`, zeros before; `fixed`: of sums in fixed point. In each turn a thread has one point,
-// all of the same level. The threads list the shares of the points, sorted by pixel; then each team of lanes adds up an equal part
-// of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec fit an unsigned, those
-// in grad_output its upper 28 bits.
+// all of the same level. The threads list the shares of the points, sorted by pixel; then each team of
+// lanes adds up an equal part of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec
+// fit an unsigned, those in grad_output its upper 28 bits.
 template <typename T, typename Points, typename Sum>
 __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
     backward_tiles(Problem problem, LevelTable table, Blocks blocks, Points points,
