@@ -116,7 +116,7 @@ class Emulated:
         value and of reference points are requested; else they are empty.
         """
         call = _Call(*arguments)
-        _, zeros, sizes = self.module.plan(call.fields, algorithm, self.processors, *output_mask)
+        _, zeros, sizes = self._plan(call, algorithm, *output_mask)
         value, locations, weights, reference = call.tensors
         sums, *others = sizes
         nothing = torch.empty(0)
@@ -191,7 +191,13 @@ class Emulated:
     def chosen_algorithm(self, *arguments: Any, deterministic: bool = False) -> str:
         """The algorithm that choose_backward takes for a call."""
         name = "deterministic" if deterministic else "planned"
-        return self.module.plan(_Call(*arguments).fields, name, self.processors, True, True)[0]
+        return self._plan(_Call(*arguments), name, True, True)[0]
+
+    def _plan(self, call: _Call, algorithm: str, value: bool, reference: bool) -> Any:
+        """The algorithm, whether grad_value must be zeros before, and bytes of working memory."""
+        return self.module.plan(
+            *(call.fields, algorithm, self.processors, self.long_offsets, value, reference)
+        )
 
 
 class _Call:

@@ -89,10 +89,10 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
     forward_call(in, at(output), device(processors, long_offsets), baseline);
   });
   // the algorithm, and bytes of working memory in the order of Outputs
-  module.def("plan", [](const py::dict& call, const std::string& name, int processors, bool value,
-                        bool reference) {
+  module.def("plan", [](const py::dict& call, const std::string& name, int processors,
+                        bool long_offsets, bool value, bool reference) {
     const BackwardPlan it =
-        plan(kernel_call(call), name, device(processors, false), {value, reference});
+        plan(kernel_call(call), name, device(processors, long_offsets), {value, reference});
     return py::make_tuple(
         name_of(it.algorithm), it.zeros,
         py::make_tuple(it.sums, it.bounds, it.statistics, it.by_weight, it.parts));
