@@ -106,7 +106,7 @@ __device__ Loaded<T, kVec> load_where(bool there, const Pack<T, kVec>* from) {
     asm("{.reg .pred p; setp.ne.s32 p, %5, 0;"
         " @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
         : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-        : "l"(from), "r"(static_cast<int>(there)));
+        : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(there)));
 #else
     memset(words, 0xff, sizeof(words));  // NaN
     if (there) loaded = load_if(true, from);
