@@ -603,7 +603,7 @@ inline void atomicAdd(unsigned long long* to, unsigned long long term) {
 }
 inline void atomicMax(unsigned* to, unsigned number) {
   simt::watch_atomic(to, 4);
-  unsigned old = __atomic_load_n(to, __ATOMIC_RELAXED);
+  unsigned old = 0;
   while (old < number && !__atomic_compare_exchange_n(to, &old, number, false, __ATOMIC_RELAXED,
                                                       __ATOMIC_RELAXED)) {
   }

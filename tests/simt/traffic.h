@@ -344,6 +344,9 @@ SIMT_OWN uint8_t __tsan_atomic8_load(const volatile uint8_t* place, int) { retur
 SIMT_OWN uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* place, uint32_t term, int) {
   return __atomic_fetch_add(place, term, __ATOMIC_SEQ_CST);
 }
+SIMT_OWN uint64_t __tsan_atomic64_fetch_add(volatile uint64_t* place, uint64_t term, int) {
+  return __atomic_fetch_add(place, term, __ATOMIC_RELAXED);
+}
 SIMT_OWN int __tsan_atomic32_compare_exchange_strong(volatile int32_t* place, int32_t* expected,
                                                      int32_t desired, int, int) {
   return __atomic_compare_exchange_n(place, expected, desired, false, __ATOMIC_SEQ_CST,
