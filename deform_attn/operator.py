@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -152,7 +153,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            plain = _is_plain_eager()
+            plain = not (torch.compiler.is_compiling() or _is_observed())
             gradients = Backward.apply if plain else backward_op  # type: ignore[attr-defined]
             deterministic = torch.are_deterministic_algorithms_enabled()
             numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
@@ -167,7 +168,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             output = signature.composite(record(*inputs))
         elif torch.compiler.is_compiling():
             output = forward_op(*inputs)
-        elif not _is_plain_eager():
+        elif _is_observed():
             output = _observed(forward_op, record, inputs)
         elif torch.is_grad_enabled() and any(inputs[i].requires_grad for i in differentiable):
             output = Forward.apply(*inputs)  # type: ignore[attr-defined]
@@ -210,22 +211,17 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     return call, backward_op
 
 
-def _is_plain_eager() -> bool:
-    """Whether a call is only executed: not compiled, traced, transformed, or seen by a mode.
+def _is_observed() -> bool:
+    """Whether a call in eager mode is not only executed: traced, transformed, or seen by a mode.
 
-    The operator's Autograd kernel, which is written in Python, can then be skipped.
+    The operator's Autograd kernel, which is written in Python, can be skipped where it is not.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-    )
+    return _is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 
 
 def _observed(op: Operator, record: type[AnyOperands], inputs: tuple[Any, ...]) -> Tensor:
-    """A call that is not plain eager."""
-    if torch._C._is_tracing():
+    """A call for which ``_is_observed`` holds."""
+    if _is_tracing():
         onnx = sys.modules.get("torch.onnx")  # imported by an export
         if onnx is not None and onnx.is_in_onnx_export():
             from deform_attn.integrations.onnx import standard

@@ -180,7 +180,11 @@ def test_no_float64(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None
 
 @pytest.mark.parametrize("kernel", EVERYWHERE, ids=label)
 def test_loads_are_wide(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
-    name, _, dtype, _ = kernel
+    name, architecture, dtype, _ = kernel
+    if name == "backward" and architecture < 90:
+        # a thread takes the one channel that it can add to
+        assert compiled[label(kernel)]["ptx"].count("ld.global.b16") >= 4
+        return
     four_channels = name == "backward" and dtype != "f32"
     load = "ld.global.v2.b32" if four_channels else "ld.global.v4.b32"
     assert compiled[label(kernel)]["ptx"].count(load) >= 4
@@ -230,7 +234,7 @@ class Driver:
     def target(self) -> triton_launcher.Target:
         if self.name is None:
             raise RuntimeError("0 active drivers")
-        return triton_launcher.Target(self.name, 64, frozenset({"num_warps"}))
+        return triton_launcher.Target(self.name, 64, False, frozenset({"num_warps"}))
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,7 @@ def compile_kernel(
     target = GPUTarget("cuda", architecture, 32)
     if isinstance(architecture, str):
         target = GPUTarget("hip", architecture, 64 if architecture.startswith(WIDE_WARPS) else 32)
+    known = backend.target_of(make_backend, target)
     blocks = blocks or backend.blocks_for(
         getattr(torch, torch_dtype).itemsize,
         head_dim,
@@ -160,9 +161,9 @@ def compile_kernel(
         backward=name != "forward",
         deterministic=deterministic,
         fused=reference != (0, 0),
-        lanes=target.warp_size,
+        target=known,
     )
-    options = backend.launch_options(blocks, backend.target_of(make_backend, target).options)
+    options = backend.launch_options(blocks, known.options)
     constants = backend.constants(head_dim, counts, blocks, wide=wide, reference=reference)
     constants["starts_at"] = None
     types = {

@@ -90,6 +90,7 @@ class Target:
 
     name: str  # "cuda", "hip" or "xpu"
     lanes: int
+    wide_additions: bool  # four floats in one atomic addition
     options: frozenset[str]
 
 
@@ -105,7 +106,8 @@ def _target() -> Target:
 def target_of(make_backend: Callable[[Any], Any], target: Any) -> Target:
     """A Target from one of Triton's and Triton's function that makes a backend for it."""
     options = make_backend(target).parse_options({})
-    return Target(target.backend, target.warp_size, frozenset(vars(options)))
+    wide_additions = target.backend == "cuda" and target.arch >= 90
+    return Target(target.backend, target.warp_size, wide_additions, frozenset(vars(options)))
 
 
 def launch_options(blocks: Blocks, known: frozenset[str]) -> dict[str, int]:
@@ -143,7 +145,9 @@ class _Setting:
 #
 # Backward: four channels a thread, the widest atomic addition in float32, also where it could load
 # more: one layout for all that a program holds keeps it out of shared memory. Where a point takes
-# more registers, for the softmax or the list of rows, two.
+# more registers, for the softmax or the list of rows, two. Where a GPU adds single floats, one
+# channel a thread, so that a warp adds to one row at a time; from Triton 3.9 on its compiler gives
+# such additions this layout anyway, and converts to it through shared memory, with spills.
 _SETTINGS = {
     ("forward", "many"): _Setting(load=16, channels=8, warps=4),
     ("forward", "few"): _Setting(load=8, channels=4, warps=2),
@@ -168,7 +172,7 @@ def blocks_for(
     deterministic: bool = False,
     fused: bool = False,
     interpreted: bool = False,
-    lanes: int = 32,
+    target: Target | None = None,
 ) -> Blocks:
     """Block sizes by the shape of the problem: a row of the table above, fitted to the head.
 
@@ -183,8 +187,10 @@ def blocks_for(
         deterministic: without atomic additions.
         fused: with the softmax and the locations inside.
         interpreted: for the interpreter, whose time is the number of programs.
-        lanes: threads in a warp; of 64 (AMD CDNA), half as many warps.
+        target: what is compiled for; None for the interpreter. With warps of 64 threads (AMD CDNA),
+            half as many warps.
     """
+    lanes = target.lanes if target else 32
     channels = min(_power_of_two(head_dim), 256 if backward else 128)
     kernel = "backward" if backward else "forward"
     kernel += ", fused" if fused else ", deterministic" if deterministic else ""
@@ -192,6 +198,8 @@ def blocks_for(
     setting = _SETTINGS[kernel, size]
     # as a head is aligned
     by_thread = math.gcd(head_dim, min(setting.load // element_size, setting.channels))
+    if backward and not deterministic and target and not target.wide_additions:
+        by_thread = 1
     warps = max(1, setting.warps * 32 // lanes)
     side_by_side = max(1, lanes * by_thread // channels)
     return Blocks(
@@ -384,7 +392,7 @@ class _Call:
             deterministic=deterministic,
             fused=self.reference is not None,
             interpreted=_INTERPRETED,
-            lanes=_target().lanes if self.value.device.type in DEVICES else 32,
+            target=_target() if self.value.device.type in DEVICES else None,
         )
 
     def launch(self, kernel: str, programs: int, blocks: Blocks, *arguments: Any) -> None:
