@@ -241,21 +241,24 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
               add_term(left.at[c], share[j].left_weight, number);
               add_term(right.at[c], share[j].right_weight, number);
             }
-            if (share[j].query & kMore) continue;
+            // The pixels of the last share go on in the next chunk.
+            const bool last = kFixed && i + j == end - 1;
+            if (share[j].query & kMore && !last) continue;
             const unsigned bits = share[j].query & mask;
             if (bits & kAddLeft) add(share[j].left, left);
-            if (bits & kAddRight) add(share[j].left + stride, right);
+            if (bits & kAddRight || (last && bits & kShift)) add(share[j].left + stride, right);
 #pragma unroll
             for (int c = 0; c < kTileVec; ++c) left.at[c] = bits & kShift ? right.at[c] : Sum(0);
             right = {};
           }
         }
-        // The pixels of the last share go on in the next chunk.
-        const Share& share = turn.at(end - 1);
-        const unsigned bits = share.query & mask;
-        if (bits & kMore && bits & kAddLeft) add(share.left, left);
-        if (bits & kShift) right = left;
-        if (bits & kShift || (bits & kMore && bits & kAddRight)) add(share.left + stride, right);
+        if constexpr (!kFixed) {  // the same after the loop: faster, and takes more registers
+          const Share& share = turn.at(end - 1);
+          const unsigned bits = share.query & mask;
+          if (bits & kMore && bits & kAddLeft) add(share.left, left);
+          if (bits & kShift) right = left;
+          if (bits & kShift || (bits & kMore && bits & kAddRight)) add(share.left + stride, right);
+        }
       }
     }
   }
