@@ -44,6 +44,8 @@ SHAPES: list[Kernel] = [
     ("forward", 90, "f32", {"reference": (1, 4)}),
     ("backward", 90, "f32", {**ODD, "wide": True}),
     ("backward", 90, "f32", {"reference": (1, 4)}),
+    ("forward", 90, "f32", {"reference": (1, 6), "masked": True}),
+    ("backward", 90, "f32", {"reference": (4, 6), "masked": True}),
     ("backward", 86, "f16", {"deterministic": True}),
     ("backward", 90, "bf16", {"deterministic": True}),
     ("backward", 100, "f32", {"deterministic": True, "reference": (4, 2)}),
@@ -157,7 +159,10 @@ def test_no_spills(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
     "kernel", [k for k in EVERYWHERE + SHAPES if "head_dim" not in k[3]], ids=label
 )
 def test_registers(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
-    assert compiled[label(kernel)]["registers"] <= MOST_REGISTERS[kernel[0]]
+    most = MOST_REGISTERS[kernel[0]]
+    if kernel[3].get("masked"):
+        most = max(most, 80)
+    assert compiled[label(kernel)]["registers"] <= most
 
 
 @pytest.mark.parametrize("kernel", AMD_KERNELS, ids=label)

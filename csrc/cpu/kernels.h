@@ -25,6 +25,7 @@ struct Inputs {
   const void* locations;  // in the accumulation type; a fused call: offsets in the weights' type
   const void* weights;    // a fused call: logits
   Fused fused;
+  const uint8_t* mask;  // [batch, rows]: 1 for a row of value that reads as zero; null: no such row
 };
 
 struct Gradients {

@@ -85,11 +85,13 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   __shared__ Turn turn;
   // In shared memory and not in registers, which the sums need.
   __shared__ Part part;
+  __shared__ const uint8_t* mask;
   __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
   __shared__ typename Points::Query queries[kTileQueries];
   __shared__ float scale;
   if (threadIdx.x == 0) {
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+    mask = mask_of(table, problem, part.batch);
     if constexpr (kFixed) {
       const int exponent = fixed.exponent(int64_t{part.batch} * problem.heads + part.head);
       scale = exponent == FixedPoint::kNone ? 0 : power_of_two(exponent);
@@ -131,7 +133,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
       if (position < part.count && k < levels.first_point[l + 1]) {
         const Sample<Acc> sample = points.at(queries[position], k, l, levels);
         weight = kFixed ? sample.weight * scale : sample.weight;
-        foot.place(sample.x, sample.y, level.height, level.width);
+        find_pixels<unsigned>(foot, sample.x, sample.y, level, mask);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!foot.on[2 * i] && !foot.on[2 * i + 1]) continue;

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import count_points
-from deform_attn.operands import FusedOperands, Operands
+from deform_attn.operands import FusedOperands, Operands, of_backward
 
 __all__ = [
     "DEVICES",
@@ -158,6 +158,7 @@ _SETTINGS = {
     ("backward, fused", "any"): _Setting(load=16, channels=2, warps=2),
 }
 _REGISTERS = 64
+_MORE_REGISTERS = {"forward": 80, "backward": 96}  # with a mask or rotated boxes: no spills
 _MANY = 2**22  # channels of all queries and heads
 _SEVERAL_LOADS = 128  # registers where a warp's threads do not reach across a head's channels
 
@@ -171,6 +172,8 @@ def blocks_for(
     backward: bool = False,
     deterministic: bool = False,
     fused: bool = False,
+    masked: bool = False,
+    rotated: bool = False,
     interpreted: bool = False,
     target: Target | None = None,
 ) -> Blocks:
@@ -186,6 +189,8 @@ def blocks_for(
         backward: for the backward kernel.
         deterministic: without atomic additions.
         fused: with the softmax and the locations inside.
+        masked: with a value_mask.
+        rotated: with reference boxes that have an angle.
         interpreted: for the interpreter, whose time is the number of programs.
         target: what is compiled for; None for the interpreter. With warps of 64 threads (AMD CDNA),
             half as many warps.
@@ -202,11 +207,14 @@ def blocks_for(
         by_thread = 1
     warps = max(1, setting.warps * 32 // lanes)
     side_by_side = max(1, lanes * by_thread // channels)
+    registers = _REGISTERS
+    if masked or rotated:
+        registers = _MORE_REGISTERS["backward" if backward else "forward"]
     return Blocks(
         min(128, _power_of_two(queries)) if interpreted else warps * side_by_side,
         channels,
         warps,
-        _REGISTERS if channels <= lanes * by_thread else _SEVERAL_LOADS,
+        registers if channels <= lanes * by_thread else _SEVERAL_LOADS,
     )
 
 
@@ -254,8 +262,8 @@ def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
     a stable sort; it takes about 100 bytes of memory per point, for one batch element at a time.
     """
-    *call, deterministic, output_mask = inputs
-    return _Call(Operands(*call)).backward(grad_output, deterministic, output_mask)
+    operands, *options = of_backward(Operands, inputs)
+    return _Call(operands).backward(grad_output, *options)
 
 
 def fused_forward(*inputs: Any) -> Tensor:
@@ -265,8 +273,8 @@ def fused_forward(*inputs: Any) -> Tensor:
 
 def fused_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """The kernel of ``ms_deform_attn_fused_triton_backward``; see :func:`backward`."""
-    *call, deterministic, output_mask = inputs
-    return _Call(FusedOperands(*call)).backward(grad_output, deterministic, output_mask)
+    operands, *options = of_backward(FusedOperands, inputs)
+    return _Call(operands).backward(grad_output, *options)
 
 
 class _Call:
@@ -292,6 +300,10 @@ class _Call:
         self.value = value.contiguous()
         self.locations = locations.contiguous()
         self.weights = weights.contiguous()
+        mask = operands.value_mask
+        self.boxes = None  # rotated
+        if reference is not None and reference.shape[3] == 5:
+            self.boxes, reference = reference, _frames(reference)
         self.reference = None if reference is None else reference.contiguous()
         self.reference_shape = (0, 0)
         if reference is not None:
@@ -316,6 +328,7 @@ class _Call:
             float(offset_scale),
             self.locations,
             self.weights,
+            None if mask is None else mask.contiguous().view(torch.uint8),
         )
 
     def forward(self) -> Tensor:
@@ -373,10 +386,14 @@ class _Call:
                 by_row, order = targets.flatten().sort(stable=True)
                 begins = torch.searchsorted(by_row, rows)
                 self.add_up_rows(grad_output[batch], order, begins, shares, grad_value[batch])
+        if grad_reference is not None:
+            grad_reference = grad_reference.sum(2)
+            if self.boxes is not None:
+                grad_reference = _grad_boxes(self.boxes, grad_reference)
         return masked(
             output_mask,
             None if grad_value is None else grad_value.to(self.value.dtype),
-            *([None if grad_reference is None else grad_reference.sum(2)] if fused else []),
+            *([grad_reference] if fused else []),
             grad_locations.to(self.locations.dtype),
             grad_weights.to(self.weights.dtype),
         )
@@ -391,6 +408,8 @@ class _Call:
             backward=backward,
             deterministic=deterministic,
             fused=self.reference is not None,
+            masked=self.operands.value_mask is not None,
+            rotated=self.boxes is not None,
             interpreted=_INTERPRETED,
             target=_target() if self.value.device.type in DEVICES else None,
         )
@@ -427,6 +446,23 @@ class _Call:
             BLOCK_Q=blocks.queries,
             BLOCK_D=blocks.channels,
         )
+
+
+def _frames(boxes: Tensor) -> Tensor:
+    """Rotated boxes ``[..., 5]`` as the kernels read them, ``[..., 6]``; see _triton_kernels.py."""
+    cx, cy, w, h, angle = boxes.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((cx, cy, w * cos, h * cos, -h * sin, w * sin), -1)
+
+
+def _grad_boxes(boxes: Tensor, grad_frames: Tensor) -> Tensor:
+    """The gradient of rotated boxes from that of their frames."""
+    _, _, w, h, angle = boxes.unbind(-1)
+    grad_cx, grad_cy, a_x, b_y, b_x, a_y = grad_frames.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    grad_w, grad_h = cos * a_x + sin * a_y, cos * b_y - sin * b_x
+    grad_angle = w * (cos * a_y - sin * a_x) - h * (cos * b_x + sin * b_y)
+    return torch.stack((grad_cx, grad_cy, grad_w, grad_h, grad_angle), -1)
 
 
 def _run(
