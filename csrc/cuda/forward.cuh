@@ -68,15 +68,19 @@ __global__ void __launch_bounds__(kBlock, 4)
       // Entries of this team: the points split, split + (1 << split_bits) ... of its query.
       const int entries = active ? min(slots, problem.points - first) * teams.count() : 0;
       const int next = teams.count() << blocks.split_bits;
+      Loaded<T, kVec> pixel[4] = {};
 #pragma unroll(sizeof(T) == 4 && sizeof(Offset) == 4 ? 2 : 1)
       for (int entry = split * teams.count() + teams.team(); entry < entries; entry += next) {
         const Corner corner = corners[entry];
-        Loaded<T, kVec> pixel[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const bool there = corner.at.at[i] != Corner::kNone;
           const auto* const from = source + corner.at.at[i];
-          pixel[i] = kMakesZeros<T, Points> ? load_if(there, from) : load_where(there, from);
+          if constexpr (kMakesZeros<T, Points>) {
+            pixel[i] = load_if(there, from);
+          } else {
+            load_where(there, from, pixel[i]);
+          }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {

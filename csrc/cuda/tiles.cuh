@@ -86,12 +86,16 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   // In shared memory and not in registers, which the sums need.
   __shared__ Part part;
   __shared__ const uint8_t* mask;
+  __shared__ int64_t output_at,
+      value_at;  // of the image and head; not pointers, whose space is unknown then
   __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
   __shared__ typename Points::Query queries[kTileQueries];
   __shared__ float scale;
   if (threadIdx.x == 0) {
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
     mask = mask_of(table, problem, part.batch);
+    output_at = problem.output_at(part.batch, 0, part.head);
+    value_at = problem.value_at(part.batch, 0, part.head);
     if constexpr (kFixed) {
       const int exponent = fixed.exponent(int64_t{part.batch} * problem.heads + part.head);
       scale = exponent == FixedPoint::kNone ? 0 : power_of_two(exponent);
@@ -115,8 +119,6 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   constexpr int kWidth = kSumWidth<Sum>;
   const int lane_bits = blocks.lane_bits, lanes = 1 << lane_bits;
   const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x >> lane_bits;
-  const T* const first_grad = grad_output + problem.output_at(part.batch, 0, part.head);
-  Sum* const first_pixel = grad_value + problem.value_at(part.batch, 0, part.head);
 
 #pragma unroll 1
   for (int l = 0; l < table.count; ++l) {
@@ -210,8 +212,9 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
         // Aligned; a lane's first channel comes `own` numbers later.
         const int own = kWidth == 1 ? lane : 0;
         const auto* const source = reinterpret_cast<const Unit<T>*>(
-            first_grad + from + (active ? first_channel - own : 0));
-        auto* const target = reinterpret_cast<Unit<Sum>*>(first_pixel + from + first_channel - own);
+            grad_output + output_at + from + (active ? first_channel - own : 0));
+        auto* const target =
+            reinterpret_cast<Unit<Sum>*>(grad_value + value_at + from + first_channel - own);
         // `at` is less than zero, and wraps, for a left pixel that is not on the map.
         const auto add = [&](unsigned at, const Unit<Sum>& sum) {
 #pragma unroll

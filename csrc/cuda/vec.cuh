@@ -2,7 +2,7 @@
 //
 //   AccOf            the dtype that sums of a dtype are accumulated in: float, or double for double
 //   Pack, Loaded     kVec neighbouring elements, one load or store of up to 16 bytes
-//   load_if          zeros where there is nothing to load; load_where: anything
+//   load_if          zeros where there is nothing to load; load_where: what was there before
 //   atomic_add       adds to kWidth neighbouring elements, in one atomic where the architecture has it
 //   sum_four_ways    four sums over four lanes, in fewer shuffles than four separate sums
 //
@@ -96,25 +96,21 @@ __device__ Loaded<T, kVec> load_if(bool there, const T* from) {
   return load_if(there, reinterpret_cast<const Pack<T, kVec>*>(from));
 }
 
-// Undefined where `there` is false: no instructions make zeros. Reads through the cache of constant data.
+// Loads where `there`, and otherwise leaves `loaded` as it is: no instructions make zeros. Reads through the
+// cache of constant data.
 template <typename T, int kVec>
-__device__ Loaded<T, kVec> load_where(bool there, const Pack<T, kVec>* from) {
-  if constexpr (sizeof(T) * kVec == 16) {
-    Loaded<T, kVec> loaded;
-    auto& words = loaded.words.at;
+__device__ void load_where(bool there, const Pack<T, kVec>* from, Loaded<T, kVec>& loaded) {
 #if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) * kVec == 16) {
+    auto& words = loaded.words.at;
     asm("{.reg .pred p; setp.ne.s32 p, %5, 0;"
         " @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
-        : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
         : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(there)));
-#else
-    memset(words, 0xff, sizeof(words));  // NaN
-    if (there) loaded = load_if(true, from);
-#endif
-    return loaded;
-  } else {
-    return load_if(there, from);
+    return;
   }
+#endif
+  if (there) loaded = load_if(true, from);
 }
 
 // sum += a * b where `there`, without a branch.
