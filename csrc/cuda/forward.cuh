@@ -68,7 +68,8 @@ __global__ void __launch_bounds__(kBlock, 4)
       // Entries of this team: the points split, split + (1 << split_bits) ... of its query.
       const int entries = active ? min(slots, problem.points - first) * teams.count() : 0;
       const int next = teams.count() << blocks.split_bits;
-      Loaded<T, kVec> pixel[4] = {};
+      Loaded<T, kVec> pixel[4] =
+          {};  // of this loop; else their registers are taken outside of it, too
 #pragma unroll(sizeof(T) == 4 && sizeof(Offset) == 4 ? 2 : 1)
       for (int entry = split * teams.count() + teams.team(); entry < entries; entry += next) {
         const Corner corner = corners[entry];

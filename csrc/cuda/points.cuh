@@ -281,17 +281,28 @@ struct FusedPoints {
   }
 };
 
-// The mask of an image, [rows]; null: no row is masked.
-__device__ inline const uint8_t* mask_of(const LevelTable& table, const Problem& problem,
-                                         int64_t batch) {
-  return table.mask ? table.mask + batch * problem.rows : nullptr;
+// Which rows of an image are masked. The address of its part is computed where there is a mask.
+struct ImageMask {
+  const uint8_t* rows;  // of all images; null: no row is masked
+  int64_t first;        // row of the image
+
+  __device__ explicit operator bool() const { return rows; }
+  template <typename Row>
+  __device__ bool operator[](Row row) const {
+    return rows[first + row];
+  }
+};
+
+__device__ inline ImageMask mask_of(const LevelTable& table, const Problem& problem,
+                                    int64_t batch) {
+  return {table.mask, batch * problem.rows};
 }
 
 // `foot`: the pixels of a point in a level. A masked pixel is dropped as if it were off the map. Row: unsigned
 // where the rows of value fit, else int64_t; off the map it may wrap.
 template <typename Row, typename Acc>
 __device__ void find_pixels(Footprint<Acc>& foot, Acc x, Acc y, const Level& level,
-                            const uint8_t* mask) {
+                            const ImageMask& mask) {
   foot.place(x, y, level.height, level.width);
   if (!mask) return;
   const Row first = static_cast<Row>(level.start) + static_cast<Row>(foot.y) * level.width + foot.x;
@@ -337,17 +348,24 @@ __device__ inline int level_of(int k, int level, const BlockLevels& levels) {
 // as find_pixels does; which of the two spills no register depends on the kernel.
 template <typename Acc, typename Offset>
 __device__ Corner<Acc, Offset> corner_of(Footprint<Acc>& foot, const Level& level, Acc weight,
-                                         Offset row_stride, const uint8_t* mask = nullptr) {
+                                         Offset row_stride, const ImageMask& mask = {}) {
   using Corner = deform_attn::Corner<Acc, Offset>;
   Corner corner;
   const Offset left =
       static_cast<Offset>(level.start) + static_cast<Offset>(foot.y) * level.width + foot.x;
+  const auto row_of = [&](int i) { return left + (i & 1) + (i & 2 ? level.width : 0); };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Offset row = left + (i & 1) + (i & 2 ? level.width : 0);
-    if (mask && foot.on[i]) foot.on[i] = !mask[row];
-    corner.at.at[i] = foot.on[i] ? row * row_stride : Corner::kNone;
+    corner.at.at[i] = foot.on[i] ? row_of(i) * row_stride : Corner::kNone;
     corner.weight.at[i] = foot.weight(i) * weight;
+  }
+  if (mask) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (corner.at.at[i] == Corner::kNone || !mask[row_of(i)]) continue;
+      foot.on[i] = false;
+      corner.at.at[i] = Corner::kNone;
+    }
   }
   return corner;
 }

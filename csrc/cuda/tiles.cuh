@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   __shared__ Turn turn;
   // In shared memory and not in registers, which the sums need.
   __shared__ Part part;
-  __shared__ const uint8_t* mask;
+  __shared__ ImageMask mask;
   __shared__ int64_t output_at,
       value_at;  // of the image and head; not pointers, whose space is unknown then
   __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
@@ -130,15 +130,26 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
       // Neighbouring threads have neighbouring points of a query.
       const int position = threadIdx.x / kTurnPoints, k = first + threadIdx.x % kTurnPoints;
       Footprint<Acc> foot;
+      unsigned on = 0;  // bit i: pixel i of the footprint is on the map, and not masked
       Acc weight = 0;
       int place[2] = {-1, -1};  // slot, and number among the shares of the slot; -1: not on the map
       if (position < part.count && k < levels.first_point[l + 1]) {
         const Sample<Acc> sample = points.at(queries[position], k, l, levels);
         weight = kFixed ? sample.weight * scale : sample.weight;
-        find_pixels<unsigned>(foot, sample.x, sample.y, level, mask);
+        foot.place(sample.x, sample.y, level.height, level.width);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) on |= foot.on[i] ? 1u << i : 0;
+        if (mask) {
+          const unsigned row = static_cast<unsigned>(level.start) +
+                               static_cast<unsigned>(foot.y) * level.width + foot.x;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (on >> i & 1 && mask[row + (i & 1) + (i & 2 ? level.width : 0)]) on &= ~(1u << i);
+          }
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!foot.on[2 * i] && !foot.on[2 * i + 1]) continue;
+          if (!(on >> 2 * i & (kAddLeft | kAddRight))) continue;
           const int y = foot.y + i;
           const int slot = (y & (kSide - 1)) * kRowSlots + (foot.x & (kSide - 1));
           const int pair = y * (level.width + 1) + foot.x + 1;
@@ -176,7 +187,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
         if (place[i] < 0) continue;
         const int slot = place[i] >> 16, number = place[i] & 0xffff, y = foot.y + i;
         int begin = listed;
-        unsigned bits = (foot.on[2 * i] ? kAddLeft : 0) | (foot.on[2 * i + 1] ? kAddRight : 0);
+        unsigned bits = on >> 2 * i & (kAddLeft | kAddRight);
         if (slot < kSlots) {
           begin = begin_of(turn.count[slot]);
           const int next = (foot.x & (kSide - 1)) == kSide - 1 ? -1 : turn.owner[slot + 1];
@@ -188,7 +199,8 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
         }
         const int row = static_cast<int>(level.start) + y * level.width + foot.x;
         turn.at(begin + number) = {grad_at[position] | bits, static_cast<unsigned>(row) * stride,
-                                   foot.weight(2 * i) * weight, foot.weight(2 * i + 1) * weight};
+                                   foot.weight_on_map(2 * i) * weight,
+                                   foot.weight_on_map(2 * i + 1) * weight};
       }
       if (threadIdx.x < kTileBatch) turn.at(total + threadIdx.x) = {0, 0, 0, 0};
       __syncthreads();
