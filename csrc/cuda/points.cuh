@@ -182,19 +182,12 @@ struct FusedPoints {
     const int points = levels.first_point[level + 1] - levels.first_point[level];
     return offset_scale / static_cast<Acc>(max(points, 1));
   }
-  // 1 / (width, height).
-  __device__ static Pack<Acc, 2> pixel_of_level(int level, const BlockLevels& levels) {
-    if constexpr (sizeof(Acc) == 4) {
-      return levels.pixel[level];
-    } else {
-      const Level& map = levels.level[level];
-      return {Acc(1) / static_cast<Acc>(map.width), Acc(1) / static_cast<Acc>(map.height)};
-    }
-  }
   // How far an offset of 1 along an axis moves the location along that axis.
   __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
     if (reference_size >= 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
-    return pixel_of_level(level, levels).at[axis];
+    if constexpr (sizeof(Acc) == 4) return levels.pixel[level].at[axis];
+    const Level& map = levels.level[level];
+    return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
   // How far an offset of 1 along the other axis moves the location along an axis; rotated boxes only.
   __device__ Acc step_across(int64_t item, int level, const BlockLevels& levels, int axis) const {
@@ -270,7 +263,12 @@ struct FusedPoints {
                 Numbers<Acc>::multiply_add(by.at[1], step.at[1], y)};
       }
     } else {
-      step = pixel_of_level(level, levels);
+      if constexpr (sizeof(Acc) == 4) {
+        step = levels.pixel[level];
+      } else {
+        step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
+                Acc(1) / static_cast<Acc>(levels.level[level].height)};
+      }
     }
     return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),
             Numbers<Acc>::multiply_add(by.at[1], step.at[1], from[1])};
