@@ -209,12 +209,17 @@ def _attention(
     arguments: tuple[Any, ...], method: str, official_clamp: bool, backend: str | None
 ) -> Tensor:
     value = arguments[0]
-    chosen = choose_backend(value.device.type, value.dtype, backend)
+    chosen = choose_backend(_device_type(value), value.dtype, backend)
     check_method(method)
     operands = _as_operands(*arguments)
     if method == "discrete":
         return _discrete(operands, official_clamp)
     return chosen.call(*operands)
+
+
+def _device_type(value: Tensor) -> str:
+    """As ``value.device.type``, which takes six times as long."""
+    return "cpu" if value.is_cpu else value.device.type
 
 
 def _discrete(operands: tuple[Any, ...], official_clamp: bool) -> Tensor:
@@ -224,7 +229,7 @@ def _discrete(operands: tuple[Any, ...], official_clamp: bool) -> Tensor:
 
 def _gradients(arguments: tuple[Any, ...], grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     value, _, _, locations, weights, *_ = arguments
-    chosen = choose_backend(value.device.type, value.dtype)
+    chosen = choose_backend(_device_type(value), value.dtype)
     deterministic = torch.are_deterministic_algorithms_enabled()
     *operands, value_mask = _as_operands(*arguments)
     grad_value, grad_locations, grad_weights = chosen.backward(
@@ -250,8 +255,16 @@ def _as_operands(
         weights = converted("attention_weights", weights, dtype)
     spatial_shapes, level_start_index, level_sizes = level_operands(shapes, starts)
     counts = None if num_points is None else list(num_points)
-    levels = spatial_shapes, level_start_index
-    return value, *levels, locations, weights, level_sizes, counts, value_mask
+    return (
+        value,
+        spatial_shapes,
+        level_start_index,
+        locations,
+        weights,
+        level_sizes,
+        counts,
+        value_mask,
+    )
 
 
 def _fused(
@@ -262,7 +275,7 @@ def _fused(
     backend: str | None,
 ) -> Tensor:
     value, shapes, starts, reference, offsets, logits, num_points, value_mask = arguments
-    chosen = choose_backend(value.device.type, value.dtype, backend)
+    chosen = choose_backend(_device_type(value), value.dtype, backend)
     check_method(method)
     kernel = chosen.call_fused if method == "default" else None
     if kernel is None and not torch.compiler.is_compiling():
