@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kBlock, 4)
   __shared__ BlockLevels levels;
   __shared__ Corners<Acc, Offset, kStaged<Acc>> all_corners[kBlock / kWarp];
   const Part part = part_of(blockIdx.x, problem, blocks, kVec << blocks.lane_bits);
-  read_levels<Points::kFused>(table, problem, levels);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
 
   const int warp = threadIdx.x / kWarp;
   const Teams teams = {blocks.lane_bits + blocks.split_bits, static_cast<int>(threadIdx.x % kWarp)};
@@ -65,14 +65,13 @@ __global__ void __launch_bounds__(kBlock, 4)
                                                   row_stride, mask_of(table, problem, part.batch)));
       }
       __syncwarp();
-      // Entries of this team: the points split, split + (1 << split_bits) ... of its query.
-      const int entries = active ? min(slots, problem.points - first) * teams.count() : 0;
-      const int next = teams.count() << blocks.split_bits;
-      Loaded<T, kVec> pixel[4] =
-          {};  // of this loop; else their registers are taken outside of it, too
+      const int count = active ? min(slots, problem.points - first) : 0;
+      int entry = split * teams.count() + teams.team();
+      Loaded<T, kVec> pixel[4] = {};  // here, so that staging has these registers
 #pragma unroll(sizeof(T) == 4 && sizeof(Offset) == 4 ? 2 : 1)
-      for (int entry = split * teams.count() + teams.team(); entry < entries; entry += next) {
+      for (int k = split; k < count; k += 1 << blocks.split_bits) {
         const Corner corner = corners[entry];
+        entry += teams.count() << blocks.split_bits;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const bool there = corner.at.at[i] != Corner::kNone;

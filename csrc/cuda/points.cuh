@@ -81,6 +81,7 @@ struct FusedPointGradients {
 template <typename T>
 struct GivenPoints {
   static constexpr bool kFused = false;
+  static constexpr bool kReadsPixels = false;  // BlockLevels::pixel
   using Gradients = GivenPointGradients<T>;
 
   const AccOf<T>* locations;  // [B, Q, M, K, 2]
@@ -128,6 +129,7 @@ struct FusedPoints {
   static constexpr bool kFused = true;
   using Gradients = FusedPointGradients<T>;
   using Acc = AccOf<T>;
+  static constexpr bool kReadsPixels = sizeof(Acc) == 4;
 
   const Acc* reference;  // [B, Q, L or 1, 2, 4 or 6]: (x, y), (x, y, width, height), or the Frame
                          // of a rotated box
@@ -149,11 +151,10 @@ struct FusedPoints {
     return wide ? static_cast<const Acc*>(logits)[point]
                 : static_cast<Acc>(static_cast<const T*>(logits)[point]);
   }
-  // Whether each lane of a team can read its logits at once, as four neighbours. Not in float64, which has
-  // no registers for them.
+  // Whether each lane of a team can read its logits at once, as four neighbours. Not in float64, which has no
+  // registers for them.
   __device__ bool reads_fours(int points, int lanes) const {
-    return sizeof(Acc) == 4 && points % 4 == 0 && points <= 4 * lanes &&
-           reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+    return points % 4 == 0 && points <= 4 * lanes && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
   }
   __device__ Pack<Acc, 4> four_logits(int64_t point) const {
     if (wide) return load<4>(static_cast<const Acc*>(logits) + point);
@@ -185,7 +186,7 @@ struct FusedPoints {
   // How far an offset of 1 along an axis moves the location along that axis.
   __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
     if (reference_size >= 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
-    if constexpr (sizeof(Acc) == 4) return levels.pixel[level].at[axis];
+    if constexpr (kReadsPixels) return levels.pixel[level].at[axis];
     const Level& map = levels.level[level];
     return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
@@ -203,29 +204,29 @@ struct FusedPoints {
     opened.item = part.first_item(problem) + query;
     opened.largest = -INFINITY;
     const int first = teams.round_of(teams.lane), count = present ? problem.points : 0;
-    const bool fours = reads_fours(problem.points, teams.lanes());
-    Pack<Acc, 4> own = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
-    if (fours) {
-      if (4 * first < count) own = four_logits(opened.first_point + 4 * first);
+    bool fours = false;
+    [[maybe_unused]] Pack<float, 4> own;
+    if constexpr (sizeof(Acc) == 4) {
+      fours = reads_fours(problem.points, teams.lanes());
+      own = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+      if (fours && 4 * first < count) own = four_logits(opened.first_point + 4 * first);
       opened.largest = max(max(own.at[0], own.at[1]), max(own.at[2], own.at[3]));
-    } else {
+    }
 #pragma unroll 1  // unrolled, the kernel spills registers
-      for (int k = first; k < count; k += teams.lanes()) {
-        opened.largest = max(opened.largest, logit(opened.first_point + k));
-      }
+    for (int k = first; !fours && k < count; k += teams.lanes()) {
+      opened.largest = max(opened.largest, logit(opened.first_point + k));
     }
     for (int step = teams.count(); step < kWarp; step *= 2) {
       opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
     }
     Acc sum = 0;
-    if (fours) {
+    if constexpr (sizeof(Acc) == 4) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sum += exp(own.at[i] - opened.largest);
-    } else {
+      for (int i = 0; fours && i < 4; ++i) sum += exp(own.at[i] - opened.largest);
+    }
 #pragma unroll 1
-      for (int k = first; k < count; k += teams.lanes()) {
-        sum += exp(logit(opened.first_point + k) - opened.largest);
-      }
+    for (int k = first; !fours && k < count; k += teams.lanes()) {
+      sum += exp(logit(opened.first_point + k) - opened.largest);
     }
     for (int step = teams.count(); step < kWarp; step *= 2) {
       sum += __shfl_xor_sync(kAllLanes, sum, step);
@@ -263,7 +264,7 @@ struct FusedPoints {
                 Numbers<Acc>::multiply_add(by.at[1], step.at[1], y)};
       }
     } else {
-      if constexpr (sizeof(Acc) == 4) {
+      if constexpr (kReadsPixels) {
         step = levels.pixel[level];
       } else {
         step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
@@ -302,11 +303,12 @@ template <typename Row, typename Acc>
 __device__ void find_pixels(Footprint<Acc>& foot, Acc x, Acc y, const Level& level,
                             const ImageMask& mask) {
   foot.place(x, y, level.height, level.width);
-  if (!mask) return;
+  const uint8_t* const masked = mask ? mask.rows + mask.first : nullptr;
+  if (!masked) return;
   const Row first = static_cast<Row>(level.start) + static_cast<Row>(foot.y) * level.width + foot.x;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    foot.on[i] = foot.on[i] && !mask[first + (i & 1) + (i & 2 ? level.width : 0)];
+    foot.on[i] = foot.on[i] && !masked[first + (i & 1) + (i & 2 ? level.width : 0)];
   }
 }
 

@@ -101,7 +101,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
       scale = exponent == FixedPoint::kNone ? 0 : power_of_two(exponent);
     }
   }
-  read_levels<Points::kFused>(table, problem, levels);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
   const unsigned stride = static_cast<unsigned>(problem.row_stride() / kTileVec);
   if (static_cast<int>(threadIdx.x) < part.count) {
     const int64_t query = query_at(part.first + threadIdx.x, levels, table.count);
