@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kBlock)
       for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
         const Sample<Acc> sample = points.at({item * problem.points}, k, l, levels);
         Footprint<Acc> foot;
-        foot.place(sample.x, sample.y, level.height, level.width);
-        const auto corner = corner_of<Acc, int64_t>(
-            foot, level, sample.weight, problem.row_stride(), mask_of(table, problem, batch));
+        find_pixels<int64_t>(foot, sample.x, sample.y, level, mask_of(table, problem, batch));
+        const auto corner =
+            corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
         for (int j = 0; j < 4; ++j) {
           if (foot.on[j]) sum += corner.weight.at[j] * static_cast<Acc>(source[corner.at.at[j]]);
         }
