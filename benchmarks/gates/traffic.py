@@ -294,9 +294,11 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
         atomics.add(ours["atomics"] / plain["atomics"], case)
         sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
         (encoder if "encoder" in case else others).add(sectors, case)
+        # files of counts from before fixed point have gather
+        deterministic = DETERMINISTIC if f"backward {DETERMINISTIC}" in found else "gather"
         moved = [
             sum(found[f"backward {name}"][kind] for kind in ("read", "written", "atomic_sectors"))
-            for name in (DETERMINISTIC, "scatter")
+            for name in (deterministic, "scatter")
         ]
         gathered.add(moved[0] / moved[1], case)
     found_bars = [loads, read, narrow, missed, atomics, encoder, others, gathered]
