@@ -80,6 +80,7 @@ struct Call {
   Tensor value, locations, weights;  // contiguous; in a fused call: offsets and logits
   MaybeTensor reference;             // a fused call's, contiguous
   MaybeTensor shapes, starts;
+  MaybeTensor mask;              // value_mask, contiguous
   std::vector<int64_t> sizes;    // [h0, w0, h1, w1, ...] where shapes is not given
   std::vector<int> first_point;  // [L + 1]
   Problem problem;
@@ -88,21 +89,23 @@ struct Call {
 
   Call(const Tensor& value_, const MaybeTensor& spatial_shapes,
        const MaybeTensor& level_start_index, const Tensor& sampling_locations,
-       const Tensor& attention_weights, const MaybeSizes& level_sizes, const MaybeSizes& num_points)
+       const Tensor& attention_weights, const MaybeSizes& level_sizes, const MaybeSizes& num_points,
+       const MaybeTensor& value_mask)
       : Call(value_, spatial_shapes, level_start_index, std::nullopt, sampling_locations,
-             attention_weights, level_sizes, num_points) {}
+             attention_weights, level_sizes, num_points, value_mask) {}
 
   // A fused call: offsets from reference points and logits instead of locations and weights.
   Call(const Tensor& value_, const MaybeTensor& spatial_shapes,
        const MaybeTensor& level_start_index, const MaybeTensor& reference_points,
        const Tensor& sampling_offsets, const Tensor& attention_logits,
-       const MaybeSizes& level_sizes, const MaybeSizes& num_points)
+       const MaybeSizes& level_sizes, const MaybeSizes& num_points, const MaybeTensor& value_mask)
       : value(value_),
         locations(sampling_offsets),
         weights(attention_logits),
         reference(reference_points),
         shapes(spatial_shapes),
         starts(level_start_index),
+        mask(value_mask),
         locations_name_(reference ? "sampling_offsets" : "sampling_locations"),
         weights_name_(reference ? "attention_logits" : "attention_weights") {
     check_types();
@@ -111,6 +114,10 @@ struct Call {
     if (reference) {
       check_reference();
       reference = contiguous_of(*reference);
+    }
+    if (mask) {
+      check_mask();
+      mask = contiguous_of(*mask);
     }
     value = contiguous_of(value);
     locations = contiguous_of(locations);
@@ -209,9 +216,18 @@ struct Call {
     DEFORM_ATTN_REQUIRE(
         points.dim() == 4 && points.size(0) == problem.batch && points.size(1) == problem.queries &&
             (points.size(2) == 1 || points.size(2) == problem.levels) &&
-            (points.size(3) == 2 || points.size(3) == 4),
-        "reference_points: expected [batch, queries, num_levels or 1, 2 or 4], got ",
+            (points.size(3) == 2 || points.size(3) == 4 || points.size(3) == 5),
+        "reference_points: expected [batch, queries, num_levels or 1, 2, 4 or 5], got ",
         shape_of(points));
+  }
+
+  void check_mask() const {
+    DEFORM_ATTN_REQUIRE(mask->scalar_type() == ScalarType::Bool, "value_mask: expected dtype bool");
+    DEFORM_ATTN_REQUIRE(
+        mask->dim() == 2 && mask->size(0) == problem.batch && mask->size(1) == problem.rows,
+        "value_mask: expected [batch, rows] = [", problem.batch, ", ", problem.rows, "], got ",
+        shape_of(*mask));
+    DEFORM_ATTN_REQUIRE(mask->device() == value.device(), "value_mask: expected on value's device");
   }
 
   void check_metadata(const char* name, const Tensor& tensor) const {

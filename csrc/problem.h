@@ -1,7 +1,8 @@
 // The sizes of a call and the offset of each element. Shared by CPU and CUDA, free of torch.
 //
 //   Level, fitted   one feature map: its size and its first row in `value`
-//   LevelTable      all levels as a kernel parameter: numbers from the host, device tensors, or both
+//   LevelTable      all levels as a kernel parameter: numbers from the host, device tensors, or both;
+//                   and which of their pixels are masked
 //   Problem         the sizes of a call; offsets into its tensors
 //   Type            dtypes of value
 //   Fused           parameters of a call from reference points, offsets and logits
@@ -37,7 +38,9 @@ struct LevelTable {
   const int64_t* starts;       // [L] on the device; null: see `start`
   int64_t height[kMaxLevels];  // where shapes is null
   int64_t width[kMaxLevels];
-  int64_t start[kMaxLevels];        // where starts is null; -1: the row after the previous level
+  int64_t start[kMaxLevels];  // where starts is null; -1: the row after the previous level
+  const uint8_t*
+      mask;  // [batch, rows] on the device: 1 for a row of value that reads as zero; or null
   int first_point[kMaxLevels + 1];  // level l has points first_point[l] .. first_point[l + 1] - 1
   bool is_fitted;           // nothing is on the device, each level is `fitted`, and these are set:
   bool fill_value;          // the levels follow one another and cover every row of value
@@ -77,7 +80,7 @@ enum class Type { kDouble, kFloat, kHalf, kBFloat16 };
 struct Fused {
   const void* reference;  // [B, Q, levels, size] in the accumulation type; null: not a fused call
   int levels;             // L, or 1: one reference point for all levels
-  int size;               // 2: (x, y); 4: (cx, cy, w, h)
+  int size;               // 2: (x, y); 4: (cx, cy, w, h); 5: (cx, cy, w, h, angle in radians)
   double offset_scale;    // boxes: an offset of 1 moves a point by
                           // side * offset_scale / number of points of the level
 };

@@ -46,11 +46,12 @@ FORMS = ("forward", "backward", "deterministic", "fused", "fused backward", "dis
 QUICK = (
     *("non_square", "listed_points", "head_dim_30", "head_dim_32", "head_dim_71"),
     *("not_finite", "same_point", "strided", "offset_head_dim_32", "shared_among_threads"),
+    "masked",
 )
 # Each other head_dim or number of points is another compilation of seconds for Triton.
-TRITON = ("non_square", "listed_points", "head_dim_32", "not_finite")
+TRITON = ("non_square", "listed_points", "head_dim_32", "not_finite", "masked")
 INTERPRETED = ("non_square",)  # with TRITON_INTERPRET=1: seconds for each call
-DISCRETE = ("non_square", "listed_points", "not_finite")
+DISCRETE = ("non_square", "listed_points", "not_finite", "masked")
 # More blocks than a GPU runs at once, and work for every core.
 LARGE = Case(*("large", ((40, 50), (20, 25))), batch=1, queries=200, heads=8, head_dim=32, points=4)
 
@@ -127,6 +128,14 @@ class Report:
         }
 
 
+# numbers of a reference point, points of each level, whether rows are masked, and the case's name
+_FUSED = (
+    (2, None, False, "points"),
+    (4, (3, 0, 2), False, "boxes, listed points"),
+    (5, None, True, "rotated boxes, masked"),
+)
+
+
 def run(
     devices: Sequence[str] | None = None,
     *,
@@ -196,15 +205,16 @@ def _outcomes(
             yield from _attention(where, case.name, inputs, grad_output, right)
             if discrete is not None:
                 yield _discrete(where, case.name, inputs, grad_output, discrete)
-    for size, num_points in ((2, None), (4, (3, 0, 2))) if backends else ():
+    for size, num_points, masked, name in _FUSED if backends else ():
         points = None if num_points is None else list(num_points)
-        fused = FusedInputs.draw(dtypes.value, size=size, num_points=points, device=device)
+        fused = FusedInputs.draw(
+            dtypes.value, size=size, num_points=points, masked=masked, device=device
+        )
         grad_output = grad_output_for(fused)
         right = expected_fused(fused, grad_output)
         for backend in backends:
             where = (device, backend, dtypes.name)
             if backend != "triton" or device != "cpu":
-                name = "points" if size == 2 else "boxes, listed points"
                 yield from _fused(where, name, fused, grad_output, right)
     if "triton" in backends and device == "cpu" and dtypes.name == "f32":
         for name in INTERPRETED:
@@ -223,7 +233,10 @@ def _attention(
 ) -> Iterator[Outcome]:
     def call(inputs: OpInputs) -> torch.Tensor:
         return deform_attn.ms_deform_attn(
-            *inputs.arguments, num_points=inputs.num_points, backend=where[1]
+            *inputs.arguments,
+            num_points=inputs.num_points,
+            backend=where[1],
+            value_mask=inputs.value_mask,
         )
 
     # The reference has no deterministic backward on a GPU; interpreted kernels have one order.
@@ -256,7 +269,11 @@ def _discrete(
 ) -> Outcome:
     def call(inputs: OpInputs) -> torch.Tensor:
         return deform_attn.ms_deform_attn(
-            *inputs.arguments, num_points=inputs.num_points, method="discrete", backend=where[1]
+            *inputs.arguments,
+            num_points=inputs.num_points,
+            method="discrete",
+            backend=where[1],
+            value_mask=inputs.value_mask,
         )
 
     try:
@@ -279,6 +296,7 @@ def _fused(
             num_points=inputs.num_points,
             offset_scale=inputs.offset_scale,
             backend=where[1],
+            value_mask=inputs.value_mask,
         )
 
     try:

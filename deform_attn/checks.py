@@ -62,6 +62,8 @@ def check(operands: AnyOperands) -> None:
     _check_level_sizes(value.shape[1], levels, starts)
     if isinstance(operands, FusedOperands):
         _check_reference_points(operands, num_levels)
+    if operands.value_mask is not None:
+        _check_value_mask(operands.value_mask, value)
 
 
 def explained(
@@ -184,11 +186,12 @@ def _check_reference_points(operands: FusedOperands, num_levels: int) -> None:
         len(shape) != 4
         or shape[:2] != (B, Q)
         or shape[2] not in (1, num_levels)
-        or shape[3] not in (2, 4)
+        or shape[3] not in (2, 4, 5)
     ):
         raise ValueError(
-            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, 2] of points (x, y) "
-            f"or [{B}, {Q}, {num_levels} or 1, 4] of boxes (cx, cy, w, h), got {shape}"
+            f"reference_points: expected shape [{B}, {Q}, {num_levels} or 1, size] with size 2 for "
+            "points (x, y), 4 for boxes (cx, cy, w, h) or 5 for rotated boxes (cx, cy, w, h, "
+            f"angle in radians), got {shape}"
         )
     _check_floating("reference_points", reference)
     _check_device("reference_points", reference, operands.value)
@@ -208,6 +211,17 @@ def _check_value(value: Tensor) -> None:
         raise ValueError(
             f"value: expected at least one head and one channel, got shape {tuple(value.shape)}"
         )
+
+
+def _check_value_mask(mask: Tensor, value: Tensor) -> None:
+    check_tensor("value_mask", mask)
+    shape = tuple(value.shape[:2])
+    if mask.dtype is not torch.bool or tuple(mask.shape) != shape:
+        raise ValueError(
+            f"value_mask: expected a bool tensor of shape [batch, rows] = {list(shape)}, True for "
+            f"padding, got {mask.dtype} {tuple(mask.shape)}"
+        )
+    _check_device("value_mask", mask, value)
 
 
 def _check_metadata_tensor(name: str, tensor: Tensor, value: Tensor) -> None:

@@ -8,14 +8,21 @@ sampling is implemented here for every device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import LARGEST_SIDE, count_points, level_pairs, level_tensor
-from deform_attn.operands import DiscreteOperands, FusedOperands, Operands, acc_dtype
+from deform_attn.operands import (
+    AnyOperands,
+    DiscreteOperands,
+    FusedOperands,
+    Operands,
+    acc_dtype,
+    of_backward,
+)
 
 __all__ = [
     "attention",
@@ -23,13 +30,31 @@ __all__ = [
     "discrete",
     "discrete_backward",
     "discrete_forward",
+    "filled",
     "fused",
     "unfused",
 ]
 
 
+Masked = TypeVar("Masked", bound=AnyOperands)
+
+
+def filled(operands: Masked) -> Masked:
+    """The same call without ``value_mask``: the masked rows of value are zeros."""
+    mask = operands.value_mask
+    if mask is None:
+        return operands
+    return operands._replace(value=_zero_where(mask, operands.value), value_mask=None)
+
+
+def _zero_where(mask: Tensor | None, value: Tensor) -> Tensor:
+    """Zeros in the masked rows ``[B, S]`` of value, or of its gradient, ``[B, S, M, D]``."""
+    return value if mask is None else value.masked_fill(mask[..., None, None], 0)
+
+
 def attention(operands: Operands) -> Tensor:
     """``ms_deform_attn``; exact where a point lies on a pixel's centre. Never waits for a GPU."""
+    operands = filled(operands)
     value, locations = operands.value, operands.sampling_locations
     dtype = acc_dtype(value.dtype)
     B, Q, M = locations.shape[:3]
@@ -52,6 +77,7 @@ def attention_backward(
     Returns:
         Gradients of value, locations and weights; None for those whose flag is not set.
     """
+    mask, operands = operands.value_mask, filled(operands)
     value, locations = operands.value, operands.sampling_locations
     dtype = acc_dtype(value.dtype)
     B, Q, M = locations.shape[:3]
@@ -76,10 +102,15 @@ def attention_backward(
     shape = operands.attention_weights.shape
     return masked(
         output_mask,
-        None if grad_pixels is None else grad_pixels.view(value.shape).to(value.dtype),
+        None if grad_pixels is None else _zero_where(mask, _as_gradient(grad_pixels, value)),
         grad_locations,
         grad_weights.reshape(shape).to(operands.attention_weights.dtype),
     )
+
+
+def _as_gradient(grad_pixels: Tensor, value: Tensor) -> Tensor:
+    """The gradient of value from that of its pixels ``[B * S * M, D]``."""
+    return grad_pixels.view(value.shape).to(value.dtype)
 
 
 class _Corner(NamedTuple):
@@ -180,7 +211,10 @@ def unfused(operands: FusedOperands) -> Operands:
             locations.append(anchor + pixels)
         else:
             portion = operands.offset_scale / max(counts[level], 1)
-            locations.append(anchor[..., :2] + offset * portion * anchor[..., 2:])
+            moved = offset * portion * anchor[..., 2:4]
+            if anchor.shape[-1] == 5:
+                moved = _turned(moved, anchor[..., 4])
+            locations.append(anchor[..., :2] + moved)
     return Operands(
         operands.value,
         operands.spatial_shapes,
@@ -189,7 +223,15 @@ def unfused(operands: FusedOperands) -> Operands:
         weights,
         operands.level_sizes,
         operands.num_points,
+        operands.value_mask,
     )
+
+
+def _turned(vectors: Tensor, angle: Tensor) -> Tensor:
+    """Vectors ``(x, y)``, turned by an angle in radians from the x axis towards the y axis."""
+    x, y = vectors.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((cos * x - sin * y, sin * x + cos * y), -1)
 
 
 def discrete(operands: DiscreteOperands) -> Tensor:
@@ -198,6 +240,7 @@ def discrete(operands: DiscreteOperands) -> Tensor:
     Each point reads exactly one pixel, so that its neighbours have no influence. Level sizes on a
     GPU are not read, and level sizes on the host are not copied to the GPU.
     """
+    operands = filled(operands)
     value = operands.value
     M, D = value.shape[2:]
     B, Q = operands.sampling_locations.shape[:2]
@@ -220,10 +263,10 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
 
     On a GPU ``index_add`` is deterministic under ``torch.use_deterministic_algorithms``.
     """
-    *call, _, output_mask = inputs
-    operands = DiscreteOperands(*call)
+    operands, _, output_mask = of_backward(DiscreteOperands, inputs)
     check_operands(operands)
     check_gradient(grad_output, operands, output_mask, 2)
+    mask, operands = operands.value_mask, filled(operands)
     value, weights = operands.value, operands.attention_weights
     dtype = acc_dtype(value.dtype)
     B, S, M, D = value.shape
@@ -237,7 +280,7 @@ def discrete_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None,
         if output_mask[1]:
             grad_weights.append((grad * _gather(pixels, index)).sum(-1))
     return (
-        None if grad_pixels is None else grad_pixels.view(value.shape).to(value.dtype),
+        None if grad_pixels is None else _zero_where(mask, _as_gradient(grad_pixels, value)),
         torch.cat(grad_weights, 3).view(weights.shape).to(weights.dtype) if grad_weights else None,
     )
 

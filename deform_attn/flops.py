@@ -14,7 +14,13 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands
+from deform_attn.operands import (
+    AnyOperands,
+    DiscreteOperands,
+    FusedOperands,
+    Operands,
+    of_backward,
+)
 
 __all__ = ["register"]
 
@@ -61,8 +67,7 @@ def _backward(record: type[AnyOperands]) -> Callable[..., int]:
     """As much for the gradient of value, and as much for all others."""
 
     def count(grad_output: Any, *shapes: Any, out_shape: Any = None, **kwargs: Any) -> int:
-        *call, _, output_mask = shapes
-        operands: Any = record(*call)
+        operands, _, output_mask = of_backward(record, shapes)
         return 2 * _channels(operands) * (bool(output_mask[0]) + any(output_mask[1:]))
 
     return count

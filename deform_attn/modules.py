@@ -101,8 +101,7 @@ class _Attention(nn.Module):
     def _attention(self, arguments: _Arguments) -> Tensor:
         query, reference_points, value, spatial_shapes, level_start_index, mask = arguments
         value = self.value_proj(value)
-        if mask is not None:
-            value = value.masked_fill(self._padding(mask, value)[..., None], 0)
+        padding = None if mask is None else self._padding(mask, value)
         B, Q, _ = query.shape
         counts, uniform = self._points, len(set(self._points)) == 1
         points = (B, Q, self._heads, *((len(counts), counts[0]) if uniform else (sum(counts),)))
@@ -118,6 +117,7 @@ class _Attention(nn.Module):
                 offset_scale=self.offset_scale,
                 method=self.method,
                 official_clamp=self.official_clamp,
+                value_mask=padding,  # after the projection: its bias is added to padding too
             )
         )
         return output
@@ -285,13 +285,15 @@ class MSDeformAttn(_Attention):
         Args:
             query: ``[batch, queries, d_model]``.
             reference_points: ``[batch, queries, n_levels, 2]``, the point ``(x, y)`` as fractions
-                of the map, or ``[batch, queries, n_levels, 4]``, a box ``(cx, cy, w, h)``. The
-                unit of an offset is a pixel of the level for points, and
-                ``(w, h) / 2 / n_points`` for boxes. Dimension 2 may be 1: the same for all levels.
+                of the map, ``[batch, queries, n_levels, 4]``, a box ``(cx, cy, w, h)``, or
+                ``[batch, queries, n_levels, 5]``, a rotated box ``(cx, cy, w, h, angle)`` (see
+                :func:`deform_attn.ms_deform_attn_fused`). The unit of an offset is a pixel of the
+                level for points, and ``(w, h) / 2 / n_points`` for boxes. Dimension 2 may be 1:
+                the same for all levels.
             input_flatten: feature maps, one row per pixel: ``[batch, rows, d_model]``.
             input_spatial_shapes: ``(height, width)`` of each level: ``[n_levels, 2]`` or a list.
             input_level_start_index: row of each level's first pixel, ``[n_levels]``.
-            input_padding_mask: ``[batch, rows]``, True for padding; these rows are set to zero.
+            input_padding_mask: ``[batch, rows]``, True for padding; these rows read as zero.
 
         Returns:
             ``[batch, queries, d_model]``.
@@ -416,8 +418,9 @@ class MultiScaleDeformableAttention(_Attention):
                 None: ``query``.
             identity: added to the output; None: ``query``. ``query_pos`` is not part of it.
             query_pos: added to the query before the projections; shape of ``query``.
-            key_padding_mask: ``[batch, rows]``, True for padding; these rows are set to zero.
-            reference_points: ``[batch, queries, num_levels, 2 or 4]`` as in :class:`MSDeformAttn`.
+            key_padding_mask: ``[batch, rows]``, True for padding; these rows read as zero.
+            reference_points: ``[batch, queries, num_levels, 2, 4 or 5]`` as in
+                :class:`MSDeformAttn`.
             spatial_shapes: ``(height, width)`` of each level: ``[num_levels, 2]`` or a list.
             level_start_index: row of each level's first pixel, ``[num_levels]``.
             residual: deprecated name of ``identity``.
@@ -554,7 +557,7 @@ class MSDeformableAttention(_Attention):
             or not readable(scale.cpu())
         ):
             return
-        if not torch.allclose(scale.float().cpu(), expected, rtol=1e-2):
+        if not torch.allclose(scale.double().cpu(), expected.double(), rtol=1e-2):
             errors.append(
                 f"{name}: expected 1 / points for num_points {self.num_points_list}, "
                 f"got {scale.tolist()}"
@@ -573,13 +576,14 @@ class MSDeformableAttention(_Attention):
         Args:
             query: ``[batch, queries, embed_dim]``.
             reference_points: ``[batch, queries, 1 or num_levels, 4]``, a box ``(cx, cy, w, h)`` as
-                fractions of the map, or ``[..., 2]``, a point ``(x, y)``; the unit of an offset is
-                then a pixel of the level.
+                fractions of the map; ``[..., 5]``, a rotated box ``(cx, cy, w, h, angle)`` (see
+                :func:`deform_attn.ms_deform_attn_fused`); or ``[..., 2]``, a point ``(x, y)``: the
+                unit of an offset is then a pixel of the level.
             value: feature maps, one row per pixel: ``[batch, rows, embed_dim]``. For ``"dfine"``
                 also the official form, a list with ``[batch, num_heads, embed_dim / num_heads,
                 height * width]`` of each level, which is copied to the first form.
             value_spatial_shapes: ``(height, width)`` of each level: a list or ``[num_levels, 2]``.
-            value_mask: ``[batch, rows]``, True for pixels, False for padding, which is set to zero.
+            value_mask: ``[batch, rows]``, True for pixels, False for padding, which reads as zero.
 
         Returns:
             ``[batch, queries, embed_dim]``.

@@ -22,7 +22,13 @@ from torch.library import Library
 
 from deform_attn import composite, flops
 from deform_attn.checks import check_gradient, check_operands
-from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands
+from deform_attn.operands import (
+    AnyOperands,
+    DiscreteOperands,
+    FusedOperands,
+    Operands,
+    of_backward,
+)
 
 __all__ = ["ATTENTION", "FUSED", "LIBRARY", "Operator", "Signature", "call_discrete", "define"]
 
@@ -38,14 +44,17 @@ _TYPES = {
     "num_points": "int[]?",
     "offset_scale": "float",
     "official_clamp": "bool",
+    "value_mask": "Tensor?",
 }
+# The last argument of every operator, forward and backward: calls without it stay valid.
+_MASK = "Tensor? value_mask=None"
 
 
 @dataclass(frozen=True)
 class Signature:
-    """The operands of an operator, tensors first, and how it is differentiated."""
+    """The operands of an operator, and how it is differentiated."""
 
-    record: type[AnyOperands]  # its fields are the schema's arguments
+    record: type[AnyOperands]  # its fields are the schema's arguments: tensors, numbers, value_mask
     names: tuple[str, ...]  # of the operands that have gradients
     composite: Callable[
         [Any], Tensor
@@ -53,12 +62,13 @@ class Signature:
 
     @property
     def schema(self) -> str:
-        """The arguments with their types."""
-        return ", ".join(f"{_TYPES.get(name, 'Tensor')} {name}" for name in self.record._fields)
+        """The arguments with their types, without ``value_mask``."""
+        names = self.record._fields[:-1]
+        return ", ".join(f"{_TYPES.get(name, 'Tensor')} {name}" for name in names)
 
     @property
     def batched(self) -> list[int]:
-        """Positions of the tensors that have a batch dimension."""
+        """Positions of the tensors that have a batch dimension, without ``value_mask``."""
         return [i for i, name in enumerate(self.record._fields) if name not in _TYPES]
 
     @property
@@ -96,10 +106,10 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         for callers with an autograd of their own.
     """
     outputs = ", ".join(["Tensor"] * len(signature.names))
-    LIBRARY.define(f"{name}({signature.schema}) -> Tensor")
+    LIBRARY.define(f"{name}({signature.schema}, {_MASK}) -> Tensor")
     LIBRARY.define(
         f"{name}_backward(Tensor grad_output, {signature.schema}, bool deterministic, "
-        f"bool[] output_mask) -> ({outputs})"
+        f"bool[] output_mask, {_MASK}) -> ({outputs})"
     )
     forward_op = getattr(torch.ops.deform_attn, name).default
     backward_op = getattr(torch.ops.deform_attn, f"{name}_backward").default
@@ -114,14 +124,14 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[: 1 + tensors])
-            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + tensors : -2]
-            ctx.output_mask = inputs[-1]
+            *inputs, ctx.output_mask, value_mask = inputs  # type: ignore[assignment]
+            ctx.save_for_backward(*inputs[: 1 + tensors], value_mask)
+            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + tensors : -1]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
-            grad_output = ctx.saved_tensors[0]
-            operands = [*ctx.saved_tensors[1:], ctx.level_sizes, ctx.num_points, *ctx.others]
+            grad_output, *inputs, value_mask = ctx.saved_tensors
+            operands = [*inputs, ctx.level_sizes, ctx.num_points, *ctx.others, value_mask]
 
             def masked(gradients: Any) -> Any:
                 return tuple(grad for grad, flag in zip(gradients, ctx.output_mask) if flag)
@@ -147,9 +157,9 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:tensors])
+            ctx.save_for_backward(*inputs[:tensors], inputs[-1])
             # apart, or Dynamo takes symbolic sizes for constants
-            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[tensors:]
+            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[tensors:-1]
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -158,9 +168,9 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             deterministic = torch.are_deterministic_algorithms_enabled()
             numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
             output_mask = [ctx.needs_input_grad[position] for position in differentiable]
-            return signature.with_gradients(
-                gradients(grad_output, *ctx.saved_tensors, *numbers, deterministic, output_mask)
-            )
+            *inputs, value_mask = ctx.saved_tensors
+            options = deterministic, output_mask, value_mask
+            return signature.with_gradients(gradients(grad_output, *inputs, *numbers, *options))
 
     def call(*inputs: Any) -> Tensor:
         output: Tensor
@@ -190,10 +200,10 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         return output
 
     def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
-        *call, _, output_mask = inputs
-        check(*call)
+        operands, _, output_mask = of_backward(record, inputs)
+        check(*operands)
         if not torch.compiler.is_compiling():
-            check_gradient(grad_output, record(*call), output_mask, len(differentiable))
+            check_gradient(grad_output, operands, output_mask, len(differentiable))
         return tuple(
             inputs[i].new_empty(inputs[i].shape) if flag else None
             for i, flag in zip(differentiable, output_mask)
@@ -205,6 +215,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     ):
         qualified = op._schema.name
         batched = {*range(first), *(first + position for position in signature.batched)}
+        batched.add(len(op._schema.arguments) - 1)  # value_mask
         torch.library.register_fake(qualified, fake, lib=LIBRARY)
         torch.library.register_vmap(qualified, _over_batch(op, batched), lib=LIBRARY)
         LIBRARY.impl(op._schema.name, _differentiable(op, function), "Autograd")
@@ -233,8 +244,10 @@ def _observed(op: Operator, record: type[AnyOperands], inputs: tuple[Any, ...]) 
 
 def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
     """The operator under the Autograd key, for callers of ``torch.ops``: with gradients."""
+    count = len(op._schema.arguments)
 
     def under_autograd(*inputs: Any) -> Any:
+        inputs += (None,) * (count - len(inputs))  # the dispatcher drops a value_mask of None
         if forward_ad._current_level >= 0:
             raise NotImplementedError(
                 f"{op}: no forward-mode derivative; the functions of deform_attn have one"
@@ -268,6 +281,8 @@ def _over_batch(op: Any, batched: set[int]) -> Callable[..., Any]:
     def rule(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
         folded = list(inputs)
         for i, (x, dim) in enumerate(zip(inputs, in_dims)):
+            if x is None:
+                continue
             if i in batched:
                 mapped = x.unsqueeze(0) if dim is None else x.movedim(dim, 0)
                 folded[i] = mapped.expand(info.batch_size, *mapped.shape[1:]).flatten(0, 1)

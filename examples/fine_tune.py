@@ -31,7 +31,7 @@ class Signs(Digits):
     """One to four stars, rings and crosses on the photographs of the digits, 128 x 128 pixels."""
 
     classes = ("star", "ring", "cross")
-    flips = True
+    flips, most_objects = True, 4
     lengths: ClassVar = {"train": 60, "val": 60}
 
     def draw(
@@ -42,7 +42,7 @@ class Signs(Digits):
         taken = np.zeros((size, size), bool)
         boxes: list[list[float]] = []
         labels: list[int] = []
-        count = int(rng.integers(1, 5))
+        count = int(rng.integers(1, self.most_objects + 1))
         while len(boxes) < count:
             label, side = int(rng.integers(len(self.classes))), int(rng.uniform(0.15, 0.36) * size)
             ink = sign(self.classes[label], side, rng.uniform(0, 2 * math.pi))

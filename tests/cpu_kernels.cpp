@@ -99,10 +99,11 @@ struct Results {
 struct Expected {
   std::vector<double> output, value, locations, weights;
 
-  Expected(const Problem& p, const Case& test, const std::vector<double>& from,
+  Expected(const Inputs& in, const Case& test, const std::vector<double>& from,
            const std::vector<double>& at, const std::vector<double>& weight,
            const std::vector<double>& grad)
       : output(grad.size()), value(from.size()), locations(at.size()), weights(weight.size()) {
+    const Problem& p = in.problem;
     for (int64_t b = 0; b < p.batch; ++b) {
       for (int64_t q = 0; q < p.queries; ++q) {
         for (int m = 0; m < p.heads; ++m) {
@@ -110,7 +111,7 @@ struct Expected {
           const int64_t to = p.output_at(b, q, m);
           for (size_t l = 0; l < test.levels.size(); ++l) {
             for (int k = 0; k < test.counts[l]; ++k, ++point) {
-              sample(p, test.levels[l], b, m, to, point, from, at, weight, grad);
+              sample(in, test.levels[l], b, m, to, point, from, at, weight, grad);
             }
           }
         }
@@ -119,7 +120,7 @@ struct Expected {
   }
 
  private:
-  void sample(const Problem& p, const Level& level, int64_t b, int m, int64_t to, size_t point,
+  void sample(const Inputs& in, const Level& level, int64_t b, int m, int64_t to, size_t point,
               const std::vector<double>& from, const std::vector<double>& at,
               const std::vector<double>& weight, const std::vector<double>& grad) {
     const double x = at[2 * point] * level.width - 0.5, y = at[2 * point + 1] * level.height - 0.5;
@@ -130,15 +131,16 @@ struct Expected {
       if (column < 0 || column >= level.width || row < 0 || row >= level.height) continue;
       const double across = i % 2 ? x - left : 1 - (x - left);
       const double along = i / 2 ? y - top : 1 - (y - top);
-      const int64_t pixel = p.value_at(
-          b, level.start + static_cast<int64_t>(row) * level.width + static_cast<int64_t>(column),
-          m);
-      for (int d = 0; d < p.head_dim; ++d) {
-        const size_t in = static_cast<size_t>(pixel + d), out = static_cast<size_t>(to + d);
-        output[out] += weight[point] * across * along * from[in];
-        value[in] += weight[point] * across * along * grad[out];
-        weights[point] += across * along * from[in] * grad[out];
-        const double product = weight[point] * from[in] * grad[out];
+      const int64_t value_row =
+          level.start + static_cast<int64_t>(row) * level.width + static_cast<int64_t>(column);
+      if (in.mask && in.mask[b * in.problem.rows + value_row]) continue;
+      const int64_t pixel = in.problem.value_at(b, value_row, m);
+      for (int d = 0; d < in.problem.head_dim; ++d) {
+        const size_t source = static_cast<size_t>(pixel + d), out = static_cast<size_t>(to + d);
+        output[out] += weight[point] * across * along * from[source];
+        value[source] += weight[point] * across * along * grad[out];
+        weights[point] += across * along * from[source] * grad[out];
+        const double product = weight[point] * from[source] * grad[out];
         locations[2 * point] += product * along * (i % 2 ? 1 : -1) * level.width;
         locations[2 * point + 1] += product * across * (i / 2 ? 1 : -1) * level.height;
       }
@@ -235,11 +237,26 @@ class Call {
     }
   }
 
+  // Masks rows, which hold NaN: a third of them, and the last quarter.
+  void mask() {
+    const Problem& p = in_.problem;
+    mask_.resize(static_cast<size_t>(p.batch * p.rows));
+    for (size_t i = 0; i < mask_.size(); ++i) {
+      const auto row = static_cast<int64_t>(i) % p.rows;
+      mask_[i] = random_() % 3 == 0 || 4 * row >= 3 * p.rows;
+      for (int64_t c = 0; c < p.row_stride() && mask_[i]; ++c) {
+        from_acc(static_cast<Acc>(NAN),
+                 value_[i * static_cast<size_t>(p.row_stride()) + static_cast<size_t>(c)]);
+      }
+    }
+    in_.mask = mask_.data();
+  }
+
   // One thread compared with the expected results, several threads with one.
   void check(const std::string& name) {
     const auto one = run(1, false);
-    const Expected expected(in_.problem, test_, doubles(value_), doubles(locations_),
-                            doubles(weights_), doubles(grad_));
+    const Expected expected(in_, test_, doubles(value_), doubles(locations_), doubles(weights_),
+                            doubles(grad_));
     const double exact = sizeof(Acc) == 4 ? 2e-5 : 1e-13;
     const double rounded = sizeof(T) == 2 ? 1e-2 : exact;
     expect_close(one.output, expected.output, rounded, name + "output");
@@ -250,7 +267,7 @@ class Call {
     expect_the_same(one, name);
   }
 
-  // A fused call on the same value, with reference points (size 2) or boxes (size 4).
+  // A fused call on the same value, with reference points (size 2), boxes (4) or rotated boxes (5).
   void check_fused(const std::string& name, int size) {
     const Problem& p = in_.problem;
     const int levels = p.levels % 2 ? p.levels : 1;
@@ -262,7 +279,9 @@ class Call {
     in_.locations = offsets.data();
     in_.weights = logits.data();
 
-    std::vector<double> at(2 * points_), weights(points_), scale(2 * points_);
+    // how far an offset moves the location along its axis, and along the other one
+    std::vector<double> scale(2 * points_), across(2 * points_);
+    std::vector<double> at(2 * points_), weights(points_);
     const auto each_point = [&](const auto& use) {
       for (int64_t query = 0; query < p.batch * p.queries; ++query) {
         for (int m = 0; m < p.heads; ++m) {
@@ -283,17 +302,24 @@ class Call {
       }
       weights[point] = std::exp(static_cast<double>(to_acc(logits[point]))) / sum;
       const Level& level = test_.levels[static_cast<size_t>(l)];
+      const auto offset = [&](size_t i) {
+        return static_cast<double>(to_acc(offsets[2 * point + i]));
+      };
       for (size_t i = 0; i < 2; ++i) {
-        const double side = i ? level.height : level.width;
-        scale[2 * point + i] = size == 2 ? 1 / side
-                                         : static_cast<double>(reference[from + 2 + i]) * 0.5 /
-                                               test_.counts[static_cast<size_t>(l)];
-        at[2 * point + i] =
-            static_cast<double>(reference[from + i]) +
-            static_cast<double>(to_acc(offsets[2 * point + i])) * scale[2 * point + i];
+        const double side = size == 2 ? 1.0 / (i ? level.height : level.width)
+                                      : static_cast<double>(reference[from + 2 + i]) * 0.5 /
+                                            test_.counts[static_cast<size_t>(l)];
+        const double turn = size == 5 ? static_cast<double>(reference[from + 4]) : 0;
+        scale[2 * point + i] = side * std::cos(turn);
+        across[2 * point + i] = (i ? -side : side) * std::sin(turn);
+      }
+      for (size_t i = 0; i < 2; ++i) {
+        at[2 * point + i] = static_cast<double>(reference[from + i]) +
+                            offset(i) * scale[2 * point + i] +
+                            offset(1 - i) * across[2 * point + 1 - i];
       }
     });
-    const Expected expected(p, test_, doubles(value_), at, weights, doubles(grad_));
+    const Expected expected(in_, test_, doubles(value_), at, weights, doubles(grad_));
     std::vector<double> grad_offsets(2 * points_), grad_logits(points_), grad_reference(references);
     each_point([&](size_t head, size_t point, int l, size_t from) {
       double mean = 0;
@@ -304,12 +330,18 @@ class Call {
       grad_logits[point] = weights[point] * (expected.weights[point] - mean);
       for (size_t i = 0; i < 2; ++i) {
         const double slope = expected.locations[2 * point + i];
-        grad_offsets[2 * point + i] = slope * scale[2 * point + i];
+        const double other = expected.locations[2 * point + 1 - i];
+        const double by_offset = slope * scale[2 * point + i] + other * across[2 * point + i];
+        grad_offsets[2 * point + i] = by_offset;
         grad_reference[from + i] += slope;
-        if (size == 4) {
-          grad_reference[from + 2 + i] += slope *
-                                          static_cast<double>(to_acc(offsets[2 * point + i])) *
-                                          0.5 / test_.counts[static_cast<size_t>(l)];
+        if (size >= 4) {  // a side scales what its offset adds to the location
+          grad_reference[from + 2 + i] += by_offset *
+                                          static_cast<double>(to_acc(offsets[2 * point + i])) /
+                                          static_cast<double>(reference[from + 2 + i]);
+        }
+        if (size == 5) {  // by the angle: what is added, turned by a right angle
+          const double moved = at[2 * point + 1 - i] - static_cast<double>(reference[from + 1 - i]);
+          grad_reference[from + 4] += (i ? moved : -moved) * slope;
         }
       }
     });
@@ -353,6 +385,7 @@ class Call {
   std::vector<T> value_, grad_;
   std::vector<Acc> locations_;
   std::vector<Weight> weights_;
+  std::vector<uint8_t> mask_;
 
   bool levels_overlap() const {
     for (size_t l = 1; l < test_.levels.size(); ++l) {
@@ -428,8 +461,10 @@ void check(const Kernels& kernels, const Case& test, Type type, size_t index) {
   const std::string name = std::string(kernels.name) + ", case " + std::to_string(index) +
                            ", type " + std::to_string(static_cast<int>(type)) + ": ";
   Call<T, Weight> call(kernels, test, type, index);
+  if ((index + static_cast<size_t>(type)) % 2) call.mask();
   call.check(name);
-  call.check_fused(name, index % 2 ? 4 : 2);
+  const int sizes[] = {2, 4, 5};
+  call.check_fused(name, sizes[index % 3]);
 }
 
 }  // namespace

@@ -97,7 +97,10 @@ class _Kernels(torch.autograd.Function):
 def package_runner(backend: str, device: str, **fields: Any) -> Runner:
     def call(inputs: OpInputs) -> Tensor:
         return deform_attn.ms_deform_attn(
-            *inputs.arguments, num_points=inputs.num_points, backend=backend
+            *inputs.arguments,
+            num_points=inputs.num_points,
+            backend=backend,
+            value_mask=inputs.value_mask,
         )
 
     def why_not(dtypes: Dtypes) -> str | None:

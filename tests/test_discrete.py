@@ -35,6 +35,7 @@ def call(inputs: OpInputs, official: bool = False, backend: str | None = None) -
         method="discrete",
         official_clamp=official,
         backend=backend,
+        value_mask=inputs.value_mask,
     )
 
 

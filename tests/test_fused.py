@@ -38,6 +38,7 @@ def draw(
     acc_dtype = torch.promote_types(dtype, torch.float32)
     points = [sum(num_points)] if num_points else [len(SHAPES), 4]
     reference = torch.rand((BATCH, queries, levels, size), generator=generator, dtype=torch.float64)
+    reference[..., 4:] *= 2 * math.pi  # the angle of a rotated box
     return (
         normal(BATCH, ROWS, HEADS, head_dim).to(dtype),
         reference.to(acc_dtype),
@@ -112,7 +113,7 @@ def tried(
 @pytest.mark.only(runners=package, slow={"dtypes": ["f32"]})
 @pytest.mark.parametrize("num_points", [None, [3, 0, 2]], ids=["uniform", "listed"])
 @pytest.mark.parametrize("levels", [1, len(SHAPES)])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 5])
 def test_values_and_gradients(
     runner: Runner, dtypes: Dtypes, size: int, levels: int, num_points: list[int] | None
 ) -> None:
@@ -205,7 +206,7 @@ def test_no_gradient_is_made_that_autograd_does_not_need(
 
 
 @pytest.mark.parametrize("fixed", [None, 0, 1, 2, 3])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 5])
 def test_gradcheck(size: int, fixed: int | None) -> None:
     inputs = draw(torch.float64, size=size, head_dim=3, queries=2)
     leaves = [tensor.requires_grad_(i != fixed) for i, tensor in enumerate(inputs)]
@@ -217,11 +218,13 @@ def test_gradcheck(size: int, fixed: int | None) -> None:
     assert torch.autograd.gradgradcheck(call, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("num_points", [None, [3, 0, 2]], ids=["uniform", "listed"])
-def test_operator_checks(num_points: list[int] | None) -> None:
+@pytest.mark.parametrize(
+    ("size", "num_points"), [(4, None), (5, [3, 0, 2])], ids=["uniform", "rotated, listed"]
+)
+def test_operator_checks(size: int, num_points: list[int] | None) -> None:
     """Forward and backward; sizes as a tensor, and as numbers."""
     value, *rest = (
-        t.requires_grad_() for t in draw(torch.float64, size=4, queries=2, num_points=num_points)
+        t.requires_grad_() for t in draw(torch.float64, size=size, queries=2, num_points=num_points)
     )
     levels = (torch.tensor(SHAPES), None) if num_points is None else (None, SIZES)
     operands = (value, levels[0], None, *rest, levels[1], num_points, 0.5)
@@ -247,6 +250,62 @@ def test_compiles_to_one_node() -> None:
     assert torch.equal(got, call(*inputs))
     nodes = [str(node.target) for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert nodes == ["deform_attn.ms_deform_attn_fused.default"]
+
+
+def oriented_head(value: Tensor, reference: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+    """Rotation-aware deformable attention as oriented heads compose it (GTR's in LibreYOLO).
+
+    Offsets are scaled by the sides of the box, turned by its angle in fractions of the map, and
+    added to its centre. The head itself predicts ``angle / pi``.
+    """
+    cx, cy, w, h, angle = reference[:, :, None, :, None].unbind(-1)  # [B, Q, 1, L, 1]
+    x, y = (offsets / offsets.shape[4]).unbind(-1)
+    x, y = x * w * 0.5, y * h * 0.5
+    cos, sin = angle.cos(), angle.sin()
+    locations = torch.stack((cx + cos * x - sin * y, cy + sin * x + cos * y), -1)
+    weights = logits.flatten(3).softmax(-1).view(logits.shape)
+    return deform_attn.ms_deform_attn(value, SHAPES, None, locations, weights)
+
+
+def test_rotated_boxes_as_oriented_heads_compose_them() -> None:
+    inputs = draw(torch.float64, size=5)
+    grad = torch.randn(BATCH, QUERIES, HEADS * 20, dtype=torch.float64)
+
+    def call(value: Tensor, *rest: Tensor) -> Tensor:
+        return ms_deform_attn_fused(value, SHAPES, None, *rest)
+
+    got = with_gradients(call, inputs, grad)
+    for a, b in zip(got, with_gradients(oriented_head, inputs, grad)):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.only(runners=package, dtypes=["f32"])
+@pytest.mark.parametrize(
+    ("quarters", "offset", "pixel"),
+    [
+        (0, (2, 0), (2, 4)),  # (row, column), from the centre (2, 2)
+        (1, (2, 0), (4, 2)),  # a quarter turn: what was to the right is below
+        (1, (0, 1), (2, 0)),
+        (2, (2, 0), (2, 0)),
+        (-1, (2, 0), (0, 2)),
+    ],
+)
+def test_direction_of_the_angle(
+    runner: Runner,
+    dtypes: Dtypes,
+    quarters: int,
+    offset: tuple[int, int],
+    pixel: tuple[int, int],
+) -> None:
+    """A box of (w, h) = (2, 4) pixels on a map of 5 x 5: an offset of 1 is half a side."""
+    value = torch.zeros(1, 5, 5, 1, 1)
+    value[0, pixel[0], pixel[1]] = 1
+    reference = torch.tensor([0.5, 0.5, 0.4, 0.8, quarters * math.pi / 2]).view(1, 1, 1, 5)
+    offsets = torch.tensor(offset, dtype=torch.float32).view(1, 1, 1, 1, 1, 2)
+    inputs = (value.view(1, 25, 1, 1), reference, offsets, torch.zeros(1, 1, 1, 1, 1))
+    value, *rest = (tensor.to(runner.device) for tensor in inputs)
+    output = ms_deform_attn_fused(value, [(5, 5)], None, *rest, backend=runner.backend)
+    torch.testing.assert_close(output.cpu(), torch.ones(1, 1, 1))
 
 
 def test_vmap_over_queries_of_two_models() -> None:

@@ -79,6 +79,7 @@ def honest_cases(draw: Any) -> Case:
         ),
         layout=draw(st.sampled_from(["plain", "offset", "strided", "transposed"])),
         locations=draw(st.sampled_from(LOCATIONS)),
+        masked=draw(st.sampled_from([0, 0, 0.1, 0.6, 1])),
     )
 
 

@@ -69,7 +69,8 @@ def arguments(inputs: OpInputs, form: str) -> tuple[Any, ...]:
         areas = torch.tensor([int(h) * int(w) for h, w in inputs.spatial_shapes])
         if form == "grid_sample" and torch.equal(starts.long(), areas.cumsum(0) - areas):
             starts = None
-    return (inputs.value, shapes, starts, *inputs.tensors[1:], sizes, inputs.num_points)
+    numbers = sizes, inputs.num_points
+    return (inputs.value, shapes, starts, *inputs.tensors[1:], *numbers, inputs.value_mask)
 
 
 def samples_something(case: Case) -> bool:

@@ -37,7 +37,7 @@ from deform_attn.testing import (
 from tests.family import FAMILY, lively, tensors_of, with_tensors
 from tests.runners import Recorder, Runner, operators, package
 
-FORMS = ["non_square", "listed_points", "list_metadata", "starts_omitted"]
+FORMS = ["non_square", "listed_points", "list_metadata", "starts_omitted", "masked"]
 
 
 def op_arguments(inputs: OpInputs) -> tuple[Any, ...]:
@@ -66,8 +66,9 @@ def test_opcheck(runner: Runner, dtypes: Dtypes, case: Case, with_gradients: boo
         inputs, grad_output = inputs.leaves(), grad_output.requires_grad_()
     forward, backward = operators(runner)
     arguments = op_arguments(inputs)
-    torch.library.opcheck(forward.default, arguments)
-    torch.library.opcheck(backward.default, (grad_output, *arguments, False, [True] * 3))
+    mask = () if inputs.value_mask is None else (inputs.value_mask,)
+    torch.library.opcheck(forward.default, (*arguments, *mask))
+    torch.library.opcheck(backward.default, (grad_output, *arguments, False, [True] * 3, *mask))
 
 
 # ------------------------------------------------------------------------------------ compile

@@ -44,6 +44,8 @@ SHAPES: list[Kernel] = [
     ("forward", 90, "f32", {"reference": (1, 4)}),
     ("backward", 90, "f32", {**ODD, "wide": True}),
     ("backward", 90, "f32", {"reference": (1, 4)}),
+    ("forward", 90, "f32", {"reference": (1, 6), "masked": True}),
+    ("backward", 90, "f32", {"reference": (4, 6), "masked": True}),
     ("backward", 86, "f16", {"deterministic": True}),
     ("backward", 90, "bf16", {"deterministic": True}),
     ("backward", 100, "f32", {"deterministic": True, "reference": (4, 2)}),
@@ -157,7 +159,10 @@ def test_no_spills(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
     "kernel", [k for k in EVERYWHERE + SHAPES if "head_dim" not in k[3]], ids=label
 )
 def test_registers(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
-    assert compiled[label(kernel)]["registers"] <= MOST_REGISTERS[kernel[0]]
+    most = MOST_REGISTERS[kernel[0]]
+    if kernel[3].get("masked"):
+        most = max(most, 80)
+    assert compiled[label(kernel)]["registers"] <= most
 
 
 @pytest.mark.parametrize("kernel", AMD_KERNELS, ids=label)
@@ -180,7 +185,11 @@ def test_no_float64(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None
 
 @pytest.mark.parametrize("kernel", EVERYWHERE, ids=label)
 def test_loads_are_wide(kernel: Kernel, compiled: dict[str, dict[str, Any]]) -> None:
-    name, _, dtype, _ = kernel
+    name, architecture, dtype, _ = kernel
+    if name == "backward" and architecture < 90:
+        # a thread takes the one channel that it can add to
+        assert compiled[label(kernel)]["ptx"].count("ld.global.b16") >= 4
+        return
     four_channels = name == "backward" and dtype != "f32"
     load = "ld.global.v2.b32" if four_channels else "ld.global.v4.b32"
     assert compiled[label(kernel)]["ptx"].count(load) >= 4
@@ -230,7 +239,7 @@ class Driver:
     def target(self) -> triton_launcher.Target:
         if self.name is None:
             raise RuntimeError("0 active drivers")
-        return triton_launcher.Target(self.name, 64, frozenset({"num_warps"}))
+        return triton_launcher.Target(self.name, 64, False, frozenset({"num_warps"}))
 
 
 @pytest.mark.parametrize(

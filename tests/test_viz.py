@@ -433,8 +433,9 @@ def test_colours_and_markers() -> None:
     assert recording.reference_points is not None
     x, y, w, h = (recording.reference_points[1, 3, 0] * torch.tensor([60, 80, 60, 80])).tolist()
     (box,) = axes.patches
-    np.testing.assert_allclose(box.get_center(), (x - 0.5, y - 0.5), rtol=1e-5)
-    np.testing.assert_allclose((box.get_width(), box.get_height()), (w, h), rtol=1e-5)
+    corners = box.get_xy()
+    np.testing.assert_allclose(corners[:4].mean(0), (x - 0.5, y - 0.5), rtol=1e-5)
+    np.testing.assert_allclose(np.ptp(corners, 0), (w, h), rtol=1e-5)
     cross = axes.lines[-1]
     np.testing.assert_allclose(cross.get_xydata(), [[x - 0.5, y - 0.5]], rtol=1e-5)
     assert axes.get_legend_handles_labels()[1] == [

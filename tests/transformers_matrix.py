@@ -321,10 +321,14 @@ def main() -> int:
         default="aot_eager",
         help="of torch.compile; none: do not compile",
     )
-    parser.add_argument("--exports", nargs="*", default=[], choices=EXPORTS)
+    parser.add_argument("--exports", nargs="*", choices=EXPORTS, help="without a name: all of them")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the results")
     parser.add_argument("--here", action="store_true", help="print the rows of this environment")
     arguments = parser.parse_args()
+    if arguments.exports is None:
+        arguments.exports = []
+    elif not arguments.exports:
+        arguments.exports = [*EXPORTS]
     if arguments.here:
         for row in rows(arguments.models, arguments.backend, arguments.exports):
             print(json.dumps(row), flush=True)

@@ -33,6 +33,7 @@ DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SECTOR = 32
 FUSED = "deformable_detr_encoder_800x1333"  # where the bytes of a whole layer are held to a bar
 FIXED = "fixed reference"  # reference points without a gradient
+MASKED = "masked"  # with a value_mask; counted for FUSED
 Counts = dict[str, float]
 
 
@@ -110,8 +111,17 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     forward("baseline", sources, lambda to: KERNELS.forward(*given, baseline=True, output=to))
     forward("teams", sources, lambda to: KERNELS.forward(*given, output=to))
     forward("fused", layer_sources, lambda to: KERNELS.fused_forward(*layer, output=to))
+    mask = padding(inputs)
+    if (workload.name, dtype) == (FUSED, "f32"):
+        forward(
+            f"fused, {MASKED}",
+            layer_sources | {"mask": mask},
+            lambda to: KERNELS.fused_forward(*layer, output=to, value_mask=mask),
+        )
 
-    def backward(algorithm: str, fused: bool = False, reference: bool = True) -> Counts:
+    def backward(
+        algorithm: str, fused: bool = False, reference: bool = True, **options: Any
+    ) -> Counts:
         arguments: tuple[Any, ...] = given
         if fused:
             value, shapes, starts, anchors, *rest = layer
@@ -124,11 +134,13 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
             filled.append(targets[0])
         written = {f"target {i}": target for i, target in enumerate(targets)}
         tensors = (layer_sources if fused else sources) | {"grad": inputs.grad_output} | written
+        if options:
+            tensors["mask"] = mask
         run = KERNELS.fused_backward if fused else KERNELS.backward
         call = layer if fused else given
 
         def once() -> None:
-            run(inputs.grad_output, *call, algorithm=algorithm, targets=targets)
+            run(inputs.grad_output, *call, algorithm=algorithm, targets=targets, **options)
 
         figures = counter.run(tensors, once)
         if algorithm != "gather" and not workload.encoder:
@@ -145,6 +157,9 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     algorithm = KERNELS.chosen_algorithm(*given)
     found[f"backward {algorithm} fused"] = backward(algorithm, fused=True)
     found[f"backward {algorithm} fused, {FIXED}"] = backward(algorithm, fused=True, reference=False)
+    if (workload.name, dtype) == (FUSED, "f32"):
+        which = f"backward {algorithm} fused, {MASKED}"
+        found[which] = backward(algorithm, fused=True, value_mask=mask)
     found = {
         kernel: {name: round(figure, 4) for name, figure in figures.items()}
         for kernel, figures in found.items()
@@ -181,6 +196,15 @@ def _layer_arguments(inputs: WorkloadInputs) -> tuple[Any, ...]:
         else inputs.attention_weights.log(),
         *(counts, 1.0),
     )
+
+
+def padding(inputs: WorkloadInputs) -> Tensor:
+    """A mask ``[B, S]`` of images that fill three quarters of the width of their batch."""
+    rows = [
+        (torch.arange(width) >= 0.75 * width).expand(height, width).flatten()
+        for height, width in inputs.spatial_shapes.tolist()
+    ]
+    return torch.cat(rows).expand(inputs.value.shape[0], -1).contiguous()
 
 
 def fill_bounds(inputs: WorkloadInputs, bounds: Tensor) -> None:
@@ -225,14 +249,18 @@ def torch_bytes(workload: Workload) -> dict[str, Counts]:
     As Deformable DETR writes it: a softmax, offsets / sizes, reference points + that; each is a
     kernel that reads its inputs from memory and writes its output there. Backward: the gradients of
     the division and of the softmax, and the sum over heads and points that reference points get
-    where they want a gradient.
+    where they want a gradient. A mask: ``masked_fill`` of value, and of its gradient.
     """
     reference = 8 * len(workload.levels) / (workload.heads * sum(workload.points))
     softmax, divided, added = 4 + 4, 8 + 8, 8 + 8 + reference
+    pixels = workload.rows * workload.heads * workload.head_dim
+    points = workload.queries * workload.heads * sum(workload.points)
+    fill = (2 * 4 * pixels + workload.rows) / points
     return {
         "forward": {"softmax": softmax, "divide": divided, "add": added},
         "backward": {"softmax": 4 + 4 + 4, "divide": divided},
         "reference": {"sum": 8 + reference},
+        MASKED: {"masked_fill": fill},
     }
 
 
@@ -249,6 +277,13 @@ def layer_table(counts: dict[str, Counts]) -> dict[str, tuple[float, float]]:
         for which, summed in (("", torch_moves["reference"]), (f", {FIXED}", 0.0)):
             moved = fused + counts[f"backward {algorithm} fused{which}"][measure]
             rows[f"forward + backward{which}, {measure}"] = (moved, plain + summed)
+        masked = counts[f"forward fused, {MASKED}"][measure]
+        fill = torch_moves[MASKED]
+        unmasked = counts["forward teams"][measure] + torch_moves["forward"] + fill
+        rows[f"forward, {MASKED}, {measure}"] = (masked, unmasked)
+        masked += counts[f"backward {algorithm} fused, {MASKED}"][measure]
+        plain += torch_moves["reference"] + 2 * fill
+        rows[f"forward + backward, {MASKED}, {measure}"] = (masked, plain)
     return rows
 
 

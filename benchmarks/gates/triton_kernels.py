@@ -114,6 +114,7 @@ def compile_kernel(
     wide: bool = False,
     deterministic: bool = False,
     reference: tuple[int, int] = (0, 0),
+    masked: bool = False,
     blocks: Any = None,
 ) -> Kernel | AmdKernel:
     """Compile one kernel as the backend launches it for a shape.
@@ -131,6 +132,7 @@ def compile_kernel(
         wide: value of 2**31 elements and more.
         deterministic: the backward kernel without atomic additions.
         reference: number and coordinates of a query's reference points, for the fused kernels.
+        masked: with a value_mask.
         blocks: other block sizes than the backend's.
 
     Raises:
@@ -152,6 +154,7 @@ def compile_kernel(
     target = GPUTarget("cuda", architecture, 32)
     if isinstance(architecture, str):
         target = GPUTarget("hip", architecture, 64 if architecture.startswith(WIDE_WARPS) else 32)
+    known = backend.target_of(make_backend, target)
     blocks = blocks or backend.blocks_for(
         getattr(torch, torch_dtype).itemsize,
         head_dim,
@@ -160,9 +163,11 @@ def compile_kernel(
         backward=name != "forward",
         deterministic=deterministic,
         fused=reference != (0, 0),
-        lanes=target.warp_size,
+        masked=masked,
+        rotated=reference[1] == 6,
+        target=known,
     )
-    options = backend.launch_options(blocks, backend.target_of(make_backend, target).options)
+    options = backend.launch_options(blocks, known.options)
     constants = backend.constants(head_dim, counts, blocks, wide=wide, reference=reference)
     constants["starts_at"] = None
     types = {
@@ -172,11 +177,14 @@ def compile_kernel(
         **dict.fromkeys(("reference", "grad_reference"), "*fp32"),
         **dict.fromkeys(("shapes", "starts", "order", "begins"), "*i64"),
         "targets": "*i32",
+        "value_mask": "*u8",
         "offset_scale": "fp32",
         "grad_value": value if name == "add_up_rows" else "*fp32",
         "sizes": () if levels_on_device else ("i32",) * (2 * len(counts)),
     }
     absent = [] if levels_on_device else ["shapes", "starts"]
+    if not masked:
+        absent.append("value_mask")
     if name == "backward":
         absent += ["grad_value"] if deterministic else ["targets", "shares"]
     if reference == (0, 0):

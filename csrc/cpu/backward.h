@@ -135,7 +135,8 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   const int count = heads * p.points;
   const bool is_fused = in.fused.reference != nullptr;
   Arena arena(scratch);
-  const PointLevels levels(arena, in, heads);
+  PointLevels levels(arena, in, heads);
+  levels.enter(own.batch);
   PointSource<Acc> source(arena, in, heads);
   Pair<Acc> pair(arena, count, true);
   const PointGradients<Acc> point_grads(arena, count);

@@ -164,7 +164,7 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
   const Problem& p = in.problem;
   const int count = p.heads * p.points;
   Arena arena(scratch);
-  const PointLevels levels(arena, in, p.heads);
+  PointLevels levels(arena, in, p.heads);
   PointSource<Acc> source(arena, in, p.heads);
   Pair<Acc> pair(arena, count, false);
 
@@ -178,6 +178,7 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     if (!visits.next(take)) return false;
     placed.batch = visits.batch;
     placed.query = visits.query;
+    levels.enter(placed.batch);
     source.template points<Weight>(
         in, placed.batch, placed.query, 0, p.heads, [&](const Acc* locations, const auto* weights) {
           placed.points.template place<false>(levels, locations, weights, count);

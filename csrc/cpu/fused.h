@@ -69,15 +69,20 @@ DEFORM_ATTN_INLINE void softmax(const T* logits, Acc* weights, int count) {
 // Reference points: origin + offset / extent. A division, not a product with the inverse: encoders
 // start with whole offsets from pixel centres, and the locations must stay exactly on the knots.
 // Reference boxes: origin + offset * extent.
+// Rotated boxes: x and y each add what the other offset moves them by, offset * across.
 template <typename Acc>
 struct Steps {
   Acc *origin, *extent;  // [2 * points]
-  bool from_box;
+  Acc* across;           // [2 * points] of rotated boxes
+  bool from_box, rotated;
 
   Steps(Arena& arena, const Inputs& in) {
-    origin = arena.take<Acc>(2 * int64_t{in.problem.points});
-    extent = arena.take<Acc>(2 * int64_t{in.problem.points});
-    from_box = in.fused.size == 4;
+    const int64_t count = 2 * int64_t{in.problem.points};
+    from_box = in.fused.size >= 4;
+    rotated = in.fused.size == 5;
+    origin = arena.take<Acc>(count);
+    extent = arena.take<Acc>(count);
+    across = arena.take<Acc>(rotated ? count : 0);
   }
 
   // The query's reference point or box of a level.
@@ -96,24 +101,37 @@ struct Steps {
   void of_query(const Inputs& in, int64_t batch, int64_t query) {
     for (int l = 0; l < in.problem.levels; ++l) {
       const Acc* from = reference(in, batch, query, l);
-      Acc across = static_cast<Acc>(in.levels[l].width);
-      Acc along = static_cast<Acc>(in.levels[l].height);
+      Acc x_step = static_cast<Acc>(in.levels[l].width);
+      Acc y_step = static_cast<Acc>(in.levels[l].height);
+      Acc cos = 1, sin = 0;
       if (from_box) {
-        across = from[2] * portion(in, l);
-        along = from[3] * portion(in, l);
+        x_step = from[2] * portion(in, l);
+        y_step = from[3] * portion(in, l);
+      }
+      if (rotated) {
+        cos = std::cos(from[4]);
+        sin = std::sin(from[4]);
       }
       for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
         origin[2 * k] = from[0];
         origin[2 * k + 1] = from[1];
-        extent[2 * k] = across;
-        extent[2 * k + 1] = along;
+        extent[2 * k] = x_step * cos;
+        extent[2 * k + 1] = y_step * cos;
+        if (!rotated) continue;
+        across[2 * k] = -y_step * sin;
+        across[2 * k + 1] = x_step * sin;
       }
     }
   }
 
   template <typename T>
   DEFORM_ATTN_INLINE void locate(const T* offsets, Acc* locations, int count) const {
-    if (from_box) {
+    if (rotated) {
+      for (int i = 0; i < count; ++i) {
+        locations[i] =
+            origin[i] + to_acc(offsets[i]) * extent[i] + to_acc(offsets[i ^ 1]) * across[i];
+      }
+    } else if (from_box) {
       for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_acc(offsets[i]) * extent[i];
     } else {
       for (int i = 0; i < count; ++i) locations[i] = origin[i] + to_acc(offsets[i]) / extent[i];
@@ -179,26 +197,47 @@ void finish_queries(const Inputs& in, const FusedGradients& grads, int64_t first
       const Acc* grad_locations = static_cast<const Acc*>(grads.locations) + 2 * at;
       const Acc* grad_weights = static_cast<const Acc*>(grads.weights) + at;
       for (int l = 0; l < p.levels && to_reference; ++l) {
-        Acc sums[4] = {};
+        // of the location; times the offset along the same axis, and along the other one
+        Acc sums[2] = {}, same[2] = {}, other[2] = {};
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
           for (int i = 0; i < 2; ++i) {
             sums[i] += grad_locations[2 * k + i];
-            sums[2 + i] += grad_locations[2 * k + i] * to_acc(offsets[2 * k + i]);
+            same[i] += grad_locations[2 * k + i] * to_acc(offsets[2 * k + i]);
+            other[i] += grad_locations[2 * k + i] * to_acc(offsets[2 * k + 1 - i]);
           }
         }
         Acc* to = to_reference + (fused.levels > 1 ? l * fused.size : 0);
         const Acc portion = Steps<Acc>::portion(in, l);
-        for (int i = 0; i < fused.size; ++i) to[i] += i < 2 ? sums[i] : sums[i] * portion;
+        for (int i = 0; i < 2; ++i) to[i] += sums[i];
+        if (steps.rotated) {
+          const Acc* from = Steps<Acc>::reference(in, b, query, l);
+          const Acc cos = std::cos(from[4]), sin = std::sin(from[4]);
+          to[2] += (cos * same[0] + sin * other[1]) * portion;
+          to[3] += (cos * same[1] - sin * other[0]) * portion;
+          to[4] += (from[2] * (cos * other[1] - sin * same[0]) -
+                    from[3] * (cos * other[0] + sin * same[1])) *
+                   portion;
+        } else if (steps.from_box) {
+          for (int i = 0; i < 2; ++i) to[2 + i] += same[i] * portion;
+        }
       }
       softmax(static_cast<const Weight*>(in.weights) + at, weights, p.points);
       Acc mean = 0;
       for (int k = 0; k < p.points; ++k) mean += weights[k] * grad_weights[k];
       Weight* to_offsets = static_cast<Weight*>(grads.offsets) + 2 * at;
       Weight* to_logits = static_cast<Weight*>(grads.logits) + at;
-      for (int i = 0; i < 2 * p.points; ++i) {
-        from_acc(steps.from_box ? grad_locations[i] * steps.extent[i]
-                                : grad_locations[i] / steps.extent[i],
-                 to_offsets[i]);
+      if (steps.rotated) {
+        for (int i = 0; i < 2 * p.points; i += 2) {  // both are read before either is overwritten
+          const Acc grad_x = grad_locations[i], grad_y = grad_locations[i + 1];
+          from_acc(grad_x * steps.extent[i] + grad_y * steps.across[i + 1], to_offsets[i]);
+          from_acc(grad_y * steps.extent[i + 1] + grad_x * steps.across[i], to_offsets[i + 1]);
+        }
+      } else {
+        for (int i = 0; i < 2 * p.points; ++i) {
+          from_acc(steps.from_box ? grad_locations[i] * steps.extent[i]
+                                  : grad_locations[i] / steps.extent[i],
+                   to_offsets[i]);
+        }
       }
       for (int k = 0; k < p.points; ++k) {
         from_acc(weights[k] * (grad_weights[k] - mean), to_logits[k]);

@@ -26,6 +26,7 @@ struct Inputs {
   const void* weights;    // a fused call: logits
   Fused fused;
   const int32_t* order;  // [batch, queries]: each image's queries in the order of visits; or null
+  const uint8_t* mask;  // [batch, rows]: 1 for a row of value that reads as zero; null: no such row
 };
 
 struct Gradients {

@@ -140,6 +140,7 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.value = call.value.const_data_ptr();
   in.locations = call.locations.const_data_ptr();
   in.weights = call.weights.const_data_ptr();
+  in.mask = call.mask ? static_cast<const uint8_t*>(call.mask->const_data_ptr()) : nullptr;
   in.fused = {};
   in.order = nullptr;
   if (call.reference) {
@@ -309,9 +310,9 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
                const MaybeTensor level_start_index, const Tensor sampling_locations,
                const Tensor attention_weights, const MaybeSizes level_sizes,
-               const MaybeSizes num_points) {
+               const MaybeSizes num_points, const MaybeTensor value_mask) {
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                  level_sizes, num_points);
+                  level_sizes, num_points, value_mask);
   const std::vector<Level> levels = levels_on_host(call);
   const Tensor output = empty(call.output_shape(), call.type);
   run_forward(call, inputs_of(call, levels), output);
@@ -322,9 +323,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor sampling_locations,
     const Tensor attention_weights, const MaybeSizes level_sizes, const MaybeSizes num_points,
-    bool /*deterministic: always*/, const Flags output_mask) {
+    bool /*deterministic: always*/, const Flags output_mask, const MaybeTensor value_mask) {
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                  level_sizes, num_points);
+                  level_sizes, num_points, value_mask);
   const std::vector<Level> levels = levels_on_host(call);
   const Tensor locations = empty(call.locations.sizes(), call.acc_dtype());
   const Tensor weights = empty(call.weights.sizes(), call.weights.scalar_type());
@@ -337,10 +338,10 @@ std::tuple<Tensor, Tensor, Tensor> backward(
 Tensor fused_forward(const Tensor value, const MaybeTensor spatial_shapes,
                      const MaybeTensor level_start_index, const Tensor reference_points,
                      const Tensor sampling_offsets, const Tensor attention_logits,
-                     const MaybeSizes level_sizes, const MaybeSizes num_points,
-                     double offset_scale) {
+                     const MaybeSizes level_sizes, const MaybeSizes num_points, double offset_scale,
+                     const MaybeTensor value_mask) {
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
-                  attention_logits, level_sizes, num_points);
+                  attention_logits, level_sizes, num_points, value_mask);
   const std::vector<Level> levels = levels_on_host(call);
   const Tensor output = empty(call.output_shape(), call.type);
   run_forward(call, inputs_of(call, levels, offset_scale), output);
@@ -352,9 +353,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const MaybeTensor level_start_index, const Tensor reference_points,
     const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
     const MaybeSizes num_points, double offset_scale, bool /*deterministic: always*/,
-    const Flags output_mask) {
+    const Flags output_mask, const MaybeTensor value_mask) {
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
-                  attention_logits, level_sizes, num_points);
+                  attention_logits, level_sizes, num_points, value_mask);
   const std::vector<Level> levels = levels_on_host(call);
   const cpu::Inputs in = inputs_of(call, levels, offset_scale);
   // The backward pass computes the gradients of locations and weights; `finish` converts them to

@@ -55,14 +55,21 @@ DEFORM_ATTN_INLINE void store_lanes(int32_t* to, I from) {
 struct PointLevels {
   int32_t *height, *width, *start;  // [heads * points]
   int32_t stride;                   // elements from one pixel to the next
+  // Of a call with a mask, for the current image: its rows of the mask, and the pixels from (0, 0) on
+  // that are not masked in each level. Padding is usually to the right and below.
+  const uint8_t* mask = nullptr;
+  int32_t *clear_height, *clear_width;
 
   PointLevels(Arena& arena, const Inputs& in, int heads)
-      : stride(static_cast<int32_t>(in.problem.row_stride())) {
+      : stride(static_cast<int32_t>(in.problem.row_stride())), in_(in), heads_(heads) {
     const int64_t count = padded<float>(int64_t{heads} * in.problem.points);
     height = arena.take<int32_t>(count);
     width = arena.take<int32_t>(count);
     start = arena.take<int32_t>(count);
+    clear_height = arena.take<int32_t>(in.mask ? count : 0);
+    clear_width = arena.take<int32_t>(in.mask ? count : 0);
     if (height == nullptr) return;
+    for (int64_t i = 0; i < count && in.mask; ++i) clear_height[i] = clear_width[i] = 0;
     for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = 0;
     for (int head = 0, i = 0; head < heads; ++head) {
       for (int l = 0; l < in.problem.levels; ++l) {
@@ -74,6 +81,38 @@ struct PointLevels {
       }
     }
   }
+
+  // Prepares for the points of an image.
+  void enter(int64_t batch) {
+    if (in_.mask == nullptr) return;
+    const uint8_t* of_image = in_.mask + batch * in_.problem.rows;
+    if (of_image == mask) return;
+    mask = of_image;
+    for (int l = 0; l < in_.problem.levels; ++l) {
+      const Level& level = in_.levels[l];
+      const uint8_t* from = mask + level.start;
+      const auto clear = [](const uint8_t* at, int count) {
+        int i = 0;
+        while (i < count && !at[i]) ++i;
+        return i;
+      };
+      const int across = clear(from, level.width);
+      int down = 0;
+      while (down < level.height && clear(from + int64_t{down} * level.width, across) == across) {
+        ++down;
+      }
+      for (int head = 0; head < heads_; ++head) {
+        for (int k = in_.first_point[l]; k < in_.first_point[l + 1]; ++k) {
+          clear_height[head * in_.problem.points + k] = down;
+          clear_width[head * in_.problem.points + k] = across;
+        }
+      }
+    }
+  }
+
+ private:
+  const Inputs& in_;
+  int heads_;
 };
 
 // What a share of the backward pass computes of a point.
@@ -131,6 +170,10 @@ struct Points {
       const bool owned = offset[i][0] < 0 ? band == 0 : has_upper;
       reach[i] = (owned ? kOwned : 0) | (adds && has_upper ? kUpper : 0) |
                  (adds && has_lower ? kLower : 0);
+      if (levels.mask) {  // where both are dropped, their offsets are those of the other image row
+        if (!(on[0][i] | on[1][i])) reach[i] &= ~kUpper;
+        if (!(on[2][i] | on[3][i])) reach[i] &= ~kLower;
+      }
     }
   }
 
@@ -189,7 +232,42 @@ struct Points {
           store_lanes<kLanes>(on[corner] + i, at.on[corner]);
         store_lanes<kLanes>(top + i, at.y);
       }
+      if (levels.mask) {
+        int32_t suspect[kLanes];
+        store_lanes<kLanes>(
+            suspect,
+            hit & (Lanes::mask(at.x + 1 >= load_lanes<I, kLanes>(levels.clear_width + i)) |
+                   Lanes::mask(at.y + 1 >= load_lanes<I, kLanes>(levels.clear_height + i))));
+        for (int lane = 0; lane < kLanes && lane < left; ++lane) {
+          if (!suspect[lane]) continue;
+          const int32_t first = row[lane][0];
+          drop_masked<kBackward>(levels.mask + first, i + lane, row[lane][1] - first,
+                                 row[lane][2] - first);
+        }
+      }
     }
+  }
+
+  // Drops the masked pixels of point k as if they were off the map. `mask` begins at the first pixel;
+  // `right` and `under`: from it to its neighbours on the map, or 0.
+  template <bool kBackward>
+  void drop_masked(const uint8_t* mask, int k, int32_t right, int32_t under) {
+    const bool masked[4] = {mask[0] != 0, mask[right] != 0, mask[under] != 0,
+                            mask[right + under] != 0};
+    if (!(masked[0] | masked[1] | masked[2] | masked[3])) return;
+    int64_t at[4];
+    for (int i = 0; i < 4; ++i) {
+      at[i] = -1;
+      for (const int other : {i, i ^ 1, i ^ 2, i ^ 3}) {
+        if (masked[other]) continue;
+        at[i] = offset[k][other];
+        break;
+      }
+      if (!masked[i]) continue;
+      share[k][i] = 0;
+      if (kBackward) on[i][k] = 0;
+    }
+    for (int i = 0; i < 4; ++i) offset[k][i] = at[i];
   }
 
   // products[k][i]: dot product of the output's gradient with pixel i of point k. Computes the

@@ -33,8 +33,8 @@ __global__ void __launch_bounds__(kBlock)
         const Sample<Acc> sample = points.at({item * problem.points}, k, l, levels);
         Footprint<Acc> foot;
         foot.place(sample.x, sample.y, level.height, level.width);
-        const auto corner =
-            corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
+        const auto corner = corner_of<Acc, int64_t>(
+            foot, level, sample.weight, problem.row_stride(), mask_of(table, problem, batch));
         for (int j = 0; j < 4; ++j) {
           if (foot.on[j]) sum += corner.weight.at[j] * static_cast<Acc>(source[corner.at.at[j]]);
         }
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kBlock)
     Footprint<Acc> foot;
     foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
     const auto corner =
-        corner_of<Acc, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride());
+        corner_of<Acc, int64_t>(foot, levels.level[level], sample.weight, problem.row_stride(),
+                                mask_of(table, problem, item / problem.heads / problem.queries));
     Acc dot[4] = {0, 0, 0, 0};
     for (int channel = threadIdx.x; channel < problem.head_dim; channel += blockDim.x) {
       const Acc grad = static_cast<Acc>(grad_output[item * problem.head_dim + channel]);

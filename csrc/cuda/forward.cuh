@@ -55,8 +55,8 @@ __global__ void __launch_bounds__(kBlock, 4)
         const Sample<Acc> sample = points.at(query, k, level, levels);
         Footprint<Acc> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
-        corners.set(entry,
-                    corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, row_stride));
+        corners.set(entry, corner_of<Acc, Offset>(foot, levels.level[level], sample.weight,
+                                                  row_stride, mask_of(table, problem, part.batch)));
       }
       __syncwarp();
       const int count = active ? min(slots, problem.points - first) : 0;

@@ -159,8 +159,8 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
             const auto location =
                 points.location(points.find(problem, batch, query, head), k, l, levels);
             Footprint<Acc> foot;
-            foot.place(location.at[0], location.at[1], levels.level[l].height,
-                       levels.level[l].width);
+            find_pixels<int64_t>(foot, location.at[0], location.at[1], levels.level[l],
+                                 mask_of(table, problem, batch));
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               if (foot.on[i])

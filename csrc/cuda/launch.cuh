@@ -35,7 +35,16 @@ struct KernelCall {
   const void* locations;  // in a fused call: offsets, in the dtype of weights
   const void* weights;    // in a fused call: logits
   Fused fused;
+  void* frames;  // working memory of `frames_bytes`, filled by the first kernel of a call
 };
+
+// The working memory of both passes, in bytes: the Frames of rotated boxes.
+inline size_t frames_bytes(const KernelCall& in) {
+  if (in.fused.size != kRotatedBox) return 0;
+  const int64_t boxes = in.problem.batch * in.problem.queries * in.fused.levels;
+  return static_cast<size_t>(boxes * kFrame) *
+         (in.type == Type::kDouble ? sizeof(double) : sizeof(float));
+}
 
 struct Device {
   int processors;  // multiprocessors
@@ -51,10 +60,11 @@ void with_points(const KernelCall& in, void* statistics, const Body& body) {
     return body(
         GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights, in.weights_are_acc});
   }
-  body(FusedPoints<T>{static_cast<const AccOf<T>*>(in.fused.reference), in.locations, in.weights,
-                      static_cast<AccOf<T>*>(statistics),
-                      static_cast<AccOf<T>>(in.fused.offset_scale), in.fused.levels, in.fused.size,
-                      in.weights_are_acc});
+  const bool rotated = in.fused.size == kRotatedBox;
+  body(FusedPoints<T>{static_cast<const AccOf<T>*>(rotated ? in.frames : in.fused.reference),
+                      in.locations, in.weights, static_cast<AccOf<T>*>(statistics),
+                      static_cast<AccOf<T>>(in.fused.offset_scale), in.fused.levels,
+                      rotated ? kFrame : in.fused.size, in.weights_are_acc});
 }
 
 template <int kVec_, typename Offset_>
@@ -140,6 +150,17 @@ inline unsigned grid_striding(int64_t threads) {
   return static_cast<unsigned>(blocks < (1 << 30) ? blocks : (1 << 30));
 }
 
+// Fills the working memory of rotated boxes, which the kernels read.
+template <typename T>
+void launch_frames(const KernelCall& in, const Device& device) {
+  using Acc = AccOf<T>;
+  const int64_t boxes = in.problem.batch * in.problem.queries * in.fused.levels;
+  if (in.fused.size != kRotatedBox || boxes == 0) return;
+  LAUNCH(frame_boxes<Acc>, grid_striding(boxes), kBlock, device.stream,
+         static_cast<const Acc*>(in.fused.reference), static_cast<Acc*>(in.frames), boxes);
+  check_launch("frame_boxes", device);
+}
+
 template <typename T>
 void launch_forward(const KernelCall& in, void* output, const Device& device, bool baseline) {
   const Problem& problem = in.problem;
@@ -155,6 +176,7 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
            points, value, to);
     return check_launch("forward_baseline", device);
   }
+  launch_frames<T>(in, device);
   with_points<T>(in, nullptr, [&](const auto& points) {
     using Points = std::decay_t<decltype(points)>;
     with_access<T>(problem, aligned(value) && aligned(to), device.long_offsets, [&](auto access) {
@@ -250,7 +272,10 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
     if (problem.points * kWarp / 4 > (acc_bytes == 8 ? kKept<double> : kKept<float>)) {
       plan.by_weight = bytes(items * problem.points);
     }
-    if (output_mask.reference) plan.parts = bytes(items * in.fused.levels * in.fused.size);
+    if (output_mask.reference) {
+      const int size = in.fused.size == kRotatedBox ? kFrame : in.fused.size;
+      plan.parts = bytes(items * in.fused.levels * size);
+    }
   }
   return plan;
 }
@@ -328,6 +353,7 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
            levels, points, value, grad, sums, gradients_of(points, out));
     check_launch("backward_baseline", device);
   } else {
+    launch_frames<T>(in, device);
     with_points<T>(in, out.statistics, [&](const auto& points) {
       using Points = std::decay_t<decltype(points)>;
       bool tiles = plan.tiles && out.value;
@@ -354,7 +380,13 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
       if (out.value && plan.algorithm == BackwardAlgorithm::kGather) {
         gather_value<T>(in, levels, points, grad, out, device);
       }
-      if (Points::kFused && out.reference) {
+      if (Points::kFused && out.reference && in.fused.size == kRotatedBox) {
+        const int64_t boxes = problem.batch * problem.queries * in.fused.levels;
+        LAUNCH(sum_frames<Acc>, grid_striding(boxes), kBlock, device.stream, problem, levels,
+               static_cast<const Acc*>(out.parts), static_cast<const Acc*>(in.fused.reference),
+               static_cast<Acc*>(out.reference), in.fused.levels);
+        check_launch("sum_frames", device);
+      } else if (Points::kFused && out.reference) {
         const int64_t numbers = problem.batch * problem.queries * in.fused.levels * in.fused.size;
         LAUNCH(sum_heads<Acc>, grid_striding(numbers), kBlock, device.stream, problem, levels,
                static_cast<const Acc*>(out.parts), static_cast<Acc*>(out.reference),

@@ -67,6 +67,7 @@ Levels level_table(const Call& call) {
   table.count = call.problem.levels;
   DEFORM_ATTN_REQUIRE(table.count <= kMaxLevels, "spatial_shapes: the CUDA kernels take up to ",
                       kMaxLevels, " levels, got ", table.count);
+  if (call.mask) table.mask = static_cast<const uint8_t*>(call.mask->const_data_ptr());
   for (size_t l = 0; l < call.first_point.size(); ++l) table.first_point[l] = call.first_point[l];
   const auto on_device = [&](const Tensor& numbers) {
     levels.held.push_back(Call::contiguous_of(numbers.scalar_type() == ScalarType::Long
@@ -109,9 +110,16 @@ Tensor pairwise_aligned(const Tensor& locations) {
   return fits ? locations : torch::stable::clone(locations);
 }
 
+Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
+  const std::vector<int64_t> shape = {static_cast<int64_t>(count)};
+  return zeros ? torch::stable::new_zeros(like, shape, ScalarType::Byte)
+               : torch::stable::new_empty(like, shape, ScalarType::Byte);
+}
+
+// `frames`: holds the working memory that the kernels of rotated boxes need.
 KernelCall kernel_call(const Call& call, const Levels& levels, const Tensor& locations,
-                       double offset_scale = 0) {
-  KernelCall in;
+                       double offset_scale = 0, Tensor* frames = nullptr) {
+  KernelCall in = {};
   in.problem = call.problem;
   in.levels = levels.table;
   in.type = type_of(call.type);
@@ -123,14 +131,12 @@ KernelCall kernel_call(const Call& call, const Levels& levels, const Tensor& loc
   if (call.reference) {
     in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};
+    if (const size_t bytes = frames_bytes(in)) {
+      *frames = bytes_of(call.value, bytes, false);
+      in.frames = frames->mutable_data_ptr();
+    }
   }
   return in;
-}
-
-Tensor bytes_of(const Tensor& like, size_t count, bool zeros) {
-  const std::vector<int64_t> shape = {static_cast<int64_t>(count)};
-  return zeros ? torch::stable::new_zeros(like, shape, ScalarType::Byte)
-               : torch::stable::new_empty(like, shape, ScalarType::Byte);
 }
 
 Tensor grad_value_like(const Tensor& value, bool requested, const BackwardPlan& plan) {
@@ -142,10 +148,10 @@ Tensor grad_value_like(const Tensor& value, bool requested, const BackwardPlan& 
 Tensor forward_with(bool baseline, const Tensor& value, const MaybeTensor& spatial_shapes,
                     const MaybeTensor& level_start_index, const Tensor& sampling_locations,
                     const Tensor& attention_weights, const MaybeSizes& level_sizes,
-                    const MaybeSizes& num_points) {
+                    const MaybeSizes& num_points, const MaybeTensor& value_mask) {
   const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                  level_sizes, num_points);
+                  level_sizes, num_points, value_mask);
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
   Tensor output = torch::stable::new_empty(call.value, call.output_shape());
@@ -158,10 +164,10 @@ Gradients backward_with(BackwardAlgorithm algorithm, const Tensor& grad_output, 
                         const MaybeTensor& spatial_shapes, const MaybeTensor& level_start_index,
                         const Tensor& sampling_locations, const Tensor& attention_weights,
                         const MaybeSizes& level_sizes, const MaybeSizes& num_points,
-                        const Flags& output_mask) {
+                        const Flags& output_mask, const MaybeTensor& value_mask) {
   const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, sampling_locations, attention_weights,
-                  level_sizes, num_points);
+                  level_sizes, num_points, value_mask);
   const Levels levels = level_table(call);
   const Tensor locations = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
@@ -187,18 +193,19 @@ Gradients backward_with(BackwardAlgorithm algorithm, const Tensor& grad_output, 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
                const MaybeTensor level_start_index, const Tensor sampling_locations,
                const Tensor attention_weights, const MaybeSizes level_sizes,
-               const MaybeSizes num_points) {
+               const MaybeSizes num_points, const MaybeTensor value_mask) {
   return forward_with(false, value, spatial_shapes, level_start_index, sampling_locations,
-                      attention_weights, level_sizes, num_points);
+                      attention_weights, level_sizes, num_points, value_mask);
 }
 
 Gradients backward(const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
                    const MaybeTensor level_start_index, const Tensor sampling_locations,
                    const Tensor attention_weights, const MaybeSizes level_sizes,
-                   const MaybeSizes num_points, bool deterministic, const Flags output_mask) {
+                   const MaybeSizes num_points, bool deterministic, const Flags output_mask,
+                   const MaybeTensor value_mask) {
   return backward_with(choose_backward(deterministic), grad_output, value, spatial_shapes,
                        level_start_index, sampling_locations, attention_weights, level_sizes,
-                       num_points, output_mask);
+                       num_points, output_mask, value_mask);
 }
 
 BackwardAlgorithm named(const std::string& name) {
@@ -215,7 +222,7 @@ Tensor forward_by(const std::string algorithm, const Tensor value, const MaybeTe
                   const MaybeSizes num_points) {
   return forward_with(named(algorithm) == BackwardAlgorithm::kBaseline, value, spatial_shapes,
                       level_start_index, sampling_locations, attention_weights, level_sizes,
-                      num_points);
+                      num_points, std::nullopt);
 }
 
 Gradients backward_by(const std::string algorithm, const Tensor grad_output, const Tensor value,
@@ -224,21 +231,21 @@ Gradients backward_by(const std::string algorithm, const Tensor grad_output, con
                       const MaybeSizes level_sizes, const MaybeSizes num_points) {
   return backward_with(named(algorithm), grad_output, value, spatial_shapes, level_start_index,
                        sampling_locations, attention_weights, level_sizes, num_points,
-                       {true, true, true});
+                       {true, true, true}, std::nullopt);
 }
 
 Tensor fused_forward(const Tensor value, const MaybeTensor spatial_shapes,
                      const MaybeTensor level_start_index, const Tensor reference_points,
                      const Tensor sampling_offsets, const Tensor attention_logits,
-                     const MaybeSizes level_sizes, const MaybeSizes num_points,
-                     double offset_scale) {
+                     const MaybeSizes level_sizes, const MaybeSizes num_points, double offset_scale,
+                     const MaybeTensor value_mask) {
   const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
-                  attention_logits, level_sizes, num_points);
+                  attention_logits, level_sizes, num_points, value_mask);
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
-  Tensor output = torch::stable::new_empty(call.value, call.output_shape());
-  forward_call(kernel_call(call, levels, offsets, offset_scale), output.mutable_data_ptr(),
+  Tensor output = torch::stable::new_empty(call.value, call.output_shape()), frames;
+  forward_call(kernel_call(call, levels, offsets, offset_scale, &frames), output.mutable_data_ptr(),
                context.device);
   return output;
 }
@@ -247,14 +254,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
     const Tensor grad_output, const Tensor value, const MaybeTensor spatial_shapes,
     const MaybeTensor level_start_index, const Tensor reference_points,
     const Tensor sampling_offsets, const Tensor attention_logits, const MaybeSizes level_sizes,
-    const MaybeSizes num_points, double offset_scale, bool deterministic, const Flags output_mask) {
+    const MaybeSizes num_points, double offset_scale, bool deterministic, const Flags output_mask,
+    const MaybeTensor value_mask) {
   const CallContext context(value);
   const Call call(value, spatial_shapes, level_start_index, reference_points, sampling_offsets,
-                  attention_logits, level_sizes, num_points);
+                  attention_logits, level_sizes, num_points, value_mask);
   const Levels levels = level_table(call);
   const Tensor offsets = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
-  const KernelCall in = kernel_call(call, levels, offsets, offset_scale);
+  Tensor frames;
+  const KernelCall in = kernel_call(call, levels, offsets, offset_scale, &frames);
   const BackwardPlan plan = plan_backward(in, choose_backward(deterministic), context.device,
                                           {output_mask[0], output_mask[1]});
 

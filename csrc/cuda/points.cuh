@@ -3,7 +3,8 @@
 //   Sample           location and weight of one point
 //   GivenPoints      points from sampling_locations and attention_weights
 //   FusedPoints      points from reference_points, sampling_offsets and attention_logits
-//   Corner           the four pixels of a point, with their weights
+//   mask_of, find_pixels   the four pixels of a point, without masked ones
+//   Corner           the same with their weights
 //   point_gradient   the gradients of a point
 //
 // After any edit: make kernels traffic
@@ -54,8 +55,8 @@ struct FusedPointGradients {
   using Acc = AccOf<T>;
   void* offsets;
   void* logits;
-  Acc* reference_parts;  // [B, Q, M, L or 1, 2 or 4]: what each head adds to the gradient of
-                         // reference_points; null: not requested
+  Acc* reference_parts;  // [B, Q, M, L or 1, 2, 4 or 6]: what each head adds to the gradient of
+                         // FusedPoints::reference; null: not requested
   Acc* by_weight;        // [B, Q, M, K]: working memory, where shared memory is too small for it
   bool wide;             // offsets and logits have acc_dtype, not the dtype of value
 
@@ -115,6 +116,11 @@ struct GivenPoints {
   }
 };
 
+// Numbers of a Frame, which the kernels read in place of a rotated box: sines and cosines take registers
+// that the pixels need. With a, b the sides of the box as vectors, (w cos, w sin) and (-h sin, h cos):
+// (cx, cy, a.x, b.y, b.x, a.y). Without the last two it has the form of a box without an angle.
+constexpr int kFrame = 6;
+
 // Points of a fused call: offsets from reference points or boxes, and logits whose softmax over all
 // points of a query and head gives the weights. Locations and weights are never written to memory.
 template <typename T>
@@ -123,7 +129,8 @@ struct FusedPoints {
   using Gradients = FusedPointGradients<T>;
   using Acc = AccOf<T>;
 
-  const Acc* reference;  // [B, Q, L or 1, 2 or 4]: (x, y), or (x, y, width, height)
+  const Acc* reference;  // [B, Q, L or 1, 2, 4 or 6]: (x, y), (x, y, width, height), or the Frame
+                         // of a rotated box
   const void* offsets;   // [B, Q, M, K, 2]: in pixels, or in parts of the box
   const void* logits;    // [B, Q, M, K]
   Acc* statistics;       // [B, Q, M, 2], for `reopen`; null: not needed
@@ -161,12 +168,17 @@ struct FusedPoints {
     const int points = levels.first_point[level + 1] - levels.first_point[level];
     return offset_scale / static_cast<Acc>(max(points, 1));
   }
-  // How far an offset of 1 moves the location along an axis.
+  // How far an offset of 1 along an axis moves the location along that axis.
   __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
-    if (reference_size == 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
+    if (reference_size >= 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
     const Level& map = levels.level[level];
     return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
+  // How far an offset of 1 along the other axis moves the location along an axis; rotated boxes only.
+  __device__ Acc step_across(int64_t item, int level, const BlockLevels& levels, int axis) const {
+    return reference_of(item, level)[4 + axis] * portion(level, levels);
+  }
+  __device__ bool rotated() const { return reference_size == kFrame; }
   __device__ Query open(const Problem& problem, const Part& part, int query, bool present,
                         const Teams& teams) const {
     using std::exp;
@@ -213,14 +225,20 @@ struct FusedPoints {
                                    const BlockLevels& levels) const {
     const Acc* const from = reference_of(query.item, level);
     Pack<Acc, 2> step;
-    if (reference_size == 4) {
+    const Pack<Acc, 2> by = offset(query.first_point + k);
+    if (reference_size >= 4) {
       const Acc part = portion(level, levels);
       step = {from[2] * part, from[3] * part};
+      if (rotated()) {
+        const Acc x = Numbers<Acc>::multiply_add(by.at[1], from[4] * part, from[0]);
+        const Acc y = Numbers<Acc>::multiply_add(by.at[0], from[5] * part, from[1]);
+        return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], x),
+                Numbers<Acc>::multiply_add(by.at[1], step.at[1], y)};
+      }
     } else {
       step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
               Acc(1) / static_cast<Acc>(levels.level[level].height)};
     }
-    const Pack<Acc, 2> by = offset(query.first_point + k);
     return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),
             Numbers<Acc>::multiply_add(by.at[1], step.at[1], from[1])};
   }
@@ -229,6 +247,26 @@ struct FusedPoints {
     return {place.at[0], place.at[1], weight(query, k)};
   }
 };
+
+// The mask of an image, [rows]; null: no row is masked.
+__device__ inline const uint8_t* mask_of(const LevelTable& table, const Problem& problem,
+                                         int64_t batch) {
+  return table.mask ? table.mask + batch * problem.rows : nullptr;
+}
+
+// `foot`: the pixels of a point in a level. A masked pixel is dropped as if it were off the map. Row: unsigned
+// where the rows of value fit, else int64_t; off the map it may wrap.
+template <typename Row, typename Acc>
+__device__ void find_pixels(Footprint<Acc>& foot, Acc x, Acc y, const Level& level,
+                            const uint8_t* mask) {
+  foot.place(x, y, level.height, level.width);
+  if (!mask) return;
+  const Row first = static_cast<Row>(level.start) + static_cast<Row>(foot.y) * level.width + foot.x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    foot.on[i] = foot.on[i] && !mask[first + (i & 1) + (i & 2 ? level.width : 0)];
+  }
+}
 
 // Points that a warp stages in shared memory at a time.
 template <typename Acc>
@@ -262,10 +300,11 @@ __device__ inline int level_of(int k, int level, const BlockLevels& levels) {
   return level;
 }
 
-// `row_stride`: from a row of value to the next, in the unit of Corner::at.
+// `row_stride`: from a row of value to the next, in the unit of Corner::at. Masked pixels are dropped
+// as find_pixels does; which of the two spills no register depends on the kernel.
 template <typename Acc, typename Offset>
-__device__ Corner<Acc, Offset> corner_of(const Footprint<Acc>& foot, const Level& level, Acc weight,
-                                         Offset row_stride) {
+__device__ Corner<Acc, Offset> corner_of(Footprint<Acc>& foot, const Level& level, Acc weight,
+                                         Offset row_stride, const uint8_t* mask = nullptr) {
   using Corner = deform_attn::Corner<Acc, Offset>;
   Corner corner;
   const Offset left =
@@ -273,6 +312,7 @@ __device__ Corner<Acc, Offset> corner_of(const Footprint<Acc>& foot, const Level
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const Offset row = left + (i & 1) + (i & 2 ? level.width : 0);
+    if (mask && foot.on[i]) foot.on[i] = !mask[row];
     corner.at.at[i] = foot.on[i] ? row * row_stride : Corner::kNone;
     corner.weight.at[i] = foot.weight(i) * weight;
   }

@@ -60,7 +60,8 @@ template <typename Acc, typename Offset, typename Points>
 struct Staged {
   Corners<Acc, Offset, kWarp> corners;
   // The dot products of the four pixels with grad_output; later, in a fused call, the gradients by x and
-  // y of the point and the same times its offset.
+  // y of the point and the same times its offset along that axis. Those of a rotated box times the offset
+  // along the other axis take the place of corners.weight.
   Pack<Acc, 4> dot[kWarp];
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
@@ -92,7 +93,8 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
       Acc sum = 0;
 #pragma unroll 1
       for (int k = begin; k < end; ++k) {
-        sum += staged.dot[(k - first) * teams.count() + teams.team()].at[j];
+        const int entry = (k - first) * teams.count() + teams.team();
+        sum += j < 4 ? staged.dot[entry].at[j] : staged.corners.weight[entry].at[j - 4];
       }
       if (levels.level[level].height == 0) sum = 0;
       if (j >= 2) sum *= portion;
@@ -156,7 +158,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
         const Sample<Acc> sample = points.at(query, k_staged, level, levels);
         Footprint<Acc> foot;
-        foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
+        find_pixels<int64_t>(foot, sample.x, sample.y, levels.level[level],
+                             mask_of(table, problem, part.batch));
         staged.corners.set(teams.lane, corner_of<Acc, Offset>(foot, levels.level[level],
                                                               sample.weight, row_stride));
         if constexpr (kKeepsFootprints<Acc>) {
@@ -263,8 +266,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
           level = level_of(k, 0, levels);
           const auto location = points.location(query, k, level, levels);
           weight = Points::kFused ? staged.weight[teams.lane] : points.weight(query, k);
-          foot.place(location.at[0], location.at[1], levels.level[level].height,
-                     levels.level[level].width);
+          find_pixels<int64_t>(foot, location.at[0], location.at[1], levels.level[level],
+                               mask_of(table, problem, part.batch));
         }
         const auto gradient =
             point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane].at);
@@ -274,8 +277,14 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
           const Acc across = points.step_of(query.item, level, levels, 0);
           const Acc along = points.step_of(query.item, level, levels, 1);
           const auto moved = points.offset(point);
-          gradients.set_offset(point, empty ? Acc(0) : gradient.x * across,
-                               empty ? Acc(0) : gradient.y * along);
+          Acc by_x = gradient.x * across, by_y = gradient.y * along;
+          if (points.rotated()) {
+            by_x += gradient.y * points.step_across(query.item, level, levels, 1);
+            by_y += gradient.x * points.step_across(query.item, level, levels, 0);
+            staged.corners.weight[teams.lane] = {gradient.x * moved.at[1], gradient.y * moved.at[0],
+                                                 Acc(0), Acc(0)};
+          }
+          gradients.set_offset(point, empty ? Acc(0) : by_x, empty ? Acc(0) : by_y);
           staged.dot[teams.lane] = {gradient.x, gradient.y, gradient.x * moved.at[0],
                                     gradient.y * moved.at[1]};
           if constexpr (!kRecomputesMean<Acc>) mean += weight * gradient.weight;

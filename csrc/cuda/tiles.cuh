@@ -67,9 +67,13 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
   __shared__ Turn turn;
   // In shared memory and not in registers, which the sums need.
   __shared__ Part part;
+  __shared__ const uint8_t* mask;
   __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
   __shared__ typename Points::Query queries[kTileQueries];
-  if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+  if (threadIdx.x == 0) {
+    part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+    mask = mask_of(table, problem, part.batch);
+  }
   read_levels(table, problem, levels);
   const unsigned stride = static_cast<unsigned>(problem.row_stride() / kTileVec);
   if (static_cast<int>(threadIdx.x) < part.count) {
@@ -105,7 +109,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
       if (position < part.count && k < levels.first_point[l + 1]) {
         const Sample<Acc> sample = points.at(queries[position], k, l, levels);
         weight = sample.weight;
-        foot.place(sample.x, sample.y, level.height, level.width);
+        find_pixels<unsigned>(foot, sample.x, sample.y, level, mask);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!foot.on[2 * i] && !foot.on[2 * i + 1]) continue;

@@ -6,7 +6,11 @@ backward                 gradients of locations and weights; of value by atomic 
 add_up_rows              the gradient of value from that list, sorted by row
 
 Each takes sampling locations and attention weights, or (fused) computes them: locations from
-reference points (REFERENCE coordinates, 2 or 4) and offsets, weights by a softmax of logits.
+reference points (REFERENCE numbers: 2, 4 or 6) and offsets, weights by a softmax of logits.
+
+A reference of 6 numbers is the frame of a rotated box, which the launcher computes: a sine takes
+float64 and memory of its own. With a, b the sides of the box as vectors, (w cos, w sin) and
+(-h sin, h cos), it is (cx, cy, a.x, b.y, b.x, a.y).
 
 A program computes BLOCK_Q queries of one head. Its tensors are [BLOCK_Q], one number per query, or
 [BLOCK_Q, BLOCK_D], with the channels side by side: a thread loads 16 bytes of neighbouring
@@ -186,7 +190,8 @@ def _anchor(
     ANCHORS: tl.constexpr,
 ):
     """Reference point (x, y) of a level; of a box also how far an offset of 1 leads in x and y, and
-    which part of the box that is: offset_scale / points of the level.
+    which part of the box that is: offset_scale / points of the level; of a rotated box also how far
+    an offset of 1 in y leads in x, and one in x leads in y.
     """
     reference, vector, offset_scale = anchors
     at = vector * ANCHORS * REFERENCE
@@ -195,11 +200,15 @@ def _anchor(
     x = tl.load(reference + at, mask=on_query, other=0.0)
     y = tl.load(reference + at + 1, mask=on_query, other=0.0)
     anchor = (x, y)
-    if REFERENCE == 4:
+    if REFERENCE >= 4:
         part = tl.div_rn(offset_scale, count.to(tl.float32))
         x_step = tl.load(reference + at + 2, mask=on_query, other=0.0) * part
         y_step = tl.load(reference + at + 3, mask=on_query, other=0.0) * part
         anchor = (x, y, x_step, y_step, part)
+    if REFERENCE == 6:
+        x_across = tl.load(reference + at + 4, mask=on_query, other=0.0) * part
+        y_across = tl.load(reference + at + 5, mask=on_query, other=0.0) * part
+        anchor = (x, y, x_step, y_step, part, x_across, y_across)
     return anchor
 
 
@@ -230,9 +239,22 @@ def _open_level(
 
 
 @triton.jit
+def _unmasked(value_mask, row, width, on):
+    """Which of a sample's four pixels are on the map and not masked."""
+    below = row + width.to(row.dtype)
+    return (
+        on[0] & (tl.load(value_mask + row, mask=on[0], other=0) == 0),
+        on[1] & (tl.load(value_mask + row + 1, mask=on[1], other=0) == 0),
+        on[2] & (tl.load(value_mask + below, mask=on[2], other=0) == 0),
+        on[3] & (tl.load(value_mask + below + 1, mask=on[3], other=0) == 0),
+    )
+
+
+@triton.jit
 def _sample(
     locations,
     weights,
+    value_mask,  # of the batch element, or None
     point,
     on_query,
     level,
@@ -254,6 +276,9 @@ def _sample(
     if REFERENCE == 4:
         x_location = anchor[0] + x_offset * anchor[2]
         y_location = anchor[1] + y_offset * anchor[3]
+    elif REFERENCE == 6:
+        x_location = anchor[0] + x_offset * anchor[2] + y_offset * anchor[5]
+        y_location = anchor[1] + y_offset * anchor[3] + x_offset * anchor[6]
     elif REFERENCE == 2:
         # divided, not multiplied by the inverse, so that the point lies on the same side of a knot
         # as it does where PyTorch computes the locations
@@ -264,6 +289,9 @@ def _sample(
         x_location, y_location = x_offset, y_offset
     x, y, right, down, hit, on = _footprint(x_location, y_location, height, width, on_query)
     row = start.to(INDEX) + y.to(INDEX) * width.to(INDEX) + x.to(INDEX)
+    if value_mask is not None:
+        on = _unmasked(value_mask, row, width, on)
+        hit = on[0] | on[1] | on[2] | on[3]
     weight = tl.where(hit, weight, 0.0)  # no pixel: not even a NaN weight counts
     return (row, on, weight, right, down), x_offset, y_offset, hit
 
@@ -279,6 +307,7 @@ def forward(
     offset_scale,
     locations,  # [B, queries, heads, POINTS, 2]; with a reference, the offsets from it
     weights,  # [B, queries, heads, POINTS]; with a reference, the logits
+    value_mask,  # [B, rows] in uint8: 1 for rows that read as zero; or None
     output,  # [B, queries, heads, HEAD_DIM]
     rows,
     queries,
@@ -300,6 +329,8 @@ def forward(
     channel, exists = _channels(chunk, HEAD_DIM, BLOCK_D)
     row_stride = heads.to(INDEX) * HEAD_DIM
     value += batch * rows * row_stride + head * HEAD_DIM
+    if value_mask is not None:
+        value_mask += batch * rows
     vector = (batch * queries + query) * heads + head
 
     softmax = ()
@@ -317,7 +348,8 @@ def forward(
         )
         for k in range(first, last):
             sample, x_offset, y_offset, hit = _sample(
-                locations, weights, k, on_query, level, anchor, softmax, REFERENCE, INDEX
+                *(locations, weights, value_mask, k, on_query, level, anchor, softmax),
+                *(REFERENCE, INDEX),
             )
             for i in tl.static_range(4):
                 row, share = _pixel_at(sample, level[1], i)
@@ -334,7 +366,7 @@ def forward(
 @triton.jit(do_not_specialize=SIZES)
 def backward(
     grad_output,  # [B, queries, heads, HEAD_DIM]
-    value,  # as in forward, down to weights
+    value,  # as in forward, down to value_mask
     shapes,
     starts,
     sizes,
@@ -343,6 +375,7 @@ def backward(
     offset_scale,
     locations,
     weights,
+    value_mask,
     grad_value,  # [B, rows, heads, HEAD_DIM] float32, zeros; or None
     targets,  # [queries, heads, POINTS, 4] head * rows + row of value; heads * rows: none; or None
     shares,  # [queries, heads, POINTS, 4] what to multiply with the gradient of the output; or None
@@ -371,6 +404,8 @@ def backward(
     on_query = query < queries
     row_stride = heads.to(INDEX) * HEAD_DIM
     image = batch * rows * row_stride + head * HEAD_DIM
+    if value_mask is not None:
+        value_mask += batch * rows
     if targets is not None:  # which are those of one batch element
         targets -= 4 * POINTS * batch * queries * heads
         shares -= 4 * POINTS * batch * queries * heads
@@ -401,7 +436,8 @@ def backward(
         for k in range(first, last):
             point = vector * POINTS + k
             sample, x_offset, y_offset, hit = _sample(
-                locations, weights, point, on_query, level, anchor, softmax, REFERENCE, INDEX
+                *(locations, weights, value_mask, point, on_query, level, anchor, softmax),
+                *(REFERENCE, INDEX),
             )
             first_row, on, weight, right, down = sample
 
@@ -436,21 +472,35 @@ def backward(
             # of the pixel, which is the offset where a reference point has two coordinates
             grad_x = ((b - a) * (1.0 - down) + (d - c) * down) * weight
             grad_y = ((c - a) * (1.0 - right) + (d - b) * right) * weight
+            place = BLOCK_K + (number * REFERENCE if ANCHORS > 1 else 0)
             if grad_reference is not None:
-                place = BLOCK_K + (number * REFERENCE if ANCHORS > 1 else 0)
                 slot_grads = _put(slot_grads, slot, place, grad_x * level[1])
                 slot_grads = _put(slot_grads, slot, place + 1, grad_y * level[0])
-                if REFERENCE == 4:
-                    grad_width = grad_x * level[1] * x_offset * anchor[4]
-                    grad_height = grad_y * level[0] * y_offset * anchor[4]
-                    slot_grads = _put(slot_grads, slot, place + 2, tl.where(hit, grad_width, 0.0))
-                    slot_grads = _put(slot_grads, slot, place + 3, tl.where(hit, grad_height, 0.0))
             if REFERENCE != 2:
                 grad_x *= level[1]
                 grad_y *= level[0]
+            if grad_reference is not None and REFERENCE >= 4:
+                grad_width = grad_x * x_offset * anchor[4]
+                grad_height = grad_y * y_offset * anchor[4]
+                slot_grads = _put(slot_grads, slot, place + 2, tl.where(hit, grad_width, 0.0))
+                slot_grads = _put(slot_grads, slot, place + 3, tl.where(hit, grad_height, 0.0))
+                if REFERENCE == 6:
+                    grad_x_across = grad_x * y_offset * anchor[4]
+                    grad_y_across = grad_y * x_offset * anchor[4]
+                    slot_grads = _put(
+                        slot_grads, slot, place + 4, tl.where(hit, grad_x_across, 0.0)
+                    )
+                    slot_grads = _put(
+                        slot_grads, slot, place + 5, tl.where(hit, grad_y_across, 0.0)
+                    )
             if REFERENCE == 4:
                 grad_x = tl.where(hit, grad_x * anchor[2], 0.0)
                 grad_y = tl.where(hit, grad_y * anchor[3], 0.0)
+            elif REFERENCE == 6:
+                grad_x_offset = grad_x * anchor[2] + grad_y * anchor[6]
+                grad_y_offset = grad_y * anchor[3] + grad_x * anchor[5]
+                grad_x = tl.where(hit, grad_x_offset, 0.0)
+                grad_y = tl.where(hit, grad_y_offset, 0.0)
             slot_grads = _put(slot_grads, slot, k, grad_weight)
             side_grads = _put(side_grads, side, 2 * k, grad_x)
             side_grads = _put(side_grads, side, 2 * k + 1, grad_y)

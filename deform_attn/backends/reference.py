@@ -17,7 +17,7 @@ from torch import Tensor
 from deform_attn import composite
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import count_points, read_levels
-from deform_attn.operands import Operands, acc_dtype
+from deform_attn.operands import Operands, acc_dtype, of_backward
 
 __all__ = ["backward", "forward", "sample", "why_not"]
 
@@ -41,6 +41,7 @@ def forward(*inputs: Any) -> Tensor:
 
 def sample(operands: Operands) -> Tensor:
     """Deformable DETR (arXiv 2010.04159), section 4.1, with ``grid_sample``."""
+    operands = composite.filled(operands)
     value = operands.value
     M, D = value.shape[2:]
     B, Q = operands.sampling_locations.shape[:2]
@@ -53,12 +54,12 @@ def sample(operands: Operands) -> Tensor:
 
 def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """The kernel of ``ms_deform_attn_reference_backward``: of value, locations and weights."""
-    *call, _, output_mask = inputs
-    operands = Operands(*call)
+    operands, _, output_mask = of_backward(Operands, inputs)
     check_operands(operands)
     check_gradient(grad_output, operands, output_mask, 3)
     if operands.value.device.type in GATHERING:
         return composite.attention_backward(grad_output, operands, output_mask)
+    mask, operands = operands.value_mask, composite.filled(operands)
     value, locations, weights = (
         operands.value,
         operands.sampling_locations,
@@ -86,9 +87,13 @@ def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     grad_locations = grad_locations.reshape(locations.shape).contiguous()
     grad_weights = torch.cat(grads_weight, 2).unflatten(0, (B, M)).transpose(1, 2)
     grad_weights = grad_weights.reshape(weights.shape).to(weights.dtype)
+    if grad_value is not None:
+        grad_value = grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous()
+        if mask is not None:
+            grad_value = grad_value.masked_fill(mask[..., None, None], 0)
     return masked(
         output_mask,
-        None if grad_value is None else grad_value.permute(0, 3, 1, 2).to(value.dtype).contiguous(),
+        grad_value,
         grad_locations.masked_fill(~_near(locations), 0),
         grad_weights.contiguous(),
     )

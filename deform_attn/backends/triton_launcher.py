@@ -25,7 +25,7 @@ from torch import Tensor
 
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import count_points
-from deform_attn.operands import FusedOperands, Operands
+from deform_attn.operands import FusedOperands, Operands, of_backward
 
 __all__ = [
     "DEVICES",
@@ -90,6 +90,7 @@ class Target:
 
     name: str  # "cuda", "hip" or "xpu"
     lanes: int
+    wide_additions: bool  # four floats in one atomic addition
     options: frozenset[str]
 
 
@@ -105,7 +106,8 @@ def _target() -> Target:
 def target_of(make_backend: Callable[[Any], Any], target: Any) -> Target:
     """A Target from one of Triton's and Triton's function that makes a backend for it."""
     options = make_backend(target).parse_options({})
-    return Target(target.backend, target.warp_size, frozenset(vars(options)))
+    wide_additions = target.backend == "cuda" and target.arch >= 90
+    return Target(target.backend, target.warp_size, wide_additions, frozenset(vars(options)))
 
 
 def launch_options(blocks: Blocks, known: frozenset[str]) -> dict[str, int]:
@@ -143,7 +145,9 @@ class _Setting:
 #
 # Backward: four channels a thread, the widest atomic addition in float32, also where it could load
 # more: one layout for all that a program holds keeps it out of shared memory. Where a point takes
-# more registers, for the softmax or the list of rows, two.
+# more registers, for the softmax or the list of rows, two. Where a GPU adds single floats, one
+# channel a thread, so that a warp adds to one row at a time; from Triton 3.9 on its compiler gives
+# such additions this layout anyway, and converts to it through shared memory, with spills.
 _SETTINGS = {
     ("forward", "many"): _Setting(load=16, channels=8, warps=4),
     ("forward", "few"): _Setting(load=8, channels=4, warps=2),
@@ -154,6 +158,7 @@ _SETTINGS = {
     ("backward, fused", "any"): _Setting(load=16, channels=2, warps=2),
 }
 _REGISTERS = 64
+_MORE_REGISTERS = {"forward": 80, "backward": 96}  # with a mask or rotated boxes: no spills
 _MANY = 2**22  # channels of all queries and heads
 _SEVERAL_LOADS = 128  # registers where a warp's threads do not reach across a head's channels
 
@@ -167,8 +172,10 @@ def blocks_for(
     backward: bool = False,
     deterministic: bool = False,
     fused: bool = False,
+    masked: bool = False,
+    rotated: bool = False,
     interpreted: bool = False,
-    lanes: int = 32,
+    target: Target | None = None,
 ) -> Blocks:
     """Block sizes by the shape of the problem: a row of the table above, fitted to the head.
 
@@ -182,9 +189,13 @@ def blocks_for(
         backward: for the backward kernel.
         deterministic: without atomic additions.
         fused: with the softmax and the locations inside.
+        masked: with a value_mask.
+        rotated: with reference boxes that have an angle.
         interpreted: for the interpreter, whose time is the number of programs.
-        lanes: threads in a warp; of 64 (AMD CDNA), half as many warps.
+        target: what is compiled for; None for the interpreter. With warps of 64 threads (AMD CDNA),
+            half as many warps.
     """
+    lanes = target.lanes if target else 32
     channels = min(_power_of_two(head_dim), 256 if backward else 128)
     kernel = "backward" if backward else "forward"
     kernel += ", fused" if fused else ", deterministic" if deterministic else ""
@@ -192,13 +203,18 @@ def blocks_for(
     setting = _SETTINGS[kernel, size]
     # as a head is aligned
     by_thread = math.gcd(head_dim, min(setting.load // element_size, setting.channels))
+    if backward and not deterministic and target and not target.wide_additions:
+        by_thread = 1
     warps = max(1, setting.warps * 32 // lanes)
     side_by_side = max(1, lanes * by_thread // channels)
+    registers = _REGISTERS
+    if masked or rotated:
+        registers = _MORE_REGISTERS["backward" if backward else "forward"]
     return Blocks(
         min(128, _power_of_two(queries)) if interpreted else warps * side_by_side,
         channels,
         warps,
-        _REGISTERS if channels <= lanes * by_thread else _SEVERAL_LOADS,
+        registers if channels <= lanes * by_thread else _SEVERAL_LOADS,
     )
 
 
@@ -246,8 +262,8 @@ def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
     a stable sort; it takes about 100 bytes of memory per point, for one batch element at a time.
     """
-    *call, deterministic, output_mask = inputs
-    return _Call(Operands(*call)).backward(grad_output, deterministic, output_mask)
+    operands, *options = of_backward(Operands, inputs)
+    return _Call(operands).backward(grad_output, *options)
 
 
 def fused_forward(*inputs: Any) -> Tensor:
@@ -257,8 +273,8 @@ def fused_forward(*inputs: Any) -> Tensor:
 
 def fused_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """The kernel of ``ms_deform_attn_fused_triton_backward``; see :func:`backward`."""
-    *call, deterministic, output_mask = inputs
-    return _Call(FusedOperands(*call)).backward(grad_output, deterministic, output_mask)
+    operands, *options = of_backward(FusedOperands, inputs)
+    return _Call(operands).backward(grad_output, *options)
 
 
 class _Call:
@@ -284,6 +300,10 @@ class _Call:
         self.value = value.contiguous()
         self.locations = locations.contiguous()
         self.weights = weights.contiguous()
+        mask = operands.value_mask
+        self.boxes = None  # rotated
+        if reference is not None and reference.shape[3] == 5:
+            self.boxes, reference = reference, _frames(reference)
         self.reference = None if reference is None else reference.contiguous()
         self.reference_shape = (0, 0)
         if reference is not None:
@@ -308,6 +328,7 @@ class _Call:
             float(offset_scale),
             self.locations,
             self.weights,
+            None if mask is None else mask.contiguous().view(torch.uint8),
         )
 
     def forward(self) -> Tensor:
@@ -365,10 +386,14 @@ class _Call:
                 by_row, order = targets.flatten().sort(stable=True)
                 begins = torch.searchsorted(by_row, rows)
                 self.add_up_rows(grad_output[batch], order, begins, shares, grad_value[batch])
+        if grad_reference is not None:
+            grad_reference = grad_reference.sum(2)
+            if self.boxes is not None:
+                grad_reference = _grad_boxes(self.boxes, grad_reference)
         return masked(
             output_mask,
             None if grad_value is None else grad_value.to(self.value.dtype),
-            *([None if grad_reference is None else grad_reference.sum(2)] if fused else []),
+            *([grad_reference] if fused else []),
             grad_locations.to(self.locations.dtype),
             grad_weights.to(self.weights.dtype),
         )
@@ -383,8 +408,10 @@ class _Call:
             backward=backward,
             deterministic=deterministic,
             fused=self.reference is not None,
+            masked=self.operands.value_mask is not None,
+            rotated=self.boxes is not None,
             interpreted=_INTERPRETED,
-            lanes=_target().lanes if self.value.device.type in DEVICES else 32,
+            target=_target() if self.value.device.type in DEVICES else None,
         )
 
     def launch(self, kernel: str, programs: int, blocks: Blocks, *arguments: Any) -> None:
@@ -419,6 +446,23 @@ class _Call:
             BLOCK_Q=blocks.queries,
             BLOCK_D=blocks.channels,
         )
+
+
+def _frames(boxes: Tensor) -> Tensor:
+    """Rotated boxes ``[..., 5]`` as the kernels read them, ``[..., 6]``; see _triton_kernels.py."""
+    cx, cy, w, h, angle = boxes.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack((cx, cy, w * cos, h * cos, -h * sin, w * sin), -1)
+
+
+def _grad_boxes(boxes: Tensor, grad_frames: Tensor) -> Tensor:
+    """The gradient of rotated boxes from that of their frames."""
+    _, _, w, h, angle = boxes.unbind(-1)
+    grad_cx, grad_cy, a_x, b_y, b_x, a_y = grad_frames.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    grad_w, grad_h = cos * a_x + sin * a_y, cos * b_y - sin * b_x
+    grad_angle = w * (cos * a_y - sin * a_x) - h * (cos * b_x + sin * b_y)
+    return torch.stack((grad_cx, grad_cy, grad_w, grad_h, grad_angle), -1)
 
 
 def _run(

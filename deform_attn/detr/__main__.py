@@ -30,7 +30,20 @@ PROG = "python -m deform_attn.detr"
 
 
 def _device(name: str) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device: expected cpu, cuda or another of PyTorch, got {name!r}: {reason}"
+        ) from error
+
+
+def _at_least_one(**numbers: int) -> None:
+    for name, got in numbers.items():
+        if got < 1:
+            raise ValueError(f"{name}: expected at least 1, got {got}")
 
 
 def evaluate(
@@ -53,6 +66,8 @@ def evaluate(
         device: cpu, cuda, ...; by default a GPU, if there is one.
         results: JSON file for the detections, in COCO's results format.
     """
+    if results is not None:
+        results.parent.mkdir(parents=True, exist_ok=True)
     detector = load(model, _device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
@@ -91,6 +106,7 @@ def predict(
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
     """
+    _at_least_one(batch=batch)
     detector = load(model, _device(device))
     files = find_images(images)
     out.mkdir(parents=True, exist_ok=True)
@@ -116,6 +132,7 @@ def export(model: str, file: Path, size: int = 0) -> None:
         file: with the suffix .onnx, .pt2 or .torchscript.
         size: side of the images in pixels; 0: that of the detector.
     """
+    file.parent.mkdir(parents=True, exist_ok=True)
     detector = load(model)
     error = export_detector(detector.model, detector.postprocess, file, size or detector.size)
     print(f"{file}: boxes and scores differ by {error:.2g} from the model's")
@@ -132,6 +149,7 @@ def data(data: str, split: str = "train", sheet: Path | None = None, samples: in
         sheet: PNG file for samples with their boxes.
         samples: number of them.
     """
+    _at_least_one(samples=samples)
     dataset = open_dataset(data, split)
     coco = dataset.ground_truth()
     counts = Counter(one["category_id"] for one in coco["annotations"])
@@ -142,6 +160,7 @@ def data(data: str, split: str = "train", sheet: Path | None = None, samples: in
         table.add_row(name, str(counts[label]))
     Console().print(table)
     if sheet is not None:
+        sheet.parent.mkdir(parents=True, exist_ok=True)
         _draw_sheet(dataset, sheet, samples)
 
 
@@ -180,7 +199,7 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog=PROG, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
         )
-    except (ValueError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         sys.exit(f"{PROG}: error: {error}")
 
 

@@ -350,7 +350,7 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises RuntimeError, EOFError, UnpicklingError, ...
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
         raise ValueError(f"{file}: expected a checkpoint, got {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a dict, got {type(content).__name__}")

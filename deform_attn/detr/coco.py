@@ -49,7 +49,9 @@ class _Content(BaseModel, strict=True, extra="allow"):
 
 
 class CocoFolder:
-    """Images and annotations of a folder; it is checked completely before training starts.
+    """Images and annotations of a folder, all of which are checked before training starts.
+
+    Of the images the headers are checked; one whose pixels are damaged is named when it is read.
 
     The folder holds ``annotations/instances_NAME.json`` and the images in ``NAME/``, where NAME
     starts with the split: ``train`` or ``train2017``. Images without objects are trained on; crowds
@@ -93,8 +95,12 @@ class CocoFolder:
             faults = [f"{path}: {text}, got {brief.repr(got)}" for path, text, got in wrong]
         if faults:
             shown = faults[:20] + ([f"... and {len(faults) - 20} more"] if faults[20:] else [])
-            raise ValueError("\n  ".join([f"{file}: {len(faults)} faults", *shown]))
-        self.identity = hashlib.sha256(text).hexdigest()
+            number = f"{len(faults)} fault{'s' if len(faults) > 1 else ''}"
+            raise ValueError("\n  ".join([f"{file}: {number}", *shown]))
+        found = hashlib.sha256(text)
+        for facts in content["images"]:
+            found.update(b"%d " % (self.images / facts["file_name"]).stat().st_size)
+        self.identity = found.hexdigest()
         categories = sorted(content["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
         self.classes = tuple(names if classes is None else classes)
@@ -112,6 +118,8 @@ class CocoFolder:
         self._objects: dict[Any, list[dict[str, Any]]] = {}
         for one in rows:
             self._objects.setdefault(one["image_id"], []).append(one)
+        counts = Counter(one["image_id"] for one in rows if not one["iscrowd"])
+        self.most_objects = max(counts.values(), default=0)
 
     def __len__(self) -> int:
         return len(self._content["images"])
@@ -141,7 +149,7 @@ def _annotation_file(folder: Path, split: str) -> tuple[Path, Path]:
         raise ValueError(f"{str(folder)!r}: expected a folder, got {error}") from error
     if len(found) != 1:
         names = [file.name for file in found] or "none"
-        raise ValueError(f"{folder}: expected one file {pattern}, got {names}")
+        raise ValueError(f"{str(folder)!r}: expected one file {pattern}, got {names}")
     return found[0], folder / found[0].stem.removeprefix("instances_")
 
 
@@ -169,7 +177,7 @@ def _faults(content: dict[str, Any], folder: Path, classes: Sequence[str] | None
         try:
             with Image.open(file) as image:
                 stored, found = image.size, ImageOps.exif_transpose(image).size
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except Exception as error:  # Pillow's decoders raise errors of many types
             yield f"{name}: expected an image in {str(file)!r}, got {error}"
             continue
         if found != listed:

@@ -33,12 +33,14 @@ class Detection(Protocol):
         size: longer side of the images, in pixels.
         flips: whether a mirrored object keeps its class.
         identity: changes where the content of the data set does.
+        most_objects: in an image.
     """
 
     classes: tuple[str, ...]
     size: int
     flips: bool
     identity: str
+    most_objects: int
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
@@ -172,7 +174,7 @@ class Shapes(_Drawn):
     """One to four discs, squares and triangles on a noisy background, 64 x 64 pixels."""
 
     classes = ("disc", "square", "triangle")
-    flips, side = True, 64
+    flips, side, most_objects = True, 64, 4
 
     def draw(self, rng: np.random.Generator, size: int) -> Drawing:
         """Shapes that do not touch, drawn enlarged and averaged for smooth edges."""
@@ -182,7 +184,7 @@ class Shapes(_Drawn):
         pen = ImageDraw.Draw(image)
         boxes: list[list[float]] = []
         labels: list[int] = []
-        count = int(rng.integers(1, 5))
+        count = int(rng.integers(1, self.most_objects + 1))
         while len(boxes) < count:
             label = int(rng.integers(len(self.classes)))
             corners = (64, 4, 3)[label]
@@ -213,7 +215,7 @@ class Digits(_Drawn):
     """
 
     classes = tuple("0123456789")
-    flips, side = False, 128
+    flips, side, most_objects = False, 128, 6
 
     def background(self, rng: np.random.Generator, size: int) -> Image.Image:
         """A random square of a photograph, at that size."""
@@ -229,7 +231,7 @@ class Digits(_Drawn):
         digits, names = _handwriting(self.split)
         boxes: list[list[float]] = []
         labels: list[int] = []
-        count = int(rng.integers(1, 7))
+        count = int(rng.integers(1, self.most_objects + 1))
         while len(boxes) < count:
             which = int(rng.integers(len(digits)))
             sides = rng.uniform(0.15, 0.36) * size * rng.uniform(0.8, 1.2, 2)

@@ -26,8 +26,8 @@ def detect(
     """Detections in all images of a data set.
 
     Args:
-        model: called in evaluation mode, on its own device, with images ``[B, 3, H, W]`` and their
-            padding mask ``[B, H, W]`` or None.
+        model: called in evaluation mode, on its own device and in its own dtype, with images
+            ``[B, 3, H, W]`` and their padding mask ``[B, H, W]`` or None.
         postprocess: of its outputs and sizes ``[B, (height, width)]`` to boxes ``(x1, y1, x2, y2)``
             in pixels, scores and labels of each image.
         dataset: the images.
@@ -36,10 +36,16 @@ def detect(
 
     Returns:
         For each image what ``postprocess`` gives, in pixels of the file.
+
+    Raises:
+        ValueError: ``batch`` is below 1.
     """
+    if batch < 1:
+        raise ValueError(f"batch: expected at least 1, got {batch}")
     begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
     sizes = torch.tensor([[one["height"], one["width"]] for one in facts])
     detections: list[dict[str, Tensor]] = []
     training = model.training
@@ -49,7 +55,7 @@ def detect(
             last = min(first + batch, end)
             images, mask, _ = collate([dataset[i] for i in range(first, last)])
             mask = None if mask is None else mask.to(device)
-            outputs = model(images.to(device), mask)
+            outputs = model(images.to(parameter), mask)
             detections += postprocess(outputs, sizes[first:last].to(device))
     model.train(training)
     return detections

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deform_attn.detr.models import Postprocess
+from deform_attn.detr.matching import assign
+from deform_attn.detr.models import BestScores, Detections, Postprocess
 
+_NONE = 1e9  # a difference, of detections that are not the same
 SUFFIXES = (".onnx", ".pt2", ".torchscript")
 
 
@@ -50,17 +53,19 @@ def export(
         options: of :func:`deform_attn.integrations.onnx.export`, for ``.onnx``.
 
     Returns:
-        The largest difference of boxes (in pixels) and scores from those of the model. ONNX is
-        compared if onnxruntime is installed, else the difference is NaN.
+        The largest difference of boxes (in pixels) and scores from those of the model, see
+        :func:`difference`. ONNX is compared if onnxruntime is installed, else it is NaN.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or an invalid size.
         ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
     """
     file = Path(file)
     if file.suffix not in SUFFIXES:
         raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise ValueError(f"size: expected at least 1, got {(height, width)}")
     whole = Exportable(model, postprocess).eval()
 
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
@@ -82,9 +87,33 @@ def export(
             found = _export_onnx(whole, inputs(3), inputs(2), file, shapes, options)
         if found is None:
             return float("nan")
-        expected = whole(*inputs(2))
-    pairs = zip(expected[:2], found[:2])
-    return max((a - torch.as_tensor(b)).abs().max().item() for a, b in pairs)
+        if isinstance(postprocess, BestScores):  # rounding may exchange the last with the next
+            whole.postprocess = replace(postprocess, number=2 * postprocess.number)
+        expected = Detections(*whole(*inputs(2)))
+    return difference(expected, Detections(*map(torch.as_tensor, found)))
+
+
+def difference(expected: Detections, found: Detections) -> float:
+    """The largest difference of boxes and scores of detections from the expected ones.
+
+    Scores are compared in their order. Boxes are compared between detections of the same label,
+    paired one to one, because rounding exchanges detections of nearly equal scores.
+
+    Args:
+        expected: at least as many as found.
+        found: of the same images.
+
+    Returns:
+        The difference; infinite where a number is not finite or a detection has no counterpart.
+    """
+    n = found.scores.shape[1]
+    worst = (expected.scores[:, :n] - found.scores).abs().amax().item()
+    for a, b in zip(zip(*expected), zip(*found)):
+        rows, others = (torch.cat([boxes, s[:, None]], 1).double() for boxes, s, _ in (a, b))
+        cost = torch.cdist(rows, others, p=float("inf")).nan_to_num(_NONE)
+        cost = cost.masked_fill(a[2][:, None] != b[2], _NONE).clamp(max=_NONE)
+        worst = max(worst, cost[assign(cost)].max().item())
+    return worst if worst < _NONE else float("inf")
 
 
 def _export_onnx(

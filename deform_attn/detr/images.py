@@ -47,7 +47,7 @@ def read_image(source: Any) -> Image.Image:
         raise ValueError(
             f"{source}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS to allow it"
         ) from error
-    except (OSError, ValueError, SyntaxError) as error:  # Pillow's decoders raise all of them
+    except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{str(source)!r}: expected an image, got {error}") from error
 
 
@@ -99,8 +99,18 @@ def _rgb(image: Image.Image) -> Image.Image:
                 "expected 8 or 16 bits per channel, got integers from "
                 f"{values.min()} to {values.max()}; scale them to bytes"
             )
-        image = Image.fromarray((values // 257).astype(np.uint8))
+        image = Image.fromarray(_eight_bits(values))
     return image.convert("RGB")
+
+
+def _eight_bits(values: np.ndarray) -> np.ndarray:
+    """From 16 bits."""
+    if 0 < values.max(initial=0) < 256:
+        raise ValueError(
+            f"images: expected 16 bits of up to 65535, got values up to {values.max()}, which "
+            "would become black; convert them to unsigned bytes"
+        )
+    return (values // 257).astype(np.uint8)
 
 
 def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
@@ -110,14 +120,17 @@ def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
         kind = "tensor"
         if array.ndim == 3 and array.shape[0] in (1, 3):
             array = array.permute(1, 2, 0)
+        array = array.float() if array.dtype == torch.bfloat16 else array  # numpy has none
         array = np.asarray(array.detach().cpu().numpy())
     if array.ndim == 3 and array.shape[2] == 1:
         array = array[..., 0]
     if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] == 3):
         expected = "[H, W] or [H, W, 3]" if kind == "array" else "[3, H, W] or [1, H, W]"
         raise ValueError(f"images: expected an {kind} {expected}, got {list(array.shape)}")
+    if array.size == 0:
+        raise ValueError(f"images: expected pixels, got an {kind} of {list(array.shape)}")
     if array.dtype == np.uint16:
-        array = (array // 257).astype(np.uint8)
+        array = _eight_bits(array)
     if np.issubdtype(array.dtype, np.floating):
         if not ((array >= 0) & (array <= 1)).all():
             low, high = array.min(), array.max()

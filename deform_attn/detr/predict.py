@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
@@ -51,13 +51,14 @@ class Predictor:
 
     @torch.no_grad()
     def predict(
-        self, images: Sequence[Any], threshold: float = 0.5, batch: int = 16
+        self, images: Iterable[Any], threshold: float = 0.5, batch: int = 16
     ) -> list[dict[str, Any]]:
         """Detect in images of any sizes and modes.
 
         Args:
             images: files, ``PIL`` images, arrays ``[H, W, 3]`` or tensors ``[3, H, W]``, see
-                :func:`~deform_attn.detr.images.read_image`.
+                :func:`~deform_attn.detr.images.read_image`; a list, or a generator, such as of the
+                frames of a video.
             threshold: lowest score.
             batch: images per call of the model, and in memory at a time.
 
@@ -69,7 +70,7 @@ class Predictor:
         Raises:
             FileNotFoundError: no such file.
             TypeError: a single image instead of a list, or an image of another type.
-            ValueError: not an image.
+            ValueError: not an image, or an invalid threshold or batch.
 
         Example:
             >>> from PIL import Image
@@ -78,12 +79,17 @@ class Predictor:
             >>> found[0]["boxes"].shape
             torch.Size([0, 4])
         """
-        single = isinstance(images, str | Path | Image.Image)
+        single = not isinstance(images, Iterable) or isinstance(images, str | bytes | Mapping)
         if single or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
             raise TypeError(f"images: expected a list of images, got {type(images).__name__}")
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold: expected a number from 0 to 1, got {threshold}")
+        if batch < 1:
+            raise ValueError(f"batch: expected at least 1, got {batch}")
         found: list[dict[str, Any]] = []
-        for first in range(0, len(images), batch):
-            found += self._predict(images[first : first + batch], threshold)
+        waiting = iter(images)
+        while part := list(itertools.islice(waiting, batch)):
+            found += self._predict(part, threshold)
         return found
 
     def _predict(self, images: Sequence[Any], threshold: float) -> list[dict[str, Any]]:
@@ -146,7 +152,12 @@ def load(
         )
     content = read_checkpoint(file)
     if "settings" in content and "classes" in content:
-        return _from_training(content, device)
+        try:
+            trained = _from_training(content)
+        except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+            raise ValueError(f"{file}: expected model.pt of a training, got {error!r}") from error
+        trained.model.to(device)
+        return trained
     try:
         state = official_state(content)
         name, system, num_classes = from_official(state, file.name, model)
@@ -160,7 +171,7 @@ def load(
     return Predictor(system, classes, one.image_size, one.resize, facts=facts, device=device)
 
 
-def _from_training(content: dict[str, Any], device: str | torch.device) -> Predictor:
+def _from_training(content: dict[str, Any]) -> Predictor:
     """From ``model.pt`` of a training."""
     settings = content["settings"]
     if settings.get("model"):
@@ -175,7 +186,6 @@ def _from_training(content: dict[str, Any], device: str | torch.device) -> Predi
         content["size"],
         content.get("resize", "stretch"),
         facts={name: content[name] for name in ("settings", "step", "ap")},
-        device=device,
     )
 
 

@@ -131,7 +131,10 @@ class SelectedQueries(nn.Module):
         features = self.norm(self.proj(memory.features * valid))
         logits = self.class_head(features)
         if logits.shape[1] < self.num_queries:
-            raise ValueError(f"memory: expected {self.num_queries} pixels, got {logits.shape[1]}")
+            raise ValueError(
+                f"memory: expected at least {self.num_queries} pixels, one per query, got "
+                f"{logits.shape[1]}; larger images have more"
+            )
         score = logits[..., 0] if self.binary else logits.amax(-1)
         top = score.topk(self.num_queries, 1).indices[..., None]
 

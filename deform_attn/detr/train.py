@@ -1,9 +1,10 @@
 """Training and fine-tuning: ``python -m deform_attn.detr train``.
 
-The folder of a run holds ``model.pt`` for `deform_attn.detr.load`, ``curves.png``, ``history.json``
-and ``checkpoint.pt``. The same command resumes a training that was stopped, with the same result to
-the bit. Under ``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes share each
-batch.
+The folder of a run holds ``model.pt`` and ``best.pt``, that of the best AP, for
+`deform_attn.detr.load`; ``curves.png``; ``history.json``; and ``checkpoint.pt``. The same command
+resumes a training that was stopped, with the same result to the bit; ``--resume`` continues it with
+other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes
+share each batch.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import re
 import signal
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 import torch
 from rich.console import Console
@@ -38,6 +38,10 @@ from deform_attn.detr.predict import Predictor, load
 from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.zoo import CONFIGURATIONS
 
+# Settings that --resume lets change.
+CHANGEABLE = ("steps", "batch", "lr", "backbone_lr", "weight_decay", "clip", "augment", "amp")
+CHANGEABLE += ("freeze_norms", "seed", "evaluate_every", "save_every", "keep_every")
+ARCHITECTURE = ("recipe", "model", "width", "layers", "queries")
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -71,6 +75,7 @@ class Settings:
     seed: int = 0
     evaluate_every: int = 100  # steps
     save_every: int = 100  # steps
+    keep_every: int = 0  # steps after which a save also stays as checkpoint_STEP.pt; 0: none
 
     def __post_init__(self) -> None:
         if bool(self.recipe) == bool(self.model) and not self.init:
@@ -93,13 +98,25 @@ class Settings:
         for name in ("lr", "clip"):
             if not 0 < (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {got}")
-        for name in ("backbone_lr", "weight_decay", "seed", "size"):
+        for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every"):
             if not 0 <= (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number from 0, got {got}")
         if self.width < 32 or self.width % 32:
             raise ValueError(f"width: expected a multiple of 32, got {self.width}")
+        if self.model:
+            for name in ("width", "layers", "queries"):
+                if (got := getattr(self, name)) != (default := getattr(Settings, name)):
+                    raise ValueError(
+                        f"{name}: expected {default}, the default, because {self.model} has its "
+                        f"own, got {got}"
+                    )
         if self.freeze_norms not in (0, 1):
             raise ValueError(f"freeze_norms: expected 0 or 1, got {self.freeze_norms}")
+        if self.keep_every % self.save_every:
+            raise ValueError(
+                f"keep_every: expected a multiple of save_every, which is {self.save_every}, "
+                f"got {self.keep_every}"
+            )
 
 
 def _recipe(settings: Settings) -> Recipe:
@@ -139,8 +156,7 @@ def resolved(settings: Settings, source: Predictor | None) -> Settings:
     if "settings" not in source.facts:
         raise ValueError(f"model: expected one of {', '.join(CONFIGURATIONS)} for {settings.init}")
     trained = source.facts["settings"]
-    names = ("recipe", "model", "width", "layers", "queries")
-    return replace(settings, **{name: trained[name] for name in names if name in trained})
+    return replace(settings, **{name: trained[name] for name in ARCHITECTURE if name in trained})
 
 
 # Tensors with a row per class: then one more, of "no object" or padding, in some systems.
@@ -198,34 +214,43 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
     weight decay.
     """
     slow = _recipe(settings).slow
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[bool, bool, bool], list[nn.Parameter]] = {}  # the same for all rates
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        factor = settings.backbone_lr if name.startswith("backbone.") else 1.0
-        factor *= 0.1 if any(part in name for part in slow) else 1.0
-        decay = settings.weight_decay if parameter.dim() > 1 else 0.0
-        groups.setdefault((factor * settings.lr, decay), []).append(parameter)
-    return [
-        {"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay}
-        for (lr, decay), parameters in groups.items()
-    ]
+        if parameter.requires_grad:
+            is_slow = any(part in name for part in slow)
+            kind = (name.startswith("backbone."), is_slow, parameter.dim() > 1)
+            groups.setdefault(kind, []).append(parameter)
+    found = []
+    for (in_backbone, is_slow, decays), parameters in groups.items():
+        lr = settings.lr * (settings.backbone_lr if in_backbone else 1) * (0.1 if is_slow else 1)
+        decay = settings.weight_decay if decays else 0.0
+        found.append({"params": parameters, "lr": lr, "peak": lr, "weight_decay": decay})
+    return found
 
 
-def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
+def train(
+    settings: Settings, out: Path, workers: int = 0, resume: Path | None = None
+) -> dict[str, Any]:
     """Train or fine-tune a detector; resumes from the checkpoint in ``out``, if there is one.
+
+    With ``resume`` the training of that checkpoint is continued with other settings: steps, batch,
+    rates, augmentation, precision, seed, saving, the place of the data and the number of
+    processes. What decides the model and its data must be the same.
 
     Under torchrun it makes a process group, if there is none, and destroys it at the end. A script
     that trains several times makes one group for all: PyTorch's store keeps the addresses of a
     destroyed group, and a second group can wait for them.
 
     Examples: python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN;
-    python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN
+    python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN;
+    python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out NEXT
 
     Args:
         settings: of the training.
         out: folder of the run.
         workers: processes that prepare batches; they do not change the result.
+        resume: a checkpoint, or the folder of a run, to continue with other settings. ``out`` is
+            that folder, or one that has no other training.
 
     Returns:
         The history: ``loss`` of each step; ``parts``, each loss by name, and ``ap``, COCO's
@@ -233,13 +258,14 @@ def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
 
     Raises:
         ValueError: an invalid setting, or another than in the checkpoint.
-        FloatingPointError: the loss is not finite.
+        FileNotFoundError: there is no checkpoint to resume.
+        FloatingPointError: the loss or a gradient is not finite; the checkpoint is older.
     """
     makes_group = "RANK" in os.environ and not distributed.is_initialized()  # RANK: of torchrun
     if makes_group:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     try:
-        return _Run(settings, out).go(workers)
+        return _Run(settings, out, resume).go(workers)
     finally:
         if makes_group:
             distributed.destroy_process_group()
@@ -248,10 +274,16 @@ def train(settings: Settings, out: Path, workers: int = 0) -> dict[str, Any]:
 class _Run:
     """The state of a training, its checkpoints, and the loop."""
 
-    def __init__(self, settings: Settings, out: Path) -> None:
-        source = load(settings.init) if settings.init else None
-        self.settings = settings = resolved(settings, source)
-        self.out = out
+    def __init__(self, settings: Settings, out: Path, resume: Path | None = None) -> None:
+        file, checkpoint = _checkpoint(out, resume)
+        source = None
+        if checkpoint is None:
+            source = load(settings.init) if settings.init else None
+            settings = resolved(settings, source)
+        elif not (settings.recipe or settings.model):
+            then = checkpoint["settings"]
+            settings = replace(settings, **{name: then[name] for name in ARCHITECTURE})
+        self.settings, self.out = settings, out
         process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         rank, world, local = (int(os.environ.get(name, n)) for name, n in process.items())
         cuda = torch.cuda.is_available()
@@ -278,9 +310,19 @@ class _Run:
             initial = transfer(system.model, source.model, self.data.classes, source.classes)
             if rank == 0 and initial:
                 self.console.print(f"drawn anew: {', '.join(initial)}")
-        for name, parameter in system.model.named_parameters():
-            if settings.freeze and name.startswith(settings.freeze):
-                parameter.requires_grad_(False)
+        frozen = [
+            parameter
+            for name, parameter in system.model.named_parameters()
+            if settings.freeze and name.startswith(settings.freeze)
+        ]
+        if settings.freeze and not frozen:
+            parts = sorted({name.split(".")[0] for name in system.model.state_dict()})
+            raise ValueError(
+                f"freeze: expected the start of a parameter's name, such as one of {parts}, "
+                f"got {settings.freeze!r}"
+            )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         self.criterion, self.postprocess = system.criterion, system.postprocess
         self.model = system.model.to(device)
         if world > 1 and cuda:
@@ -299,21 +341,23 @@ class _Run:
         self.random = [torch.default_generator]
         self.random += [torch.cuda.default_generators[local]] if cuda else []
         out.mkdir(parents=True, exist_ok=True)
-        if (out / "checkpoint.pt").exists():
-            self._load(out / "checkpoint.pt")
+        if checkpoint is not None:
+            self._load(file, checkpoint, change=resume is not None)
 
     def _check_queries(self) -> None:
-        """Warn of images with more objects than queries can find."""
-        ground_truth = self.data.ground_truth()
-        counts = Counter(
-            one["image_id"] for one in ground_truth["annotations"] if not one["iscrowd"]
-        )
-        queries = self.queries
-        above = [count for count in counts.values() if count > queries]
-        if above and self.settings.recipe != "stewart":  # whose boxes are those of its cells
+        """Warn of images with more objects than queries can find.
+
+        Raises:
+            ValueError: there is no object at all.
+        """
+        most = self.data.most_objects
+        if most == 0:
+            raise ValueError(f"data: expected objects to learn, got none in {self.settings.data}")
+        # Stewart's boxes are those of its cells.
+        if most > self.queries and self.settings.recipe != "stewart":
             self.console.print(
-                f"warning: queries: {len(above)} images have more objects than {queries} queries, "
-                f"up to {max(above)}; the others are never learnt"
+                f"warning: queries: images have up to {most} objects, more than the "
+                f"{self.queries} queries; the others are never learnt"
             )
 
     def _gathered(self, value: Any) -> list[Any]:
@@ -329,49 +373,79 @@ class _Run:
         random = self._gathered([generator.get_state() for generator in self.random])
         if self.rank > 0:
             return
-        facts = {"settings": asdict(self.settings), "step": self.step}
-        checkpoint = facts | {"history": self.history, "random": random, "data": self._data()}
+        checkpoint = {"settings": asdict(self.settings), "step": self.step}
+        checkpoint |= {"history": self.history, "random": random, "data": self._data()}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
-        trained = facts | {"classes": list(self.data.classes), "size": self.data.size}
-        trained |= {"resize": self.resize}
-        trained |= {"ap": self.history["ap"][-1:], "model": self.average.state_dict()}
         name = self.settings.recipe or self.settings.model
         title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
         for name, write in {
-            "model.pt": lambda f: torch.save(trained, f),
+            "model.pt": lambda f: torch.save(self._trained(), f),
             "history.json": lambda f: f.write(json.dumps(self.history).encode()),
             "curves.png": lambda f: draw_curves(self.history, title, f),
             "checkpoint.pt": lambda f: torch.save(checkpoint, f),
         }.items():
             _write(self.out / name, write)
+        keep = self.settings.keep_every
+        if keep and self.step % keep == 0:
+            _write(self.out / f"checkpoint_{self.step}.pt", lambda f: torch.save(checkpoint, f))
 
-    def _data(self) -> dict[str, str]:
-        return {"train": self.data.identity, "val": self.test.identity}
+    def _trained(self) -> dict[str, Any]:
+        """Content of a file for `load`."""
+        facts = {"settings": asdict(self.settings), "step": self.step}
+        facts |= {"classes": list(self.data.classes), "size": self.data.size}
+        facts |= {"resize": self.resize, "ap": self.history["ap"][-1:]}
+        return facts | {"model": self.average.state_dict()}
 
-    def _load(self, file: Path) -> None:
-        checkpoint = read_checkpoint(file)
-        needed = ("settings", "step", "history", "random", "data", *self.parts)
-        if missing := [name for name in needed if name not in checkpoint]:
-            raise ValueError(f"{file}: expected a training, got none of {', '.join(missing)}")
-        for name, now in asdict(self.settings).items():
-            if name == "data" and now.startswith("coco:"):  # compared by its content
+    def _data(self) -> dict[str, Any]:
+        classes = list(self.data.classes)
+        return {"classes": classes, "train": self.data.identity, "val": self.test.identity}
+
+    def _load(self, file: Path, checkpoint: dict[str, Any], *, change: bool) -> None:
+        """Continue from a checkpoint; ``change``: with other settings."""
+        settings, then, data = asdict(self.settings), checkpoint["settings"], checkpoint["data"]
+        for name, now in settings.items():
+            # The data is compared by its content; initial weights are not needed any more.
+            free = name in ("data", "init") or (change and name in CHANGEABLE)
+            if free or name not in then or then[name] == now:
                 continue
-            if (then := checkpoint["settings"].get(name)) != now:
-                raise ValueError(f"{name}: expected {then!r} as in {file}, got {now!r}")
-        for split, identity in self._data().items():
-            if checkpoint["data"][split] != identity:
-                raise ValueError(
-                    f"data: expected the {split} images of {file}, got others from "
-                    f"{self.settings.data}; train in another folder"
-                )
-        if (then := len(checkpoint["random"])) != self.world:
-            raise ValueError(f"processes: expected {then} as in {file}, got {self.world}")
+            step = "--init starts another training from its weights"
+            if name in CHANGEABLE:
+                step = "--resume continues it with other settings"
+            raise ValueError(f"{name}: expected {then[name]!r} as in {file}, got {now!r}; {step}")
+        for part, now in self._data().items():
+            if part not in data or data[part] == now:
+                continue
+            step = "--init starts another training from its weights"
+            if part == "classes":
+                raise ValueError(f"classes: expected {data[part]} as in {file}, got {now}; {step}")
+            raise ValueError(
+                f"data: expected the {part} images of {file}, got others from "
+                f"{self.settings.data}; {step}"
+            )
+        if (processes := len(checkpoint["random"])) != self.world and not change:
+            raise ValueError(
+                f"processes: expected {processes} as in {file}, got {self.world}; "
+                "--resume continues it with others"
+            )
+        groups = [dict(group, params=None) for group in self.optimizer.param_groups]
         for name, part in self.parts.items():
-            part.load_state_dict(checkpoint[name])
+            if name != "scaler" or then.get("amp") == self.settings.amp:
+                try:
+                    part.load_state_dict(checkpoint[name])
+                except (RuntimeError, ValueError) as error:
+                    raise ValueError(f"{file}: {name}: {error}") from error
+        for group, own in zip(self.optimizer.param_groups, groups):
+            group |= {name: own[name] for name in ("lr", "peak", "weight_decay")}
         self.step, self.history = checkpoint["step"], checkpoint["history"]
-        for generator, state in zip(self.random, checkpoint["random"][self.rank]):
-            generator.set_state(state)
-        self.console.print(f"resumes after step {self.step} of {self.settings.steps}")
+        if self.step > self.settings.steps:
+            raise ValueError(
+                f"steps: expected more than the {self.step} of {file}, got {self.settings.steps}"
+            )
+        if self.rank < processes and then.get("seed") == self.settings.seed:
+            for generator, state in zip(self.random, checkpoint["random"][self.rank]):
+                generator.set_state(state)
+        done = f"step {self.step} of {self.settings.steps}"
+        self.console.print(f"resumes {file} after {done}", soft_wrap=True)
 
     # The loop
 
@@ -456,14 +530,15 @@ class _Run:
         losses = self.criterion(outputs, targets)
         loss = torch.stack(list(losses.values())).sum()
         if not loss.isfinite():
-            parts = {name: value.item() for name, value in losses.items()}
-            raise FloatingPointError(f"step {self.step}: expected finite losses, got {parts}")
+            self._diverged("losses", {name: value.item() for name, value in losses.items()})
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(self.step, self.settings.steps)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
+        if not self.scaler.is_enabled() and not norm.isfinite():  # the scaler leaves such steps out
+            self._diverged("gradients", f"the norm {norm.item()}")
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -473,6 +548,13 @@ class _Run:
         # A process without objects has no denoising losses.
         names = dict.fromkeys(name for one in gathered for name in one)
         return {name: sum(one.get(name, 0.0) for one in gathered) / self.world for name in names}
+
+    def _diverged(self, what: str, got: object) -> NoReturn:
+        raise FloatingPointError(
+            f"step {self.step}: expected finite {what}, got {got}; continue an earlier checkpoint "
+            f"with other settings, such as a lower learning rate: --resume {self.out} --lr "
+            f"{self.settings.lr / 10:g} --out ANOTHER"
+        )
 
     def _average_weights(self) -> None:
         """Update the moving average, over a twentieth of the training, less at its start."""
@@ -490,9 +572,39 @@ class _Run:
         gathered = [one for part in self._gathered(found) for one in part]
         if self.rank == 0:
             ap = average_precision(self.test.ground_truth(), gathered)
+            best = max((one["AP"] or 0 for one in self.history["ap"]), default=-1)
             self.history["ap"].append({"step": self.step, **ap})
+            if (ap["AP"] or 0) >= best or not (self.out / "best.pt").exists():
+                _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
             done = f"step {self.step:5}  loss {self.history['loss'][-1]:.3f}"
             self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")
+
+
+def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | None]:
+    """The checkpoint that a training starts from, with its content; None where it is new.
+
+    Raises:
+        FileNotFoundError: there is nothing to resume.
+        ValueError: damaged, or no training.
+    """
+    file = out / "checkpoint.pt"
+    if resume is not None:
+        given = resume / "checkpoint.pt" if resume.is_dir() else resume
+        if not given.exists():
+            raise FileNotFoundError(f"resume: expected a checkpoint or its folder, got {given}")
+        if file.exists() and not file.samefile(given):
+            raise ValueError(
+                f"out: expected a folder without another training, got {file}; the same command "
+                "without --resume continues that one"
+            )
+        file = given
+    if not file.exists():
+        return file, None
+    content = read_checkpoint(file)
+    needed = ("settings", "step", "history", "random", "data", "model", "average", "optimizer")
+    if missing := [name for name in (*needed, "scaler") if name not in content]:
+        raise ValueError(f"{file}: expected a training, got none of {', '.join(missing)}")
+    return file, content
 
 
 def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -313,8 +313,11 @@ def from_official(
         words = [w for w in _HINTS if w in hint.lower()]
         words = ["discrete" if w == "dsp" else w for w in words]
         best = [n for n in chosen if all(w in n for w in words)] or chosen
+        named = [n for n in chosen if n in hint.lower()]
+        if named and not words:
+            best = sorted(named, key=len, reverse=True)
         name = best[0]
-        if len(chosen) > 1 and not words:
+        if len(chosen) > 1 and not words and not named:
             others = ", ".join(n for n in chosen if n != name)
             warnings.warn(
                 f"the weights fit {name} and {others}, which have the same names and shapes; "

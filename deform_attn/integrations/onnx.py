@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn.backends import BACKENDS, reference
-from deform_attn.composite import discrete, unfused
+from deform_attn.composite import discrete, filled, unfused
 from deform_attn.levels import count_points, level_pairs
 from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands, acc_dtype
 
@@ -279,6 +279,7 @@ def _gathered(operands: Operands) -> Tensor:
     wrong neighbour, which does not change the output, because it is continuous there. Core ML's
     converter has no rule for ``&``, ``~`` and ``where`` with a number, which are avoided.
     """
+    operands = filled(operands)
     value, starts = operands.value, operands.level_start_index
     dtype = acc_dtype(value.dtype)
     S, M, D = value.shape[1:]
@@ -332,7 +333,7 @@ def _plugin(operands: Operands, version: str) -> Tensor:
     onnxruntime's TensorRT provider has plugins in the domain "trt.plugins". Sources: the plugin's
     README in NVIDIA/TensorRT, FallbackPluginImporter in onnx/onnx-tensorrt.
     """
-    value, shapes, starts, locations, weights, _, num_points = operands
+    value, shapes, starts, locations, weights, _, num_points, _ = filled(operands)
     B, _, M, D = value.shape
     Q, sizes = locations.shape[1], level_pairs(operands)
     if num_points is not None:  # equal numbers of points: the added ones have weight 0

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class OpInputs:
     sampling_locations: Tensor  # [B, Q, M, L, P, 2] or [B, Q, M, K, 2]
     attention_weights: Tensor
     num_points: list[int] | None = None
+    value_mask: Tensor | None = None  # [B, S] bool, True for padding
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -90,11 +92,12 @@ class FusedInputs:
 
     value: Tensor  # [B, S, M, D]
     spatial_shapes: list[tuple[int, int]]  # (height, width) of each level
-    reference_points: Tensor  # [B, Q, L or 1, 2 or 4]
+    reference_points: Tensor  # [B, Q, L or 1, 2, 4 or 5]
     sampling_offsets: Tensor  # [B, Q, M, L, P, 2] or [B, Q, M, K, 2]
     attention_logits: Tensor
     num_points: list[int] | None = None
     offset_scale: float = 0.7
+    value_mask: Tensor | None = None  # [B, S] bool, True for padding
 
     @classmethod
     def draw(
@@ -107,18 +110,20 @@ class FusedInputs:
         queries: int = 9,
         heads: int = 3,
         head_dim: int = 20,
+        masked: bool = False,
         device: str = "cpu",
     ) -> FusedInputs:
         """Random inputs on three levels; the same numbers for every device.
 
         Args:
             dtype: of value, offsets and logits; reference points are float32, or float64 with it.
-            size: 2 for reference points, 4 for boxes.
+            size: 2 for reference points, 4 for boxes, 5 for rotated boxes.
             num_points: points of each level; None: four in each.
             batch: B.
             queries: Q.
             heads: M.
             head_dim: D.
+            masked: with a value_mask of a third of the rows, which hold NaN.
             device: where the tensors are.
         """
         shapes = [(7, 5), (3, 4), (1, 1)]
@@ -130,13 +135,20 @@ class FusedInputs:
         points = [sum(num_points)] if num_points else [len(shapes), 4]
         rows = sum(height * width for height, width in shapes)
         reference = uniform((batch, queries, len(shapes), size), generator, 0, 1)
+        reference[..., 4:] *= 2 * math.pi  # the angle of a rotated box
+        value, mask = normal(batch, rows, heads, head_dim), None
+        if masked:
+            mask = torch.rand((batch, rows), generator=generator) < 1 / 3
+            value[mask] = NAN
+            mask = mask.to(device)
         return cls(
-            normal(batch, rows, heads, head_dim).to(device, dtype),
+            value.to(device, dtype),
             shapes,
             reference.to(device, acc_dtype(dtype)),
             normal(batch, queries, heads, *points, 2).to(device, dtype),
             (3 * normal(batch, queries, heads, *points)).to(device, dtype),
             num_points,
+            value_mask=mask,
         )
 
     @property
@@ -292,6 +304,7 @@ class Case:
     metadata: str = "int64"  # or int32, list, shapes_only, list_only (without level_start_index)
     layout: str = "plain"  # how the three tensors lie in memory: see `lay_out`
     locations: Callable[..., Tensor] = around_the_map
+    masked: float = 0  # fraction of the rows that value_mask masks, which hold NaN; 0: no mask
 
     @property
     def work(self) -> int:
@@ -336,6 +349,10 @@ class Case:
         for start, end in zip(starts, ends):
             used[start:end] = True
         value[:, ~used] = NAN  # rows that belong to no level must not be read
+        mask = None
+        if self.masked:
+            mask = torch.rand((B, S), generator=generator) < self.masked
+            value[mask] = NAN
 
         if isinstance(self.points, tuple):
             point_shape: tuple[int, ...] = (sum(self.points),)
@@ -360,6 +377,7 @@ class Case:
             lay_out(locations.to(device, dtypes.locations), self.layout),
             lay_out(weights.to(device, dtypes.weights), self.layout),
             list(self.points) if isinstance(self.points, tuple) else None,
+            None if mask is None else lay_out(mask.to(device), self.layout),
         )
 
 
@@ -425,6 +443,11 @@ _ALL = (
     Case("list_metadata", metadata="list"),
     Case("list_metadata_starts_omitted", metadata="list_only", points=(3, 6, 3)),
     Case("int32_metadata", metadata="int32"),
+    Case("masked", masked=0.3),
+    Case("masked_one_head_dim_32", masked=0.3, heads=1, head_dim=32, points=(3, 6, 3)),
+    Case("masked_throughout", masked=1),
+    Case("masked_strided", masked=0.5, layout="strided", head_dim=3),
+    Case("masked_queries_are_pixels", masked=0.2, queries=49),
     Case(
         "shared_among_threads",
         levels=((9, 11), (4, 5)),

@@ -78,7 +78,10 @@ class Expected:
 def reference(inputs: OpInputs) -> Tensor:
     """A call of the reference backend, whose error the rule takes as a measure."""
     return deform_attn.ms_deform_attn(
-        *inputs.arguments, num_points=inputs.num_points, backend="reference"
+        *inputs.arguments,
+        num_points=inputs.num_points,
+        backend="reference",
+        value_mask=inputs.value_mask,
     )
 
 

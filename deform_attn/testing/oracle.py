@@ -111,6 +111,8 @@ def ms_deform_attn(inputs: OpInputs, *, all_rising: bool = False) -> Tensor:
             for x, across in ((left, left_share), (left + 1, right_share)):
                 on_map = hit_x & hit_y & (x >= 0) & (x < width) & (y >= 0) & (y < height)
                 row = torch.where(on_map, start + y * width + x, start)  # [B, Q, M, P]
+                if inputs.value_mask is not None:
+                    on_map &= ~inputs.value_mask[torch.arange(B)[:, None, None, None], row]
                 index = row.transpose(1, 2).reshape(B, M, -1, 1).expand(-1, -1, -1, D)
                 pixel = value.gather(2, index).reshape(B, M, Q, -1, D).transpose(1, 2)
                 share = torch.where(on_map, along * across * weight, 0)
@@ -147,6 +149,8 @@ def discrete(inputs: OpInputs, *, official_clamp: bool = False) -> Tensor:
     batch = torch.arange(B).view(B, 1, 1, 1)
     head = torch.arange(M).view(1, 1, M, 1)
     picked = value[batch, rows, head]  # [B, Q, M, K, D]
+    if inputs.value_mask is not None:
+        picked = torch.where(inputs.value_mask[batch, rows, None], 0, picked)
     return (picked * weights.reshape(*rows.shape, 1)).sum(3).reshape(B, Q, M * D)
 
 
@@ -161,14 +165,20 @@ def ms_deform_attn_fused(inputs: FusedInputs) -> Tensor:
     locations = []
     for level, offset in enumerate(offsets.split(counts, 3)):
         height, width = x.spatial_shapes[level]
-        point = reference[:, :, None, level, None]  # [B, Q, 1, 1, 2 or 4]
+        point = reference[:, :, None, level, None]  # [B, Q, 1, 1, 2, 4 or 5]
         if point.shape[-1] == 2:
             locations.append(point + offset / offset.new_tensor([width, height]))
         else:
-            step = point[..., 2:] * x.offset_scale / max(1, counts[level])
-            locations.append(point[..., :2] + offset * step)
+            step = offset * point[..., 2:4] * x.offset_scale / max(1, counts[level])
+            if point.shape[-1] == 5:  # as complex numbers, turned by exp(i angle)
+                turn = torch.polar(torch.ones_like(point[..., 4]), point[..., 4])
+                step = torch.view_as_real(torch.view_as_complex(step) * turn)
+            locations.append(point[..., :2] + step)
     return ms_deform_attn(
-        OpInputs(x.value, x.spatial_shapes, None, torch.cat(locations, 3), weights, counts)
+        OpInputs(
+            *(x.value, x.spatial_shapes, None, torch.cat(locations, 3), weights, counts),
+            x.value_mask,
+        )
     )
 
 

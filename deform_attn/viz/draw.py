@@ -68,7 +68,7 @@ def choose_query(
     _check_position("batch", batch, recording.reference_points.shape[0])
     height, width = _grey(image).shape
     scale = _pixels_per_image(recording, (height, width), batch, padded)[0]
-    reference = recording.reference_points[batch, :, 0]  # [Q, 2 or 4]
+    reference = recording.reference_points[batch, :, 0]  # [Q, 2, 4 or 5]
     centre = reference[:, :2] * scale - 0.5
     if pixel is not None:
         x, y = pixel
@@ -96,6 +96,15 @@ def choose_query(
             return int(overlap.argmax())
         x, y = (x0 + x1) / 2, (y0 + y1) / 2
     return int((centre - torch.tensor([x, y])).square().sum(-1).argmin())
+
+
+def _corners(box: Tensor) -> Tensor:
+    """``[4, 2]`` of a box ``(cx, cy, w, h)`` or a rotated one ``(cx, cy, w, h, angle)``."""
+    corners = torch.tensor([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]]) * box[2:4]
+    if len(box) == 5:
+        cos, sin = box[4].cos(), box[4].sin()
+        corners = corners @ torch.stack((cos, sin, -sin, cos)).view(2, 2)
+    return box[:2] + corners
 
 
 MARKERS = "os^DvPX*"  # one per level; they repeat from the ninth level on
@@ -153,7 +162,7 @@ def draw(
     from matplotlib.collections import PathCollection
     from matplotlib.figure import Figure
     from matplotlib.markers import MarkerStyle
-    from matplotlib.patches import Rectangle
+    from matplotlib.patches import Polygon
     from matplotlib.transforms import IdentityTransform
 
     B, Q, M = recording.sampling_locations.shape[:3]
@@ -200,10 +209,9 @@ def draw(
         reference = recording.reference_points[batch, query, 0]
         x, y = (reference[:2] * scale[0] - 0.5).tolist()
         axes.plot(x, y, "+", color=REFERENCE_COLOUR, ms=13, mew=2.5, label="reference point")
-        if len(reference) == 4:
-            w, h = (reference[2:] * scale[0]).tolist()
-            corner = (x - w / 2, y - h / 2)
-            box = Rectangle(corner, w, h, fill=False, color=REFERENCE_COLOUR)
+        if len(reference) >= 4:
+            corners = _corners(reference) * scale[0] - 0.5
+            box = Polygon(corners.numpy(), fill=False, color=REFERENCE_COLOUR)
             box.set_label("reference box")
             axes.add_patch(box)
     return axes

@@ -46,9 +46,11 @@ class Recording:
         sampling_locations: ``[batch, queries, num_heads, K, 2]``, ``(x, y)`` as fractions of the
             padded image.
         attention_weights: ``[batch, queries, num_heads, K]``.
-        reference_points: ``[batch, queries, num_levels, 2]``, points ``(x, y)``, or
-            ``[batch, queries, num_levels, 4]``, boxes ``(cx, cy, w, h)``, as fractions of the
-            padded image; None if no module around the operator took ``reference_points``.
+        reference_points: ``[batch, queries, num_levels, 2]``, points ``(x, y)``,
+            ``[batch, queries, num_levels, 4]``, boxes ``(cx, cy, w, h)``, or
+            ``[batch, queries, num_levels, 5]``, rotated boxes ``(cx, cy, w, h, angle)``, as
+            fractions of the padded image; None if no module around the operator took
+            ``reference_points``.
         valid_ratios: ``[batch, num_levels, 2]``, the fraction ``(x, y)`` of each map that is image
             and not padding; None if no module around the operator took ``valid_ratios``. Encoders
             and decoders take it: record one of them, or a whole model, to have it.
@@ -213,7 +215,7 @@ class _Recorder(TorchDispatchMode):
                 num_points=tuple(count_points(locations, L, num_points)),
                 sampling_locations=_copy(locations).reshape(B, Q, M, -1, 2),
                 attention_weights=_copy(weights).reshape(B, Q, M, -1),
-                reference_points=self._find("reference_points", arguments, (B, Q), L, (2, 4)),
+                reference_points=self._find("reference_points", arguments, (B, Q), L, (2, 4, 5)),
                 valid_ratios=self._find("valid_ratios", arguments, (B,), L, (2,)),
             )
         )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,13 @@ from PIL import Image
 
 from deform_attn.detr import __main__ as commands
 from deform_attn.detr import load
-from deform_attn.detr.data import Digits
-from deform_attn.detr.export import export
+from deform_attn.detr.data import Digits, Shapes, write_coco
+from deform_attn.detr.export import difference, export
+from deform_attn.detr.models import Detections
 from deform_attn.detr.recipes import build
 from deform_attn.detr.train import Settings, train, transfer
+
+from .official import official_state
 
 Patch = pytest.MonkeyPatch
 Capture = pytest.CaptureFixture[str]
@@ -26,19 +31,15 @@ Capture = pytest.CaptureFixture[str]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six digits as photographs, in COCO's format; the class "7" is missing from the file."""
     path = tmp_path_factory.mktemp("coco")
-    (path / "annotations").mkdir()
     for split in ("train", "val"):
         dataset = Digits("val")
         dataset.lengths = {"train": 6, "val": 6}  # type: ignore[misc]
-        coco = dataset.ground_truth()
-        coco["images"] = [one | {"file_name": f"{one['id']}.png"} for one in coco["images"]]
+        write_coco(dataset, path, split)
+        file = path / f"annotations/instances_{split}.json"
+        coco = json.loads(file.read_text())
         coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] != 7]
         coco["categories"] = [one for one in coco["categories"] if one["id"] != 7]
-        (path / split).mkdir()
-        for i in range(6):
-            pixels = (dataset[i][0] * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(path / split / f"{i}.png")
-        (path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
+        file.write_text(json.dumps(coco))
     return path
 
 
@@ -63,8 +64,14 @@ def test_evaluate(
     assert float(rows["AP50"]) > 0.5
     assert rows["AP_large"] == rows["7"] == "-"
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])
-    with pytest.raises(SystemExit, match="error: name_or_path: expected one of"):
-        run(monkeypatch, "evaluate", "--model", "letters", "--data", "shapes")
+    for wrong, message in (
+        (("letters", "shapes"), "error: name_or_path: expected one of"),
+        (("digits", "shapes"), r"data: expected the classes \['0', .*, got \('disc'"),
+        (("digits", f"coco:{folder}", "--batch", 0), "batch: expected at least 1, got 0"),
+        (("digits", "shapes", "--device", "tpu"), "device: expected cpu, .*, got 'tpu'"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "evaluate", "--model", wrong[0], "--data", *wrong[1:])
 
 
 def test_predict(
@@ -96,10 +103,17 @@ def test_data(
     assert capsys.readouterr().out.startswith("6 images, ")
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (1200, 600)
+    with pytest.raises(SystemExit, match="samples: expected at least 1, got 0"):
+        run(monkeypatch, "data", "--data", f"coco:{folder}", "--samples", 0)
 
 
 @pytest.mark.parametrize(
-    ("recipe", "suffix"), [("rtdetr", ".onnx"), ("stewart", ".onnx"), ("dino", ".pt2")]
+    ("recipe", "suffix"),
+    [
+        ("stewart", ".onnx"),
+        ("dino", ".pt2"),
+        ("rtdetr", ".torchscript"),
+    ],
 )
 def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) -> None:
     """What was written is compared with the model, with another batch."""
@@ -113,6 +127,26 @@ def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) ->
     assert file.stat().st_size > 1000
     with pytest.raises(ValueError, match=r"expected a suffix of \.onnx, .*, got 'a\.bin'"):
         export(model, postprocess, "a.bin", 64)
+    with pytest.raises(ValueError, match=r"size: expected at least 1, got \(-3, -3\)"):
+        export(model, postprocess, file, -3)
+
+
+def test_detections_are_compared_by_pairs() -> None:
+    """Detections of nearly equal scores may change places; another label or box is a difference."""
+    boxes = torch.rand(2, 5, 4, generator=torch.Generator().manual_seed(0)) * 50
+    scores = torch.tensor([0.9, 0.5, 0.5, 0.4, 0.2]).repeat(2, 1)
+    labels = torch.tensor([0, 1, 1, 0, 2]).repeat(2, 1)
+    expected = Detections(boxes, scores, labels)
+    exchanged = torch.tensor([0, 2, 1, 3])
+    found = Detections(*(x[:, exchanged].clone() for x in expected))
+    found.scores[1, 0] += 1e-3
+    assert difference(expected, found) == pytest.approx(1e-3, rel=1e-3)
+    found.boxes[0, 1] += 3
+    assert difference(expected, found) == pytest.approx(3, rel=1e-3)
+    found.labels[1, 3] = 1
+    assert difference(expected, found) == math.inf
+    found.boxes[:] = math.nan
+    assert difference(expected, found) == math.inf
 
 
 def test_weights_are_transferred_by_the_names_of_the_classes() -> None:
@@ -146,3 +180,47 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
     assert torch.equal(own[name], given[name])
     with pytest.raises(ValueError, match="recipe, model: expected one of them, or init alone"):
         Settings(data="shapes")
+    with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
+        Settings(data="shapes", model="dfine_n", queries=7)
+    with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
+        train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
+
+
+DOCS = Path(__file__).parents[2] / "docs/detr"
+
+
+def documented() -> list[str]:
+    """The commands of the documentation, with their continuation lines."""
+    found = []
+    for file in sorted(DOCS.glob("*.md")):
+        fences = re.findall(r"^```(\w*)\n(.*?)^```$", file.read_text(), re.MULTILINE | re.DOTALL)
+        lines = [line for language, block in fences if not language for line in block.splitlines()]
+        found += [line for line in lines if line.startswith("python -m deform_attn.detr ")]
+    return found
+
+
+def test_every_command_of_the_documentation_runs(
+    folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """In the order of the pages, at small sizes; each new training in RUN gets a folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").symlink_to(folder / "val")
+    torch.save({"model": official_state("dfine_n")}, "dfine_n_coco.pth")
+    monkeypatch.setattr(Shapes, "lengths", {"train": 4, "val": 2})
+    lines = [line.split()[3:] for line in documented()]
+    assert {words[0] for words in lines} == {"train", "evaluate", "predict", "export", "data"}
+    runs = 0
+    for words in lines:
+        runs += words[-2:] == ["--out", "RUN"]
+        words = [word.replace("FOLDER", str(folder)) for word in words]
+        words = [re.sub(r"^RUN\b", f"RUN{runs}", word) for word in words]
+        if words[0] == "train":
+            steps = 2 if "--resume" in words else 1
+            words += ["--steps", str(steps), "--batch", "2", "--evaluate-every", "1"]
+        if words[0] in ("train", "export") and "--size" not in words:
+            words += ["--size", "320" if "--model" in words and words[0] == "train" else "64"]
+        run(monkeypatch, *words)
+        capsys.readouterr()
+    written = [f"{name}/curves.png" for name in ("NEXT", *(f"RUN{i + 1}" for i in range(runs)))]
+    written += ["results.json", "found/detections.json", "sheet.png", "detector.onnx"]
+    assert all((tmp_path / file).stat().st_size > 0 for file in written)

@@ -325,6 +325,8 @@ def test_the_identity_of_a_folder_is_its_content(tmp_path: Path) -> None:
     assert CocoFolder(coco_folder(tmp_path / "b"), "train", 64).identity == first
     cut = coco_folder(tmp_path / "c", lambda c: c["annotations"].pop())
     assert CocoFolder(cut, "train", 32).identity != first
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "b/train2017/gray.png")
+    assert CocoFolder(tmp_path / "b", "train", 32).identity != first
 
 
 def test_images_keep_their_ratio_where_asked(tmp_path: Path) -> None:

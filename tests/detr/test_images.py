@@ -31,6 +31,7 @@ KINDS: dict[str, tuple[Any, np.ndarray]] = {
     "gray array": (GRAY, GRAY),
     "array of 16 bits": (GRAY.astype(np.uint16) * 257, GRAY),
     "array of floats": (COLOUR / 255, COLOUR),
+    "tensor of bfloat16": (torch.from_numpy(GRAY[None] // 128).bfloat16(), GRAY // 128 * 255),
     "tensor": (torch.from_numpy(COLOUR.transpose(2, 0, 1).copy()), COLOUR),
     "gray tensor of floats": (torch.from_numpy(GRAY[None] / 255), GRAY),
 }
@@ -55,6 +56,16 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         ValueError,
         "got integers from 0 to 25500000",
     ),
+    "8 bits in 32": (
+        Image.fromarray(GRAY.astype(np.int32)),
+        ValueError,
+        "expected 16 bits of up to 65535, got values up to 255",
+    ),
+    "8 bits in 16": (
+        GRAY.astype(np.uint16),
+        ValueError,
+        "got values up to 255, which would become",
+    ),
     "bright floats": (COLOUR * 1.0, ValueError, r"expected floats in \[0, 1\], got 0 to 255"),
     "four channels": (
         np.zeros((4, 4, 4), np.uint8),
@@ -65,6 +76,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
         COLOUR.astype(np.int64),
         ValueError,
         "expected bytes or floats, got array of int64",
+    ),
+    "no pixels": (
+        np.zeros((0, 4, 3), np.uint8),
+        ValueError,
+        r"expected pixels, got .* \[0, 4, 3\]",
     ),
     "number": (7, TypeError, "expected files, PIL images, arrays or tensors, got int"),
     "null byte": ("a\0b", ValueError, r"'a\\x00b': expected an image, got embedded null byte"),

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import os
 import re
+import resource
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -100,7 +105,38 @@ def test_scores_are_sorted_and_above_the_threshold() -> None:
 def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"one of \['digits'\], a file, .*'letters'"):
         load("letters")
-    with pytest.raises(TypeError, match="images: expected a list of images, got"):
-        load("digits").predict(Image.new("RGB", (9, 9)))  # type: ignore[arg-type]
+    torch.save({"settings": {"recipe": "rtdetr"}, "classes": ["a"]}, tmp_path / "odd.pt")
+    with pytest.raises(
+        ValueError, match=r"odd\.pt: expected model\.pt of a training, got KeyError"
+    ):
+        load(tmp_path / "odd.pt")
+    detector, image = load("digits"), Image.new("RGB", (9, 9))
+    single: tuple[Any, ...] = (image, "a.png", np.zeros((9, 9, 3)), None, {"image": image})
+    for one in single:
+        with pytest.raises(TypeError, match="images: expected a list of images, got"):
+            detector.predict(one)
     with pytest.raises(FileNotFoundError):
-        load("digits").predict([tmp_path / "none.png"])
+        detector.predict([tmp_path / "none.png"])
+    with pytest.raises(ValueError, match="threshold: expected a number from 0 to 1, got nan"):
+        detector.predict([image], threshold=math.nan)
+    with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
+        detector.predict([image], batch=0)
+
+
+def test_files_are_closed_as_they_are_read(tmp_path: Path) -> None:
+    """A long list needs no more open files than a short one; generators are read by batches."""
+    names = [tmp_path / f"{i}.png" for i in range(24)]
+    for name in names:
+        Image.new("RGB", (16, 16)).save(name)
+    detector = load("digits")
+    detector.predict(names[:1])
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    now = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (now + 6, hard))
+    try:
+        found = detector.predict(names, batch=24)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(found) == 24
+    for image in (np.zeros((16, 16, 3), np.uint8), torch.zeros(3, 16, 16)):
+        assert len(detector.predict((image for _ in range(3)), batch=2)) == 3

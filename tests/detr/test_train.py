@@ -20,29 +20,22 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deform_attn.detr import load
-from deform_attn.detr.data import Shapes
+from deform_attn.detr.data import Shapes, open_dataset, write_coco
+from deform_attn.detr.evaluate import evaluate
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
-from deform_attn.detr.train import Settings, _write, parameter_groups, train
+from deform_attn.detr.train import Settings, _Run, _write, parameter_groups, train
 
 
 @pytest.fixture(scope="module")
 def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Settings of a training on a folder of few images: shapes, written as PNG."""
     folder = tmp_path_factory.mktemp("coco")
-    (folder / "annotations").mkdir()
     few = {"train": 24, "val": 8}
     for split in few:
         dataset = Shapes(split)
         dataset.lengths = few  # type: ignore[misc]
-        coco = dataset.ground_truth()
-        coco["images"] = [one | {"file_name": f"{one['id']}.png"} for one in coco["images"]]
-        (folder / split).mkdir()
-        for index in range(len(dataset)):
-            pixels = (dataset[index][0] * 255).round().byte().permute(1, 2, 0).numpy()
-            Image.fromarray(pixels).save(folder / split / f"{index}.png")
-        file = folder / "annotations" / f"instances_{split}.json"
-        file.write_text(json.dumps(coco))
+        write_coco(dataset, folder, split)
     settings = {"data": f"coco:{folder}", "size": 64, "steps": 16, "batch": 4}
     return settings | {"evaluate_every": 8, "save_every": 3}
 
@@ -118,25 +111,8 @@ __main__.main()
 """
 
 
-# Runs a training that gets a signal in its fifth step.
-SIGNALLED = """
-import os, signal, sys
-from deform_attn.detr import __main__, train
-
-step, number = train._Run._step, getattr(signal, sys.argv.pop(1))
-
-def stepped(run, *args):
-    if run.step == 4:
-        os.kill(os.getpid(), number)
-    return step(run, *args)
-
-train._Run._step = stepped
-__main__.main()
-"""
-
-
 def test_a_killed_training_resumes_to_the_bit(
-    short: dict[str, Any], tmp_path: Path, one_thread: None
+    short: dict[str, Any], tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With random denoising and augmentation; killed after a step and while saving.
 
@@ -149,11 +125,19 @@ def test_a_killed_training_resumes_to_the_bit(
         killed = [sys.executable, "-c", KILLED, *where, *arguments]
         assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
         assert checkpoint(tmp_path / "cut")["step"] == 3  # that of the last complete save
-    for name, code in (("SIGTERM", 128 + signal.SIGTERM), ("SIGINT", -signal.SIGINT)):
-        out = tmp_path / name
+    step = _Run._step
+    for number, error in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        out = tmp_path / number.name
+
+        def signalled(run: Any, *batch: Any, number: int = number) -> Any:
+            if run.step == 4:
+                signal.raise_signal(number)
+            return step(run, *batch)
+
         shutil.copytree(tmp_path / "cut", out)
-        ended = [sys.executable, "-c", SIGNALLED, name, *command(out, **settings)[2:]]
-        assert subprocess.run(ended, env=environment()).returncode == code
+        with monkeypatch.context() as patch, pytest.raises(error):
+            patch.setattr(_Run, "_step", signalled)
+            train(Settings(**settings), out)
         assert checkpoint(out)["step"] == 5
     shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
     train(Settings(**settings), tmp_path / "cut")
@@ -209,6 +193,11 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         torch.testing.assert_close(
             mine["exp_avg"], theirs["exp_avg"], rtol=1e-4, atol=2e-5 * scale + 1e-9
         )
+    detector = load(tmp_path / "two5/model.pt")
+    val = open_dataset(settings["data"], "val", 64)
+    ap = evaluate(detector.model, detector.postprocess, val)
+    recorded = checkpoint(tmp_path / "two5")["history"]["ap"][-1]  # each process had half of them
+    assert {name: recorded[name] for name in ap} == pytest.approx(ap, abs=1e-6)
     one, two = (checkpoint(tmp_path / f"{name}5") for name in ("one", "two"))
     torch.testing.assert_close(
         torch.tensor(one["history"]["loss"]),
@@ -278,12 +267,53 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"weight_decay": -1.0}, r"weight_decay: expected a number from 0, got -1\.0"),
         ({"freeze_norms": 2}, "freeze_norms: expected 0 or 1, got 2"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"save_every": 4, "keep_every": 6}, "keep_every: expected a multiple of save_every"),
     ):
         with pytest.raises(ValueError, match=message):
             train(Settings(**settings | wrong), tmp_path)
-    train(Settings(**settings), tmp_path)
-    with pytest.raises(ValueError, match=r"lr: expected 0\.001 as in .*checkpoint\.pt, got 0\.1"):
-        train(Settings(**settings | {"lr": 0.1}), tmp_path)
+
+
+def test_a_training_is_continued_with_other_settings(
+    short: dict[str, Any], tmp_path: Path, one_thread: None
+) -> None:
+    """From an earlier checkpoint after it diverged; what decides the model cannot change."""
+    settings = short | {"recipe": "deformable_detr", "batch": 2, "steps": 2, "evaluate_every": 9}
+    settings |= {"save_every": 1, "keep_every": 2}
+    run, next_run = tmp_path / "run", tmp_path / "next"
+    train(Settings(**settings), run)
+    with pytest.raises(FloatingPointError, match=r"finite .*--resume .*run --lr 1e\+29 --out"):
+        train(Settings(**settings | {"lr": 1e30, "steps": 60}), run, resume=run)
+    early = run / "checkpoint_2.pt"
+    (tmp_path / "moved").symlink_to(short["data"].removeprefix("coco:"))
+    other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "batch": 4}
+    other |= {"steps": 4, "evaluate_every": 4, "augment": "none", "amp": "float16", "seed": 1}
+    other |= {"data": f"coco:{tmp_path / 'moved'}", "save_every": 4, "keep_every": 0}
+    with pytest.raises(ValueError, match=r"steps: expected 60 as in .*, got 4; --resume"):
+        train(Settings(**other), run)
+    with pytest.raises(ValueError, match=r"layers: expected 2 as in .*, got 3; --init starts"):
+        train(Settings(**other | {"layers": 3}), next_run, resume=early)
+    with pytest.raises(ValueError, match=r"out: expected a folder without another training"):
+        train(Settings(**other), run, resume=early)
+    with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint or its folder"):
+        train(Settings(**other), next_run, resume=tmp_path / "none")
+    with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
+        train(Settings(**other | {"steps": 1}), next_run, resume=early)
+    state = torch.load(early, weights_only=True)["optimizer"]
+    history = train(Settings(**other), next_run, resume=early)
+    assert len(history["loss"]) == 4
+    after = checkpoint(next_run)
+    assert after["settings"] == other | {
+        name: after["settings"][name] for name in after["settings"].keys() - other.keys()
+    }
+    groups = after["optimizer"]["param_groups"]
+    assert sorted({round(group["peak"], 9) for group in groups}) == [1e-5, 1e-4]
+    assert {group["weight_decay"] for group in groups} == {0, 0.1}
+    assert [group["params"] for group in groups] == [g["params"] for g in state["param_groups"]]
+    # The scaler of float16 leaves steps out.
+    assert all(2 <= one["step"] <= 4 for one in after["optimizer"]["state"].values())
+    assert (next_run / "best.pt").exists()
+    train(Settings(**other | {"steps": 5}), next_run, resume=next_run)
+    assert checkpoint(next_run)["step"] == 5
 
 
 def test_a_folder_is_known_by_its_content_not_by_its_path(
@@ -300,8 +330,20 @@ def test_a_folder_is_known_by_its_content_not_by_its_path(
     coco["images"] = coco["images"][:5]
     coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] < 5]
     file.write_text(json.dumps(coco))
-    with pytest.raises(ValueError, match="data: expected the train images of .*, got others"):
-        train(Settings(**settings | {"data": f"coco:{tmp_path / 'cut'}"}), tmp_path / "out")
+    moved = Settings(**settings | {"data": f"coco:{tmp_path / 'cut'}"})
+    for resume in (None, tmp_path / "out"):
+        with pytest.raises(ValueError, match="data: expected the train images of .*, got others"):
+            train(moved, tmp_path / "out", resume=resume)
+    coco["categories"][0]["name"] = "circle"
+    file.write_text(json.dumps(coco))
+    (tmp_path / "cut/annotations/instances_val.json").write_text(json.dumps(coco))
+    shutil.copytree(tmp_path / "cut/train", tmp_path / "cut/val", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match=r"classes: expected \['disc', .*got \['circle', .*--init"):
+        train(moved, tmp_path / "out", resume=tmp_path / "out")
+    coco["annotations"] = []
+    file.write_text(json.dumps(coco))
+    with pytest.raises(ValueError, match="data: expected objects to learn, got none in coco:"):
+        train(moved, tmp_path / "new")
 
 
 def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_path: Path) -> None:
@@ -320,7 +362,7 @@ def test_more_objects_than_queries_are_warned_of(
 ) -> None:
     settings = short | {"recipe": "detr", "steps": 1, "batch": 2, "queries": 2}
     train(Settings(**settings), tmp_path)
-    assert "images have more objects than 2 queries, up to 4" in capsys.readouterr().out
+    assert "up to 4 objects, more than the 2 queries" in capsys.readouterr().out
 
 
 def test_images_of_different_sizes_are_padded_and_masked(

@@ -55,6 +55,7 @@ class Emulated:
         num_points: Sequence[int] | None = None,
         baseline: bool = False,
         output: Tensor | None = None,  # to be written to
+        value_mask: Tensor | None = None,
     ) -> Tensor:
         """The output, [B, Q, M * D]."""
         call = _Call(
@@ -64,6 +65,7 @@ class Emulated:
             sampling_locations,
             attention_weights,
             num_points,
+            value_mask=value_mask,
         )
         B, _, M, D = value.shape
         if output is None:
@@ -85,6 +87,7 @@ class Emulated:
         algorithm: str = "planned",
         targets: tuple[Tensor, ...] | None = None,  # from targets()
         output_mask: tuple[bool, bool] = (True, True),  # as there
+        value_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of value, sampling_locations and attention_weights."""
         assert algorithm in ALGORITHMS
@@ -95,6 +98,7 @@ class Emulated:
             sampling_locations,
             attention_weights,
             num_points,
+            value_mask=value_mask,
         )
         if targets is None:
             targets = self.targets(
@@ -143,17 +147,18 @@ class Emulated:
         value: Tensor,
         spatial_shapes: Tensor | Sequence[tuple[int, int]],
         level_start_index: Tensor | None,
-        reference_points: Tensor,  # [B, Q, L or 1, 2 or 4]
+        reference_points: Tensor,  # [B, Q, L or 1, 2, 4 or 5]
         sampling_offsets: Tensor,
         attention_logits: Tensor,
         num_points: Sequence[int] | None,
         offset_scale: float,
         output: Tensor | None = None,  # to be written to
+        value_mask: Tensor | None = None,
     ) -> Tensor:
         """The output, [B, Q, M * D]."""
         call = _Call(
             *(value, spatial_shapes, level_start_index, sampling_offsets, attention_logits),
-            *(num_points, reference_points, offset_scale),
+            *(num_points, reference_points, offset_scale, value_mask),
         )
         B, Q = reference_points.shape[:2]
         if output is None:
@@ -177,6 +182,7 @@ class Emulated:
         algorithm: str = "planned",
         targets: tuple[Tensor, ...] | None = None,  # from targets()
         output_mask: tuple[bool, bool] = (True, True),  # as there
+        value_mask: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Gradients of value, reference_points, sampling_offsets and attention_logits."""
         arguments = (
@@ -185,7 +191,7 @@ class Emulated:
         )
         if targets is None:
             targets = self.targets(*arguments, algorithm=algorithm, output_mask=output_mask)
-        self._backward(_Call(*arguments), grad_output, targets, algorithm)
+        self._backward(_Call(*arguments, value_mask), grad_output, targets, algorithm)
         return targets[0], targets[3], targets[1], targets[2]
 
     def chosen_algorithm(self, *arguments: Any) -> str:
@@ -206,9 +212,11 @@ class _Call:
         num_points: Sequence[int] | None = None,
         reference_points: Tensor | None = None,  # with it, offsets and logits come before
         offset_scale: float = 0.0,
+        value_mask: Tensor | None = None,
     ) -> None:
         for tensor in (value, sampling_locations, attention_weights):
             assert tensor.is_contiguous()
+        assert value_mask is None or value_mask.is_contiguous()
         self.tensors = (value, sampling_locations, attention_weights, reference_points)
         levels = len(spatial_shapes)
         counts = num_points
@@ -247,5 +255,6 @@ class _Call:
             "reference": reference_points.data_ptr() if fused else 0,
             "reference_levels": reference_points.shape[2] if fused else 0,
             "reference_size": reference_points.shape[3] if fused else 0,
+            "mask": 0 if value_mask is None else value_mask.data_ptr(),
             "offset_scale": offset_scale,
         }

@@ -34,6 +34,7 @@ KernelCall kernel_call(const py::dict& call) {
   in.levels.count = in.problem.levels;
   in.levels.shapes = at<const int64_t>(call["shapes"].cast<uintptr_t>());
   in.levels.starts = at<const int64_t>(call["starts"].cast<uintptr_t>());
+  in.levels.mask = at<const uint8_t>(call["mask"].cast<uintptr_t>());
   const auto sizes = call["sizes"].cast<std::vector<std::pair<int64_t, int64_t>>>();
   for (size_t l = 0; l < sizes.size(); ++l) {
     in.levels.height[l] = sizes[l].first;
@@ -80,7 +81,9 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
 
   module.def("forward", [](const py::dict& call, uintptr_t output, bool baseline, int processors,
                            bool long_offsets) {
-    const KernelCall in = kernel_call(call);
+    KernelCall in = kernel_call(call);
+    std::vector<unsigned char> frames(frames_bytes(in), 0xff);
+    in.frames = frames.data();
     const py::gil_scoped_release release;
     forward_call(in, at(output), device(processors, long_offsets), baseline);
   });
@@ -95,7 +98,9 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
   });
   module.def("backward", [](const py::dict& call, uintptr_t grad_output, const py::tuple& outputs,
                             const std::string& name, int processors, bool long_offsets) {
-    const KernelCall in = kernel_call(call);
+    KernelCall in = kernel_call(call);
+    std::vector<unsigned char> frames(frames_bytes(in), 0xff);
+    in.frames = frames.data();
     const auto address = [&](size_t i) { return at(outputs[i].cast<uintptr_t>()); };
     const Outputs out = {address(0), address(1), address(2), address(3), address(4),
                          address(5), address(6), address(7), address(8)};

@@ -18,13 +18,20 @@ def _runner(name: str, kernels: Emulated, algorithm: str) -> Runner:
     def forward(inputs: OpInputs) -> Tensor:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
         return kernels.forward(
-            *inputs.arguments, inputs.num_points, baseline=algorithm == "baseline"
+            *inputs.arguments,
+            inputs.num_points,
+            baseline=algorithm == "baseline",
+            value_mask=inputs.value_mask,
         )
 
     def backward(inputs: OpInputs, grad_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         inputs = inputs.replace_tensors(*(tensor.contiguous() for tensor in inputs.tensors))
         return kernels.backward(
-            grad_output, *inputs.arguments, inputs.num_points, algorithm=algorithm
+            grad_output,
+            *inputs.arguments,
+            inputs.num_points,
+            algorithm=algorithm,
+            value_mask=inputs.value_mask,
         )
 
     return Runner.from_kernels(

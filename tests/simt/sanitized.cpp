@@ -134,7 +134,8 @@ void run_fused(KernelCall in, const Case& test, size_t index, const std::string&
   const size_t queries = static_cast<size_t>(problem.batch * problem.queries);
   const size_t heads = static_cast<size_t>(problem.heads);
   const size_t count = static_cast<size_t>(problem.points), points = queries * heads * count;
-  const int size = index % 3 == 0 ? 4 : 2, levels = index % 2 ? problem.levels : 1;
+  const int sizes[] = {4, 2, kRotatedBox};
+  const int size = sizes[index % 3], levels = index % 2 ? problem.levels : 1;
   const double scale = 0.5;
   const auto reference = drawn<Acc>(queries * static_cast<size_t>(levels * size), random, 0.2f, 1);
   const auto narrow_offsets = drawn<T>(2 * points, random, -2, 2);
@@ -142,7 +143,8 @@ void run_fused(KernelCall in, const Case& test, size_t index, const std::string&
   const std::vector<Acc> offsets(narrow_offsets.begin(), narrow_offsets.end());
   const std::vector<Acc> logits(narrow_logits.begin(), narrow_logits.end());
 
-  std::vector<Acc> locations(2 * points), weights(points), steps(2 * points);
+  // how far an offset moves the location along its axis, and along the other one
+  std::vector<Acc> locations(2 * points), weights(points), steps(2 * points), across(2 * points);
   for (size_t i = 0; i < queries * heads; ++i) {
     Acc sum = 0;
     for (size_t k = 0; k < count; ++k) sum += std::exp(logits[i * count + k]);
@@ -155,10 +157,16 @@ void run_fused(KernelCall in, const Case& test, size_t index, const std::string&
       weights[point] = std::exp(logits[point]) / sum;
       for (size_t j = 0; j < 2; ++j) {
         const auto [height, width] = test.levels[static_cast<size_t>(l)];
-        steps[2 * point + j] =
-            size == 4 ? static_cast<Acc>(from[2 + j] * scale / test.counts[static_cast<size_t>(l)])
+        const Acc side =
+            size >= 4 ? static_cast<Acc>(from[2 + j] * scale / test.counts[static_cast<size_t>(l)])
                       : Acc(1) / static_cast<Acc>(j ? height : width);
-        locations[2 * point + j] = from[j] + offsets[2 * point + j] * steps[2 * point + j];
+        const Acc turn = size == kRotatedBox ? from[4] : Acc(0);
+        steps[2 * point + j] = side * std::cos(turn);
+        across[2 * point + j] = (j ? -side : side) * std::sin(turn);
+      }
+      for (size_t j = 0; j < 2; ++j) {
+        locations[2 * point + j] = from[j] + offsets[2 * point + j] * steps[2 * point + j] +
+                                   offsets[2 * point + 1 - j] * across[2 * point + 1 - j];
       }
     }
   }
@@ -171,6 +179,8 @@ void run_fused(KernelCall in, const Case& test, size_t index, const std::string&
   in.weights = in.weights_are_acc ? static_cast<const void*>(logits.data())
                                   : static_cast<const void*>(narrow_logits.data());
   in.fused = {reference.data(), levels, size, scale};
+  std::vector<unsigned char> frames(frames_bytes(in), 0xff);
+  in.frames = frames.data();
 
   std::vector<T> plain(grad.size()), output(grad.size());
   forward_call(given, plain.data(), device, true);
@@ -193,11 +203,17 @@ void run_fused(KernelCall in, const Case& test, size_t index, const std::string&
       by_logit[point] = weights[point] * (by_given.wide[point] - mean);
       for (size_t j = 0; j < 2; ++j) {
         const Acc by = by_given.locations[2 * point + j];
-        by_offset[2 * point + j] = by * steps[2 * point + j];
+        const Acc by_other = by_given.locations[2 * point + 1 - j];
+        const Acc by_offset_j = by * steps[2 * point + j] + by_other * across[2 * point + j];
+        by_offset[2 * point + j] = by_offset_j;
         to[j] += by;
-        if (size == 4) {
-          to[2 + j] += static_cast<Acc>(by * offsets[2 * point + j] * scale /
-                                        test.counts[static_cast<size_t>(l)]);
+        // a side scales what its offset adds to the location
+        const Acc* const from = reference.data() + (to - by_reference.data());
+        if (size >= 4) to[2 + j] += by_offset_j * offsets[2 * point + j] / from[2 + j];
+        // d/d angle: what is added, turned by a right angle
+        if (size == kRotatedBox) {
+          const Acc moved = locations[2 * point + 1 - j] - from[1 - j];
+          to[4] += (j ? moved : -moved) * by;
         }
       }
     }
@@ -251,7 +267,13 @@ void run(const Case& test, Type type, size_t index) {
   const size_t outputs = static_cast<size_t>(problem.batch * problem.queries) * width;
   const size_t points = static_cast<size_t>(problem.batch * problem.queries) *
                         static_cast<size_t>(problem.heads * problem.points);
-  const auto value = drawn<T>(static_cast<size_t>(problem.batch * rows) * width, random, -1, 1);
+  auto value = drawn<T>(static_cast<size_t>(problem.batch * rows) * width, random, -1, 1);
+  std::vector<uint8_t> mask(index % 3 ? static_cast<size_t>(problem.batch * rows) : 0);
+  for (size_t i = 0; i < mask.size(); ++i) {  // masked rows hold NaN
+    mask[i] = random() % 3 == 0;
+    for (size_t c = 0; c < width && mask[i]; ++c) value[i * width + c] = static_cast<T>(NAN);
+  }
+  in.levels.mask = mask.empty() ? nullptr : mask.data();
   const auto grad = drawn<T>(outputs, random, -1, 1);
   auto locations = drawn<Acc>(2 * points, random, -0.3f, 1.3f);
   for (size_t i = 0; i < locations.size(); i += 11) {

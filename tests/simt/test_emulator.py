@@ -13,8 +13,8 @@ from tests.simt import build
 
 SANITIZERS = {
     "plain": ("-O1",),
-    "asan_ubsan": ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
-    "tsan": ("-O1", "-g", "-fsanitize=thread"),
+    "asan_ubsan": ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
+    "tsan": ("-O1", "-g1", "-fsanitize=thread"),
 }
 # fault -> the build that finds it, and parts of its report
 FAULTS = {

@@ -49,7 +49,7 @@ def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[i
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("algorithm", ["scatter", "tiles", "gather"])
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, 4, 5])
 @pytest.mark.parametrize("levels", [1, 3], ids=["shared_reference", "reference_a_level"])
 @pytest.mark.parametrize(
     ("queries", "head_dim", "counts"),

@@ -228,7 +228,8 @@ def test_errors_name_the_kernel() -> None:
 def run_fused(inputs: OpInputs, kernels: Emulated, algorithm: str) -> None:
     """The fused kernels on the same maps; test_fused_kernels.py tests what they compute."""
     B, Q = inputs.sampling_locations.shape[:2]
-    reference = inputs.sampling_locations.new_full((B, Q, 1, 2), 0.5)
+    size = 5 if kernels.long_offsets else 2  # rotated boxes, points
+    reference = inputs.sampling_locations.new_full((B, Q, 1, size), 0.5)
     arguments = (
         *(inputs.value, inputs.spatial_shapes, inputs.level_start_index, reference),
         inputs.sampling_locations.to(inputs.attention_weights.dtype),

@@ -340,15 +340,33 @@ SIMT_OWN void __tsan_read_range(void* address, size_t bytes) {
 SIMT_OWN void __tsan_write_range(void* address, size_t bytes) {
   traffic::watch(traffic::Kind::kWrite, __builtin_return_address(0), address, bytes);
 }
-SIMT_OWN uint8_t __tsan_atomic8_load(const volatile uint8_t* place, int) { return *place; }
-SIMT_OWN uint32_t __tsan_atomic32_fetch_add(volatile uint32_t* place, uint32_t term, int) {
-  return __atomic_fetch_add(place, term, __ATOMIC_SEQ_CST);
-}
-SIMT_OWN int __tsan_atomic32_compare_exchange_strong(volatile int32_t* place, int32_t* expected,
-                                                     int32_t desired, int, int) {
-  return __atomic_compare_exchange_n(place, expected, desired, false, __ATOMIC_SEQ_CST,
-                                     __ATOMIC_SEQ_CST);
-}
+// The atomics of the emulator itself, which are not counted. Which ones a compiler passes to the
+// sanitizer depends on its version.
+#define SIMT_ATOMIC(bits)                                                                         \
+  SIMT_OWN uint##bits##_t __tsan_atomic##bits##_load(const volatile uint##bits##_t* place, int) { \
+    return __atomic_load_n(place, __ATOMIC_SEQ_CST);                                              \
+  }                                                                                               \
+  SIMT_OWN void __tsan_atomic##bits##_store(volatile uint##bits##_t* place, uint##bits##_t x,     \
+                                            int) {                                                \
+    __atomic_store_n(place, x, __ATOMIC_SEQ_CST);                                                 \
+  }                                                                                               \
+  SIMT_OWN uint##bits##_t __tsan_atomic##bits##_exchange(volatile uint##bits##_t* place,          \
+                                                         uint##bits##_t x, int) {                 \
+    return __atomic_exchange_n(place, x, __ATOMIC_SEQ_CST);                                       \
+  }                                                                                               \
+  SIMT_OWN uint##bits##_t __tsan_atomic##bits##_fetch_add(volatile uint##bits##_t* place,         \
+                                                          uint##bits##_t x, int) {                \
+    return __atomic_fetch_add(place, x, __ATOMIC_SEQ_CST);                                        \
+  }                                                                                               \
+  SIMT_OWN int __tsan_atomic##bits##_compare_exchange_strong(                                     \
+      volatile uint##bits##_t* place, uint##bits##_t* expected, uint##bits##_t x, int, int) {     \
+    return __atomic_compare_exchange_n(place, expected, x, false, __ATOMIC_SEQ_CST,               \
+                                       __ATOMIC_SEQ_CST);                                         \
+  }
+SIMT_ATOMIC(8)
+SIMT_ATOMIC(16)
+SIMT_ATOMIC(32)
+SIMT_ATOMIC(64)
 SIMT_OWN void __tsan_init() {}
 SIMT_OWN void __tsan_func_entry(void*) {}
 SIMT_OWN void __tsan_func_exit(void*) {}
