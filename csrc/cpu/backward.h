@@ -16,7 +16,7 @@ namespace {  // compiled once for each instruction set, so never shared between 
 // these channels to those of the following head.
 template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
-                                     const Run<Acc>& run, const int32_t* __restrict reach,
+                                     const Run<Acc> run, const int32_t* __restrict reach,
                                      Acc* grad_value, Quad<Acc>* products, bool first, int some,
                                      int64_t next) {
   using V = Vec<Acc, kLanes>;

@@ -73,7 +73,7 @@ DEFORM_ATTN_INLINE void store_channels(T* to, int some, const V (&from)[kVecs]) 
 // Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head. `value` points at their
 // first pixel in this image, `next` at those of the following head. `some`: as in load_channels.
 template <int kLanes, int kVecs, typename T, typename Acc>
-DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc>& run,
+DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc> run,
                                    T* __restrict output, int some) {
   using V = Vec<Acc, kLanes>;
   // Additions to a sum depend on each other: with few sums, each is split into two.

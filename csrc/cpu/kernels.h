@@ -79,6 +79,8 @@ struct Kernels {
   // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
+  // Rounds elements first .. last - 1 of a gradient of value to value's type.
+  void (*round)(const Inputs&, const void* sums, void* to, int64_t first, int64_t last);
   // For queries first .. last - 1, numbered over all images.
   void (*finish)(const Inputs&, const FusedGradients&, int64_t first, int64_t last, void* scratch);
 };

@@ -304,7 +304,13 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   }
   const ScalarType type = call.type;
   if (!output_mask[0] || call.acc_dtype() == type) return grad_value;
-  return torch::stable::to(grad_value, type);
+  const Tensor rounded = empty(call.value.sizes(), type);
+  torch::stable::parallel_for(0, grad_value.numel(), int64_t{1} << 16,
+                              [&](int64_t first, int64_t last) {
+                                chosen_kernels().round(in, grad_value.const_data_ptr(),
+                                                       rounded.mutable_data_ptr(), first, last);
+                              });
+  return rounded;
 }
 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,
