@@ -16,7 +16,6 @@ from torch import Tensor
 from deform_attn.checks import check_gradient, check_operands, masked
 from deform_attn.levels import LARGEST_SIDE, count_points, level_pairs, level_tensor
 from deform_attn.operands import (
-    AnyOperands,
     DiscreteOperands,
     FusedOperands,
     Operands,
@@ -36,7 +35,7 @@ __all__ = [
 ]
 
 
-Masked = TypeVar("Masked", bound=AnyOperands)
+Masked = TypeVar("Masked", Operands, DiscreteOperands, FusedOperands)
 
 
 def filled(operands: Masked) -> Masked:

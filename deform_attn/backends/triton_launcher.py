@@ -262,8 +262,8 @@ def backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     run to run. ``deterministic``: each row sums what the points add to it in a fixed order, after
     a stable sort; it takes about 100 bytes of memory per point, for one batch element at a time.
     """
-    operands, *options = of_backward(Operands, inputs)
-    return _Call(operands).backward(grad_output, *options)
+    operands, deterministic, output_mask = of_backward(Operands, inputs)
+    return _Call(operands).backward(grad_output, deterministic, output_mask)
 
 
 def fused_forward(*inputs: Any) -> Tensor:
@@ -273,8 +273,8 @@ def fused_forward(*inputs: Any) -> Tensor:
 
 def fused_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
     """The kernel of ``ms_deform_attn_fused_triton_backward``; see :func:`backward`."""
-    operands, *options = of_backward(FusedOperands, inputs)
-    return _Call(operands).backward(grad_output, *options)
+    operands, deterministic, output_mask = of_backward(FusedOperands, inputs)
+    return _Call(operands).backward(grad_output, deterministic, output_mask)
 
 
 class _Call:

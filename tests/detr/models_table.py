@@ -36,9 +36,6 @@ from .test_hub import errors as errors_of_transformers
 
 # Models whose official code is not compared.
 NOT_COMPARED = {
-    "rtdetr_hgnetv2_l": "official code: PaddlePaddle only",
-    "rtdetr_hgnetv2_x": "official code: PaddlePaddle only",
-    "rtdetrv2_r101_discrete": "no official configuration",
     "stewart_r50": "official code: Caffe and GoogLeNet; decoder compared, see Stewart",
 }
 COLUMNS = (
@@ -175,12 +172,14 @@ def main() -> None:
     names = parser.parse_args().names
     create("dfine_n")  # imports what all need, before processes are forked
     os.environ["OMP_NUM_THREADS"] = "1"
-    print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    if set(names) & set(CONFIGURATIONS):
+        print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
+    heading = f"\n| {' | '.join(('transformers', *COLUMNS[3:5]))} |\n{'|---' * 3}|"
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         for name in names:
-            if name == KINDS[0]:
-                headings = ("transformers", *COLUMNS[3:5])
-                print(f"\n| {' | '.join(headings)} |\n{'|---' * 3}|", flush=True)
+            if name in KINDS and heading:
+                print(heading, flush=True)
+                heading = ""
             try:
                 make = row if name in CONFIGURATIONS else row_of_transformers
                 print(pool.apply(make, (name,)), flush=True)
