@@ -230,6 +230,11 @@ class Call {
     in_.value = value_.data();
     in_.locations = locations_.data();
     in_.weights = weights_.data();
+    if (!in_.queries_are_pixels && index % 2) {
+      order_.resize(static_cast<size_t>(p.batch * p.queries));
+      for (int64_t b = 0; b < p.batch; ++b) kernels.sort(in_, b, order_.data() + b * p.queries);
+      in_.order = order_.data();
+    }
   }
 
   // Masks rows, which hold NaN: a third of them, and the last quarter.
@@ -375,6 +380,7 @@ class Call {
   std::mt19937 random_;
   Inputs in_ = {};
   std::vector<int> first_point_;
+  std::vector<int32_t> order_;
   size_t points_ = 0;
   std::vector<T> value_, grad_;
   std::vector<Acc> locations_;

@@ -14,7 +14,7 @@ constexpr int kVecs = 32 / kLanes;  // a head of 32 channels: most models
   extern "C" void backward_##T(const T* value, const T* grad_output, const Run<float>& run,       \
                                float* grad_value, Quad<float>* products) {                        \
     visit_points<kLanes, kVecs, T, float>(value, grad_output, run, nullptr, grad_value, products, \
-                                          true, 0);                                               \
+                                          true, 0, 32);                                           \
   }
 DEFORM_ATTN_LOOPS(float)
 DEFORM_ATTN_LOOPS(Half)

@@ -145,7 +145,7 @@ def test_every_step_runs_in_order(tmp_path: Path) -> None:
     assert page.startswith("# a GPU\n")
     assert "stand-in for check" in page
     assert "| encoder f32 backward | 40.0 ms | 4.00 ms | 8.00 ms |" in page
-    assert "- csrc/cuda/launch.cuh, choose_backward, 32-bit values: kScatter unless" in page
+    assert "- csrc/cuda/launch.cuh, choose_backward: kScatter in place of the choice" in page
     assert "- memcheck: MEMCHECK SUMMARY: 0 errors" in page
     assert "- racecheck: RACECHECK SUMMARY: 0 errors" in page
     assert "| w f32 |" in page
@@ -228,7 +228,7 @@ def tuned(
     names = {
         "baseline": peers.BASELINE_KERNEL,
         "scatter": tune.SCATTER,
-        "gather": tune.GATHER,
+        "fixed": tune.FIXED,
         "compiled": "compiled",
         "triton": "triton",
     }
@@ -250,25 +250,26 @@ def tuned(
 
 
 TUNED = [
-    *tuned("encoder", "f32", 16, baseline=40, scatter=4, gather=8, compiled=4, triton=5),
-    *tuned("decoder", "f32", 0.2, baseline=2, scatter=1, gather=9, compiled=1, triton=1.5),
-    *tuned("encoder", "bf16", 16, baseline=40, scatter=6, gather=3, compiled=6, triton=3),
-    *tuned("decoder", "bf16", 0.2, baseline=2, scatter=1, gather=9, compiled=1, triton=0.5),
+    *tuned("encoder", "f32", 16, baseline=40, scatter=4, fixed=8, compiled=5, triton=6),
+    *tuned("decoder", "f32", 0.2, baseline=2, scatter=1, fixed=9, compiled=1, triton=1.5),
+    *tuned("encoder", "bf16", 16, baseline=40, scatter=6, fixed=9, compiled=6, triton=3),
+    *tuned("decoder", "bf16", 0.2, baseline=2, scatter=1, fixed=9, compiled=1, triton=0.5),
 ]
 
 
 def test_the_table_gives_the_constants() -> None:
-    floats, halves = tune.choose_backward(TUNED)
-    assert "32-bit values: kScatter unless determinism is asked for; fastest in 2 of 2" in floats
-    assert "16-bit values: kGather from 16 points of a head per row of value on" in halves
-    assert "fastest in 2 of 2, at worst 1.00x" in halves
+    scatter, fixed = tune.choose_backward(TUNED)
+    assert scatter.endswith(
+        "kScatter in place of the choice would be faster on: encoder f32 (1.25x)"
+    )
+    assert fixed.endswith("takes 1.50x to 9.00x the time of the choice (most: decoder f32)")
     backend, fused = tune.choose_backend(TUNED)
-    mean = math.prod([6 / 5, 2.5 / 2, 4 / 7, 1.5 / 2]) ** 0.25
+    mean = math.prod([7 / 6, 2.5 / 2, 4 / 7, 1.5 / 2]) ** 0.25
     assert f"triton, compiled; triton takes {mean:.2f}x the time of compiled" in backend
     assert "is faster on: encoder bf16 (1.75x), decoder bf16 (1.33x)" in backend
     assert fused.endswith("not measured")
     _, backward, _ = tune.against_baseline(TUNED)
-    assert backward == "backward: compiled is 2.00x to 10.00x as fast as the baseline"
+    assert backward == "backward: compiled is 2.00x to 8.00x as fast as the baseline"
 
 
 def test_the_table_is_measured_and_written(
@@ -358,7 +359,7 @@ def test_the_page_compares_kernels_and_backends(tmp_path: Path) -> None:
         row("triton", 1e-3),  # twice as fast as what is chosen
         row("baseline kernel", 8e-3),
         row("compiled, scatter", 2e-3),
-        row("compiled, gather", 4e-3),
+        row("compiled, fixed", 4e-3),
         row("mmcv", 6e-3),
         row("deformops", 5e-3),
         row("compiled", 3e-3, dtype="bf16"),
@@ -369,10 +370,10 @@ def test_the_page_compares_kernels_and_backends(tmp_path: Path) -> None:
     factors = "4.00x / 4.00x | 1.00x / 1.00x | 2.00x / 2.00x | 0.50x / 0.50x"
     assert f"| w f32 | {factors} | 2.50x / 2.50x (deformops) |" in text
     assert "| w bf16 | - / - | - / - | - / - | 2.00x / 2.00x | - |" in text
-    triton, scatter, gather = summary.verdicts(rows)
+    triton, scatter, fixed = summary.verdicts(rows)
     assert triton.endswith(": w f32 (2.00x)")
     assert scatter.endswith(": nowhere")
-    assert gather.endswith(": nowhere")
+    assert fixed.endswith(": nowhere")
 
     (tmp_path / "steps.tsv").write_text("build\t0\t9\t100\nbench\t124\t165\t165\n")
     results = {"rows": rows, "models": [], "environment": None}

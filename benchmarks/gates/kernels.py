@@ -131,6 +131,8 @@ def parse(demangled: str, architecture: int) -> Kernel:
     if name in ("forward_teams", "backward_teams"):
         variant.append("16 bytes" if arguments[1] != "1" else "any D")
         variant.append("uint32" if arguments[2].startswith("unsigned") else "int64")
+    if re.search(r", long( long)?>\(", demangled):
+        variant.append("fixed point")
     if "FusedPoints" in demangled:
         variant.append("fused")
     return Kernel(architecture, name, dtype, ", ".join(variant))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,6 +31,7 @@ KERNELS = Emulated(counting=True)
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 SECTOR = 32
 FUSED = "deformable_detr_encoder_800x1333"  # where the bytes of a whole layer are held to a bar
+DETERMINISTIC = "fixed"  # the algorithm, of every workload
 FIXED = "fixed reference"  # reference points without a gradient
 MASKED = "masked"  # with a value_mask; counted for FUSED
 Counts = dict[str, float]
@@ -128,9 +128,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
             arguments = (value, shapes, starts, *rest[:3], anchors, rest[3])
         targets = KERNELS.targets(*arguments, algorithm=algorithm, output_mask=(True, reference))
         filled = [targets[4]]  # with zeros, by PyTorch
-        if algorithm == "gather":
-            fill_bounds(inputs, targets[5])
-        elif targets[4].numel() == 0:
+        if targets[4].numel() == 0:
             filled.append(targets[0])
         written = {f"target {i}": target for i, target in enumerate(targets)}
         tensors = (layer_sources if fused else sources) | {"grad": inputs.grad_output} | written
@@ -143,7 +141,7 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
             run(inputs.grad_output, *call, algorithm=algorithm, targets=targets, **options)
 
         figures = counter.run(tensors, once)
-        if algorithm != "gather" and not workload.encoder:
+        if not workload.encoder:
             # the blocks that are sampled hold other queries in another kernel: atomics of all
             sums = {"sums": filled[-1]}
             figures["atomics"] = counter.run(sums, once, every=True)["atomics"]
@@ -152,9 +150,9 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
         figures["least_bytes"] += zeros
         return figures
 
-    for algorithm in ("baseline", "scatter", "gather"):
-        found[f"backward {algorithm}"] = backward(algorithm)
     algorithm = KERNELS.chosen_algorithm(*given)
+    for name in dict.fromkeys(("baseline", "scatter", algorithm, DETERMINISTIC)):
+        found[f"backward {name}"] = backward(name)
     found[f"backward {algorithm} fused"] = backward(algorithm, fused=True)
     found[f"backward {algorithm} fused, {FIXED}"] = backward(algorithm, fused=True, reference=False)
     if (workload.name, dtype) == (FUSED, "f32"):
@@ -205,42 +203,6 @@ def padding(inputs: WorkloadInputs) -> Tensor:
         for height, width in inputs.spatial_shapes.tolist()
     ]
     return torch.cat(rows).expand(inputs.value.shape[0], -1).contiguous()
-
-
-def fill_bounds(inputs: WorkloadInputs, bounds: Tensor) -> None:
-    """What `backward_teams` leaves for `backward_gather`: blocks that do not run leave nothing."""
-    shapes = inputs.spatial_shapes.tolist()
-    B, Q, M = inputs.sampling_locations.shape[:3]
-    runs = bounds.numel() // (16 * B * M * len(shapes))
-    run = next(2**bits for bits in range(7) if -(-Q // 2**bits) == runs)
-    order = torch.cat(list(_visits(shapes))) if run > 1 else torch.arange(Q)
-    locations = inputs.sampling_locations
-    counts = inputs.num_points or [locations.shape[4]] * len(shapes)
-    if inputs.num_points is None:
-        locations = locations.flatten(3, 4)
-    boxes = []
-    for (height, width), points in zip(shapes, locations[:, order].split(counts, 3)):
-        size = torch.tensor([width, height])
-        first = (points * size - 0.5).floor()
-        on = (first >= -1) & (first < size)
-        low = torch.where(on, first.clamp(min=0), size).amin(3)  # [B, Q, M, 2]
-        high = torch.where(on, torch.minimum(first + 1, size - 1), torch.tensor(-1.0)).amax(3)
-        pad = (0, 0, 0, 0, 0, runs * run - Q)
-        low = torch.nn.functional.pad(low, pad, value=math.inf).unflatten(1, (runs, run))
-        high = torch.nn.functional.pad(high, pad, value=-1).unflatten(1, (runs, run))
-        boxes.append(torch.cat([low.amin(2), high.amax(2)], -1))  # [B, runs, M, 4]
-    rectangles = torch.stack(boxes, 2).permute(0, 3, 2, 1, 4).to(torch.int32).contiguous()
-    bounds.copy_(rectangles.view(torch.uint8).flatten())
-
-
-def _visits(shapes: list[list[int]]) -> Iterator[Tensor]:
-    """The pixels of each level in the order of `query_at`."""
-    start = 0
-    for height, width in shapes:
-        pixels = start + torch.arange(height * width).view(height, width)
-        for band in pixels.split(8):
-            yield band.t().flatten()
-        start += height * width
 
 
 def torch_bytes(workload: Workload) -> dict[str, Counts]:
@@ -332,12 +294,11 @@ def bars(counts: dict[str, dict[str, Counts]]) -> list[Bar]:
         atomics.add(ours["atomics"] / plain["atomics"], case)
         sectors = ours["atomic_sectors"] / plain["atomic_sectors"]
         (encoder if "encoder" in case else others).add(sectors, case)
+        # files of counts from before fixed point have gather
+        deterministic = DETERMINISTIC if f"backward {DETERMINISTIC}" in found else "gather"
         moved = [
-            sum(
-                found[f"backward {algorithm}"][kind]
-                for kind in ("read", "written", "atomic_sectors")
-            )
-            for algorithm in ("gather", "scatter")
+            sum(found[f"backward {name}"][kind] for kind in ("read", "written", "atomic_sectors"))
+            for name in (deterministic, "scatter")
         ]
         gathered.add(moved[0] / moved[1], case)
     found_bars = [loads, read, narrow, missed, atomics, encoder, others, gathered]

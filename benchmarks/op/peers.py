@@ -30,7 +30,7 @@ BASELINE_KERNEL = "baseline kernel"  # CUDA, one thread per channel as in 2020, 
 KERNELS = {
     BASELINE_KERNEL: "baseline",
     "compiled, scatter": "scatter",
-    "compiled, gather": "gather",
+    "compiled, fixed": "fixed",
 }
 
 

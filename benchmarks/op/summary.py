@@ -124,7 +124,7 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
     for name, settles in (
         (OURS[1], "the order of the backends in deform_attn/backends/__init__.py"),
         ("compiled, scatter", "choose_backward in csrc/cuda/launch.cuh"),
-        ("compiled, gather", "choose_backward in csrc/cuda/launch.cuh"),
+        ("compiled, fixed", "choose_backward in csrc/cuda/launch.cuh"),
     ):
         slower = []
         for row in rows:

@@ -4,9 +4,9 @@
     python -m benchmarks.op.tune results/tune.json                  the choices of an earlier table
 
 Needs torch and Triton alone. Each workload and dtype is a race of the 2020-style baseline, the
-scatter and gather backward, Triton, and the fused operator of both; the table is written after each
-of them. A contestant with wrong results gets no time. The last lines name the constant, the file it
-belongs in, and how much slower the resulting choice is than the fastest contestant of each row.
+scatter and deterministic backward, Triton, and the fused operator of both; the table is written
+after each of them. A contestant with wrong results gets no time. The last lines name the constant,
+the file it belongs in, and how much slower the resulting choice is than the fastest contestant.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ NAMES = (
     *("deformable_detr_encoder_800x1333", "mask2former_pixel_decoder_1024"),
     *("rtdetr_decoder_640", "dino_decoder_900q", "rfdetr_train"),
 )
-SCATTER, GATHER = "compiled, scatter", "compiled, gather"
-CONTESTANTS = (BASELINE_KERNEL, SCATTER, GATHER, "compiled", "triton")
+SCATTER, FIXED = "compiled, scatter", "compiled, fixed"
+CONTESTANTS = (BASELINE_KERNEL, SCATTER, FIXED, "compiled", "triton")
 FUSED = ("compiled", "triton")
 MARGIN = 1.03  # smaller differences are noise
 SUBSET_POINTS = 2**13  # of the check; `deform_attn.check` compares every element of small calls
@@ -194,49 +194,29 @@ def _by_call(rows: Sequence[Row], phase: str) -> list[tuple[Row, dict[str, float
 
 
 def choose_backward(rows: Sequence[Row]) -> list[str]:
-    """The threshold of `choose_backward` in csrc/cuda/launch.cuh.
-
-    Gather reads each sampling point once for each tile that it touches and needs no atomics, so
-    that it can only pay off with many points per row of value. The threshold minimises the sum of
-    the logarithms of the times, for 32-bit and 16-bit values apart.
-    """
-    lines = []
-    for name, dtypes in (("32-bit", ("f32",)), ("16-bit", ("f16", "bf16"))):
-        calls = [
-            (row["points_per_row"], times[SCATTER], times[GATHER], row)
-            for row, times in _by_call(rows, "backward")
-            if row["dtype"] in dtypes and {SCATTER, GATHER} <= times.keys()
-        ]
-        if not calls:
-            lines.append(f"choose_backward, {name} values: not measured")
-            continue
-        at = sorted({density for density, *_ in calls} | {math.inf})
-
-        def cost(threshold: float, calls: Any = calls) -> float:
-            return sum(
-                math.log(gather if density >= threshold else scatter)
-                for density, scatter, gather, _ in calls
-            )
-
-        best = min(at, key=cost)
-        if cost(math.inf) - cost(best) < math.log(MARGIN):
-            best = math.inf  # not worth a branch
-        losses = {
-            f"{row['workload']} {row['dtype']}": (gather if density >= best else scatter)
-            / min(gather, scatter)
-            for density, scatter, gather, row in calls
-        }
-        worst = max(losses, key=lambda call: losses[call])
-        rule = (
-            "kScatter unless determinism is asked for"
-            if math.isinf(best)
-            else f"kGather from {best:.3g} points of a head per row of value on, else kScatter"
-        )
-        lines.append(
-            f"csrc/cuda/launch.cuh, choose_backward, {name} values: {rule}; fastest in "
-            f"{sum(loss < MARGIN for loss in losses.values())} of {len(losses)}, at worst "
-            f"{losses[worst]:.2f}x the time of the other ({worst})"
-        )
+    """What `choose_backward` in csrc/cuda/launch.cuh costs: other choices, and determinism."""
+    calls = _by_call(rows, "backward")
+    slower = [
+        f"{row['workload']} {row['dtype']} ({times['compiled'] / times[SCATTER]:.2f}x)"
+        for row, times in calls
+        if {"compiled", SCATTER} <= times.keys() and times["compiled"] > MARGIN * times[SCATTER]
+    ]
+    ratios = {
+        f"{row['workload']} {row['dtype']}": times[FIXED] / times["compiled"]
+        for row, times in calls
+        if {"compiled", FIXED} <= times.keys()
+    }
+    what = "csrc/cuda/launch.cuh, choose_backward"
+    lines = [
+        f"{what}: kScatter in place of the choice would be faster on: {', '.join(slower) or 'none'}"
+    ]
+    if not ratios:
+        return [*lines, f"{what}: kFixed not measured"]
+    worst = max(ratios, key=lambda call: ratios[call])
+    lines.append(
+        f"{what}: kFixed, where determinism is asked for, takes {min(ratios.values()):.2f}x to "
+        f"{ratios[worst]:.2f}x the time of the choice (most: {worst})"
+    )
     return lines
 
 

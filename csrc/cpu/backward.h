@@ -12,11 +12,13 @@ namespace {  // compiled once for each instruction set, so never shared between 
 
 // products[k][i] = dot product of the output's gradient with pixel i of point k of a head. Adds the
 // point's share of the output's gradient to the pixels' gradients, unless `grad_value` is null.
-// Channels as in sum_points; `first`: they are the first channels of the head.
+// Channels as in sum_points; `first`: they are the first channels of the head. `next`: elements from
+// these channels to those of the following head.
 template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
-                                     const Run<Acc>& run, const int32_t* __restrict reach,
-                                     Acc* grad_value, Quad<Acc>* products, bool first, int some) {
+                                     const Run<Acc> run, const int32_t* __restrict reach,
+                                     Acc* grad_value, Quad<Acc>* products, bool first, int some,
+                                     int64_t next) {
   using V = Vec<Acc, kLanes>;
   V gradient[kVecs], as_pixels[kVecs];  // in the order of channels, and in that of load_channels
   each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
@@ -25,8 +27,8 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
   });
   load_channels<kLanes, kVecs>(grad_output, some, as_pixels);
   for (int k = 0; k < run.count; ++k) {
-    run.template fetch<kVecs * kLanes* int{sizeof(T)}>(value, k);
-    if (grad_value) run.template fetch<kVecs * kLanes* int{sizeof(Acc)}>(grad_value, k);
+    run.template fetch<kVecs * kLanes* int{sizeof(T)}>(value + next, k);
+    if (grad_value) run.template fetch<kVecs * kLanes* int{sizeof(Acc)}>(grad_value + next, k);
     const Quad<int64_t>& offset = run.offset[k];
     if (offset[0] < 0) continue;
     const int32_t here = reach ? reach[k] : kOwned | kUpper | kLower;
@@ -182,12 +184,13 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     const int32_t* reach = partial ? now.points.reach : nullptr;
     for (int head = 0; head < heads; ++head) {
       const int first = head * p.points, channel = head * p.head_dim;
-      const Run<Acc> run = {now.points.offset + first, now.points.share + first,
-                            next.points.offset + first, p.points};
+      const Run<Acc> run = run_of(now.points, next.points, head, heads, p.points);
+      const int to_next = head + 1 == heads ? -channel : p.head_dim;
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         visit_points<lanes.value, vecs.value, T, Acc>(
             value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
-            adds ? grad_value + channel + c : nullptr, point_grads.products + first, c == 0, some);
+            adds ? grad_value + channel + c : nullptr, point_grads.products + first, c == 0, some,
+            to_next);
       });
     }
     now.points.pull_back(levels, point_grads.products, point_grads.locations, point_grads.weights,

@@ -1,6 +1,6 @@
 // The forward pass.
 //
-//   Run                              the placed points of a head, and those of the next query
+//   Run                              the placed points of a head, and those that follow them
 //   load_channels, store_channels    the channels of a pixel as vectors
 //   sum_points                       the innermost loop: weighted sum of pixels, in registers
 //   for_channels                     divides the channels of a head into vectors
@@ -14,8 +14,8 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-// The points of a head, and those of the same head in the next query, whose pixels are prefetched:
-// into the second-level cache, since the pixels of a query would evict each other from the first.
+// The points of a head, and those of the head that is visited next, whose pixels are prefetched: into
+// the first-level cache, which holds the pixels of a head, but not those of a query.
 template <typename Acc>
 struct Run {
   const Quad<int64_t>* offset;
@@ -23,7 +23,7 @@ struct Run {
   const Quad<int64_t>* next;
   int count;
 
-  // Prefetches kBytes of each pixel of the next query's point k. The offset of a point without a
+  // Prefetches kBytes of each pixel of the following head's point k. The offset of a point without a
   // pixel is invalid, which a prefetch ignores.
   template <int kBytes, typename T>
   DEFORM_ATTN_INLINE void fetch(const T* channels, int k) const {
@@ -31,11 +31,20 @@ struct Run {
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       const uintptr_t pixel = base + static_cast<uintptr_t>(next[k][i]) * sizeof(T);
       for (int at = 0; at < kBytes; at += int{kCacheLine}) {
-        __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 2);
+        __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 3);
       }
     });
   }
 };
+
+// The points of a head; after the last head follows the first one of the next query.
+template <typename Acc>
+DEFORM_ATTN_INLINE Run<Acc> run_of(const Points<Acc>& now, const Points<Acc>& next, int head,
+                                   int heads, int points) {
+  const int first = head * points;
+  return {now.offset + first, now.share + first,
+          head + 1 == heads ? next.offset : now.offset + first + points, points};
+}
 
 // kVecs vectors of channels. `some` > 0: kVecs is 1, and the vector has only `some` channels.
 template <int kLanes, int kVecs, typename T, typename V>
@@ -62,9 +71,9 @@ DEFORM_ATTN_INLINE void store_channels(T* to, int some, const V (&from)[kVecs]) 
 }
 
 // Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head. `value` points at their
-// first pixel in this image, `next` in the image of the next query. `some`: as in load_channels.
+// first pixel in this image, `next` at those of the following head. `some`: as in load_channels.
 template <int kLanes, int kVecs, typename T, typename Acc>
-DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc>& run,
+DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc> run,
                                    T* __restrict output, int some) {
   using V = Vec<Acc, kLanes>;
   // Additions to a sum depend on each other: with few sums, each is split into two.
@@ -181,12 +190,13 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     const T* next_value = static_cast<const T*>(in.value) + p.value_at(next.batch, 0, 0);
     T* sums = static_cast<T*>(output) + p.output_at(now.batch, now.query, 0);
     for (int head = 0; head < p.heads; ++head) {
-      const int first = head * p.points, channel = head * p.head_dim;
-      const Run<Acc> run = {now.points.offset + first, now.points.share + first,
-                            next.points.offset + first, p.points};
+      const int channel = head * p.head_dim;
+      const bool is_last = head + 1 == p.heads;
+      const T* following = is_last ? next_value : value + channel + p.head_dim;
+      const Run<Acc> run = run_of(now.points, next.points, head, p.heads, p.points);
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
-        sum_points<lanes.value, vecs.value, T, Acc>(value + channel + c, next_value + channel + c,
-                                                    run, sums + channel + c, some);
+        sum_points<lanes.value, vecs.value, T, Acc>(value + channel + c, following + c, run,
+                                                    sums + channel + c, some);
       });
     }
   });

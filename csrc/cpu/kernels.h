@@ -25,6 +25,7 @@ struct Inputs {
   const void* locations;  // in the accumulation type; a fused call: offsets in the weights' type
   const void* weights;    // a fused call: logits
   Fused fused;
+  const int32_t* order;  // [batch, queries]: each image's queries in the order of visits; or null
   const uint8_t* mask;  // [batch, rows]: 1 for a row of value that reads as zero; null: no such row
 };
 
@@ -73,9 +74,13 @@ struct Kernels {
   size_t (*scratch_bytes)(const Inputs&);
   // The number of blocks of queries in an image.
   int64_t (*blocks)(const Inputs&);
+  // order[0 .. queries - 1] = the queries of an image, neighbours close to each other.
+  void (*sort)(const Inputs&, int64_t batch, int32_t* order);
   // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
+  // Rounds elements first .. last - 1 of a gradient of value to value's type.
+  void (*round)(const Inputs&, const void* sums, void* to, int64_t first, int64_t last);
   // For queries first .. last - 1, numbered over all images.
   void (*finish)(const Inputs&, const FusedGradients&, int64_t first, int64_t last, void* scratch);
 };

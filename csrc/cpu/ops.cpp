@@ -4,6 +4,7 @@
 //   Scratch                          a thread's working memory
 //   inputs_of                        from a Call to the kernels' Inputs
 //   empty, clear                     new tensors, and zeros
+//   sort_queries                     the order of visits of queries that are not pixels
 //   run_forward                      a forward pass on all threads
 //   shares_of, run_backward          a backward pass on all threads
 //   forward, backward, fused_forward, fused_backward, build   the operators
@@ -126,6 +127,9 @@ bool queries_are_pixels(const Problem& problem, const std::vector<Level>& levels
 cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double offset_scale = 0) {
   DEFORM_ATTN_REQUIRE(call.problem.rows <= std::numeric_limits<int32_t>::max(),
                       "value: expected fewer than 2**31 rows on a CPU, got ", call.problem.rows);
+  DEFORM_ATTN_REQUIRE(call.problem.row_stride() <= std::numeric_limits<int32_t>::max(),
+                      "value: expected fewer than 2**31 channels on a CPU, got ",
+                      call.problem.row_stride());
   cpu::Inputs in;
   in.problem = call.problem;
   in.levels = levels.data();
@@ -138,6 +142,7 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.weights = call.weights.const_data_ptr();
   in.mask = call.mask ? static_cast<const uint8_t*>(call.mask->const_data_ptr()) : nullptr;
   in.fused = {};
+  in.order = nullptr;
   if (call.reference) {
     in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};
@@ -188,8 +193,29 @@ Tensor empty(const Shape& shape, ScalarType type) {
   return tensor;
 }
 
-void run_forward(const Call& call, const cpu::Inputs& in, const Tensor& output) {
+// Sorts the queries of each image and keeps the order in `order`, where that is worth it: `value` is
+// larger than a cache, and the queries have no order of their own.
+void sort_queries(cpu::Inputs& in, const Tensor& value, std::vector<int32_t>& order) {
+  constexpr int64_t kCache = int64_t{1} << 20;  // bytes
+  const Problem& p = in.problem;
+  if (in.queries_are_pixels || p.points == 0 || p.heads == 0 || p.queries < 2 ||
+      p.queries > std::numeric_limits<int32_t>::max() ||
+      p.rows * p.row_stride() * static_cast<int64_t>(value.element_size()) <= kCache) {
+    return;
+  }
+  order.resize(static_cast<size_t>(p.batch * p.queries));
+  torch::stable::parallel_for(0, p.batch, 1, [&](int64_t first, int64_t last) {
+    for (int64_t b = first; b < last; ++b) {
+      chosen_kernels().sort(in, b, order.data() + b * p.queries);
+    }
+  });
+  in.order = order.data();
+}
+
+void run_forward(const Call& call, cpu::Inputs in, const Tensor& output) {
   if (output.numel() == 0) return;
+  std::vector<int32_t> order;
+  sort_queries(in, call.value, order);
   const Kernels& kernels = chosen_kernels();
   void* to = output.mutable_data_ptr();
   const int64_t count = kernels.blocks(in) * call.problem.batch;
@@ -248,10 +274,12 @@ constexpr int64_t kPastCaches = int64_t{8} << 20;
 
 // Returns the gradient of value, undefined where it is not requested. Writes the gradients of
 // locations and weights to `locations` and `weights`.
-Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<Level>& levels,
+Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& levels,
                     const Tensor& grad_output, const Flags& output_mask, const Tensor& locations,
                     const Tensor& weights) {
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
+  std::vector<int32_t> order;
+  sort_queries(in, call.value, order);
   Tensor grad_value;
   if (output_mask[0]) {
     // the gradient of a 16-bit value is accumulated in float32
@@ -276,7 +304,13 @@ Tensor run_backward(const Call& call, const cpu::Inputs& in, const std::vector<L
   }
   const ScalarType type = call.type;
   if (!output_mask[0] || call.acc_dtype() == type) return grad_value;
-  return torch::stable::to(grad_value, type);
+  const Tensor rounded = empty(call.value.sizes(), type);
+  torch::stable::parallel_for(0, grad_value.numel(), int64_t{1} << 16,
+                              [&](int64_t first, int64_t last) {
+                                chosen_kernels().round(in, grad_value.const_data_ptr(),
+                                                       rounded.mutable_data_ptr(), first, last);
+                              });
+  return rounded;
 }
 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,

@@ -54,32 +54,29 @@ DEFORM_ATTN_INLINE void store_lanes(int32_t* to, I from) {
 // The level of each point of a query; the same for all queries.
 struct PointLevels {
   int32_t *height, *width, *start;  // [heads * points]
-  int64_t* pitch;                   // elements from one row of the map to the next
-  int64_t stride;                   // elements from one pixel to the next
+  int32_t stride;                   // elements from one pixel to the next
   // Of a call with a mask, for the current image: its rows of the mask, and the pixels from (0, 0) on
   // that are not masked in each level. Padding is usually to the right and below.
   const uint8_t* mask = nullptr;
   int32_t *clear_height, *clear_width;
 
   PointLevels(Arena& arena, const Inputs& in, int heads)
-      : stride(in.problem.row_stride()), in_(in), heads_(heads) {
+      : stride(static_cast<int32_t>(in.problem.row_stride())), in_(in), heads_(heads) {
     const int64_t count = padded<float>(int64_t{heads} * in.problem.points);
     height = arena.take<int32_t>(count);
     width = arena.take<int32_t>(count);
     start = arena.take<int32_t>(count);
-    pitch = arena.take<int64_t>(count);
     clear_height = arena.take<int32_t>(in.mask ? count : 0);
     clear_width = arena.take<int32_t>(in.mask ? count : 0);
     if (height == nullptr) return;
     for (int64_t i = 0; i < count && in.mask; ++i) clear_height[i] = clear_width[i] = 0;
-    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = 0, pitch[i] = 0;
+    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = 0;
     for (int head = 0, i = 0; head < heads; ++head) {
       for (int l = 0; l < in.problem.levels; ++l) {
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k, ++i) {
           height[i] = in.levels[l].height;
           width[i] = in.levels[l].width;
           start[i] = static_cast<int32_t>(in.levels[l].start);
-          pitch[i] = stride * width[i];
         }
       }
     }
@@ -189,6 +186,8 @@ struct Points {
     using Lanes = VectorNumbers<Acc, kLanes>;
     using V = typename Lanes::Acc;
     using I = typename Lanes::Int;
+    const int32_t stride = levels.stride;
+    Quad<int64_t>* const offsets = offset;
     for (int i = 0; i < count; i += kLanes) {
       const int left = count - i;
       V first, second, attention;  // x0 y0 x1 y1 ...
@@ -213,25 +212,18 @@ struct Points {
       store_quads<kLanes, Acc>(share[i], shares);
 
       const I zero{}, before = at.x < zero ? zero : at.x, above = at.y < zero ? zero : at.y;
-      int32_t pixel[kLanes], beside[kLanes], below[kLanes];
-      store_lanes<kLanes>(pixel, (above * width + start + before) | ~hit);  // -1: no pixel
-      // all bits set where both pixels along the axis are on the map
-      store_lanes<kLanes>(beside, Lanes::mask(at.x >= zero) & Lanes::mask(at.x + 1 < width));
-      store_lanes<kLanes>(below, Lanes::mask(at.y >= zero) & Lanes::mask(at.y + 1 < height));
-      constexpr int kWide = kNativeLanes<int64_t>;
-      using Wide = Vec<int64_t, kWide>;
-      each<kLanes / kWide>([&](auto part) {
-        constexpr int kFrom = part * kWide;
-        const auto lanes = [&](const int32_t* from) {
-          return load_lanes<Wide, kWide>(from + kFrom);
-        };
-        const Wide right_of = lanes(beside) & levels.stride;
-        const Wide under = lanes(below) & load_lanes<Wide, kWide>(levels.pitch + i + kFrom);
-        const Wide corner = lanes(pixel) * levels.stride;
-        const Wide offsets[4] = {corner, corner + right_of, corner + under,
-                                 corner + right_of + under};
-        store_quads<kWide, int64_t>(offset[i + kFrom], offsets);
-      });
+      const I pixel = (above * width + start + before) | ~hit;  // -1: no pixel
+      // where both pixels along the axis are on the map
+      const I beside = Lanes::mask(at.x >= zero) & Lanes::mask(at.x + 1 < width) & 1;
+      const I below = Lanes::mask(at.y >= zero) & Lanes::mask(at.y + 1 < height) & width;
+      const I four[4] = {pixel, pixel + beside, pixel + below, pixel + beside + below};
+      using Rows = Vec<int32_t, kLanes>;
+      const Rows rows[4] = {
+          __builtin_convertvector(four[0], Rows), __builtin_convertvector(four[1], Rows),
+          __builtin_convertvector(four[2], Rows), __builtin_convertvector(four[3], Rows)};
+      alignas(kCacheLine) Quad<int32_t> row[kLanes];
+      store_quads<kLanes, int32_t>(row[0], rows);
+      for (int lane = 0; lane < kLanes; ++lane) multiply_four(row[lane], stride, offsets[i + lane]);
       if constexpr (kBackward) {
         store<kLanes>(right + i, at.right);
         store<kLanes>(down + i, at.down);
@@ -248,8 +240,9 @@ struct Points {
                    Lanes::mask(at.y + 1 >= load_lanes<I, kLanes>(levels.clear_height + i))));
         for (int lane = 0; lane < kLanes && lane < left; ++lane) {
           if (!suspect[lane]) continue;
-          drop_masked<kBackward>(levels.mask + pixel[lane], i + lane, beside[lane] & 1,
-                                 below[lane] & levels.width[i + lane]);
+          const int32_t first = row[lane][0];
+          drop_masked<kBackward>(levels.mask + first, i + lane, row[lane][1] - first,
+                                 row[lane][2] - first);
         }
       }
     }

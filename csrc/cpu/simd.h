@@ -14,6 +14,7 @@
 //   load_some, store_some     the first `count` of them
 //   load_pair, store_pair     2 * kLanes of them as two vectors, in the cheapest order
 //   store_quads, load_quads   four vectors to and from memory, transposed
+//   multiply_four             four 32-bit integers times one, as 64-bit integers
 //   VectorNumbers             the interface of Numbers (bilinear.h) for vectors
 //   four_sums                 the horizontal sums of four vectors
 //   stream, finish_streams    whole cache lines to memory, bypassing the caches
@@ -225,6 +226,15 @@ DEFORM_ATTN_INLINE void store(T* to, Vec<AccOf<T>, kLanes> from) {
     const Bits bits = bits_as<Bits>(from);
     const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);  // as in from_acc
     const Bits rounded = (from == from ? even : bits | 0x400000u) >> 16;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    if constexpr (kLanes == 8) {  // GCC narrows in more steps
+      const __m256i wide = bits_as<__m256i>(rounded);
+      const __m128i narrow =
+          _mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+      std::memcpy(to, &narrow, sizeof(narrow));
+      return;
+    }
+#endif
     const auto narrow = __builtin_convertvector(rounded, Vec<uint16_t, kLanes>);
     std::memcpy(to, &narrow, sizeof(narrow));
   } else {
@@ -331,6 +341,24 @@ DEFORM_ATTN_INLINE void store_pair(T* to, Vec<AccOf<T>, kLanes> first,
 template <int kLanes, typename Lane>
 DEFORM_ATTN_INLINE void store_quads(Lane* to, const Vec<Lane, kLanes> (&from)[4]) {
   using V = Vec<Lane, kLanes>;
+  if constexpr (kLanes == 8 && sizeof(V) == 32) {
+    // AVX2 moves numbers between the halves of a vector slowly: within halves, then stored by halves
+    const V low[2] = {__builtin_shufflevector(from[0], from[1], 0, 8, 1, 9, 4, 12, 5, 13),
+                      __builtin_shufflevector(from[2], from[3], 0, 8, 1, 9, 4, 12, 5, 13)};
+    const V high[2] = {__builtin_shufflevector(from[0], from[1], 2, 10, 3, 11, 6, 14, 7, 15),
+                       __builtin_shufflevector(from[2], from[3], 2, 10, 3, 11, 6, 14, 7, 15)};
+    const V quads[4] = {__builtin_shufflevector(low[0], low[1], 0, 1, 8, 9, 4, 5, 12, 13),
+                        __builtin_shufflevector(low[0], low[1], 2, 3, 10, 11, 6, 7, 14, 15),
+                        __builtin_shufflevector(high[0], high[1], 0, 1, 8, 9, 4, 5, 12, 13),
+                        __builtin_shufflevector(high[0], high[1], 2, 3, 10, 11, 6, 7, 14, 15)};
+    each<4>([&](auto i) DEFORM_ATTN_INLINED {
+      const auto lower = __builtin_shufflevector(quads[i], quads[i], 0, 1, 2, 3);
+      const auto upper = __builtin_shufflevector(quads[i], quads[i], 4, 5, 6, 7);
+      std::memcpy(to + 4 * i, &lower, sizeof(lower));
+      std::memcpy(to + 4 * (i + 4), &upper, sizeof(upper));
+    });
+    return;
+  }
   constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
   const V even[2] = {zipped<false>(from[0], from[2], kIndices),
                      zipped<true>(from[0], from[2], kIndices)};
@@ -339,16 +367,36 @@ DEFORM_ATTN_INLINE void store_quads(Lane* to, const Vec<Lane, kLanes> (&from)[4]
   const V quads[4] = {
       zipped<false>(even[0], odd[0], kIndices), zipped<true>(even[0], odd[0], kIndices),
       zipped<false>(even[1], odd[1], kIndices), zipped<true>(even[1], odd[1], kIndices)};
-  std::memcpy(to, quads, sizeof(quads));
+  // one by one: GCC copies the array through memory
+  each<4>([&](auto i) DEFORM_ATTN_INLINED { std::memcpy(to + i * kLanes, &quads[i], sizeof(V)); });
 }
 
 // to[i][lane] = from[4 * lane + i]
 template <int kLanes, typename Lane>
 DEFORM_ATTN_INLINE void load_quads(const Lane* from, Vec<Lane, kLanes> (&to)[4]) {
   using V = Vec<Lane, kLanes>;
+  if constexpr (kLanes == 8 && sizeof(V) == 32) {  // as in store_quads
+    V quads[4];
+    each<4>([&](auto i) DEFORM_ATTN_INLINED {
+      Vec<Lane, 4> lower, upper;
+      std::memcpy(&lower, from + 4 * i, sizeof(lower));
+      std::memcpy(&upper, from + 4 * (i + 4), sizeof(upper));
+      quads[i] = __builtin_shufflevector(lower, upper, 0, 1, 2, 3, 4, 5, 6, 7);
+    });
+    const V low[2] = {__builtin_shufflevector(quads[0], quads[1], 0, 8, 1, 9, 4, 12, 5, 13),
+                      __builtin_shufflevector(quads[2], quads[3], 0, 8, 1, 9, 4, 12, 5, 13)};
+    const V high[2] = {__builtin_shufflevector(quads[0], quads[1], 2, 10, 3, 11, 6, 14, 7, 15),
+                       __builtin_shufflevector(quads[2], quads[3], 2, 10, 3, 11, 6, 14, 7, 15)};
+    to[0] = __builtin_shufflevector(low[0], low[1], 0, 1, 8, 9, 4, 5, 12, 13);
+    to[1] = __builtin_shufflevector(low[0], low[1], 2, 3, 10, 11, 6, 7, 14, 15);
+    to[2] = __builtin_shufflevector(high[0], high[1], 0, 1, 8, 9, 4, 5, 12, 13);
+    to[3] = __builtin_shufflevector(high[0], high[1], 2, 3, 10, 11, 6, 7, 14, 15);
+    return;
+  }
   constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
   V quads[4];
-  std::memcpy(quads, from, sizeof(quads));
+  each<4>([&](auto i)
+              DEFORM_ATTN_INLINED { std::memcpy(&quads[i], from + i * kLanes, sizeof(V)); });
   const V even[2] = {every_second<0, Lane, kLanes>(quads[0], quads[1], kIndices),
                      every_second<0, Lane, kLanes>(quads[2], quads[3], kIndices)};
   const V odd[2] = {every_second<1, Lane, kLanes>(quads[0], quads[1], kIndices),
@@ -357,6 +405,24 @@ DEFORM_ATTN_INLINE void load_quads(const Lane* from, Vec<Lane, kLanes> (&to)[4])
   to[1] = every_second<0, Lane, kLanes>(odd[0], odd[1], kIndices);
   to[2] = every_second<1, Lane, kLanes>(even[0], even[1], kIndices);
   to[3] = every_second<1, Lane, kLanes>(odd[0], odd[1], kIndices);
+}
+
+// to[i] = from[i] * by, without overflow. 32-bit factors: x86 and NEON have this product in one
+// instruction, and AVX2 has none of 64-bit factors.
+DEFORM_ATTN_INLINE void multiply_four(const int32_t (&from)[4], int32_t by, int64_t (&to)[4]) {
+#if defined(__AVX2__)
+  const __m256i wide =
+      _mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
+                      _mm256_mul_epi32(wide, _mm256_set1_epi64x(by)));
+#elif defined(DEFORM_ATTN_NEON)
+  const int32x4_t rows = vld1q_s32(from);
+  const int32x2_t factor = vdup_n_s32(by);
+  vst1q_s64(to, vmull_s32(vget_low_s32(rows), factor));
+  vst1q_s64(to + 2, vmull_s32(vget_high_s32(rows), factor));
+#else
+  for (int i = 0; i < 4; ++i) to[i] = int64_t{from[i]} * by;
+#endif
 }
 
 template <typename Acc_, int kLanes>
@@ -399,6 +465,14 @@ struct VectorNumbers {
     if constexpr (std::is_same_v<Acc, Vec<double, 2>>) {
       return bits_as<Acc>(vrndmq_f64(bits_as<float64x2_t>(x)));
     }
+#endif
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 16) return _mm512_floor_ps(x);
+    if constexpr (std::is_same_v<Lane, double> && kLanes == 8) return _mm512_floor_pd(x);
+#elif defined(__AVX2__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 8) return _mm256_floor_ps(x);
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 4) return _mm_floor_ps(x);
+    if constexpr (std::is_same_v<Lane, double> && kLanes == 4) return _mm256_floor_pd(x);
 #endif
     const Acc towards_zero = to_acc(to_int(x));
     const Acc whole = towards_zero > x ? towards_zero - 1 : towards_zero;
@@ -458,7 +532,19 @@ DEFORM_ATTN_INLINE Vec<Acc, kLanes> rotated(Vec<Acc, kLanes> a, int by,
 }
 template <typename Acc, int kLanes>
 DEFORM_ATTN_INLINE void four_sums(const Vec<Acc, kLanes> (&from)[4], Acc (&to)[4]) {
-  if constexpr (kLanes >= 4) {
+  if constexpr (kLanes == 8 && sizeof(from[0]) == 32) {  // as in store_quads: within halves
+    using V = Vec<Acc, kLanes>;
+    const auto halved = [](V a, V b) DEFORM_ATTN_INLINED {
+      return __builtin_shufflevector(a, b, 0, 8, 1, 9, 4, 12, 5, 13) +
+             __builtin_shufflevector(a, b, 2, 10, 3, 11, 6, 14, 7, 15);
+    };
+    const V one = halved(from[0], from[1]), other = halved(from[2], from[3]);
+    const V sums = __builtin_shufflevector(one, other, 0, 1, 8, 9, 4, 5, 12, 13) +
+                   __builtin_shufflevector(one, other, 2, 3, 10, 11, 6, 7, 14, 15);
+    const Vec<Acc, 4> four = __builtin_shufflevector(sums, sums, 0, 1, 2, 3) +
+                             __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
+    std::memcpy(to, &four, sizeof(four));
+  } else if constexpr (kLanes >= 4) {
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
     auto sums = quartered<Acc, kLanes>(paired<Acc, kLanes>(from[0], from[1], kIndices),
                                        paired<Acc, kLanes>(from[2], from[3], kIndices), kIndices);

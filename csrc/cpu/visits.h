@@ -1,11 +1,12 @@
 // The order in which queries are visited.
 //
-//   blocks_of   the number of blocks of queries in an image
-//   Visits      iterates over the queries of the blocks that a thread takes
+//   blocks_of      the number of blocks of queries in an image
+//   sort_queries   sorts the queries of an image by where they sample
+//   Visits         iterates over the queries of the blocks that a thread takes
 //
-// In an encoder every pixel is a query that samples around itself. Queries are visited in tiles of
-// pixels, so that pixels which neighbouring queries share are still in the cache. Elsewhere a block
-// is a run of consecutive queries.
+// Neighbouring queries share pixels, which should still be in the cache. In an encoder every pixel is
+// a query that samples around itself: queries are visited in tiles of pixels. Elsewhere a block is a
+// run of queries, sorted by place where `value` is larger than a cache.
 #pragma once
 
 #include "kernels.h"
@@ -27,6 +28,42 @@ inline int64_t blocks_of(const Inputs& in) {
   return count;
 }
 
+// The cell of a place in a grid of 32 x 32 cells. Cells are numbered in Morton order: neighbours have
+// close numbers. Places off the map belong to the nearest cell, NaN to the first.
+constexpr int kCells = 32 * 32;
+template <typename Acc>
+inline int cell_of(Acc x, Acc y) {
+  const auto along = [](Acc place) { return place > 0 ? place < 1 ? int(place * 32) : 31 : 0; };
+  const int column = along(x), row = along(y);
+  int cell = 0;
+  for (int bit = 0; bit < 5; ++bit) {
+    cell |= (column >> bit & 1) << 2 * bit | (row >> bit & 1) << (2 * bit + 1);
+  }
+  return cell;
+}
+
+// order[0 .. queries - 1] = the queries of an image, sorted by the cell of their reference point or,
+// where locations are given, of their first point. Queries of a cell keep their order.
+template <typename Acc>
+void sort_queries(const Inputs& in, int64_t batch, int32_t* order) {
+  const Problem& p = in.problem;
+  const auto cell = [&](int64_t query) {
+    if (in.fused.reference) {
+      const Acc* point = static_cast<const Acc*>(in.fused.reference) +
+                         (batch * p.queries + query) * in.fused.levels * int64_t{in.fused.size};
+      return cell_of(point[0], point[1]);
+    }
+    const Acc* point = static_cast<const Acc*>(in.locations) + 2 * p.point_at(batch, query, 0);
+    return cell_of(point[0], point[1]);
+  };
+  int32_t next[kCells + 1] = {};  // where the next query of a cell goes
+  for (int64_t query = 0; query < p.queries; ++query) ++next[cell(query) + 1];
+  for (int i = 0; i < kCells; ++i) next[i + 1] += next[i];
+  for (int64_t query = 0; query < p.queries; ++query) {
+    order[next[cell(query)]++] = static_cast<int32_t>(query);
+  }
+}
+
 // The queries of some blocks, one after another; blocks are numbered over all images.
 class Visits {
  public:
@@ -45,6 +82,7 @@ class Visits {
       enter(block % per_image_);
     }
     query = first_ + int64_t{at_ / width_} * pitch_ + at_ % width_;
+    if (in_.order) query = in_.order[batch * in_.problem.queries + query];
     ++at_;
     return true;
   }

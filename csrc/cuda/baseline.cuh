@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kBlock)
                      const T* __restrict__ value, T* __restrict__ output) {
   using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
-  read_levels(table, problem, levels);
+  read_levels<false>(table, problem, levels);
   const int64_t total = problem.batch * problem.queries * problem.row_stride();
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
   for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < total; i += step) {
@@ -32,9 +32,9 @@ __global__ void __launch_bounds__(kBlock)
       for (int k = levels.first_point[l]; k < levels.first_point[l + 1]; ++k) {
         const Sample<Acc> sample = points.at({item * problem.points}, k, l, levels);
         Footprint<Acc> foot;
-        foot.place(sample.x, sample.y, level.height, level.width);
-        const auto corner = corner_of<Acc, int64_t>(
-            foot, level, sample.weight, problem.row_stride(), mask_of(table, problem, batch));
+        find_pixels<int64_t>(foot, sample.x, sample.y, level, mask_of(table, problem, batch));
+        const auto corner =
+            corner_of<Acc, int64_t>(foot, level, sample.weight, problem.row_stride());
         for (int j = 0; j < 4; ++j) {
           if (foot.on[j]) sum += corner.weight.at[j] * static_cast<Acc>(source[corner.at.at[j]]);
         }
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBlock)
   using Acc = AccOf<T>;
   __shared__ BlockLevels levels;
   __shared__ Acc dots[4][kBlock];
-  read_levels(table, problem, levels);
+  read_levels<false>(table, problem, levels);
   const int64_t item = blockIdx.x;
   const int head = static_cast<int>(item % problem.heads);
   const int64_t start = problem.value_at(item / problem.heads / problem.queries, 0, head);

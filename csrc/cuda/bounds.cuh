@@ -20,12 +20,12 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 // consecutive positions of query_at: all of the block's, or one. The warps of the block share the
 // levels, a lane works on a query.
 template <typename T, typename Points>
-__global__ void __launch_bounds__(kBlock, 2)
+__global__ void __launch_bounds__(kBlock, kLeastBlocks)
     bound_queries(Problem problem, LevelTable table, Blocks blocks, Points points,
                   Rectangle* __restrict__ bounds, int run) {
   __shared__ BlockLevels levels;
   const Part part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
-  read_levels(table, problem, levels);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
   const int lane = threadIdx.x % kWarp;
   for (int l = threadIdx.x / kWarp; l < problem.levels; l += blockDim.x / kWarp) {
     const int64_t plane = (part.batch * problem.heads + part.head) * problem.levels + l;

@@ -7,6 +7,12 @@
 
 namespace deform_attn {
 
+// Whether pixels that are not on the map are zeros in registers; else what they would add is left out. The
+// latter takes a predicate for each pixel, too many for the two points at a time of float32, and in a fused
+// call more registers than sm_86, sm_89 and sm_120 have.
+template <typename T, typename Points>
+constexpr bool kMakesZeros = sizeof(T) >= 4 || (Points::kFused && kLeastBlocks == 3);
+
 // A block works on the queries of its Part, a team of lanes on each. Each lane stages the corners of points
 // of query query_of(lane) in shared memory; then each team reads those of its query.
 template <typename T, int kVec, typename Offset, typename Points>
@@ -18,7 +24,7 @@ __global__ void __launch_bounds__(kBlock, 4)
   __shared__ BlockLevels levels;
   __shared__ Corners<Acc, Offset, kStaged<Acc>> all_corners[kBlock / kWarp];
   const Part part = part_of(blockIdx.x, problem, blocks, kVec << blocks.lane_bits);
-  read_levels(table, problem, levels);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
 
   const int warp = threadIdx.x / kWarp;
   const Teams teams = {blocks.lane_bits + blocks.split_bits, static_cast<int>(threadIdx.x % kWarp)};
@@ -61,19 +67,31 @@ __global__ void __launch_bounds__(kBlock, 4)
       __syncwarp();
       const int count = active ? min(slots, problem.points - first) : 0;
       int entry = split * teams.count() + teams.team();
+      Loaded<T, kVec> pixel[4] = {};  // here, so that staging has these registers
 #pragma unroll(sizeof(T) == 4 && sizeof(Offset) == 4 ? 2 : 1)
       for (int k = split; k < count; k += 1 << blocks.split_bits) {
         const Corner corner = corners[entry];
         entry += teams.count() << blocks.split_bits;
-        Loaded<T, kVec> pixel[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          pixel[i] = load_if(corner.at.at[i] != Corner::kNone, source + corner.at.at[i]);
+          const bool there = corner.at.at[i] != Corner::kNone;
+          const auto* const from = source + corner.at.at[i];
+          if constexpr (kMakesZeros<T, Points>) {
+            pixel[i] = load_if(there, from);
+          } else {
+            load_where(there, from, pixel[i]);
+          }
         }
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
 #pragma unroll
-          for (int c = 0; c < kVec; ++c) sum[c] += corner.weight.at[i] * pixel[i][c];
+          for (int c = 0; c < kVec; ++c) {
+            if constexpr (kMakesZeros<T, Points>) {
+              sum[c] += corner.weight.at[i] * pixel[i][c];
+            } else {
+              add_where(corner.at.at[i] != Corner::kNone, sum[c], corner.weight.at[i], pixel[i][c]);
+            }
+          }
         }
       }
     }

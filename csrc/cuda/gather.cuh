@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
     head = static_cast<int>(plane / pieces % problem.heads);
     batch = plane / pieces / problem.heads;
   }
-  read_levels(table, problem, levels);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
   const bool on = first_channel + lane < problem.head_dim;
   const int runs = static_cast<int>(runs_of(problem, run));
   const auto row_of = [&](int64_t row) {

@@ -191,13 +191,9 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
 }
 
 // kBaseline: as in 2020. kScatter: atomics. kTiles: atomics, after adding up what a tile of queries adds to
-// a pixel, where `in_tiles`; elsewhere as kScatter. kGather: no atomics, the same bits every time.
-enum class BackwardAlgorithm { kBaseline, kScatter, kTiles, kGather };
-
-// Scattering takes far fewer instructions; gathering is repeatable to the bit.
-inline BackwardAlgorithm choose_backward(bool deterministic) {
-  return deterministic ? BackwardAlgorithm::kGather : BackwardAlgorithm::kScatter;
-}
+// a pixel, where `in_tiles`; elsewhere as kScatter. The other two have the same bits every time. kFixed: as
+// kTiles, with sums in fixed point, where `fits_tiles`; elsewhere as kGather. kGather: no atomics.
+enum class BackwardAlgorithm { kBaseline, kScatter, kTiles, kFixed, kGather };
 
 // Which of the gradients that take extra work are requested; the others are always computed.
 struct OutputMask {
@@ -207,9 +203,10 @@ struct OutputMask {
 // The working memory of a backward call, in bytes.
 struct BackwardPlan {
   BackwardAlgorithm algorithm;
-  bool tiles;         // by backward_tiles, where alignment allows it
-  bool zeros;         // the gradient of value must be zeros before; else every element is written
-  size_t sums;        // the gradient of a 16-bit value in float, zeros before; rounded once
+  bool tiles;   // by backward_tiles, where alignment allows it
+  bool zeros;   // the gradient of value must be zeros before; else every element is written
+  size_t sums;  // zeros before; of a 16-bit value: its gradient in float, rounded once; of kFixed:
+                // the gradient in int64, and the TermBounds
   size_t bounds;      // of backward_gather
   size_t statistics;  // of FusedPoints
   size_t by_weight;   // of FusedPointGradients
@@ -226,21 +223,40 @@ inline bool nothing_to_do(const Problem& problem) {
   return problem.batch * problem.queries * problem.row_stride() == 0 || problem.points == 0;
 }
 
-// The blocks of backward_tiles.
-inline LaunchConfig tiles_config(const Problem& problem) {
-  LaunchConfig config = launch_config(problem, kTileVec, 0, false, 0);
+// The blocks of backward_tiles; smaller ones where each multiprocessor would not have two.
+inline LaunchConfig tiles_config(const Problem& problem, int processors) {
+  LaunchConfig config = launch_config(problem, kTileVec, 0, false, processors / 2);
   config.threads = kBlock;
   return config;
 }
 
-// Whether backward_tiles can run, and takes fewer reductions: the queries may be the pixels of the levels,
-// so that those of a block sample the same pixels.
-inline bool in_tiles(const KernelCall& in, const Device& device) {
+// Whether backward_tiles can run.
+inline bool fits_tiles(const KernelCall& in, const Device& device) {
   const Problem& problem = in.problem;
   const int64_t limit = int64_t{1} << (32 - kShareBits);  // of an offset, in units of kTileVec
-  return in.type != Type::kDouble && problem.queries == problem.rows &&
-         problem.head_dim % kTileVec == 0 && !device.long_offsets &&
-         problem.rows * problem.row_stride() / kTileVec < limit;
+  return in.type != Type::kDouble && problem.head_dim % kTileVec == 0 && !device.long_offsets &&
+         std::max(problem.queries, problem.rows) * problem.row_stride() / kTileVec < limit;
+}
+
+// Whether it takes fewer reductions: the queries may be the pixels of the levels, so that those of a block
+// sample the same pixels.
+inline bool in_tiles(const KernelCall& in, const Device& device) {
+  return fits_tiles(in, device) && in.problem.queries == in.problem.rows;
+}
+
+// Tiles take fewer reductions than scattering, and pay off where their blocks fill the multiprocessors and
+// points fill their turns (docs/design-gpu.md).
+inline BackwardAlgorithm choose_backward(const KernelCall& in, const Device& device,
+                                         bool deterministic) {
+  if (deterministic) return BackwardAlgorithm::kFixed;
+  int in_turns = 0;  // points that the turns of a query have room for
+  for (int l = 0; l < in.levels.count; ++l) {
+    const int points = in.levels.first_point[l + 1] - in.levels.first_point[l];
+    in_turns += (points + kTurnPoints - 1) / kTurnPoints * kTurnPoints;
+  }
+  const bool pays = tiles_config(in.problem, 0).count >= 4 * device.processors &&
+                    2 * in.problem.points > in_turns;
+  return pays && in_tiles(in, device) ? BackwardAlgorithm::kTiles : BackwardAlgorithm::kScatter;
 }
 
 inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algorithm,
@@ -249,7 +265,11 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
   const bool narrow = in.type == Type::kHalf || in.type == Type::kBFloat16;
   const int64_t acc_bytes = in.type == Type::kDouble ? sizeof(double) : sizeof(float);
   const int64_t items = problem.batch * problem.queries * problem.heads;
+  const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
   const auto bytes = [&](int64_t numbers) { return static_cast<size_t>(numbers * acc_bytes); };
+  if (algorithm == BackwardAlgorithm::kFixed && !fits_tiles(in, device)) {
+    algorithm = BackwardAlgorithm::kGather;
+  }
   BackwardPlan plan = {algorithm, false, true, 0, 0, 0, 0, 0};
   if (nothing_to_do(problem)) return plan;
   if (!output_mask.value) {
@@ -260,11 +280,17 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
     const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
                   sizeof(Rectangle);
+  } else if (algorithm == BackwardAlgorithm::kFixed) {
+    plan.zeros = false;
+    plan.tiles = true;
+    plan.sums = static_cast<size_t>(numbers) * sizeof(int64_t) +
+                static_cast<size_t>(problem.batch * problem.heads) * sizeof(TermBound);
   } else if (narrow) {
     plan.zeros = false;
-    plan.sums = bytes(problem.batch * problem.rows * problem.row_stride());
+    plan.sums = bytes(numbers);
   }
-  plan.tiles = output_mask.value && algorithm == BackwardAlgorithm::kTiles && in_tiles(in, device);
+  if (output_mask.value && algorithm == BackwardAlgorithm::kTiles)
+    plan.tiles = in_tiles(in, device);
   if (in.fused.reference) {
     if (plan.tiles || (output_mask.value && algorithm == BackwardAlgorithm::kGather)) {
       plan.statistics = bytes(2 * items);
@@ -333,6 +359,33 @@ void gather_value(const KernelCall& in, const LevelTable& levels, const Points& 
   check_launch("backward_gather", device);
 }
 
+template <typename T, typename Points>
+void sum_fixed(const KernelCall& in, const LevelTable& levels, const Points& points,
+               const T* grad_output, const Outputs& out, const Device& device) {
+  const Problem& problem = in.problem;
+  const int64_t planes = problem.batch * problem.heads;
+  const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
+  int64_t* const sums = static_cast<int64_t*>(out.sums);
+  TermBound* const bounds = reinterpret_cast<TermBound*>(sums + numbers);
+  const FixedPoint fixed = fixed_point(problem, bounds);
+  constexpr int kWarps = kBlock / kWarp;
+  const int64_t blocks = std::clamp<int64_t>(8 * device.processors / planes, 1,
+                                             (problem.queries + kWarps - 1) / kWarps);
+  LAUNCH((bound_terms<T, Points>), grid_of("bound_terms", planes * blocks), kBlock, device.stream,
+         problem, points, grad_output, bounds);
+  check_launch("bound_terms", device);
+  const LaunchConfig config = tiles_config(problem, device.processors);
+  LAUNCH((backward_tiles<T, Points, int64_t>), grid_of("backward_tiles", config.count),
+         config.threads, device.stream, problem, levels, config.blocks, points, grad_output, sums,
+         fixed);
+  check_launch("backward_tiles", device);
+  const int64_t of_image = std::clamp<int64_t>(2 * device.processors / problem.batch, 1,
+                                               std::max<int64_t>(1, problem.rows));
+  LAUNCH(round_fixed<T>, grid_of("round_fixed", problem.batch * of_image), kBlock, device.stream,
+         problem, sums, fixed, static_cast<T*>(out.value));
+  check_launch("round_fixed", device);
+}
+
 template <typename T>
 void launch_backward(const KernelCall& in, const void* grad_output, const Outputs& out,
                      const BackwardPlan& plan, const Device& device) {
@@ -356,12 +409,13 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
     launch_frames<T>(in, device);
     with_points<T>(in, out.statistics, [&](const auto& points) {
       using Points = std::decay_t<decltype(points)>;
+      const bool fixed = plan.algorithm == BackwardAlgorithm::kFixed;
       bool tiles = plan.tiles && out.value;
       const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
       with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
         using A = decltype(access);
         const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
-        tiles = tiles && std::is_same_v<typename A::Offset, unsigned>;
+        tiles = tiles && (fixed || std::is_same_v<typename A::Offset, unsigned>);
         const bool scatters = plan.algorithm != BackwardAlgorithm::kGather && out.value && !tiles;
         LAUNCH((backward_teams<T, A::kVec, typename A::Offset, Points>),
                grid_of("backward_teams", config.count), config.threads, device.stream, problem,
@@ -370,10 +424,13 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
         check_launch("backward_teams", device);
       });
       if constexpr (sizeof(T) < 8) {
-        if (tiles) {
-          const LaunchConfig config = tiles_config(problem);
-          LAUNCH((backward_tiles<T, Points>), grid_of("backward_tiles", config.count),
-                 config.threads, device.stream, problem, levels, config.blocks, points, grad, sums);
+        if (tiles && fixed) {
+          sum_fixed<T>(in, levels, points, grad, out, device);
+        } else if (tiles) {
+          const LaunchConfig config = tiles_config(problem, device.processors);
+          LAUNCH((backward_tiles<T, Points, Acc>), grid_of("backward_tiles", config.count),
+                 config.threads, device.stream, problem, levels, config.blocks, points, grad, sums,
+                 FixedPoint());
           check_launch("backward_tiles", device);
         }
       }
@@ -396,7 +453,7 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
     });
   }
   if constexpr (sizeof(T) == 2) {
-    if (plan.sums) {
+    if (plan.sums && plan.algorithm != BackwardAlgorithm::kFixed) {
       const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
       LAUNCH(round_sums<T>, grid_striding(numbers), kBlock, device.stream, sums,
              static_cast<T*>(out.value), numbers);

@@ -14,9 +14,17 @@ namespace deform_attn {
 
 struct BlockLevels {
   Level level[kMaxLevels];
+  Pack<float, 2> pixel[kMaxLevels];  // 1 / (width, height); where read_levels has kPixels
   int first_point[kMaxLevels + 1];
   bool fill_value;          // the levels follow one another and cover every row of value
   bool queries_are_pixels;  // query q is row q of value, as in an encoder
+
+  template <bool kPixels>
+  __device__ void set(int l, const Level& to) {
+    level[l] = to;
+    if constexpr (!kPixels) return;
+    pixel[l] = {1 / static_cast<float>(to.width), 1 / static_cast<float>(to.height)};
+  }
 };
 
 HOST_DEVICE int64_t area(const Level& level) { return int64_t{level.height} * level.width; }
@@ -45,15 +53,15 @@ inline LevelTable fitted_table(const LevelTable& table, const Problem& problem) 
 }
 
 // Fills `levels`. Called by every thread of the block; ends with a barrier.
-__device__ inline void read_levels(const LevelTable& table, const Problem& problem,
-                                   BlockLevels& levels) {
+template <bool kPixels>
+__device__ void read_levels(const LevelTable& table, const Problem& problem, BlockLevels& levels) {
   if (table.is_fitted) {
 #pragma unroll 1
     for (int l = threadIdx.x; l <= table.count; l += blockDim.x) {
       levels.first_point[l] = table.first_point[l];
       if (l == table.count) break;
-      levels.level[l] = {table.start[l], static_cast<int>(table.height[l]),
-                         static_cast<int>(table.width[l])};
+      levels.set<kPixels>(
+          l, {table.start[l], static_cast<int>(table.height[l]), static_cast<int>(table.width[l])});
     }
     if (threadIdx.x == 0) {
       levels.fill_value = table.fill_value;
@@ -86,7 +94,7 @@ __device__ inline void read_levels(const LevelTable& table, const Problem& probl
         if (l == table.count - 1) in_line = in_line && before + area(level) == problem.rows;
       }
       __syncwarp();  // the sizes read above are written below
-      if (l < table.count) levels.level[l] = level;
+      if (l < table.count) levels.set<kPixels>(l, level);
       __syncwarp();
     }
     in_line = __all_sync(kAllLanes, in_line);

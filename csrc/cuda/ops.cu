@@ -160,7 +160,9 @@ Tensor forward_with(bool baseline, const Tensor& value, const MaybeTensor& spati
   return output;
 }
 
-Gradients backward_with(BackwardAlgorithm algorithm, const Tensor& grad_output, const Tensor& value,
+// `choose` returns the algorithm of a call.
+template <typename Choose>
+Gradients backward_with(const Choose& choose, const Tensor& grad_output, const Tensor& value,
                         const MaybeTensor& spatial_shapes, const MaybeTensor& level_start_index,
                         const Tensor& sampling_locations, const Tensor& attention_weights,
                         const MaybeSizes& level_sizes, const MaybeSizes& num_points,
@@ -172,7 +174,8 @@ Gradients backward_with(BackwardAlgorithm algorithm, const Tensor& grad_output, 
   const Tensor locations = pairwise_aligned(call.locations);
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   const KernelCall in = kernel_call(call, levels, locations);
-  const BackwardPlan plan = plan_backward(in, algorithm, context.device, {output_mask[0]});
+  const BackwardPlan plan =
+      plan_backward(in, choose(in, context.device), context.device, {output_mask[0]});
 
   Tensor grad_value = grad_value_like(call.value, output_mask[0], plan);
   Tensor grad_locations = torch::stable::new_empty(call.locations, call.locations.sizes());
@@ -203,17 +206,22 @@ Gradients backward(const Tensor grad_output, const Tensor value, const MaybeTens
                    const Tensor attention_weights, const MaybeSizes level_sizes,
                    const MaybeSizes num_points, bool deterministic, const Flags output_mask,
                    const MaybeTensor value_mask) {
-  return backward_with(choose_backward(deterministic), grad_output, value, spatial_shapes,
-                       level_start_index, sampling_locations, attention_weights, level_sizes,
-                       num_points, output_mask, value_mask);
+  const auto choose = [&](const KernelCall& in, const Device& device) {
+    return choose_backward(in, device, deterministic);
+  };
+  return backward_with(choose, grad_output, value, spatial_shapes, level_start_index,
+                       sampling_locations, attention_weights, level_sizes, num_points, output_mask,
+                       value_mask);
 }
 
 BackwardAlgorithm named(const std::string& name) {
   if (name == "baseline") return BackwardAlgorithm::kBaseline;
   if (name == "scatter") return BackwardAlgorithm::kScatter;
   if (name == "tiles") return BackwardAlgorithm::kTiles;
+  if (name == "fixed") return BackwardAlgorithm::kFixed;
   if (name == "gather") return BackwardAlgorithm::kGather;
-  throw std::runtime_error("algorithm: expected baseline, scatter, tiles or gather, got " + name);
+  throw std::runtime_error("algorithm: expected baseline, scatter, tiles, fixed or gather, got " +
+                           name);
 }
 
 Tensor forward_by(const std::string algorithm, const Tensor value, const MaybeTensor spatial_shapes,
@@ -229,7 +237,8 @@ Gradients backward_by(const std::string algorithm, const Tensor grad_output, con
                       const MaybeTensor spatial_shapes, const MaybeTensor level_start_index,
                       const Tensor sampling_locations, const Tensor attention_weights,
                       const MaybeSizes level_sizes, const MaybeSizes num_points) {
-  return backward_with(named(algorithm), grad_output, value, spatial_shapes, level_start_index,
+  const auto choose = [&](const KernelCall&, const Device&) { return named(algorithm); };
+  return backward_with(choose, grad_output, value, spatial_shapes, level_start_index,
                        sampling_locations, attention_weights, level_sizes, num_points,
                        {true, true, true}, std::nullopt);
 }
@@ -264,8 +273,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   Tensor frames;
   const KernelCall in = kernel_call(call, levels, offsets, offset_scale, &frames);
-  const BackwardPlan plan = plan_backward(in, choose_backward(deterministic), context.device,
-                                          {output_mask[0], output_mask[1]});
+  const BackwardPlan plan = plan_backward(in, choose_backward(in, context.device, deterministic),
+                                          context.device, {output_mask[0], output_mask[1]});
 
   Tensor grad_value = grad_value_like(call.value, output_mask[0], plan);
   Tensor grad_reference;

@@ -81,6 +81,7 @@ struct FusedPointGradients {
 template <typename T>
 struct GivenPoints {
   static constexpr bool kFused = false;
+  static constexpr bool kReadsPixels = false;  // BlockLevels::pixel
   using Gradients = GivenPointGradients<T>;
 
   const AccOf<T>* locations;  // [B, Q, M, K, 2]
@@ -128,6 +129,7 @@ struct FusedPoints {
   static constexpr bool kFused = true;
   using Gradients = FusedPointGradients<T>;
   using Acc = AccOf<T>;
+  static constexpr bool kReadsPixels = sizeof(Acc) == 4;
 
   const Acc* reference;  // [B, Q, L or 1, 2, 4 or 6]: (x, y), (x, y, width, height), or the Frame
                          // of a rotated box
@@ -148,6 +150,19 @@ struct FusedPoints {
   __device__ Acc logit(int64_t point) const {
     return wide ? static_cast<const Acc*>(logits)[point]
                 : static_cast<Acc>(static_cast<const T*>(logits)[point]);
+  }
+  // Whether each lane of a team can read its logits at once, as four neighbours. Not in float64, which has no
+  // registers for them.
+  __device__ bool reads_fours(int points, int lanes) const {
+    return points % 4 == 0 && points <= 4 * lanes && reinterpret_cast<uintptr_t>(logits) % 16 == 0;
+  }
+  __device__ Pack<Acc, 4> four_logits(int64_t point) const {
+    if (wide) return load<4>(static_cast<const Acc*>(logits) + point);
+    const auto narrow = load<4>(static_cast<const T*>(logits) + point);
+    Pack<Acc, 4> numbers;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) numbers.at[i] = static_cast<Acc>(narrow.at[i]);
+    return numbers;
   }
   __device__ Pack<Acc, 2> offset(int64_t point) const {
     if (wide) return load<2>(static_cast<const Acc*>(offsets) + 2 * point);
@@ -171,6 +186,7 @@ struct FusedPoints {
   // How far an offset of 1 along an axis moves the location along that axis.
   __device__ Acc step_of(int64_t item, int level, const BlockLevels& levels, int axis) const {
     if (reference_size >= 4) return reference_of(item, level)[2 + axis] * portion(level, levels);
+    if constexpr (kReadsPixels) return levels.pixel[level].at[axis];
     const Level& map = levels.level[level];
     return Acc(1) / static_cast<Acc>(axis ? map.height : map.width);
   }
@@ -188,16 +204,28 @@ struct FusedPoints {
     opened.item = part.first_item(problem) + query;
     opened.largest = -INFINITY;
     const int first = teams.round_of(teams.lane), count = present ? problem.points : 0;
+    bool fours = false;
+    [[maybe_unused]] Pack<float, 4> own;
+    if constexpr (sizeof(Acc) == 4) {
+      fours = reads_fours(problem.points, teams.lanes());
+      own = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+      if (fours && 4 * first < count) own = four_logits(opened.first_point + 4 * first);
+      opened.largest = max(max(own.at[0], own.at[1]), max(own.at[2], own.at[3]));
+    }
 #pragma unroll 1  // unrolled, the kernel spills registers
-    for (int k = first; k < count; k += teams.lanes()) {
+    for (int k = first; !fours && k < count; k += teams.lanes()) {
       opened.largest = max(opened.largest, logit(opened.first_point + k));
     }
     for (int step = teams.count(); step < kWarp; step *= 2) {
       opened.largest = max(opened.largest, __shfl_xor_sync(kAllLanes, opened.largest, step));
     }
     Acc sum = 0;
+    if constexpr (sizeof(Acc) == 4) {
+#pragma unroll
+      for (int i = 0; fours && i < 4; ++i) sum += exp(own.at[i] - opened.largest);
+    }
 #pragma unroll 1
-    for (int k = first; k < count; k += teams.lanes()) {
+    for (int k = first; !fours && k < count; k += teams.lanes()) {
       sum += exp(logit(opened.first_point + k) - opened.largest);
     }
     for (int step = teams.count(); step < kWarp; step *= 2) {
@@ -236,8 +264,12 @@ struct FusedPoints {
                 Numbers<Acc>::multiply_add(by.at[1], step.at[1], y)};
       }
     } else {
-      step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
-              Acc(1) / static_cast<Acc>(levels.level[level].height)};
+      if constexpr (kReadsPixels) {
+        step = levels.pixel[level];
+      } else {
+        step = {Acc(1) / static_cast<Acc>(levels.level[level].width),
+                Acc(1) / static_cast<Acc>(levels.level[level].height)};
+      }
     }
     return {Numbers<Acc>::multiply_add(by.at[0], step.at[0], from[0]),
             Numbers<Acc>::multiply_add(by.at[1], step.at[1], from[1])};
@@ -248,23 +280,35 @@ struct FusedPoints {
   }
 };
 
-// The mask of an image, [rows]; null: no row is masked.
-__device__ inline const uint8_t* mask_of(const LevelTable& table, const Problem& problem,
-                                         int64_t batch) {
-  return table.mask ? table.mask + batch * problem.rows : nullptr;
+// Which rows of an image are masked. The address of its part is computed where there is a mask.
+struct ImageMask {
+  const uint8_t* rows;  // of all images; null: no row is masked
+  int64_t first;        // row of the image
+
+  __device__ explicit operator bool() const { return rows; }
+  template <typename Row>
+  __device__ bool operator[](Row row) const {
+    return rows[first + row];
+  }
+};
+
+__device__ inline ImageMask mask_of(const LevelTable& table, const Problem& problem,
+                                    int64_t batch) {
+  return {table.mask, batch * problem.rows};
 }
 
 // `foot`: the pixels of a point in a level. A masked pixel is dropped as if it were off the map. Row: unsigned
 // where the rows of value fit, else int64_t; off the map it may wrap.
 template <typename Row, typename Acc>
 __device__ void find_pixels(Footprint<Acc>& foot, Acc x, Acc y, const Level& level,
-                            const uint8_t* mask) {
+                            const ImageMask& mask) {
   foot.place(x, y, level.height, level.width);
-  if (!mask) return;
+  const uint8_t* const masked = mask ? mask.rows + mask.first : nullptr;
+  if (!masked) return;
   const Row first = static_cast<Row>(level.start) + static_cast<Row>(foot.y) * level.width + foot.x;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    foot.on[i] = foot.on[i] && !mask[first + (i & 1) + (i & 2 ? level.width : 0)];
+    foot.on[i] = foot.on[i] && !masked[first + (i & 1) + (i & 2 ? level.width : 0)];
   }
 }
 
@@ -304,17 +348,24 @@ __device__ inline int level_of(int k, int level, const BlockLevels& levels) {
 // as find_pixels does; which of the two spills no register depends on the kernel.
 template <typename Acc, typename Offset>
 __device__ Corner<Acc, Offset> corner_of(Footprint<Acc>& foot, const Level& level, Acc weight,
-                                         Offset row_stride, const uint8_t* mask = nullptr) {
+                                         Offset row_stride, const ImageMask& mask = {}) {
   using Corner = deform_attn::Corner<Acc, Offset>;
   Corner corner;
   const Offset left =
       static_cast<Offset>(level.start) + static_cast<Offset>(foot.y) * level.width + foot.x;
+  const auto row_of = [&](int i) { return left + (i & 1) + (i & 2 ? level.width : 0); };
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const Offset row = left + (i & 1) + (i & 2 ? level.width : 0);
-    if (mask && foot.on[i]) foot.on[i] = !mask[row];
-    corner.at.at[i] = foot.on[i] ? row * row_stride : Corner::kNone;
+    corner.at.at[i] = foot.on[i] ? row_of(i) * row_stride : Corner::kNone;
     corner.weight.at[i] = foot.weight(i) * weight;
+  }
+  if (mask) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (corner.at.at[i] == Corner::kNone || !mask[row_of(i)]) continue;
+      foot.on[i] = false;
+      corner.at.at[i] = Corner::kNone;
+    }
   }
   return corner;
 }

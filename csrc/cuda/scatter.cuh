@@ -117,7 +117,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   __shared__ Staged<Acc, Offset, Points> all_staged[kBlock / kWarp];
   __shared__ Part part;  // not in registers: the pixels need them
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
-  read_levels(table, problem, levels);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
 
   const int warp = threadIdx.x / kWarp;
   const int split_bits = kSplits<Acc> ? blocks.split_bits : 0;

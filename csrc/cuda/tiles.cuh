@@ -1,10 +1,10 @@
-// backward_tiles: the gradient of value where the queries are the pixels. A block adds up what its
-// queries add to a pixel, and then adds the sum to memory: one atomic a pixel instead of one a point.
+// backward_tiles: the gradient of value. A block adds up what its queries add to a pixel, and then adds the
+// sum to memory: where the queries are the pixels, one atomic a pixel instead of one a point.
 //
 // After any edit: make kernels traffic
 #pragma once
 
-#include "points.cuh"
+#include "fixed.cuh"
 
 namespace deform_attn {
 
@@ -15,10 +15,25 @@ constexpr int kSide = 32;                           // of the window of slots
 constexpr int kRowSlots = kSide + 4;                // 4: so that neighbouring rows use other banks
 constexpr int kSlots = kSide * kRowSlots;
 constexpr int kTileVec = 4;    // channels of a lane
-constexpr int kTileBatch = 2;  // shares that a lane loads at a time
+constexpr int kTileBatch = 2;  // shares that a lane loads at a time; a multiple makes a team's part
+// Sums are float, or int64_t in the fixed point of fixed.cuh. Channels of a lane that one atomic adds:
+template <typename Sum>
+constexpr int kSumWidth = kAtomicWidth<Sum, kTileVec>;
 // Blocks that must fit on a multiprocessor at once. Five fit in the registers where an atomic adds the
 // channels of a lane.
-constexpr int kTileBlocks = kLeastBlocks == 4 && kAtomicFloats == 4 ? 5 : kLeastBlocks;
+template <typename Sum>
+constexpr int kTileBlocks = kLeastBlocks == 4 && kSumWidth<Sum> == 4 ? 5 : kLeastBlocks;
+
+// kTileVec numbers, the unit of offsets; not aligned.
+template <typename T>
+struct Unit {
+  T at[kTileVec];
+};
+
+__device__ inline void add_term(float& sum, float weight, float number) { sum += weight * number; }
+__device__ inline void add_term(int64_t& sum, float weight, float number) {
+  sum += llrintf(weight * number);
+}
 
 // What a point adds to two neighbouring pixels of an image row.
 struct alignas(16) Share {
@@ -54,27 +69,39 @@ __device__ inline int packed(int count, int begin) { return count << 16 | begin;
 __device__ inline int count_of(int packed) { return packed >> 16; }
 __device__ inline int begin_of(int packed) { return packed & 0xffff; }
 
-// Adds to `grad_value`, zeros before. In each turn a thread has one point, all of the same level. The
-// threads list the shares of the points, sorted by pixel; then each team of lanes adds up an equal part
-// of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec fit an unsigned, those
-// in grad_output its upper 28 bits.
-template <typename T, typename Points>
-__global__ void __launch_bounds__(kBlock, kTileBlocks)
+// Adds to `grad_value`, zeros before; `fixed`: of sums in fixed point. In each turn a thread has one point,
+// all of the same level. The threads list the shares of the points, sorted by pixel; then each team of
+// lanes adds up an equal part of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec
+// fit an unsigned, those in grad_output its upper 28 bits.
+template <typename T, typename Points, typename Sum>
+__global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
     backward_tiles(Problem problem, LevelTable table, Blocks blocks, Points points,
-                   const T* __restrict__ grad_output, AccOf<T>* __restrict__ grad_value) {
+                   const T* __restrict__ grad_output, Sum* __restrict__ grad_value,
+                   FixedPoint fixed) {
   using Acc = AccOf<T>;
+  constexpr bool kFixed = std::is_integral_v<Sum>;
+  constexpr int kBatch = kFixed ? 1 : kTileBatch;  // two spill registers
   __shared__ BlockLevels levels;
   __shared__ Turn turn;
   // In shared memory and not in registers, which the sums need.
   __shared__ Part part;
-  __shared__ const uint8_t* mask;
+  __shared__ ImageMask mask;
+  __shared__ int64_t output_at,
+      value_at;  // of the image and head; not pointers, whose space is unknown then
   __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
   __shared__ typename Points::Query queries[kTileQueries];
+  __shared__ float scale;
   if (threadIdx.x == 0) {
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
     mask = mask_of(table, problem, part.batch);
+    output_at = problem.output_at(part.batch, 0, part.head);
+    value_at = problem.value_at(part.batch, 0, part.head);
+    if constexpr (kFixed) {
+      const int exponent = fixed.exponent(int64_t{part.batch} * problem.heads + part.head);
+      scale = exponent == FixedPoint::kNone ? 0 : power_of_two(exponent);
+    }
   }
-  read_levels(table, problem, levels);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
   const unsigned stride = static_cast<unsigned>(problem.row_stride() / kTileVec);
   if (static_cast<int>(threadIdx.x) < part.count) {
     const int64_t query = query_at(part.first + threadIdx.x, levels, table.count);
@@ -89,10 +116,9 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
     if (threadIdx.x == 0) turn.listed = turn.single = 0;
   };
   clear();
-  const int lane_bits = blocks.lane_bits;
-  const int lane = threadIdx.x & ((1 << lane_bits) - 1), team = threadIdx.x >> lane_bits;
-  const T* const first_grad = grad_output + problem.output_at(part.batch, 0, part.head);
-  Acc* const first_pixel = grad_value + problem.value_at(part.batch, 0, part.head);
+  constexpr int kWidth = kSumWidth<Sum>;
+  const int lane_bits = blocks.lane_bits, lanes = 1 << lane_bits;
+  const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x >> lane_bits;
 
 #pragma unroll 1
   for (int l = 0; l < table.count; ++l) {
@@ -104,15 +130,26 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
       // Neighbouring threads have neighbouring points of a query.
       const int position = threadIdx.x / kTurnPoints, k = first + threadIdx.x % kTurnPoints;
       Footprint<Acc> foot;
+      unsigned on = 0;  // bit i: pixel i of the footprint is on the map, and not masked
       Acc weight = 0;
       int place[2] = {-1, -1};  // slot, and number among the shares of the slot; -1: not on the map
       if (position < part.count && k < levels.first_point[l + 1]) {
         const Sample<Acc> sample = points.at(queries[position], k, l, levels);
-        weight = sample.weight;
-        find_pixels<unsigned>(foot, sample.x, sample.y, level, mask);
+        weight = kFixed ? sample.weight * scale : sample.weight;
+        foot.place(sample.x, sample.y, level.height, level.width);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) on |= foot.on[i] ? 1u << i : 0;
+        if (mask) {
+          const unsigned row = static_cast<unsigned>(level.start) +
+                               static_cast<unsigned>(foot.y) * level.width + foot.x;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            if (on >> i & 1 && mask[row + (i & 1) + (i & 2 ? level.width : 0)]) on &= ~(1u << i);
+          }
+        }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!foot.on[2 * i] && !foot.on[2 * i + 1]) continue;
+          if (!(on >> 2 * i & (kAddLeft | kAddRight))) continue;
           const int y = foot.y + i;
           const int slot = (y & (kSide - 1)) * kRowSlots + (foot.x & (kSide - 1));
           const int pair = y * (level.width + 1) + foot.x + 1;
@@ -150,7 +187,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
         if (place[i] < 0) continue;
         const int slot = place[i] >> 16, number = place[i] & 0xffff, y = foot.y + i;
         int begin = listed;
-        unsigned bits = (foot.on[2 * i] ? kAddLeft : 0) | (foot.on[2 * i + 1] ? kAddRight : 0);
+        unsigned bits = on >> 2 * i & (kAddLeft | kAddRight);
         if (slot < kSlots) {
           begin = begin_of(turn.count[slot]);
           const int next = (foot.x & (kSide - 1)) == kSide - 1 ? -1 : turn.owner[slot + 1];
@@ -162,7 +199,8 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
         }
         const int row = static_cast<int>(level.start) + y * level.width + foot.x;
         turn.at(begin + number) = {grad_at[position] | bits, static_cast<unsigned>(row) * stride,
-                                   foot.weight(2 * i) * weight, foot.weight(2 * i + 1) * weight};
+                                   foot.weight_on_map(2 * i) * weight,
+                                   foot.weight_on_map(2 * i + 1) * weight};
       }
       if (threadIdx.x < kTileBatch) turn.at(total + threadIdx.x) = {0, 0, 0, 0};
       __syncthreads();
@@ -176,55 +214,68 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks)
 #pragma unroll 1
       for (int from = 0; from < problem.head_dim; from += kTileVec << lane_bits) {
         const int channels = problem.head_dim - from;
+        // Where an atomic adds one channel, neighbouring lanes have neighbouring channels: channel c of a
+        // lane is `from` + lane + c * lanes.
+        const int first_channel = kWidth == 1 ? lane : lane * kTileVec;
+        const auto there = [&](int c) { return first_channel + c * lanes < channels; };
         // A lane without channels reads those of the first lane, and adds nothing.
-        const bool active = lane * kTileVec < channels;
-        const unsigned mask = active ? ~0u : ~(kAddLeft | kAddRight);
-        const auto* const source = reinterpret_cast<const Pack<T, kTileVec>*>(
-            first_grad + from + (active ? lane * kTileVec : 0));
+        const bool active = first_channel < channels;
+        const unsigned mask = active ? ~0u : 0;
+        // Aligned; a lane's first channel comes `own` numbers later.
+        const int own = kWidth == 1 ? lane : 0;
+        const auto* const source = reinterpret_cast<const Unit<T>*>(
+            grad_output + output_at + from + (active ? first_channel - own : 0));
         auto* const target =
-            reinterpret_cast<Pack<Acc, kTileVec>*>(first_pixel + from + lane * kTileVec);
+            reinterpret_cast<Unit<Sum>*>(grad_value + value_at + from + first_channel - own);
         // `at` is less than zero, and wraps, for a left pixel that is not on the map.
-        const auto add = [&](unsigned at, const Pack<Acc, kTileVec>& sum) {
-          constexpr int kWidth = kAtomicWidth<Acc, kTileVec>;
+        const auto add = [&](unsigned at, const Unit<Sum>& sum) {
 #pragma unroll
           for (int c = 0; c < kTileVec; c += kWidth) {
-            atomic_add<kWidth>((target + at)->at + c, sum.at + c);
+            if (c > 0 && !there(c)) break;
+            atomic_add<kWidth>((target + at)->at + own + c * lanes, sum.at + c);
           }
         };
-        Pack<Acc, kTileVec> left = {}, right = {};
+        Unit<Sum> left = {}, right = {};
 #pragma unroll 1
-        for (unsigned i = begin; i < end; i += kTileBatch) {
+        for (unsigned i = begin; i < end; i += kBatch) {
           const Share* const shares = &turn.at(i);
-          Share share[kTileBatch];
-          Loaded<T, kTileVec> grad[kTileBatch];
+          Share share[kBatch];
+          Loaded<T, kWidth> grad[kBatch][kTileVec / kWidth];
 #pragma unroll
-          for (int j = 0; j < kTileBatch; ++j) {
+          for (int j = 0; j < kBatch; ++j) {
             share[j] = shares[j];
-            grad[j] = load_if(true, source + (share[j].query >> kShareBits));
+            const T* const numbers = (source + (share[j].query >> kShareBits))->at + own;
+#pragma unroll
+            for (int c = 0; c < kTileVec; c += kWidth) {
+              grad[j][c / kWidth] = load_if<kWidth>(kWidth > 1 || there(c), numbers + c * lanes);
+            }
           }
 #pragma unroll
-          for (int j = 0; j < kTileBatch; ++j) {
+          for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
             for (int c = 0; c < kTileVec; ++c) {
-              left.at[c] += share[j].left_weight * grad[j][c];
-              right.at[c] += share[j].right_weight * grad[j][c];
+              const Acc number = grad[j][c / kWidth][c % kWidth];
+              add_term(left.at[c], share[j].left_weight, number);
+              add_term(right.at[c], share[j].right_weight, number);
             }
-            if (share[j].query & kMore) continue;
+            // The pixels of the last share go on in the next chunk.
+            const bool last = kFixed && i + j == end - 1;
+            if (share[j].query & kMore && !last) continue;
             const unsigned bits = share[j].query & mask;
             if (bits & kAddLeft) add(share[j].left, left);
-            if (bits & kAddRight) add(share[j].left + stride, right);
+            if (bits & kAddRight || (last && bits & kShift)) add(share[j].left + stride, right);
 #pragma unroll
-            for (int c = 0; c < kTileVec; ++c) left.at[c] = bits & kShift ? right.at[c] : Acc(0);
+            for (int c = 0; c < kTileVec; ++c) left.at[c] = bits & kShift ? right.at[c] : Sum(0);
             right = {};
           }
         }
-        // The pixels of the last share go on in the next chunk.
-        const Share& share = turn.at(end - 1);
-        const unsigned bits = share.query & mask;
-        if (bits & kShift && active) add(share.left + stride, left);
-        if (!(bits & kMore)) continue;
-        if (bits & kAddLeft) add(share.left, left);
-        if (bits & kAddRight) add(share.left + stride, right);
+        if constexpr (!kFixed) {  // the same after the loop: faster, and takes more registers
+          const Share& share = turn.at(end - 1);
+          const unsigned bits = share.query & mask;
+          if (bits & kMore && bits & kAddLeft) add(share.left, left);
+          if (bits & kShift) right = left;
+          if (bits & kShift || (bits & kMore && bits & kAddRight)) add(share.left + stride, right);
+        }
       }
     }
   }

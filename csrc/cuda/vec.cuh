@@ -2,6 +2,7 @@
 //
 //   AccOf            the dtype that sums of a dtype are accumulated in: float, or double for double
 //   Pack, Loaded     kVec neighbouring elements, one load or store of up to 16 bytes
+//   load_if          zeros where there is nothing to load; load_where: what was there before
 //   atomic_add       adds to kWidth neighbouring elements, in one atomic where the architecture has it
 //   sum_four_ways    four sums over four lanes, in fewer shuffles than four separate sums
 //
@@ -95,6 +96,37 @@ __device__ Loaded<T, kVec> load_if(bool there, const T* from) {
   return load_if(there, reinterpret_cast<const Pack<T, kVec>*>(from));
 }
 
+// Loads where `there`, and otherwise leaves `loaded` as it is: no instructions make zeros. Reads through the
+// cache of constant data.
+template <typename T, int kVec>
+__device__ void load_where(bool there, const Pack<T, kVec>* from, Loaded<T, kVec>& loaded) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(T) * kVec == 16) {
+    auto& words = loaded.words.at;
+    asm("{.reg .pred p; setp.ne.s32 p, %5, 0;"
+        " @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
+        : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
+        : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(there)));
+    return;
+  }
+#endif
+  if (there) loaded = load_if(true, from);
+}
+
+// sum += a * b where `there`, without a branch.
+template <typename Acc>
+__device__ void add_where(bool there, Acc& sum, Acc a, Acc b) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (sizeof(Acc) == 4) {
+    asm("{.reg .pred p; setp.ne.s32 p, %3, 0; @p fma.rn.f32 %0, %1, %2, %0;}"
+        : "+f"(sum)
+        : "f"(a), "f"(b), "r"(static_cast<int>(there)));
+    return;
+  }
+#endif
+  if (there) sum += a * b;
+}
+
 // Floats that one atomic adds to: 4 from sm_90 on, 1 before.
 #if defined(ATOMIC_FLOATS)
 constexpr int kAtomicFloats = ATOMIC_FLOATS;  // set by the emulator, which runs both
@@ -111,7 +143,9 @@ constexpr int kAtomicWidth =
 
 template <int kWidth, typename Acc>
 __device__ void atomic_add(Acc* to, const Acc* term) {
-  if constexpr (kWidth == 4) {
+  if constexpr (std::is_integral_v<Acc>) {
+    atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(*term));
+  } else if constexpr (kWidth == 4) {
     atomicAdd(reinterpret_cast<float4*>(to), make_float4(term[0], term[1], term[2], term[3]));
   } else {
     atomicAdd(to, *term);

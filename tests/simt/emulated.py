@@ -16,7 +16,7 @@ from torch import Tensor
 from tests.simt import build
 
 TYPES = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}
-ALGORITHMS = ("baseline", "scatter", "tiles", "gather", "planned")
+ALGORITHMS = ("baseline", "scatter", "tiles", "fixed", "gather", "planned", "deterministic")
 NAN = float("nan")
 PROCESSORS = 132  # multiprocessors of the emulated GPU
 
@@ -120,7 +120,7 @@ class Emulated:
         value and of reference points are requested; else they are empty.
         """
         call = _Call(*arguments)
-        _, zeros, sizes = self.module.plan(call.fields, algorithm, self.processors, *output_mask)
+        _, zeros, sizes = self._plan(call, algorithm, *output_mask)
         value, locations, weights, reference = call.tensors
         sums, *others = sizes
         nothing = torch.empty(0)
@@ -194,9 +194,16 @@ class Emulated:
         self._backward(_Call(*arguments, value_mask), grad_output, targets, algorithm)
         return targets[0], targets[3], targets[1], targets[2]
 
-    def chosen_algorithm(self, *arguments: Any) -> str:
+    def chosen_algorithm(self, *arguments: Any, deterministic: bool = False) -> str:
         """The algorithm that choose_backward takes for a call."""
-        return self.module.plan(_Call(*arguments).fields, "planned", self.processors, True, True)[0]
+        name = "deterministic" if deterministic else "planned"
+        return self._plan(_Call(*arguments), name, True, True)[0]
+
+    def _plan(self, call: _Call, algorithm: str, value: bool, reference: bool) -> Any:
+        """The algorithm, whether grad_value must be zeros before, and bytes of working memory."""
+        return self.module.plan(
+            *(call.fields, algorithm, self.processors, self.long_offsets, value, reference)
+        )
 
 
 class _Call:

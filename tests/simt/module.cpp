@@ -62,7 +62,10 @@ BackwardPlan plan(const KernelCall& in, const std::string& name, const Device& d
   const BackwardAlgorithm algorithm = name == "baseline"  ? BackwardAlgorithm::kBaseline
                                       : name == "scatter" ? BackwardAlgorithm::kScatter
                                       : name == "tiles"   ? BackwardAlgorithm::kTiles
-                                                          : choose_backward(name == "gather");
+                                      : name == "fixed"   ? BackwardAlgorithm::kFixed
+                                      : name == "gather"
+                                          ? BackwardAlgorithm::kGather
+                                          : choose_backward(in, device, name == "deterministic");
   return plan_backward(in, algorithm, device, output_mask);
 }
 
@@ -70,6 +73,7 @@ const char* name_of(BackwardAlgorithm algorithm) {
   return algorithm == BackwardAlgorithm::kBaseline  ? "baseline"
          : algorithm == BackwardAlgorithm::kScatter ? "scatter"
          : algorithm == BackwardAlgorithm::kTiles   ? "tiles"
+         : algorithm == BackwardAlgorithm::kFixed   ? "fixed"
                                                     : "gather";
 }
 
@@ -88,10 +92,10 @@ PYBIND11_MODULE(SIMT_MODULE, module) {
     forward_call(in, at(output), device(processors, long_offsets), baseline);
   });
   // the algorithm, and bytes of working memory in the order of Outputs
-  module.def("plan", [](const py::dict& call, const std::string& name, int processors, bool value,
-                        bool reference) {
+  module.def("plan", [](const py::dict& call, const std::string& name, int processors,
+                        bool long_offsets, bool value, bool reference) {
     const BackwardPlan it =
-        plan(kernel_call(call), name, device(processors, false), {value, reference});
+        plan(kernel_call(call), name, device(processors, long_offsets), {value, reference});
     return py::make_tuple(
         name_of(it.algorithm), it.zeros,
         py::make_tuple(it.sums, it.bounds, it.statistics, it.by_weight, it.parts));

@@ -39,14 +39,14 @@ def _runner(name: str, kernels: Emulated, algorithm: str) -> Runner:
         forward,
         backward,
         why_not=lambda dtypes: build.why_not(),
-        deterministic=algorithm == "gather",
+        deterministic=algorithm == "deterministic",
         largest_work=LARGEST_WORK,
     )
 
 
 def runners() -> Iterator[Runner]:
     """Each backward algorithm, with the atomics of new and old GPUs."""
-    yield _runner("emulated/gather", Emulated(), "gather")
+    yield _runner("emulated/deterministic", Emulated(), "deterministic")
     yield _runner("emulated/scatter", Emulated(), "scatter")
     yield _runner("emulated/scatter_before_sm_90", Emulated(atomic_floats=1), "scatter")
     yield _runner("emulated/baseline", Emulated(), "baseline")

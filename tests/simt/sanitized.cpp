@@ -219,7 +219,8 @@ void run_fused(KernelCall in, const Case& test, size_t index, const std::string&
     }
   }
   for (const BackwardAlgorithm algorithm :
-       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kTiles, BackwardAlgorithm::kGather}) {
+       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kTiles, BackwardAlgorithm::kFixed,
+        BackwardAlgorithm::kGather}) {
     const Gradients<T> found = backward(in, grad.data(), algorithm, device);
     alike(by_given.value, found.value, "value");
     alike(by_reference, found.reference, "reference points");
@@ -296,10 +297,12 @@ void run(const Case& test, Type type, size_t index) {
 
   const Gradients<T> expected = backward(in, grad.data(), BackwardAlgorithm::kBaseline, device);
   for (const BackwardAlgorithm algorithm :
-       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kTiles, BackwardAlgorithm::kGather}) {
+       {BackwardAlgorithm::kScatter, BackwardAlgorithm::kTiles, BackwardAlgorithm::kFixed,
+        BackwardAlgorithm::kGather}) {
     const Gradients<T> result = backward(in, grad.data(), algorithm, device);
     const std::string what = name + (algorithm == BackwardAlgorithm::kScatter ? "scatter"
                                      : algorithm == BackwardAlgorithm::kTiles ? "tiles"
+                                     : algorithm == BackwardAlgorithm::kFixed ? "fixed"
                                                                               : "gather");
     expect(close(expected.value, result.value, tolerance), what + ", value");
     expect(close(expected.locations, result.locations, tolerance), what + ", locations");

@@ -597,6 +597,17 @@ inline int atomicAdd(int* to, int term) {
   simt::watch_atomic(to, 4);
   return __atomic_fetch_add(to, term, __ATOMIC_RELAXED);
 }
+inline void atomicAdd(unsigned long long* to, unsigned long long term) {
+  simt::watch_atomic(to, 8);
+  __atomic_fetch_add(to, term, __ATOMIC_RELAXED);
+}
+inline void atomicMax(unsigned* to, unsigned number) {
+  simt::watch_atomic(to, 4);
+  unsigned old = 0;
+  while (old < number && !__atomic_compare_exchange_n(to, &old, number, false, __ATOMIC_RELAXED,
+                                                      __ATOMIC_RELAXED)) {
+  }
+}
 inline int atomicCAS(int* to, int expected, int desired) {
   simt::watch_atomic(to, 4);
   __atomic_compare_exchange_n(to, &expected, desired, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);

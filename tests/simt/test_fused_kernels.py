@@ -48,7 +48,7 @@ def check(found: tuple[Tensor, ...], tensors: tuple[Tensor, ...], counts: list[i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("algorithm", ["scatter", "tiles", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "tiles", "deterministic"])
 @pytest.mark.parametrize("size", [2, 4, 5])
 @pytest.mark.parametrize("levels", [1, 3], ids=["shared_reference", "reference_a_level"])
 @pytest.mark.parametrize(
@@ -93,23 +93,24 @@ def test_wide_projections(dtype: str) -> None:
     assert grads[2].dtype == grads[3].dtype == torch.float32
 
 
-def test_deterministic() -> None:
+@pytest.mark.parametrize("algorithm", ["fixed", "gather"])
+def test_deterministic(algorithm: str) -> None:
     counts = [2, 2, 2]
     value, reference, offsets, logits, grad_output = draw(torch.float32, ROWS, 32, counts, 3, 2)
     arguments = (value, torch.tensor(LEVELS), None, reference, offsets, logits, counts, SCALE)
     kernels = Emulated()
-    first = kernels.fused_backward(grad_output, *arguments, algorithm="gather")
+    first = kernels.fused_backward(grad_output, *arguments, algorithm=algorithm)
     try:
         for seed in range(3):
             kernels.set_order("shuffled", seed)
-            again = kernels.fused_backward(grad_output, *arguments, algorithm="gather")
+            again = kernels.fused_backward(grad_output, *arguments, algorithm=algorithm)
             assert all(torch.equal(one, two) for one, two in zip(first, again))
     finally:
         kernels.set_order("forward")
 
 
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("algorithm", ["scatter", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "fixed", "gather"])
 @pytest.mark.parametrize("output_mask", [(True, False), (False, True), (False, False)], ids=str)
 def test_output_mask(dtype: str, algorithm: str, output_mask: tuple[bool, bool]) -> None:
     """Gradients that are not requested take no memory, and the others stay the same."""
@@ -131,8 +132,10 @@ def test_output_mask(dtype: str, algorithm: str, output_mask: tuple[bool, bool])
     )
     sums, bounds, statistics, _, parts = (tensor.numel() for tensor in planned[4:])
     assert (parts > 0) == output_mask[1]
-    assert (bounds + statistics > 0) == (output_mask[0] and algorithm == "gather")
-    assert (sums > 0) == (output_mask[0] and algorithm == "scatter" and dtype == "bf16")
+    assert (bounds > 0) == (output_mask[0] and algorithm == "gather")
+    assert (statistics > 0) == (output_mask[0] and algorithm != "scatter")
+    summed = algorithm == "fixed" or (algorithm == "scatter" and dtype == "bf16")
+    assert (sums > 0) == (output_mask[0] and summed)
 
 
 def test_invalid_level() -> None:

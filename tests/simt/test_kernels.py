@@ -5,6 +5,7 @@ test_op.py tests what they compute, through runner.py.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import mmap
 import re
@@ -57,18 +58,43 @@ def check_call(inputs: OpInputs, kernels: Emulated = KERNELS, algorithm: str = "
 
 @pytest.mark.parametrize("head_dim", [1, 4, 8, 16, 30, 32, 64, 71, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("algorithm", ["scatter", "tiles", "gather"])
+@pytest.mark.parametrize("algorithm", ["scatter", "tiles", "fixed", "gather"])
 def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
     """Queries that are the pixels, so that tiles, bands and shared pixels occur."""
     case = Case("pixels", levels=((5, 7), (3, 4)), batch=1, queries=47, head_dim=head_dim)
     check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
 
 
+@pytest.mark.parametrize(
+    ("changes", "dtype", "processors", "expected"),
+    [
+        ({}, "f32", 1, "tiles"),
+        ({}, "bf16", 1, "tiles"),
+        ({}, "f64", 1, "scatter"),
+        ({}, "f32", 132, "scatter"),  # too few blocks
+        ({"queries": 146}, "f32", 1, "scatter"),  # the queries are not the pixels
+        ({"head_dim": 30}, "f32", 1, "scatter"),
+        ({"points": 2}, "f32", 1, "scatter"),  # half of the threads would have no point
+        ({"points": (8, 1, 4)}, "f32", 1, "tiles"),
+    ],
+)
+def test_choice(changes: dict[str, Any], dtype: str, processors: int, expected: str) -> None:
+    """Which algorithm a backward pass takes; test_encoder runs each of them."""
+    inputs = dataclasses.replace(ENCODER, **{"points": 3, **changes}).make(DTYPES[dtype])
+    kernels = Emulated(processors=processors)
+    arguments = (*inputs.arguments, inputs.num_points)
+    assert kernels.chosen_algorithm(*arguments) == expected
+    fixed = dtype != "f64" and inputs.value.shape[3] % 4 == 0
+    repeatable = kernels.chosen_algorithm(*arguments, deterministic=True)
+    assert repeatable == ("fixed" if fixed else "gather")
+
+
 def test_far_points_of_a_tile() -> None:
     """Points of a block further apart than its window of slots; a map of one pixel too."""
     case = Case("far", levels=((3, 150), (90, 2), (1, 1)), batch=1, queries=631, head_dim=8)
     for kernels in (KERNELS, OLD):
-        check_call(case.make(DTYPES["f32"]), kernels, "tiles")
+        for algorithm in ("tiles", "fixed"):
+            check_call(case.make(DTYPES["f32"]), kernels, algorithm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -126,17 +152,18 @@ def test_block_sizes(processors: int, algorithm: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("algorithm", ["fixed", "gather"])
 @pytest.mark.parametrize("metadata", ["tensor", "list"])
-def test_deterministic(dtype: str, metadata: str) -> None:
-    """The same bits in ten runs, each with the threads in another order."""
+def test_deterministic(dtype: str, algorithm: str, metadata: str) -> None:
+    """The same bits in every run, each with the threads in another order."""
     inputs = ENCODER.make(DTYPES[dtype])
     if metadata == "list":
         inputs = inputs.replace(spatial_shapes=list(ENCODER.levels), level_start_index=None)
     grad_output = grad_output_for(inputs)
-    first = run(inputs, grad_output, KERNELS, "gather")
-    for seed in range(10):
+    first = run(inputs, grad_output, KERNELS, algorithm)
+    for seed in range(10 if metadata == "list" else 3):
         KERNELS.set_order("reversed" if seed == 0 else "shuffled", seed)
-        for name, one, again in zip(RESULTS, first, run(inputs, grad_output, KERNELS, "gather")):
+        for name, one, again in zip(RESULTS, first, run(inputs, grad_output, KERNELS, algorithm)):
             assert torch.equal(one, again), f"{name}, order {seed}"
 
 
@@ -170,11 +197,38 @@ def test_small_gradients_are_not_lost() -> None:
     weights = torch.full((B, Q, M, 1, 1), 2.0**-12)
     weights[:, 0] = 1
     grad_output = torch.ones(B, Q, M * D, dtype=torch.bfloat16)
-    for algorithm in ("scatter", "gather", "baseline"):
+    for algorithm in ("scatter", "fixed", "gather", "baseline"):
         grad = KERNELS.backward(
             grad_output, value, [(2, 2)], None, locations, weights, algorithm=algorithm
         )[0]
         assert torch.equal(grad[:, 0].float(), torch.full((B, M, D), 1.25)), algorithm
+
+
+@pytest.mark.parametrize("factor", [2.0**-80, 2.0**-30, 2.0**90])
+def test_fixed_point_has_the_scale_of_its_terms(factor: float) -> None:
+    """Gradients that are `factor` times as large are `factor` times the same numbers."""
+    inputs = ENCODER.make(DTYPES["f32"])
+    grad_output = grad_output_for(inputs)
+    arguments = (*inputs.arguments, inputs.num_points)
+    expected = KERNELS.backward(grad_output, *arguments, algorithm="fixed")[0]
+    found = KERNELS.backward(grad_output * factor, *arguments, algorithm="fixed")[0]
+    error = (found.double() / factor - expected.double()).abs().max()
+    assert error <= 1e-6 * expected.abs().max()
+    assert not KERNELS.backward(grad_output * 0, *arguments, algorithm="fixed")[0].any()
+
+
+def test_fixed_point_of_infinite_terms() -> None:
+    """The gradient of value is NaN in the image and head of an infinite term, and only there."""
+    case = dataclasses.replace(ENCODER, batch=2, head_dim=4)
+    inputs = case.make(DTYPES["f32"])
+    arguments = (*inputs.arguments, inputs.num_points)
+    grad_output = grad_output_for(inputs)
+    expected = KERNELS.backward(grad_output, *arguments, algorithm="fixed")[0]
+    grad_output[1, 5, 4:8] = math.inf  # of the second head
+    found = KERNELS.backward(grad_output, *arguments, algorithm="fixed")[0]
+    assert found[1, :, 1].isnan().all()
+    found[1, :, 1] = expected[1, :, 1]
+    assert torch.equal(found, expected)
 
 
 INVALID = {
@@ -254,7 +308,7 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
             for algorithm in ALGORITHMS:
                 for kernels in (KERNELS, Emulated(long_offsets=True)):
                     run(inputs, grad_output_for(inputs), kernels, algorithm)
-                    if algorithm in ("scatter", "gather"):
+                    if algorithm in ("scatter", "fixed", "gather"):
                         run_fused(inputs, kernels, algorithm)
             if name == "head_dim_32":
                 inputs = ENCODER.make(DTYPES[dtype])
@@ -273,6 +327,6 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
         expected = {
             "round_sums": narrow,
             "sum_heads": wide,
-            "backward_tiles": {"float"} | narrow,
+            **dict.fromkeys(("backward_tiles", "bound_terms", "round_fixed"), {"float"} | narrow),
         }
         assert types == expected.get(name, wide | narrow), name

@@ -10,10 +10,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 from tests.simt import build
-from tests.simt.emulated import Emulated
 
 COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; `make traffic` counts the others
@@ -64,25 +62,3 @@ def test_bars() -> None:
     from benchmarks.gates import traffic
 
     assert {bar.text for bar in traffic.bars(COMMITTED) if not bar.met} == NOT_MET
-
-
-@pytest.mark.parametrize("encoder", [False, True])
-def test_bounds_of_blocks_that_do_not_run(encoder: bool) -> None:
-    """The rectangles that the benchmark makes are those of the kernel, up to rounding."""
-    from benchmarks.gates import traffic
-
-    levels = ((19, 12), (5, 6))
-    small = traffic.Workload(
-        *("small", levels, 258 if encoder else 37, 3, 4, (2, 2)), encoder=encoder
-    )
-    inputs = traffic.draw(small)
-    kernels = Emulated(processors=1)
-    arguments = (
-        *(inputs.value, inputs.spatial_shapes, inputs.level_start_index),
-        *(inputs.sampling_locations, inputs.attention_weights),
-    )
-    targets = kernels.targets(*arguments, None, algorithm="gather")
-    kernels.backward(inputs.grad_output, *arguments, algorithm="gather", targets=targets)
-    made = torch.empty_like(targets[5])
-    traffic.fill_bounds(inputs, made)
-    assert torch.equal(targets[5], made)
