@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
           const int next = (foot.x & (kSide - 1)) == kSide - 1 ? -1 : turn.owner[slot + 1];
           if (number + 1 < count_of(turn.count[slot])) {
             bits |= kMore;
-          } else if (next == y * (level.width + 1) + foot.x + 2) {
+          } else if (bits & kAddRight && next == y * (level.width + 1) + foot.x + 2) {
             bits = (bits & kAddLeft) | kShift;
           }
         }
