@@ -39,8 +39,23 @@ from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.zoo import CONFIGURATIONS
 
 # Settings that --resume lets change.
-CHANGEABLE = ("steps", "batch", "lr", "backbone_lr", "weight_decay", "clip", "augment", "amp")
-CHANGEABLE += ("freeze_norms", "seed", "evaluate_every", "save_every", "keep_every")
+CHANGEABLE = frozenset(
+    [
+        "steps",
+        "batch",
+        "lr",
+        "backbone_lr",
+        "weight_decay",
+        "clip",
+        "augment",
+        "amp",
+        "freeze_norms",
+        "seed",
+        "evaluate_every",
+        "save_every",
+        "keep_every",
+    ]
+)
 ARCHITECTURE = ("recipe", "model", "width", "layers", "queries")
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -54,27 +69,34 @@ class Settings:
     """
 
     data: str  # shapes, digits or coco:FOLDER
-    recipe: str = ""  # one of RECIPES: a small system on a small backbone
-    model: str = ""  # or one of CONFIGURATIONS: an official model
-    init: str = ""  # weights to start from, what `load` takes; by default of the same model
-    steps: int = 800
+    # a small system on a small backbone: stewart, detr, dab_detr, deformable_detr,
+    # deformable_detr_two_stage, dab_deformable_detr, dn_deformable_detr, dino, rtdetr, rtdetrv2,
+    # dfine, deim or mr_detr
+    recipe: str = ""
+    # or an official model, such as detr_r50, dino_r50_4scale, rtdetr_r18, dfine_n; another name
+    # lists all
+    model: str = ""
+    # weights to start from: digits, model.pt of a training, an official checkpoint, a folder or a
+    # name on the hub
+    init: str = ""
+    steps: int = 800  # of the optimizer
     batch: int = 16  # images per step, of all processes together
     size: int = 0  # of the images in pixels; 0: that of the model, or of the data
     resize: str = ""  # stretch, fit or shortest; by default that of the model, or stretch
     width: int = 64  # channels, a multiple of 32
     layers: int = 2  # of the decoder
-    queries: int = 20
+    queries: int = 20  # the most objects that are found in an image
     lr: float = 1e-3  # 1e-4 is usual for official models
     backbone_lr: float = 1.0  # times lr; 0.1 is usual for a pretrained backbone
     freeze: str = ""  # parameters whose names start so keep their values: "backbone"
-    weight_decay: float = 1e-4
+    weight_decay: float = 1e-4  # of weights; biases and norms have none
     clip: float = 0.1  # largest norm of the gradients
-    augment: str = ""  # one of AUGMENTATIONS; empty: that of the recipe
-    amp: str = "none"  # or bfloat16, or float16 with scaled losses
+    augment: str = ""  # none, flip, crop or dense; by default that of the recipe
+    amp: str = "none"  # none, bfloat16, or float16 with scaled losses
     freeze_norms: int = 0  # 1: batch norms keep their statistics, as in DETR's backbone
-    seed: int = 0
-    evaluate_every: int = 100  # steps
-    save_every: int = 100  # steps
+    seed: int = 0  # of weights, order, augmentation and drawn images
+    evaluate_every: int = 100  # steps between evaluations
+    save_every: int = 100  # steps between saves
     keep_every: int = 0  # steps after which a save also stays as checkpoint_STEP.pt; 0: none
 
     def __post_init__(self) -> None:
@@ -231,9 +253,9 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
 def train(
     settings: Settings, out: Path, workers: int = 0, resume: Path | None = None
 ) -> dict[str, Any]:
-    """Train or fine-tune a detector; resumes from the checkpoint in ``out``, if there is one.
+    """Train or fine-tune a detector; resumes from the checkpoint in the folder, if there is one.
 
-    With ``resume`` the training of that checkpoint is continued with other settings: steps, batch,
+    With a checkpoint to resume, its training is continued with other settings: steps, batch,
     rates, augmentation, precision, seed, saving, the place of the data and the number of
     processes. What decides the model and its data must be the same.
 
@@ -249,8 +271,8 @@ def train(
         settings: of the training.
         out: folder of the run.
         workers: processes that prepare batches; they do not change the result.
-        resume: a checkpoint, or the folder of a run, to continue with other settings. ``out`` is
-            that folder, or one that has no other training.
+        resume: a checkpoint, or the folder of a run, to continue with other settings. The folder of
+            the run is the same, or one that has no other training.
 
     Returns:
         The history: ``loss`` of each step; ``parts``, each loss by name, and ``ap``, COCO's
@@ -316,9 +338,9 @@ class _Run:
             if settings.freeze and name.startswith(settings.freeze)
         ]
         if settings.freeze and not frozen:
-            parts = sorted({name.split(".")[0] for name in system.model.state_dict()})
+            starts = sorted({name.split(".")[0] for name in system.model.state_dict()})
             raise ValueError(
-                f"freeze: expected the start of a parameter's name, such as one of {parts}, "
+                f"freeze: expected the start of a parameter's name, such as one of {starts}, "
                 f"got {settings.freeze!r}"
             )
         for parameter in frozen:

@@ -15,11 +15,13 @@ from PIL import Image
 
 from deform_attn.detr import __main__ as commands
 from deform_attn.detr import load
+from deform_attn.detr.augment import AUGMENTATIONS
 from deform_attn.detr.data import Digits, Shapes, write_coco
 from deform_attn.detr.export import difference, export
+from deform_attn.detr.images import RESIZE
 from deform_attn.detr.models import Detections
-from deform_attn.detr.recipes import build
-from deform_attn.detr.train import Settings, train, transfer
+from deform_attn.detr.recipes import RECIPES, build
+from deform_attn.detr.train import AMP, Settings, train, transfer
 
 from .official import official_state
 
@@ -186,6 +188,17 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
 
 
+def test_help_has_examples_and_names_the_choices(monkeypatch: Patch, capsys: Capture) -> None:
+    for name in ("train", "evaluate", "predict", "export", "data"):
+        with pytest.raises(SystemExit, match="0"):
+            run(monkeypatch, name, "--help")
+        text = capsys.readouterr().out
+        assert f"python -m deform_attn.detr {name} --" in text
+        words = set(re.findall(r"\w+", text))
+        if name == "train":
+            assert {*RECIPES, *AUGMENTATIONS, *AMP, *RESIZE, "rtdetr_r18"} <= words
+
+
 DOCS = Path(__file__).parents[2] / "docs/detr"
 
 
@@ -217,6 +230,8 @@ def test_every_command_of_the_documentation_runs(
         if words[0] == "train":
             steps = 2 if "--resume" in words else 1
             words += ["--steps", str(steps), "--batch", "2", "--evaluate-every", "1"]
+        if "--recipe" in words:
+            words += ["--width", "32", "--layers", "1", "--queries", "10"]
         if words[0] in ("train", "export") and "--size" not in words:
             words += ["--size", "320" if "--model" in words and words[0] == "train" else "64"]
         run(monkeypatch, *words)
