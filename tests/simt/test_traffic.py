@@ -16,10 +16,10 @@ from tests.simt import build
 COMMITTED = json.loads((build.HERE / "traffic.json").read_text())
 # an encoder and a decoder; `make traffic` counts the others
 TRIED = ("deformable_detr_encoder_800x1333 f32", "rtdetr_decoder_640 f32")
-# Fusing saves memory traffic and launches, not traffic through L2. The tiles of an encoder's backward
-# pass read points and gradients a second time, fused or not: their bytes are a larger share of a fused
-# layer. The deterministic backward of a decoder was counted with backward_gather, which moves 3.05 times
-# the sectors of the atomic one.
+# Fusing saves memory traffic and launches, not traffic through L2. The tiles of an encoder's
+# backward pass read points and gradients a second time, fused or not: their bytes are a larger
+# share of a fused layer. The deterministic backward of most decoders was counted with
+# backward_gather, which moves 3.05 times the sectors of the atomic one.
 NOT_MET = {
     "deterministic backward: sectors, of the atomic one",
     "layer fused: forward + backward, least_bytes",
