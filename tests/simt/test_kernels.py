@@ -326,7 +326,7 @@ def test_every_kernel_is_reached(record_property: Any) -> None:
     for name, types in reached.items():
         expected = {
             "round_sums": narrow,
-            "sum_heads": wide,
+            **dict.fromkeys(("sum_heads", "frame_boxes", "sum_frames"), wide),
             **dict.fromkeys(("backward_tiles", "bound_terms", "round_fixed"), {"float"} | narrow),
         }
         assert types == expected.get(name, wide | narrow), name
