@@ -117,7 +117,7 @@ class _Attention(nn.Module):
                 offset_scale=self.offset_scale,
                 method=self.method,
                 official_clamp=self.official_clamp,
-                value_mask=padding,  # after the projection: its bias is added to padding too
+                value_mask=padding,  # not before value_proj, which adds its bias to zeros
             )
         )
         return output

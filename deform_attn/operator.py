@@ -114,9 +114,9 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     forward_op = getattr(torch.ops.deform_attn, name).default
     backward_op = getattr(torch.ops.deform_attn, f"{name}_backward").default
     record, differentiable = signature.record, signature.differentiable
-    tensors = record._fields.index("level_sizes")
+    num_tensors = record._fields.index("level_sizes")
 
-    # Functions of one level: the dispatcher has taken off the levels of torch.func before
+    # Single-level: the dispatcher has already unwrapped the tensors of torch.func's transforms
     class Backward(_SingleLevelFunction):
         @staticmethod
         def forward(*inputs: Any) -> Any:
@@ -125,8 +125,8 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             *inputs, ctx.output_mask, value_mask = inputs  # type: ignore[assignment]
-            ctx.save_for_backward(*inputs[: 1 + tensors], value_mask)
-            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + tensors : -1]
+            ctx.save_for_backward(*inputs[: 1 + num_tensors], value_mask)
+            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + num_tensors : -1]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -157,9 +157,9 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.save_for_backward(*inputs[:tensors], inputs[-1])
+            ctx.save_for_backward(*inputs[:num_tensors], inputs[-1])
             # apart, or Dynamo takes symbolic sizes for constants
-            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[tensors:-1]
+            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[num_tensors:-1]
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
@@ -173,6 +173,9 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             return signature.with_gradients(gradients(grad_output, *inputs, *numbers, *options))
 
     def call(*inputs: Any) -> Tensor:
+        """The composite under forward-mode AD, the bare operator where nothing is recorded, else
+        the Function; through the dispatcher where the call is compiled or observed.
+        """
         output: Tensor
         if forward_ad._current_level >= 0:
             output = signature.composite(record(*inputs))
@@ -223,9 +226,9 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
 
 
 def _is_observed() -> bool:
-    """Whether a call in eager mode is not only executed: traced, transformed, or seen by a mode.
+    """Whether an eager call is traced, transformed by ``torch.func`` or seen by a dispatch mode.
 
-    The operator's Autograd kernel, which is written in Python, can be skipped where it is not.
+    Other calls skip the operator's Autograd kernel, which is written in Python.
     """
     return _is_tracing() or _are_functorch_transforms_active() or _len_torch_dispatch_stack() > 0
 

@@ -444,7 +444,7 @@ def test_an_input_without_a_gradient(
 
 
 def test_exact_results_are_not_trivial(dtypes: Dtypes, case: Case) -> None:
-    """The cases try something: the truth is not zero wherever there is something to sample."""
+    """The cases try something: the result is not zero wherever there is something to sample."""
     inputs = case.make(dtypes)
     exact = exact_results(inputs, grad_output_for(inputs))
     assert all(e.isfinite().all() for e in exact)

@@ -81,8 +81,10 @@ def test_which_pixel(
     pixel: tuple[int, int],
     official: tuple[int, int],
 ) -> None:
-    for wanted, clamp in ((pixel, False), (official, True)):
-        assert call(one_point(shape, *location), clamp).item() == wanted[1] * shape[1] + wanted[0]
+    for expected, clamp in ((pixel, False), (official, True)):
+        assert (
+            call(one_point(shape, *location), clamp).item() == expected[1] * shape[1] + expected[0]
+        )
 
 
 def test_neighbours_have_no_part_in_a_point() -> None:
@@ -106,9 +108,9 @@ def test_fused_is_the_composition(size: int, backend: str) -> None:
     sizes = torch.tensor(SHAPES)
     points = composite.unfused(FusedOperands(value, sizes, None, *rest, None, [3, 0, 2]))[3:5]
     options = {"num_points": [3, 0, 2], "method": "discrete", "backend": backend}
-    wanted = ms_deform_attn(value, SHAPES, None, *points, **options)
+    expected = ms_deform_attn(value, SHAPES, None, *points, **options)
     got = ms_deform_attn_fused(value, SHAPES, None, *rest, **options)
-    assert torch.equal(got, wanted)
+    assert torch.equal(got, expected)
     grads = torch.autograd.grad(got.sum(), inputs, allow_unused=True)
     assert [grad is not None for grad in grads] == [True, False, False, True]
     assert not torch.equal(

@@ -69,7 +69,7 @@ DEFORM_ATTN_INLINE void softmax(const T* logits, Acc* weights, int count) {
 // Reference points: origin + offset / extent. A division, not a product with the inverse: encoders
 // start with whole offsets from pixel centres, and the locations must stay exactly on the knots.
 // Reference boxes: origin + offset * extent.
-// Rotated boxes: x and y each add what the other offset moves them by, offset * across.
+// Rotated boxes: origin + offset * extent + (offset of the other axis) * across.
 template <typename Acc>
 struct Steps {
   Acc *origin, *extent;  // [2 * points]
@@ -214,6 +214,7 @@ void finish_queries(const Inputs& in, const FusedGradients& grads, int64_t first
           const Acc cos = std::cos(from[4]), sin = std::sin(from[4]);
           to[2] += (cos * same[0] + sin * other[1]) * portion;
           to[3] += (cos * same[1] - sin * other[0]) * portion;
+          // d(location)/d(angle) = R'(angle) (offset * sides * portion)
           to[4] += (from[2] * (cos * other[1] - sin * same[0]) -
                     from[3] * (cos * other[0] + sin * same[1])) *
                    portion;

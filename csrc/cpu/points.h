@@ -55,8 +55,8 @@ DEFORM_ATTN_INLINE void store_lanes(int32_t* to, I from) {
 struct PointLevels {
   int32_t *height, *width, *start;  // [heads * points]
   int32_t stride;                   // elements from one pixel to the next
-  // Of a call with a mask, for the current image: its rows of the mask, and the pixels from (0, 0) on
-  // that are not masked in each level. Padding is usually to the right and below.
+  // Of a call with a mask, for the current image: its rows of the mask, and the size of the rectangle at
+  // the top left of each level that holds no masked pixel. Padding is usually to the right and below.
   const uint8_t* mask = nullptr;
   int32_t *clear_height, *clear_width;
 
@@ -170,7 +170,9 @@ struct Points {
       const bool owned = offset[i][0] < 0 ? band == 0 : has_upper;
       reach[i] = (owned ? kOwned : 0) | (adds && has_upper ? kUpper : 0) |
                  (adds && has_lower ? kLower : 0);
-      if (levels.mask) {  // where both are dropped, their offsets are those of the other image row
+      // The pixels of an image row that are both masked have the offsets of the other row, which may lie
+      // in this band.
+      if (levels.mask) {
         if (!(on[0][i] | on[1][i])) reach[i] &= ~kUpper;
         if (!(on[2][i] | on[3][i])) reach[i] &= ~kLower;
       }

@@ -28,7 +28,7 @@ namespace deform_attn {
 
 struct KernelCall {
   Problem problem;
-  LevelTable levels;
+  LevelTable levels;     // and value_mask
   Type type;             // of value, output and their gradients
   bool weights_are_acc;  // weights have acc_dtype, not the dtype of value
   const void* value;
@@ -190,9 +190,14 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
   });
 }
 
-// kBaseline: as in 2020. kScatter: atomics. kTiles: atomics, after adding up what a tile of queries adds to
-// a pixel, where `in_tiles`; elsewhere as kScatter. The other two have the same bits every time. kFixed: as
-// kTiles, with sums in fixed point, where `fits_tiles`; elsewhere as kGather. kGather: no atomics.
+// How the gradient of value is computed.
+//   kBaseline  as in 2020
+//   kScatter   atomics
+//   kTiles     atomics, after adding up what a tile of queries adds to a pixel, where `in_tiles`; elsewhere
+//              as kScatter
+//   kFixed     as kTiles, with sums in fixed point, where `fits_tiles`; elsewhere as kGather
+//   kGather    no atomics: pixels collect from points
+// kFixed and kGather give the same bits every time.
 enum class BackwardAlgorithm { kBaseline, kScatter, kTiles, kFixed, kGather };
 
 // Which of the gradients that take extra work are requested; the others are always computed.
@@ -203,10 +208,12 @@ struct OutputMask {
 // The working memory of a backward call, in bytes.
 struct BackwardPlan {
   BackwardAlgorithm algorithm;
-  bool tiles;   // by backward_tiles, where alignment allows it
-  bool zeros;   // the gradient of value must be zeros before; else every element is written
-  size_t sums;  // zeros before; of a 16-bit value: its gradient in float, rounded once; of kFixed:
-                // the gradient in int64, and the TermBounds
+  bool tiles;  // by backward_tiles, where alignment allows it
+  bool
+      zeros;  // the caller fills the gradient of value with zeros; else the kernels write all of it
+  size_t
+      sums;  // filled with zeros by the caller; of a 16-bit value: its gradient in float, rounded
+             // once; of kFixed: the gradient in int64, and the TermBounds
   size_t bounds;      // of backward_gather
   size_t statistics;  // of FusedPoints
   size_t by_weight;   // of FusedPointGradients
@@ -245,7 +252,8 @@ inline bool in_tiles(const KernelCall& in, const Device& device) {
 }
 
 // Tiles take fewer reductions than scattering, and pay off where their blocks fill the multiprocessors and
-// points fill their turns (docs/design-gpu.md).
+// points fill their turns (docs/design-gpu.md). `plan_backward` replaces kFixed by kGather where tiles do
+// not fit.
 inline BackwardAlgorithm choose_backward(const KernelCall& in, const Device& device,
                                          bool deterministic) {
   if (deterministic) return BackwardAlgorithm::kFixed;
@@ -386,6 +394,8 @@ void sum_fixed(const KernelCall& in, const LevelTable& levels, const Points& poi
   check_launch("round_fixed", device);
 }
 
+// In this order: frame_boxes; backward_teams; the kernels of the gradient of value, unless scattering;
+// sum_frames or sum_heads; round_sums.
 template <typename T>
 void launch_backward(const KernelCall& in, const void* grad_output, const Outputs& out,
                      const BackwardPlan& plan, const Device& device) {

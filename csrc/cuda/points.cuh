@@ -119,7 +119,7 @@ struct GivenPoints {
 
 // Numbers of a Frame, which the kernels read in place of a rotated box: sines and cosines take registers
 // that the pixels need. With a, b the sides of the box as vectors, (w cos, w sin) and (-h sin, h cos):
-// (cx, cy, a.x, b.y, b.x, a.y). Without the last two it has the form of a box without an angle.
+// (cx, cy, a.x, b.y, b.x, a.y). For an angle of 0 the first four are the box and the last two are 0.
 constexpr int kFrame = 6;
 
 // Points of a fused call: offsets from reference points or boxes, and logits whose softmax over all
@@ -345,7 +345,7 @@ __device__ inline int level_of(int k, int level, const BlockLevels& levels) {
 }
 
 // `row_stride`: from a row of value to the next, in the unit of Corner::at. Masked pixels are dropped
-// as find_pixels does; which of the two spills no register depends on the kernel.
+// as in find_pixels. Each kernel uses the function with which it spills no register.
 template <typename Acc, typename Offset>
 __device__ Corner<Acc, Offset> corner_of(Footprint<Acc>& foot, const Level& level, Acc weight,
                                          Offset row_stride, const ImageMask& mask = {}) {

@@ -1,5 +1,5 @@
-// backward_teams: the gradients of points and weights (or of the offsets and logits of a fused call) and, on
-// request, the gradient of value by atomics.
+// backward_teams: the gradients of points and weights (or of the offsets and logits of a fused call). It runs
+// with every BackwardAlgorithm but kBaseline; with kScatter it also adds the gradient of value, by atomics.
 //
 // After any edit: make kernels traffic
 #pragma once

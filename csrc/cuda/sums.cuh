@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kBlock)
     to[1] = sum[1];
     to[2] = c * sum[2] + s * sum[5];
     to[3] = c * sum[3] - s * sum[4];
+    // da/d(angle) = w (-sin, cos), db/d(angle) = -h (cos, sin)
     to[4] = box[2] * (c * sum[5] - s * sum[2]) - box[3] * (c * sum[4] + s * sum[3]);
   }
 }

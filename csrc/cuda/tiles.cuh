@@ -15,7 +15,7 @@ constexpr int kSide = 32;                           // of the window of slots
 constexpr int kRowSlots = kSide + 4;                // 4: so that neighbouring rows use other banks
 constexpr int kSlots = kSide * kRowSlots;
 constexpr int kTileVec = 4;    // channels of a lane
-constexpr int kTileBatch = 2;  // shares that a lane loads at a time; a multiple makes a team's part
+constexpr int kTileBatch = 2;  // shares that a lane loads at a time; each team has a multiple of it
 // Sums are float, or int64_t in the fixed point of fixed.cuh. Channels of a lane that one atomic adds:
 template <typename Sum>
 constexpr int kSumWidth = kAtomicWidth<Sum, kTileVec>;
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
         foot.place(sample.x, sample.y, level.height, level.width);
 #pragma unroll
         for (int i = 0; i < 4; ++i) on |= foot.on[i] ? 1u << i : 0;
-        if (mask) {
+        if (mask) {  // as in find_pixels; here the footprint stays as it is, for the weights
           const unsigned row = static_cast<unsigned>(level.start) +
                                static_cast<unsigned>(foot.y) * level.width + foot.x;
 #pragma unroll

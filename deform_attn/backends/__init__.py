@@ -54,7 +54,8 @@ def _define_backends() -> dict[str, Backend]:
         backends[name] = Backend(name, module.why_not, *calls, call_fused)
     for device in ("cpu", "cuda"):
         operator.LIBRARY.define(f"{device}_build() -> str")
-    compiled.load()  # after the schemas: loading a library registers its kernels for them
+    # after the schemas: loading a library registers its kernels (csrc/*/ops.*)
+    compiled.load()
     kernels: list[tuple[str, Any, str, str]] = [
         (f"{attention}_reference", reference, "CompositeExplicitAutograd", "")
     ]

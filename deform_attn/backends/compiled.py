@@ -85,7 +85,7 @@ def load() -> None:
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why the compiled kernels cannot run on a device, or None."""
+    """Why the compiled kernels cannot run on a device, or None; they exist for every dtype."""
     try:
         return _REASONS[device_type]
     except KeyError:

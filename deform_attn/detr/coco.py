@@ -60,8 +60,9 @@ class CocoFolder:
     Args:
         folder: that folder.
         split: ``train`` or ``val``.
-        size: longer side of the images, in pixels.
-        resize: "stretch" to a square, or "fit", which keeps the ratio of the sides.
+        size: longer side of the images in pixels, the shorter one with "shortest".
+        resize: "stretch" to a square; "fit" or "shortest", which keep the ratio of the sides (see
+            ``images.as_tensor``).
         classes: names by label; by default the categories in the order of their ids.
 
     Raises:
@@ -125,6 +126,7 @@ class CocoFolder:
         return len(self._content["images"])
 
     def __getitem__(self, index: int) -> Sample:
+        """Image, and labels and boxes ``(cx, cy, w, h)`` as fractions of it, without crowds."""
         facts = self._content["images"][index]
         objects = [one for one in self._objects.get(facts["id"], []) if not one["iscrowd"]]
         boxes = torch.tensor(

@@ -30,7 +30,7 @@ class Detection(Protocol):
 
     Attributes:
         classes: names, by label.
-        size: longer side of the images, in pixels.
+        size: side of the images in pixels: the longer one, or the shorter with "shortest".
         flips: whether a mirrored object keeps its class.
         identity: changes where the content of the data set does.
         most_objects: in an image.
@@ -64,10 +64,11 @@ def open_dataset(
     Args:
         name: ``shapes``, ``digits`` or ``coco:FOLDER``.
         split: ``train`` or ``val``.
-        size: longer side of the images in pixels; 0: 64 for shapes, 128 for digits, 640 for a
-            folder.
+        size: longer side of the images in pixels, the shorter one with "shortest"; 0: 64 for
+            shapes, 128 for digits, 640 for a folder.
         seed: of what is drawn; a folder has none.
-        resize: of a folder's images: "stretch" to a square, or "fit", which keeps the ratio.
+        resize: of a folder's images: "stretch" to a square; "fit" or "shortest", which keep the
+            ratio (see ``images.as_tensor``).
         classes: names by label, where they are given, as those of the training images are for the
             evaluation.
 

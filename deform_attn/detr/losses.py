@@ -3,7 +3,9 @@
     loss = sum over sets of predictions (decoder layers, encoder, denoising, routes) of
            w_class * classification + w_l1 * |box - target| + w_giou * (1 - GIoU)
 
-each divided by the number of objects. Systems differ in matching and classification.
+each divided by the number of objects (for denoising, of all noised copies), except DETR's
+classification, which is a weighted mean over queries. D-FINE adds two losses of its distributions
+(see dfine.py). Systems differ in matching and classification.
 """
 
 from __future__ import annotations
@@ -201,7 +203,7 @@ def paired(targets: Targets, pairs: Pairs, key: str) -> Tensor:
 def layers_of(outputs: Outputs, name: str) -> Iterator[tuple[str, Named]]:
     """Name and prediction of each layer; D-FINE's include the last layer's distributions.
 
-    D-FINE's first box and class of the first layer come last, as ``<name>_pre``.
+    After the layers, as ``<name>_pre``: D-FINE's boxes and classes before its first refinement.
     """
     layers = len(outputs.get("logits", ()))
     for i in range(layers):
@@ -283,7 +285,7 @@ class Criterion:
         shared = union([one.pairs for one in matched]) if self.bins is not None else []
         positives = sum(len(queries) for queries, _ in shared)
         num_shared = averaged(positives, logits.device)
-        # The balance of matched queries serves denoising queries too, as in the official code.
+        # Denoising queries take the balance of the matched queries, as in the official code.
         balance = (positives, logits[0, ..., 0].numel() - positives)
         losses = {}
         for i, one in enumerate([*matched, *self.assigned(outputs, targets, num_objects)]):

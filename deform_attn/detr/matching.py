@@ -117,9 +117,10 @@ class OneToMany:
     """Several queries per object (Mr. DETR, arXiv 2412.10028).
 
     The quality of a query for an object is a weighted mean of the IoU and the class's probability.
-    Every query chooses its best object; the choice counts if the quality reaches the threshold, or
-    if the query is the best of some object. An object with c choices is matched with the ``min(c,
-    max_queries)`` queries of the highest quality for it, whichever object those chose.
+    Every query chooses the object of its highest quality. The choice counts if that quality reaches
+    the threshold, or if no query has a higher quality for one of the objects. An object that c
+    choices count for is matched with the ``min(c, max_queries)`` queries of the highest quality for
+    it, whichever object those chose.
 
     Attributes:
         iou_weight: weight of the IoU: 0.7, and 0.8 in Mr. DETR's variants on DINO and Align-DETR;

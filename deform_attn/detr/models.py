@@ -146,7 +146,8 @@ class Detector(nn.Module):
         Returns:
             ``logits [layers, B, Q, C]`` and ``boxes [layers, B, Q, 4]``, ``(cx, cy, w, h)`` as
             fractions of the unpadded image. Some systems add ``pre_logits`` and ``pre_boxes`` of
-            one layer, and dicts of such tensors: ``encoder``, ``dn``, ``o2m``, ``sep``.
+            one layer, and dicts of such tensors: ``encoder``, ``encoder_o2m``, ``dn``, ``o2m``,
+            ``sep``.
 
         Raises:
             ValueError: a shape or target does not fit; the message names the argument.

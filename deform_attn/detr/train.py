@@ -62,7 +62,9 @@ AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides the result of a training.
+    """Everything that decides the result of a training. Each field is an option of ``train``.
+
+    One of ``recipe``, ``model`` and ``init`` is required.
 
     Raises:
         ValueError: a setting has an invalid value; the message names it.
