@@ -209,11 +209,11 @@ struct OutputMask {
 struct BackwardPlan {
   BackwardAlgorithm algorithm;
   bool tiles;  // by backward_tiles, where alignment allows it
-  bool
-      zeros;  // the caller fills the gradient of value with zeros; else the kernels write all of it
-  size_t
-      sums;  // filled with zeros by the caller; of a 16-bit value: its gradient in float, rounded
-             // once; of kFixed: the gradient in int64, and the TermBounds
+  // The caller fills the gradient of value with zeros; else the kernels write all of it.
+  bool zeros;
+  // Filled with zeros by the caller. Of a 16-bit value: its gradient in float, rounded once; of kFixed: the
+  // gradient in int64, and the TermBounds.
+  size_t sums;
   size_t bounds;      // of backward_gather
   size_t statistics;  // of FusedPoints
   size_t by_weight;   // of FusedPointGradients
