@@ -43,6 +43,8 @@ struct Numbers {
   // The result of a comparison as a Mask; masks are combined with &.
   static HOST_DEVICE Mask mask(bool compared) { return compared; }
   static HOST_DEVICE Acc where(Mask mask, Acc x) { return mask ? x : Acc(0); }
+  // x - y where the comparison holds, else x.
+  static HOST_DEVICE Acc minus_where(bool compared, Acc x, Acc y) { return compared ? x - y : x; }
 };
 
 // The pixel at or before a location, and the fraction in [0, 1] towards the next pixel. False where
@@ -59,8 +61,8 @@ HOST_DEVICE typename N::Mask pixel_of(typename N::Acc location, typename N::Int 
   Acc left = N::round_down(N::multiply_add(location, extent, -half));
   Acc past = N::multiply_add(location, extent, -(left + half));
   const auto before = past < zero;
-  left = before ? left - one : left;
-  past = before ? past + one : past;
+  left = N::minus_where(before, left, one);
+  past = N::minus_where(before, past, -one);
   const typename N::Mask hit = N::mask(left >= -one) & N::mask(left < extent);
   pixel = N::to_int(N::where(hit, left));
   fraction = N::where(hit, past);

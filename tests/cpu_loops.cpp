@@ -7,14 +7,15 @@ using namespace deform_attn::cpu;
 constexpr int kLanes = kNativeLanes<float>;
 constexpr int kVecs = 32 / kLanes;  // a head of 32 channels: most models
 
-#define DEFORM_ATTN_LOOPS(T)                                                                      \
-  extern "C" void forward_##T(const T* value, const T* next, const Run<float>& run, T* output) {  \
-    sum_points<kLanes, kVecs, T, float>(value, next, run, output, 0);                             \
-  }                                                                                               \
-  extern "C" void backward_##T(const T* value, const T* grad_output, const Run<float>& run,       \
-                               float* grad_value, Quad<float>* products) {                        \
-    visit_points<kLanes, kVecs, T, float>(value, grad_output, run, nullptr, grad_value, products, \
-                                          true, 0, 32);                                           \
+#define DEFORM_ATTN_LOOPS(T)                                                                     \
+  extern "C" void forward_##T(const T* value, const T* next, const Run<float>& run, T* output) { \
+    sum_points<kLanes, kVecs, T, float>(value, next, run, output, 0);                            \
+  }                                                                                              \
+  extern "C" void backward_##T(const T* value, const T* grad_output, const Run<float>& run,      \
+                               float* sums, const Reached& reached, Quad<float>* products,       \
+                               int64_t channel) {                                                \
+    visit_points<kLanes, kVecs, T, float>(value, grad_output, run, nullptr, sums, reached,       \
+                                          products, true, 0, channel, 32);                       \
   }
 DEFORM_ATTN_LOOPS(float)
 DEFORM_ATTN_LOOPS(Half)

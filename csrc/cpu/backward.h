@@ -2,6 +2,9 @@
 //
 //   visit_points     the innermost loop: products with pixels, and what is added to their gradients
 //   PointGradients   the gradients of a query's locations and weights, before they are written
+//   Reached          which pixels have been added to
+//   each_range       the rows of value that belong to a share
+//   round_sums       from the float32 sums of a share to its 16-bit gradient of value
 //   backward_share   the pass over one Share
 #pragma once
 
@@ -10,15 +13,50 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
+// The heads and rows of value whose gradient has been added to, by the place of their first channel:
+// elements from pixel 0 of the image. Without flags, all of them count as reached.
+struct Reached {
+  uint8_t* flags = nullptr;
+  int64_t count = 0;  // of flags, a multiple of 8
+  int shift = 0;      // 2^shift <= head_dim: no two heads or rows share a flag
+
+  Reached(Arena& arena, const Inputs& in, bool used) {
+    // in an encoder nearly all are reached
+    if (!used || in.queries_are_pixels) return;
+    while (in.problem.head_dim >> (shift + 1)) ++shift;
+    count = (((in.problem.rows * in.problem.row_stride()) >> shift) / 8 + 1) * 8;
+    flags = arena.take<uint8_t>(count);
+    if (flags) std::memset(flags, 0, static_cast<size_t>(count));
+  }
+
+  DEFORM_ATTN_INLINE void add(int64_t place) const { flags[place >> shift] = 1; }
+
+  // Writes the places of flags first .. first + 7 that are set, and returns their number.
+  DEFORM_ATTN_INLINE int eight(int64_t first, int64_t head_dim, int64_t* places) const {
+    uint64_t word;
+    std::memcpy(&word, flags + first, sizeof(word));
+    if (word == 0) return 0;
+    int found = 0;
+    for (int i = 0; i < 8; ++i) {
+      // the only multiple of head_dim that has this flag
+      const int64_t least = (first + i) << shift;
+      places[found] =
+          (int64_t{1} << shift) == head_dim ? least : (least + head_dim - 1) / head_dim * head_dim;
+      found += flags[first + i];
+    }
+    return found;
+  }
+};
+
 // products[k][i] = dot product of the output's gradient with pixel i of point k of a head. Adds the
-// point's share of the output's gradient to the pixels' gradients, unless `grad_value` is null.
+// point's share of the output's gradient to the sums of its pixels' gradients, unless `sums` is null.
 // Channels as in sum_points; `first`: they are the first channels of the head. `next`: elements from
-// these channels to those of the following head.
+// these channels to those of the following head. `channel`: elements from pixel 0 to the head's.
 template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
-                                     const Run<Acc> run, const int32_t* __restrict reach,
-                                     Acc* grad_value, Quad<Acc>* products, bool first, int some,
-                                     int64_t next) {
+                                     const Run<Acc> run, const int32_t* __restrict reach, Acc* sums,
+                                     const Reached reached, Quad<Acc>* products, bool first,
+                                     int some, int64_t channel, int64_t next) {
   using V = Vec<Acc, kLanes>;
   V gradient[kVecs], as_pixels[kVecs];  // in the order of channels, and in that of load_channels
   each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
@@ -27,28 +65,35 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
   });
   load_channels<kLanes, kVecs>(grad_output, some, as_pixels);
   for (int k = 0; k < run.count; ++k) {
-    run.template fetch<kVecs * kLanes* int{sizeof(T)}>(value + next, k);
-    if (grad_value) run.template fetch<kVecs * kLanes* int{sizeof(Acc)}>(grad_value + next, k);
-    const Quad<int64_t>& offset = run.offset[k];
+    if (run.next) {
+      // every second line: processors fetch the other one of a pair into the second-level cache
+      constexpr int kStep = 2 * int{kCacheLine};
+      fetch_pixels<kVecs * kLanes* int{sizeof(T)}, kStep>(value + next, run.next[k]);
+      if (sums) fetch_pixels<kVecs * kLanes* int{sizeof(Acc)}, kStep>(sums + next, run.next[k]);
+    }
+    const Quad<int32_t>& offset = run.offset[k];
     if (offset[0] < 0) continue;
     const int32_t here = reach ? reach[k] : kOwned | kUpper | kLower;
     if (here == 0) continue;
     if (here & kOwned) {
-      V sums[4] = {};
+      V totals[4] = {};
       each<4>([&](auto i) DEFORM_ATTN_INLINED {
         V channels[kVecs];
         load_channels<kLanes, kVecs>(value + offset[i], some, channels);
-        each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { sums[i] += as_pixels[v] * channels[v]; });
+        each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { totals[i] += as_pixels[v] * channels[v]; });
       });
       Quad<Acc> product;
-      four_sums<Acc, kLanes>(sums, product);
+      four_sums<Acc, kLanes>(totals, product);
       each<4>([&](auto i) DEFORM_ATTN_INLINED {
         products[k][i] = first ? product[i] : products[k][i] + product[i];
       });
     }
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       if (!(here & (i < 2 ? kUpper : kLower))) return;
-      Acc* pixel = grad_value + offset[i];
+      if constexpr (!std::is_same_v<T, Acc>) {
+        if (reached.flags) reached.add(offset[i] + channel);
+      }
+      Acc* pixel = sums + offset[i];
       const V share = splat<V>(run.share[k][i]);
       each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
         if (some > 0) {
@@ -127,6 +172,82 @@ DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t firs
   for (; at < end; at += kCacheLine) __builtin_prefetch(at, kWrite, 3);
 }
 
+// Calls `use(first, last)` with ranges of the rows of value that together belong to a share: its band of
+// each level and, for band 0, the rows that belong to no level.
+template <typename Use>
+void each_range(const Inputs& in, const Share& own, const Use& use) {
+  const int64_t rows = in.problem.rows;
+  if (own.bands == 1) return use(int64_t{0}, rows);
+  for (int l = 0; l < in.problem.levels; ++l) {
+    const Level& level = in.levels[l];
+    const auto row = [&](int band) {
+      return level.start + int64_t{level.height} * band / own.bands * level.width;
+    };
+    use(row(own.band), row(own.band + 1));
+  }
+  for (int64_t row = 0; own.band == 0 && row < rows;) {
+    const Level* next = nullptr;  // the first level from `row` on
+    for (int l = 0; l < in.problem.levels; ++l) {
+      const Level& level = in.levels[l];
+      if (level.start >= row && (!next || level.start < next->start)) next = &level;
+    }
+    use(row, next ? next->start : rows);
+    row = next ? next->start + int64_t{next->height} * next->width : rows;
+  }
+}
+
+// Rounds `count` sums, and clears them.
+template <typename T>
+DEFORM_ATTN_INLINE void round_and_clear(AccOf<T>* sums, T* to, int64_t count) {
+  constexpr int kLanes = kNativeLanes<AccOf<T>>;
+  int64_t c = 0;
+  for (; c + kLanes <= count; c += kLanes) {
+    store<kLanes>(to + c, load<kLanes>(sums + c));
+    store<kLanes>(sums + c, Vec<AccOf<T>, kLanes>{});
+  }
+  for (; c < count; ++c) {
+    from_acc(sums[c], to[c]);
+    sums[c] = 0;
+  }
+}
+
+// Rounds a share's sums to its gradient of value, and clears them. Both begin at the share's first head.
+template <typename T>
+void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccOf<T>* sums, T* to) {
+  const int64_t stride = in.problem.row_stride(), head_dim = in.problem.head_dim;
+  const int64_t channels = (own.last_head - own.first_head) * head_dim;
+  each_range(in, own, [&](int64_t first, int64_t last) {
+    if (reached.flags && channels == stride) {
+      std::memset(to + first * stride, 0, sizeof(T) * static_cast<size_t>((last - first) * stride));
+      return;
+    }
+    for (int64_t row = first; row < last; ++row) {
+      if (reached.flags) {
+        std::memset(to + row * stride, 0, sizeof(T) * static_cast<size_t>(channels));
+      } else {
+        round_and_clear(sums + row * stride, to + row * stride, channels);
+      }
+    }
+  });
+  // Places that were reached are collected first, so that their memory can be prefetched.
+  constexpr int kMost = 256, kAhead = 16;
+  int64_t places[kMost];
+  for (int64_t flag = 0; flag < reached.count;) {
+    int found = 0;
+    for (; flag < reached.count && found + 8 <= kMost; flag += 8) {
+      found += reached.eight(flag, head_dim, places + found);
+    }
+    for (int i = 0; i < found; ++i) {
+      const int64_t ahead = places[i + kAhead < found ? i + kAhead : i];
+      for (int64_t c = 0; c < head_dim; c += int64_t{kCacheLine / sizeof(AccOf<T>)}) {
+        __builtin_prefetch(sums + ahead + c, 1, 3);
+      }
+      __builtin_prefetch(to + ahead, 1, 3);
+      round_and_clear(sums + places[i], to + places[i], head_dim);
+    }
+  }
+}
+
 template <typename T, typename Weight>
 void backward_share(const Inputs& in, const Gradients& grads, const Share& own, void* scratch) {
   using Acc = AccOf<T>;
@@ -143,8 +264,13 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
 
   const T* value = static_cast<const T*>(in.value) + p.value_at(own.batch, 0, own.first_head);
   const bool adds = grads.value != nullptr, partial = own.bands > 1 || !adds;
-  Acc* grad_value =
-      adds ? static_cast<Acc*>(grads.value) + p.value_at(own.batch, 0, own.first_head) : nullptr;
+  constexpr bool kRounds = !std::is_same_v<T, Acc>;
+  Acc* sums = nullptr;
+  if (adds) {
+    sums = static_cast<Acc*>(kRounds ? grads.sums : grads.value) +
+           p.value_at(own.batch, 0, own.first_head);
+  }
+  const Reached reached(arena, in, kRounds && adds);
   const size_t weight_bytes = is_fused ? sizeof(Acc) : sizeof(Weight);  // of their gradients
   const bool streams = grads.past_caches && !partial && fills_lines(p, grads, own, weight_bytes);
   Visits visits(in);
@@ -184,13 +310,13 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     const int32_t* reach = partial ? now.points.reach : nullptr;
     for (int head = 0; head < heads; ++head) {
       const int first = head * p.points, channel = head * p.head_dim;
-      const Run<Acc> run = run_of(now.points, next.points, head, heads, p.points);
+      const Run<Acc> run = run_of(in, now.points, next.points, head, heads);
       const int to_next = head + 1 == heads ? -channel : p.head_dim;
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         visit_points<lanes.value, vecs.value, T, Acc>(
             value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
-            adds ? grad_value + channel + c : nullptr, point_grads.products + first, c == 0, some,
-            to_next);
+            adds ? sums + channel + c : nullptr, reached, point_grads.products + first, c == 0,
+            some, channel, to_next);
       });
     }
     now.points.pull_back(levels, point_grads.products, point_grads.locations, point_grads.weights,
@@ -205,6 +331,10 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
                         streams);
     }
   });
+  if constexpr (kRounds) {
+    T* grad_value = static_cast<T*>(grads.value) + p.value_at(own.batch, 0, own.first_head);
+    if (adds) round_sums(in, own, reached, sums, grad_value);
+  }
   if (streams) finish_streams();
 }
 

@@ -1,6 +1,7 @@
 // The forward pass.
 //
 //   Run                              the placed points of a head, and those that follow them
+//   fetch_pixels                     prefetches the pixels of a point
 //   load_channels, store_channels    the channels of a pixel as vectors
 //   sum_points                       the innermost loop: weighted sum of pixels, in registers
 //   for_channels                     divides the channels of a head into vectors
@@ -18,32 +19,34 @@ namespace {  // compiled once for each instruction set, so never shared between 
 // the first-level cache, which holds the pixels of a head, but not those of a query.
 template <typename Acc>
 struct Run {
-  const Quad<int64_t>* offset;
+  const Quad<int32_t>* offset;
   const Quad<Acc>* share;
-  const Quad<int64_t>* next;
+  const Quad<int32_t>* next;  // null: the following head's pixels are not prefetched
   int count;
-
-  // Prefetches kBytes of each pixel of the following head's point k. The offset of a point without a
-  // pixel is invalid, which a prefetch ignores.
-  template <int kBytes, typename T>
-  DEFORM_ATTN_INLINE void fetch(const T* channels, int k) const {
-    const uintptr_t base = reinterpret_cast<uintptr_t>(channels);
-    each<4>([&](auto i) DEFORM_ATTN_INLINED {
-      const uintptr_t pixel = base + static_cast<uintptr_t>(next[k][i]) * sizeof(T);
-      for (int at = 0; at < kBytes; at += int{kCacheLine}) {
-        __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 3);
-      }
-    });
-  }
 };
 
-// The points of a head; after the last head follows the first one of the next query.
+// Prefetches kBytes of each of a point's pixels, one cache line every kStep bytes. The offset of a point
+// without a pixel is invalid, which a prefetch ignores.
+template <int kBytes, int kStep, typename T>
+DEFORM_ATTN_INLINE void fetch_pixels(const T* channels, const Quad<int32_t>& offset) {
+  const uintptr_t base = reinterpret_cast<uintptr_t>(channels);
+  each<4>([&](auto i) DEFORM_ATTN_INLINED {
+    const uintptr_t pixel = base + static_cast<uintptr_t>(int64_t{offset[i]}) * sizeof(T);
+    for (int at = 0; at < kBytes; at += kStep) {
+      __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 3);
+    }
+  });
+}
+
+// The points of a head; after the last head follows the first one of the next query. In a tile of pixels
+// (visits.h) the following pixels are in the second-level cache, which is near enough.
 template <typename Acc>
-DEFORM_ATTN_INLINE Run<Acc> run_of(const Points<Acc>& now, const Points<Acc>& next, int head,
-                                   int heads, int points) {
-  const int first = head * points;
-  return {now.offset + first, now.share + first,
-          head + 1 == heads ? next.offset : now.offset + first + points, points};
+DEFORM_ATTN_INLINE Run<Acc> run_of(const Inputs& in, const Points<Acc>& now,
+                                   const Points<Acc>& next, int head, int heads) {
+  const int points = in.problem.points, first = head * points;
+  const Quad<int32_t>* following = head + 1 == heads ? next.offset : now.offset + first + points;
+  return {now.offset + first, now.share + first, in.queries_are_pixels ? nullptr : following,
+          points};
 }
 
 // kVecs vectors of channels. `some` > 0: kVecs is 1, and the vector has only `some` channels.
@@ -80,8 +83,8 @@ DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, con
   constexpr int kChains = kVecs < 8 ? 2 : 1;
   V sums[kChains][kVecs] = {};
   for (int k = 0; k < run.count; ++k) {
-    run.template fetch<kVecs * kLanes* int{sizeof(T)}>(next, k);
-    const Quad<int64_t>& offset = run.offset[k];
+    if (run.next) fetch_pixels<kVecs * kLanes* int{sizeof(T)}, int{kCacheLine}>(next, run.next[k]);
+    const Quad<int32_t>& offset = run.offset[k];
     if (offset[0] < 0) continue;
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       const T* pixel = value + offset[i];
@@ -193,7 +196,7 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
       const int channel = head * p.head_dim;
       const bool is_last = head + 1 == p.heads;
       const T* following = is_last ? next_value : value + channel + p.head_dim;
-      const Run<Acc> run = run_of(now.points, next.points, head, p.heads, p.points);
+      const Run<Acc> run = run_of(in, now.points, next.points, head, p.heads);
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         sum_points<lanes.value, vecs.value, T, Acc>(value + channel + c, following + c, run,
                                                     sums + channel + c, some);

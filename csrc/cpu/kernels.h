@@ -31,10 +31,11 @@ struct Inputs {
 
 struct Gradients {
   const void* output;  // in, of value's type
-  void* value;         // in the accumulation type, added to; null: not requested
-  void* locations;     // out, in the accumulation type
-  void* weights;       // out, of the weights' type; in the accumulation type in a fused call
-  bool past_caches;    // write locations and weights with streaming stores
+  void* value;         // of value's type; null: not requested. 16 bits: out; else added to
+  void* sums;        // 16 bits: float32, of value's shape; zeros before a share's pass and after it
+  void* locations;   // out, in the accumulation type
+  void* weights;     // out, of the weights' type; in the accumulation type in a fused call
+  bool past_caches;  // write locations and weights with streaming stores
 };
 
 // From the gradients of locations and weights to those of a fused call's operands.
@@ -79,8 +80,6 @@ struct Kernels {
   // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
-  // Rounds elements first .. last - 1 of a gradient of value to value's type.
-  void (*round)(const Inputs&, const void* sums, void* to, int64_t first, int64_t last);
   // For queries first .. last - 1, numbered over all images.
   void (*finish)(const Inputs&, const FusedGradients&, int64_t first, int64_t last, void* scratch);
 };

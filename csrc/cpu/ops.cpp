@@ -4,6 +4,7 @@
 //   Scratch                          a thread's working memory
 //   inputs_of                        from a Call to the kernels' Inputs
 //   empty, clear                     new tensors, and zeros
+//   KeptZeros                        zeros that are kept between calls
 //   sort_queries                     the order of visits of queries that are not pixels
 //   run_forward                      a forward pass on all threads
 //   shares_of, run_backward          a backward pass on all threads
@@ -21,8 +22,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <new>
+#include <optional>
 #include <tuple>
+#include <utility>
 
 #include "../boxed.h"
 #include "../checks.h"
@@ -125,11 +129,10 @@ bool queries_are_pixels(const Problem& problem, const std::vector<Level>& levels
 }
 
 cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double offset_scale = 0) {
-  DEFORM_ATTN_REQUIRE(call.problem.rows <= std::numeric_limits<int32_t>::max(),
-                      "value: expected fewer than 2**31 rows on a CPU, got ", call.problem.rows);
-  DEFORM_ATTN_REQUIRE(call.problem.row_stride() <= std::numeric_limits<int32_t>::max(),
-                      "value: expected fewer than 2**31 channels on a CPU, got ",
-                      call.problem.row_stride());
+  const int64_t numbers = call.problem.rows * call.problem.row_stride();  // of an image
+  DEFORM_ATTN_REQUIRE(numbers <= std::numeric_limits<int32_t>::max(),
+                      "value: expected fewer than 2**31 numbers in an image on a CPU, got ",
+                      numbers, "; divide the heads among several calls");
   cpu::Inputs in;
   in.problem = call.problem;
   in.levels = levels.data();
@@ -236,6 +239,57 @@ void clear(void* data, int64_t bytes) {
   });
 }
 
+// Zeros in float32. Clearing them takes as long as a fifth of a decoder's backward pass, so one block is
+// kept for the next call: that call's user leaves zeros behind (restored()).
+class KeptZeros {
+ public:
+  explicit KeptZeros(int64_t count) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex());
+      std::swap(block_, kept());
+    }
+    if (block_.count >= count) return;
+    block_ = {};
+    block_.count = count;
+    block_.memory.reset(static_cast<float*>(::operator new(bytes(), std::align_val_t{64})));
+    ask_for_pages(get(), bytes());
+    clear(get(), static_cast<int64_t>(bytes()));
+  }
+  ~KeptZeros() {
+    constexpr int64_t kMost = int64_t{64} << 20;  // bytes
+    if (!restored_ || static_cast<int64_t>(bytes()) > kMost) return;
+    const std::lock_guard<std::mutex> lock(mutex());
+    if (kept().count < block_.count) std::swap(block_, kept());
+  }
+  KeptZeros(const KeptZeros&) = delete;
+  KeptZeros& operator=(const KeptZeros&) = delete;
+
+  void* get() const { return block_.memory.get(); }
+  // All of them are zeros again.
+  void restored() { restored_ = true; }
+
+ private:
+  struct Free {
+    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{64}); }
+  };
+  struct Block {
+    std::unique_ptr<float, Free> memory;
+    int64_t count = 0;
+  };
+  static Block& kept() {
+    static Block block;
+    return block;
+  }
+  static std::mutex& mutex() {
+    static std::mutex mutex;
+    return mutex;
+  }
+  size_t bytes() const { return static_cast<size_t>(block_.count) * sizeof(float); }
+
+  Block block_;
+  bool restored_ = false;
+};
+
 // Whether two levels share rows of value.
 bool overlapping(const std::vector<Level>& levels) {
   for (const Level& a : levels) {
@@ -280,37 +334,35 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   std::vector<int32_t> order;
   sort_queries(in, call.value, order);
+  // A 16-bit gradient of value is summed in float32.
   Tensor grad_value;
+  std::optional<KeptZeros> sums;
   if (output_mask[0]) {
-    // the gradient of a 16-bit value is accumulated in float32
-    grad_value = empty(call.value.sizes(), call.acc_dtype());
-    clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
+    grad_value = empty(call.value.sizes(), call.type);
+    if (call.acc_dtype() == call.type) {
+      clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
+    } else {
+      sums.emplace(grad_value.numel());
+    }
   }
-  if (call.problem.batch > 0) {
-    const int64_t bytes =
-        locations.numel() * locations.element_size() + weights.numel() * weights.element_size();
-    const cpu::Gradients grads{gradient.const_data_ptr(), data_of(grad_value),
-                               locations.mutable_data_ptr(), weights.mutable_data_ptr(),
-                               bytes >= kPastCaches};
-    const Kernels& kernels = chosen_kernels();
-    const auto shares = shares_of(call.problem, levels, torch::stable::get_num_threads());
-    torch::stable::parallel_for(
-        0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
-          const Scratch scratch(kernels.scratch_bytes(in));
-          for (int64_t i = first; i < last; ++i) {
-            kernels.backward(in, grads, shares[static_cast<size_t>(i)], scratch.get());
-          }
-        });
-  }
-  const ScalarType type = call.type;
-  if (!output_mask[0] || call.acc_dtype() == type) return grad_value;
-  const Tensor rounded = empty(call.value.sizes(), type);
-  torch::stable::parallel_for(0, grad_value.numel(), int64_t{1} << 16,
-                              [&](int64_t first, int64_t last) {
-                                chosen_kernels().round(in, grad_value.const_data_ptr(),
-                                                       rounded.mutable_data_ptr(), first, last);
-                              });
-  return rounded;
+  const int64_t bytes =
+      locations.numel() * locations.element_size() + weights.numel() * weights.element_size();
+  const cpu::Gradients grads{gradient.const_data_ptr(),    data_of(grad_value),
+                             sums ? sums->get() : nullptr, locations.mutable_data_ptr(),
+                             weights.mutable_data_ptr(),   bytes >= kPastCaches};
+  const Kernels& kernels = chosen_kernels();
+  const int64_t threads = torch::stable::get_num_threads();
+  const auto shares =
+      call.problem.batch > 0 ? shares_of(call.problem, levels, threads) : std::vector<cpu::Share>();
+  torch::stable::parallel_for(
+      0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
+        const Scratch scratch(kernels.scratch_bytes(in));
+        for (int64_t i = first; i < last; ++i) {
+          kernels.backward(in, grads, shares[static_cast<size_t>(i)], scratch.get());
+        }
+      });
+  if (sums) sums->restored();
+  return grad_value;
 }
 
 Tensor forward(const Tensor value, const MaybeTensor spatial_shapes,

@@ -54,6 +54,7 @@ DEFORM_ATTN_INLINE void store_lanes(int32_t* to, I from) {
 // The level of each point of a query; the same for all queries.
 struct PointLevels {
   int32_t *height, *width, *start;  // [heads * points]
+  int32_t* pitch;                   // elements from one row of pixels to the next
   int32_t stride;                   // elements from one pixel to the next
   // Of a call with a mask, for the current image: its rows of the mask, and the size of the rectangle at
   // the top left of each level that holds no masked pixel. Padding is usually to the right and below.
@@ -66,17 +67,19 @@ struct PointLevels {
     height = arena.take<int32_t>(count);
     width = arena.take<int32_t>(count);
     start = arena.take<int32_t>(count);
+    pitch = arena.take<int32_t>(count);
     clear_height = arena.take<int32_t>(in.mask ? count : 0);
     clear_width = arena.take<int32_t>(in.mask ? count : 0);
     if (height == nullptr) return;
     for (int64_t i = 0; i < count && in.mask; ++i) clear_height[i] = clear_width[i] = 0;
-    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = 0;
+    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = pitch[i] = 0;
     for (int head = 0, i = 0; head < heads; ++head) {
       for (int l = 0; l < in.problem.levels; ++l) {
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k, ++i) {
           height[i] = in.levels[l].height;
           width[i] = in.levels[l].width;
           start[i] = static_cast<int32_t>(in.levels[l].start);
+          pitch[i] = width[i] * stride;
         }
       }
     }
@@ -129,9 +132,9 @@ using Quad = Number[4];
 // The placed points of a query.
 template <typename Acc>
 struct Points {
-  // Elements from pixel 0 to each pixel. [0] < 0: no pixel of the point is on the map. A pixel off
-  // the map has the offset of another pixel of the point, which can be read, and a share of 0.
-  Quad<int64_t>* offset;
+  // Elements from pixel 0 of the image to each pixel. [0] < 0: no pixel of the point is on the map. A
+  // pixel off the map has the offset of another pixel of the point, which can be read, and a share of 0.
+  Quad<int32_t>* offset;
   Quad<Acc>* share;  // attention weight * bilinear weight
 
   // only in the backward pass
@@ -144,7 +147,7 @@ struct Points {
 
   Points(Arena& arena, int64_t points, bool backward) {
     const int64_t count = padded<Acc>(points);
-    offset = arena.take<Quad<int64_t>>(count);
+    offset = arena.take<Quad<int32_t>>(count);
     share = arena.take<Quad<Acc>>(count);
     if (!backward) return;
     right = arena.take<Acc>(count);
@@ -188,9 +191,9 @@ struct Points {
     using Lanes = VectorNumbers<Acc, kLanes>;
     using V = typename Lanes::Acc;
     using I = typename Lanes::Int;
-    const int32_t stride = levels.stride;
-    Quad<int64_t>* const offsets = offset;
-    for (int i = 0; i < count; i += kLanes) {
+    for (int done = 0; done < count; done += kLanes) {
+      // the last vector begins earlier where it would exceed the points
+      const int i = count >= kLanes && count - done < kLanes ? count - kLanes : done;
       const int left = count - i;
       V first, second, attention;  // x0 y0 x1 y1 ...
       if (left >= kLanes) {
@@ -206,45 +209,53 @@ struct Points {
       const I height = load_lanes<I, kLanes>(levels.height + i);
       const I width = load_lanes<I, kLanes>(levels.width + i);
       const I start = load_lanes<I, kLanes>(levels.start + i);
-      Footprint<V, Lanes> at;
-      const I hit = at.place(every_second<0, Acc, kLanes>(first, second, kIndices),
-                             every_second<1, Acc, kLanes>(first, second, kIndices), height, width);
-      const V shares[4] = {at.weight(0) * attention, at.weight(1) * attention,
-                           at.weight(2) * attention, at.weight(3) * attention};
+      I x, y;
+      V across, along;
+      const V places[2] = {every_second<0, Acc, kLanes>(first, second, kIndices),
+                           every_second<1, Acc, kLanes>(first, second, kIndices)};
+      const I hit = pixel_of<Lanes>(places[0], width, x, across) &
+                    pixel_of<Lanes>(places[1], height, y, along);
+      const I zero{};
+      const I left_on = Lanes::mask(x >= zero), right_on = Lanes::mask(x + 1 < width);
+      const I upper_on = Lanes::mask(y >= zero), lower_on = Lanes::mask(y + 1 < height);
+      const V before = Lanes::where(left_on, 1 - across), after = Lanes::where(right_on, across);
+      const V above = Lanes::where(upper_on, (1 - along) * attention);
+      const V below = Lanes::where(lower_on, along * attention);
+      const V shares[4] = {before * above, after * above, before * below, after * below};
       store_quads<kLanes, Acc>(share[i], shares);
 
-      const I zero{}, before = at.x < zero ? zero : at.x, above = at.y < zero ? zero : at.y;
-      const I pixel = (above * width + start + before) | ~hit;  // -1: no pixel
-      // where both pixels along the axis are on the map
-      const I beside = Lanes::mask(at.x >= zero) & Lanes::mask(at.x + 1 < width) & 1;
-      const I below = Lanes::mask(at.y >= zero) & Lanes::mask(at.y + 1 < height) & width;
-      const I four[4] = {pixel, pixel + beside, pixel + below, pixel + beside + below};
       using Rows = Vec<int32_t, kLanes>;
-      const Rows rows[4] = {
-          __builtin_convertvector(four[0], Rows), __builtin_convertvector(four[1], Rows),
-          __builtin_convertvector(four[2], Rows), __builtin_convertvector(four[3], Rows)};
-      alignas(kCacheLine) Quad<int32_t> row[kLanes];
-      store_quads<kLanes, int32_t>(row[0], rows);
-      for (int lane = 0; lane < kLanes; ++lane) multiply_four(row[lane], stride, offsets[i + lane]);
+      const auto rows_of = [](I lanes)
+                               DEFORM_ATTN_INLINED { return __builtin_convertvector(lanes, Rows); };
+      const Rows row =
+          rows_of(((y & upper_on) * width + start + (x & left_on)) | ~hit);  // -1: none
+      // to the neighbours, where both pixels along the axis are on the map
+      const Rows both_across = rows_of(left_on & right_on),
+                 both_along = rows_of(upper_on & lower_on);
+      const Rows to_right = both_across & levels.stride;
+      const Rows to_lower = both_along & load_lanes<Rows, kLanes>(levels.pitch + i);
+      const Rows corner = row * levels.stride, lower = corner + to_lower;
+      const Rows offsets[4] = {corner, corner + to_right, lower, lower + to_right};
+      store_quads<kLanes, int32_t>(offset[i], offsets);
       if constexpr (kBackward) {
-        store<kLanes>(right + i, at.right);
-        store<kLanes>(down + i, at.down);
+        store<kLanes>(right + i, across);
+        store<kLanes>(down + i, along);
         store<kLanes>(weight + i, attention);
-        for (int corner = 0; corner < 4; ++corner)
-          store_lanes<kLanes>(on[corner] + i, at.on[corner]);
-        store_lanes<kLanes>(top + i, at.y);
+        store_lanes<kLanes>(on[0] + i, hit & upper_on & left_on);
+        store_lanes<kLanes>(on[1] + i, hit & upper_on & right_on);
+        store_lanes<kLanes>(on[2] + i, hit & lower_on & left_on);
+        store_lanes<kLanes>(on[3] + i, hit & lower_on & right_on);
+        store_lanes<kLanes>(top + i, y);
       }
       if (levels.mask) {
         int32_t suspect[kLanes];
         store_lanes<kLanes>(
-            suspect,
-            hit & (Lanes::mask(at.x + 1 >= load_lanes<I, kLanes>(levels.clear_width + i)) |
-                   Lanes::mask(at.y + 1 >= load_lanes<I, kLanes>(levels.clear_height + i))));
+            suspect, hit & (Lanes::mask(x + 1 >= load_lanes<I, kLanes>(levels.clear_width + i)) |
+                            Lanes::mask(y + 1 >= load_lanes<I, kLanes>(levels.clear_height + i))));
         for (int lane = 0; lane < kLanes && lane < left; ++lane) {
           if (!suspect[lane]) continue;
-          const int32_t first = row[lane][0];
-          drop_masked<kBackward>(levels.mask + first, i + lane, row[lane][1] - first,
-                                 row[lane][2] - first);
+          drop_masked<kBackward>(levels.mask + row[lane], i + lane, both_across[lane] & 1,
+                                 both_along[lane] & levels.width[i + lane]);
         }
       }
     }
@@ -257,7 +268,7 @@ struct Points {
     const bool masked[4] = {mask[0] != 0, mask[right] != 0, mask[under] != 0,
                             mask[right + under] != 0};
     if (!(masked[0] | masked[1] | masked[2] | masked[3])) return;
-    int64_t at[4];
+    int32_t at[4];
     for (int i = 0; i < 4; ++i) {
       at[i] = -1;
       for (const int other : {i, i ^ 1, i ^ 2, i ^ 3}) {

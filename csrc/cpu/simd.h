@@ -14,7 +14,6 @@
 //   load_some, store_some     the first `count` of them
 //   load_pair, store_pair     2 * kLanes of them as two vectors, in the cheapest order
 //   store_quads, load_quads   four vectors to and from memory, transposed
-//   multiply_four             four 32-bit integers times one, as 64-bit integers
 //   VectorNumbers             the interface of Numbers (bilinear.h) for vectors
 //   four_sums                 the horizontal sums of four vectors
 //   stream, finish_streams    whole cache lines to memory, bypassing the caches
@@ -352,10 +351,17 @@ DEFORM_ATTN_INLINE void store_quads(Lane* to, const Vec<Lane, kLanes> (&from)[4]
                         __builtin_shufflevector(high[0], high[1], 0, 1, 8, 9, 4, 5, 12, 13),
                         __builtin_shufflevector(high[0], high[1], 2, 3, 10, 11, 6, 7, 14, 15)};
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
+#if defined(__AVX__)
+      // GCC would move the upper half before it stores it
+      const __m256 quad = bits_as<__m256>(quads[i]);
+      _mm_storeu_ps(reinterpret_cast<float*>(to + 4 * i), _mm256_castps256_ps128(quad));
+      _mm_storeu_ps(reinterpret_cast<float*>(to + 4 * (i + 4)), _mm256_extractf128_ps(quad, 1));
+#else
       const auto lower = __builtin_shufflevector(quads[i], quads[i], 0, 1, 2, 3);
       const auto upper = __builtin_shufflevector(quads[i], quads[i], 4, 5, 6, 7);
       std::memcpy(to + 4 * i, &lower, sizeof(lower));
       std::memcpy(to + 4 * (i + 4), &upper, sizeof(upper));
+#endif
     });
     return;
   }
@@ -405,24 +411,6 @@ DEFORM_ATTN_INLINE void load_quads(const Lane* from, Vec<Lane, kLanes> (&to)[4])
   to[1] = every_second<0, Lane, kLanes>(odd[0], odd[1], kIndices);
   to[2] = every_second<1, Lane, kLanes>(even[0], even[1], kIndices);
   to[3] = every_second<1, Lane, kLanes>(odd[0], odd[1], kIndices);
-}
-
-// to[i] = from[i] * by, without overflow. 32-bit factors: x86 and NEON have this product in one
-// instruction, and AVX2 has none of 64-bit factors.
-DEFORM_ATTN_INLINE void multiply_four(const int32_t (&from)[4], int32_t by, int64_t (&to)[4]) {
-#if defined(__AVX2__)
-  const __m256i wide =
-      _mm256_cvtepi32_epi64(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to),
-                      _mm256_mul_epi32(wide, _mm256_set1_epi64x(by)));
-#elif defined(DEFORM_ATTN_NEON)
-  const int32x4_t rows = vld1q_s32(from);
-  const int32x2_t factor = vdup_n_s32(by);
-  vst1q_s64(to, vmull_s32(vget_low_s32(rows), factor));
-  vst1q_s64(to + 2, vmull_s32(vget_high_s32(rows), factor));
-#else
-  for (int i = 0; i < 4; ++i) to[i] = int64_t{from[i]} * by;
-#endif
 }
 
 template <typename Acc_, int kLanes>
@@ -493,6 +481,9 @@ struct VectorNumbers {
   }
   static DEFORM_ATTN_INLINE Acc where(Mask mask, Acc x) {
     return bits_as<Acc>(bits_as<Mask>(x) & mask);
+  }
+  static DEFORM_ATTN_INLINE Acc minus_where(Mask compared, Acc x, Acc y) {
+    return x - where(compared, y);  // a blend takes three steps on x86
   }
 };
 

@@ -28,15 +28,19 @@ inline int64_t blocks_of(const Inputs& in) {
   return count;
 }
 
-// The cell of a place in a grid of 32 x 32 cells. Cells are numbered in Morton order: neighbours have
-// close numbers. Places off the map belong to the nearest cell, NaN to the first.
-constexpr int kCells = 32 * 32;
+// The cell of a place in a grid of kSide x kSide cells. Cells are numbered in Morton order: neighbours
+// have close numbers. Places off the map belong to the nearest cell, NaN to the first.
+constexpr int kSideBits = 5;
+constexpr int kSide = 1 << kSideBits;
+constexpr int kCells = kSide * kSide;
 template <typename Acc>
 inline int cell_of(Acc x, Acc y) {
-  const auto along = [](Acc place) { return place > 0 ? place < 1 ? int(place * 32) : 31 : 0; };
+  const auto along = [](Acc place) {
+    return place > 0 ? place < 1 ? static_cast<int>(place * kSide) : kSide - 1 : 0;
+  };
   const int column = along(x), row = along(y);
   int cell = 0;
-  for (int bit = 0; bit < 5; ++bit) {
+  for (int bit = 0; bit < kSideBits; ++bit) {
     cell |= (column >> bit & 1) << 2 * bit | (row >> bit & 1) << (2 * bit + 1);
   }
   return cell;
