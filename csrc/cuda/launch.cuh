@@ -53,18 +53,21 @@ struct Device {
   bool long_offsets = false;  // int64_t offsets everywhere, for tests
 };
 
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 // Calls body with GivenPoints or FusedPoints. `statistics`: of FusedPoints.
 template <typename T, typename Body>
 void with_points(const KernelCall& in, void* statistics, const Body& body) {
+  const bool pairs = in.problem.points % 2 == 0 && aligned(in.locations) && aligned(in.weights);
   if (!in.fused.reference) {
     return body(
-        GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights, in.weights_are_acc});
+        GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights, in.weights_are_acc, pairs});
   }
   const bool rotated = in.fused.size == kRotatedBox;
   body(FusedPoints<T>{static_cast<const AccOf<T>*>(rotated ? in.frames : in.fused.reference),
                       in.locations, in.weights, static_cast<AccOf<T>*>(statistics),
                       static_cast<AccOf<T>>(in.fused.offset_scale), in.fused.levels,
-                      rotated ? kFrame : in.fused.size, in.weights_are_acc});
+                      rotated ? kFrame : in.fused.size, in.weights_are_acc, pairs});
 }
 
 template <int kVec_, typename Offset_>
@@ -85,8 +88,6 @@ void with_access(const Problem& problem, bool aligned, bool long_offsets, const 
   body(Access<kVec, unsigned>());
 }
 
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // The blocks of forward_teams and backward_teams.
 struct LaunchConfig {
   Blocks blocks;
@@ -96,12 +97,15 @@ struct LaunchConfig {
 
 // Large problems get blocks of 64 queries, a tile of an encoder's map. Small ones get smaller blocks, so
 // that each multiprocessor has four, and their warps work on fewer queries at a time: several groups of
-// lanes share the points of a query.
+// lanes share the points of a query; `least_split_bits`: at least so many.
 inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
-                                  bool split_channels, int processors) {
+                                  bool split_channels, int processors, int least_split_bits = 0) {
   Blocks blocks = {};
   blocks.lane_bits = least_lane_bits;
-  while (blocks.lane_bits < 5 && (vec << blocks.lane_bits) < problem.head_dim) ++blocks.lane_bits;
+  blocks.split_bits = least_split_bits;
+  while (blocks.lane_bits + least_split_bits < 5 && (vec << blocks.lane_bits) < problem.head_dim) {
+    ++blocks.lane_bits;
+  }
   const int channels = vec << blocks.lane_bits;
   const int64_t pieces = split_channels ? (problem.head_dim + channels - 1) / channels : 1;
   blocks.positions = 64;
@@ -171,7 +175,7 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
   T* const to = static_cast<T*>(output);
   if (baseline) {
     const GivenPoints<T> points = {static_cast<const AccOf<T>*>(in.locations), in.weights,
-                                   in.weights_are_acc};
+                                   in.weights_are_acc, false};
     LAUNCH(forward_baseline<T>, grid_striding(numbers), kBlock, device.stream, problem, levels,
            points, value, to);
     return check_launch("forward_baseline", device);
@@ -408,7 +412,7 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
   Acc* const sums = static_cast<Acc*>(plan.sums ? out.sums : out.value);
   if (plan.algorithm == BackwardAlgorithm::kBaseline) {
     const GivenPoints<T> points = {static_cast<const Acc*>(in.locations), in.weights,
-                                   in.weights_are_acc};
+                                   in.weights_are_acc, false};
     const int64_t items = problem.batch * problem.queries * problem.heads;
     const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
     LAUNCH(backward_baseline<T>, grid_of("backward_baseline", items),
@@ -424,7 +428,9 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
       const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
       with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
         using A = decltype(access);
-        const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
+        const int splits = sizeof(T) == 2 && A::kVec > 1;  // see kDotsByMatrices
+        const LaunchConfig config =
+            launch_config(problem, A::kVec, 2, false, device.processors, splits);
         tiles = tiles && (fixed || std::is_same_v<typename A::Offset, unsigned>);
         const bool scatters = plan.algorithm != BackwardAlgorithm::kGather && out.value && !tiles;
         LAUNCH((backward_teams<T, A::kVec, typename A::Offset, Points>),

@@ -54,9 +54,16 @@ struct alignas(16) KeptFootprint {
 template <typename T, typename Points>
 constexpr int kAtOnce = sizeof(T) == 4 && !Points::kFused ? 2 : 1;
 
+// Whether the dot products of pixels with grad_output are products of matrices. A group of four lanes has 32
+// channels of a query. `a` has the pixel of group g in two rows: words 0 and 2 of each lane in row g, words 1
+// and 3 in row g + 8. `b` has the gradients that go with them in two columns. At most four groups differ in
+// their query or channels: there are two splits or more, see launch_config.
+template <typename T, int kVec>
+constexpr bool kDotsByMatrices = kMultipliesMatrices<T> && kVec == 8;
+
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. In shared memory and not
 // in registers, which the pixels and grad_output need.
-template <typename Acc, typename Offset, typename Points>
+template <typename Acc, typename Offset, typename Points, int kFeet>
 struct Staged {
   Corners<Acc, Offset, kWarp> corners;
   // The dot products of the four pixels with grad_output; later, in a fused call, the gradients by x and
@@ -66,7 +73,7 @@ struct Staged {
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
   int order[kWarp];                         // the queries of the warp, from part.first on
-  KeptFootprint<Acc> foot[kKeepsFootprints<Acc> ? kWarp : 1];
+  KeptFootprint<Acc> foot[kFeet];
   // Otherwise: of a fused call, where it takes an exponential.
   Acc weight[Points::kFused && !kKeepsFootprints<Acc> ? kWarp : 1];
   Acc by_weight[Points::kFused && kKept<Acc> > 0 ? kKept<Acc> : 1];
@@ -114,7 +121,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   using Corner = deform_attn::Corner<Acc, Offset>;
   constexpr int kWidth = kAtomicWidth<Acc, kVec>;
   __shared__ BlockLevels levels;
-  __shared__ Staged<Acc, Offset, Points> all_staged[kBlock / kWarp];
+  constexpr bool kMatrices = kDotsByMatrices<T, kVec>;  // leave registers for one footprint
+  constexpr int kFeet = kKeepsFootprints<Acc> && !kMatrices ? kWarp : 1;
+  __shared__ Staged<Acc, Offset, Points, kFeet> all_staged[kBlock / kWarp];
   __shared__ Part part;  // not in registers: the pixels need them
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
   read_levels<Points::kReadsPixels>(table, problem, levels);
@@ -127,6 +136,12 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   const int split = kSplits<Acc> ? teams.channel_lane() >> blocks.lane_bits : 0;
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
   auto& staged = all_staged[warp];
+  [[maybe_unused]] const int group = teams.lane >> 2;
+  [[maybe_unused]] const auto lane_with_product = [&](int group) {
+    const int chunks = lanes / 4;
+    return 4 * group + group / (chunks * splits) * chunks + group % chunks;
+  };
+  [[maybe_unused]] const bool keeps = lane < 4 && teams.lane == lane_with_product(group);
   const Offset row_stride = static_cast<Offset>(problem.row_stride() / kVec);
 
   const int begin = warp * blocks.warp_positions;
@@ -145,6 +160,25 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       staged.output_at[teams.lane] =
           part.first_output(problem) + staged_query * problem.row_stride();
     }
+    __syncwarp();
+    const auto grad_of_query = [&] { return grad_output + staged.output_at[teams.team()]; };
+    [[maybe_unused]] const T* kept_grad = nullptr;
+    if constexpr (!kMatrices) kept_grad = grad_of_query();
+    // Column `group` of the matrix: of the channels and query that columns 2 j and 2 j + 1 are about.
+    [[maybe_unused]] const auto gradients_for = [&](int from) {
+      const int channel = from + lane * kVec, column = teams.lane >> 2;
+      const auto own = load_if<kVec>(mine && channel < problem.head_dim, grad_of_query() + channel);
+      const int j = column >> 1, chunk_bits = blocks.lane_bits - 2;
+      const int provider = (j >> chunk_bits << (chunk_bits + split_bits)) + (j & ((1 << chunk_bits) - 1));
+      Pack<uint32_t, 4> words;
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        words.at[w] = __shfl_sync(kAllLanes, own.words.at[w], 4 * provider + (teams.lane & 3));
+      }
+      return column & 1 ? Pack<uint32_t, 2>{words.at[1], words.at[3]}
+                        : Pack<uint32_t, 2>{words.at[0], words.at[2]};
+    };
+    [[maybe_unused]] Pack<uint32_t, 2> matrix;
     int level = 0;
     [[maybe_unused]] Acc mean = 0;  // of a fused call: the weighted mean of the gradients by weight
     [[maybe_unused]] const bool kept =
@@ -154,16 +188,26 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       __syncwarp();
       const auto& query = staged.query[slot];
       const bool stages = present && k_staged < problem.points;
+      [[maybe_unused]] KeptFootprint<Acc> own_foot;
+      [[maybe_unused]] const auto kept_foot = [&]() -> KeptFootprint<Acc>& {
+        if constexpr (kMatrices) {
+          return own_foot;
+        } else {
+          return staged.foot[teams.lane];
+        }
+      };
       if (stages) {
         level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
         const Sample<Acc> sample = points.at(query, k_staged, level, levels);
         Footprint<Acc> foot;
         find_pixels<int64_t>(foot, sample.x, sample.y, levels.level[level],
                              mask_of(table, problem, part.batch));
-        staged.corners.set(teams.lane, corner_of<Acc, Offset>(foot, levels.level[level],
-                                                              sample.weight, row_stride));
+        const auto corner =
+            corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, row_stride);
+        staged.corners.at[teams.lane] = corner.at;
+        if (grad_value) staged.corners.weight[teams.lane] = corner.weight;
         if constexpr (kKeepsFootprints<Acc>) {
-          staged.foot[teams.lane].keep(foot, sample.weight);
+          kept_foot().keep(foot, sample.weight);
         } else if constexpr (Points::kFused) {
           staged.weight[teams.lane] = sample.weight;
         }
@@ -174,13 +218,47 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       __syncwarp();
 
       const int count = min(teams.lanes(), problem.points - first);
-      const T* const grad_of_query = grad_output + staged.output_at[teams.team()];
       for (int from = 0; from < problem.head_dim; from += lanes * kVec) {
         const int channel = from + lane * kVec;
         const bool active = channel < problem.head_dim;
-        const auto grad = load_if<kVec>(active && mine, grad_of_query + channel);
         const auto* const source = reinterpret_cast<const Pack<T, kVec>*>(
             value + problem.value_at(part.batch, 0, part.head) + channel);
+        const int entries = count * teams.count(), step = splits * teams.count();
+        if constexpr (kMatrices) {
+          if (first == 0 || lanes * kVec < problem.head_dim) matrix = gradients_for(from);
+          Loaded<T, kVec> pixel[4] = {};  // off the map, what the pixel before had: not used
+          const int first_entry = split * teams.count() + teams.team();
+          const int end_entry = first_entry + entries;  // every lane makes as many steps
+#pragma unroll 1
+          for (int entry = first_entry; entry < end_entry; entry += step) {
+            const auto at = staged.corners.at[entry];
+            Pack<Acc, 4> dot;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              load_where(active && at.at[i] != Corner::kNone, source + at.at[i], pixel[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              float product[4] = {};
+              add_product<T>(product, pixel[i].words.at, matrix.at);
+              dot.at[i] = product[0] + product[3];
+            }
+            for (int by = 1; by < lanes / 4; by *= 2) {
+#pragma unroll
+              for (int i = 0; i < 4; ++i) {
+                dot.at[i] += __shfl_sync(kAllLanes, dot.at[i], lane_with_product(group ^ by));
+              }
+            }
+            if (keeps) {
+              Pack<Acc, 4>& total = staged.dot[entry];
+#pragma unroll
+              for (int i = 0; from > 0 && i < 4; ++i) dot.at[i] += total.at[i];
+              total = dot;
+            }
+          }
+          continue;
+        }
+        const auto grad = load_if<kVec>(active && mine, kept_grad + channel);
         // Entries without a point have no pixels.
         const auto dot_with = [&](int entry) {
           const auto at = staged.corners.at[entry];
@@ -201,7 +279,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
           Acc& total = staged.dot[entry].at[lane & 3];
           total = from == 0 ? sum : total + sum;
         };
-        const int entries = count * teams.count(), step = splits * teams.count();
 #pragma unroll 1
         for (int first_entry = 0; first_entry < entries; first_entry += kAtOnce<T, Points> * step) {
           int entry = first_entry + split * teams.count() + teams.team();
@@ -227,11 +304,12 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
       for (int from = 0; grad_value && mine && from < problem.head_dim; from += lanes * kVec) {
         const auto channel_of = [&](int c) { return from + (c / kWidth * lanes + lane) * kWidth; };
+        if constexpr (kMatrices) kept_grad = grad_of_query();
         Acc grad[kVec];
 #pragma unroll
         for (int c = 0; c < kVec; c += kWidth) {
           const auto some =
-              load_if<kWidth>(channel_of(c) < problem.head_dim, grad_of_query + channel_of(c));
+              load_if<kWidth>(channel_of(c) < problem.head_dim, kept_grad + channel_of(c));
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) grad[c + j] = some[j];
         }
@@ -261,7 +339,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         Footprint<Acc> foot;
         Acc weight;
         if constexpr (kKeepsFootprints<Acc>) {
-          weight = staged.foot[teams.lane].restore(foot);
+          weight = kept_foot().restore(foot);
         } else {
           level = level_of(k, 0, levels);
           const auto location = points.location(query, k, level, levels);
