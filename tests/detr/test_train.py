@@ -300,7 +300,7 @@ def test_training_ends_without_a_better_ap(
         assert re.search(message, " ".join(capsys.readouterr().out.split()))
     assert load(tmp_path / "best.pt").facts["step"] == 4
     history = train(Settings(**settings | {"patience": 4}), tmp_path, resume=tmp_path)
-    assert [row["AP"] for row in history["ap"]] [-3:] == [0.2, 0.1, 0.3]
+    assert [row["AP"] for row in history["ap"]][-3:] == [0.2, 0.1, 0.3]
 
 
 def test_a_training_is_continued_with_other_settings(
