@@ -171,7 +171,7 @@ def data(
     classes = None
     sets = {}
     for name in names:
-        sets[name] = open_dataset(data, name, classes=classes)
+        sets[name] = open_dataset(data, name, resize="fit", classes=classes)
         classes = sets[name].classes
     for name, one in sets.items():
         objects = len(one.ground_truth()["annotations"])

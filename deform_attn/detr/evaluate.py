@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,6 +23,7 @@ def detect(
     dataset: Detection,
     batch: int = 16,
     part: tuple[int, int] = (0, 1),
+    observe: Callable[[dict[str, Any], list[dict[str, Tensor]]], None] | None = None,
 ) -> list[dict[str, Tensor]]:
     """Detections in all images of a data set.
 
@@ -33,6 +35,7 @@ def detect(
         dataset: the images.
         batch: images per call of the model.
         part: (i, n): the i-th of n consecutive parts of the images, for a process of several.
+        observe: called with the outputs and the targets of each batch.
 
     Returns:
         For each image what ``postprocess`` gives, in pixels of the file.
@@ -53,9 +56,11 @@ def detect(
     with torch.no_grad():
         for first in range(begin, end, batch):
             last = min(first + batch, end)
-            images, mask, _ = collate([dataset[i] for i in range(first, last)])
+            images, mask, targets = collate([dataset[i] for i in range(first, last)])
             mask = None if mask is None else mask.to(device)
             outputs = model(images.to(parameter), mask)
+            if observe is not None:
+                observe(outputs, [{k: t.to(device) for k, t in one.items()} for one in targets])
             detections += postprocess(outputs, sizes[first:last].to(device))
     model.train(training)
     return detections
@@ -158,16 +163,23 @@ def as_text(value: float | None) -> str:
 
 
 def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
-    """Write a PNG with the loss of every step and the AP of every evaluation."""
+    """Write a PNG with the loss of every step, and loss and AP of every evaluation.
+
+    The loss of a step is without denoising and Mr. DETR's routes, which evaluations do not have.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, subplot_kw={"xlabel": "step"})
-    loss = np.array(history["loss"])
+    loss = np.array(history["matched_loss"], dtype=float)
     left.plot(np.arange(1, len(loss) + 1), loss, color="#9ecae1", linewidth=0.7)
     parts = np.array_split(loss, min(40, len(loss)))
     ends = np.cumsum([len(part) for part in parts])
-    left.plot(ends, [part.mean() for part in parts], color="#08519c")
+    left.plot(ends, [part.mean() for part in parts], color="#08519c", label="training images")
+    if rows := history["val_loss"]:
+        steps, values = zip(*((row["step"], row["loss"]) for row in rows))
+        left.plot(steps, values, "o-", color="#d95f0e", markersize=3, label="test images")
+        left.legend(frameon=False)
     left.set_title("loss", loc="left")
     for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")):
         rows = [(row["step"], row[name]) for row in history["ap"] if row[name] is not None]

@@ -1,7 +1,8 @@
 """Training and fine-tuning: ``python -m deform_attn.detr train``.
 
 The folder of a run holds ``model.pt`` and ``best.pt``, that of the best AP, for
-`deform_attn.detr.load`; ``curves.png``; ``history.json``; and ``checkpoint.pt``. The same command
+`deform_attn.detr.load`; ``curves.png``; ``log.csv``, ``history.json``; and ``checkpoint.pt``. The
+same command
 resumes a training that was stopped, with the same result to the bit; ``--resume`` continues it with
 other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes
 share each batch.
@@ -34,6 +35,8 @@ from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
 from deform_attn.detr.images import RESIZE
+from deform_attn.detr.logs import Log
+from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.predict import Predictor, load
 from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.zoo import CONFIGURATIONS
@@ -54,8 +57,10 @@ CHANGEABLE = frozenset(
         "evaluate_every",
         "save_every",
         "keep_every",
+        "patience",
     ]
 )
+OF_STEPS, OF_EVALUATIONS = ("loss", "matched_loss", "lr"), ("parts", "val_loss", "ap")
 ARCHITECTURE = ("recipe", "model", "width", "layers", "queries")
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -65,9 +70,6 @@ class Settings:
     """Everything that decides the result of a training. Each field is an option of ``train``.
 
     One of ``recipe``, ``model`` and ``init`` is required.
-
-    Raises:
-        ValueError: a setting has an invalid value; the message names it.
     """
 
     # shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout
@@ -101,8 +103,14 @@ class Settings:
     evaluate_every: int = 100  # steps between evaluations
     save_every: int = 100  # steps between saves
     keep_every: int = 0  # steps after which a save also stays as checkpoint_STEP.pt; 0: none
+    patience: int = 0  # evaluations without a better AP after which training ends; 0: never
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Check the settings, apart from the data.
+
+        Raises:
+            ValueError: a setting has an invalid value; the message names it.
+        """
         if bool(self.recipe) == bool(self.model) and not self.init:
             raise ValueError("recipe, model: expected one of them, or init alone")
         choices: dict[str, Iterable[str]] = {
@@ -123,7 +131,7 @@ class Settings:
         for name in ("lr", "clip"):
             if not 0 < (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {got}")
-        for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every"):
+        for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every", "patience"):
             if not 0 <= (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number from 0, got {got}")
         if self.width < 32 or self.width % 32:
@@ -278,14 +286,17 @@ def train(
             the run is the same, or one that has no other training.
 
     Returns:
-        The history: ``loss`` of each step; ``parts``, each loss by name, and ``ap``, COCO's
-        numbers, at each evaluation, with its ``step``; ``cpu_seconds`` of this process.
+        The history. Of each step: ``loss``; ``matched_loss``, without denoising and Mr. DETR's
+        routes; ``lr``, before the factors of parameter groups. Of each evaluation, with its
+        ``step``: ``parts``, each training loss by name; ``val_loss``, likewise of the test images,
+        and their sum as ``loss``; ``ap``, COCO's numbers. And ``cpu_seconds`` of this process.
 
     Raises:
         ValueError: an invalid setting, or another than in the checkpoint.
         FileNotFoundError: there is no checkpoint to resume.
         FloatingPointError: the loss or a gradient is not finite; the checkpoint is older.
     """
+    settings.check()
     makes_group = "RANK" in os.environ and not distributed.is_initialized()  # RANK: of torchrun
     if makes_group:
         distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -308,6 +319,7 @@ class _Run:
         elif not (settings.recipe or settings.model):
             then = checkpoint["settings"]
             settings = replace(settings, **{name: then[name] for name in ARCHITECTURE})
+        settings.check()
         self.settings, self.out = settings, out
         process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
         rank, world, local = (int(os.environ.get(name, n)) for name, n in process.items())
@@ -360,8 +372,9 @@ class _Run:
         self.step = 0
         self.signal = 0  # the signal that ends the training
         self.handlers: dict[int, Any] = {signal.SIGINT: None, signal.SIGTERM: None}
-        self.history: dict[str, Any] = {"loss": [], "parts": [], "ap": [], "cpu_seconds": 0.0}
-        self._check_queries()
+        self.history: dict[str, Any] = {name: [] for name in (*OF_STEPS, *OF_EVALUATIONS)}
+        self.history["cpu_seconds"] = 0.0
+        self._check_objects()
         torch.manual_seed(settings.seed + 1000 * rank)  # processes draw different noise
         self.random = [torch.default_generator]
         self.random += [torch.cuda.default_generators[local]] if cuda else []
@@ -369,12 +382,17 @@ class _Run:
         if checkpoint is not None:
             self._load(file, checkpoint, change=resume is not None)
 
-    def _check_queries(self) -> None:
+    def _check_objects(self) -> None:
         """Warn of images with more objects than queries can find.
 
         Raises:
-            ValueError: there is no object at all.
+            ValueError: there is no object to learn, or none to measure an AP for ``patience``.
         """
+        if self.settings.patience and self.test.most_objects == 0:
+            raise ValueError(
+                "patience: expected 0, because the test images have no objects and no AP, "
+                f"got {self.settings.patience}"
+            )
         most = self.data.most_objects
         if most == 0:
             raise ValueError(f"data: expected objects to learn, got none in {self.settings.data}")
@@ -461,7 +479,9 @@ class _Run:
                     raise ValueError(f"{file}: {name}: {error}") from error
         for group, own in zip(self.optimizer.param_groups, groups):
             group |= {name: own[name] for name in ("lr", "peak", "weight_decay")}
-        self.step, self.history = checkpoint["step"], checkpoint["history"]
+        self.step = checkpoint["step"]
+        # Histories of earlier versions have fewer numbers.
+        self.history |= {name: [None] * self.step for name in OF_STEPS} | checkpoint["history"]
         if self.step > self.settings.steps:
             raise ValueError(
                 f"steps: expected more than the {self.step} of {file}, got {self.settings.steps}"
@@ -503,27 +523,53 @@ class _Run:
         for module in self.model.modules() if settings.freeze_norms else ():
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
+        if self._ended_early():
+            return self.history
         began = time.process_time() - self.history["cpu_seconds"]
+        log = Log(self.out, self.history) if self.rank == 0 else None
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         no_bar = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=no_bar) as bar:
             task = bar.add_task("", total=settings.steps, completed=self.step)
             for batch in loader:
                 losses = self._step(model, *batch)
-                self.history["loss"].append(sum(losses.values()))
+                matched = sum(loss for name, loss in losses.items() if in_evaluation(name))
+                lr = settings.lr * learning_rate_factor(self.step - 1, settings.steps)
+                row = sum(losses.values()), matched, lr
+                for name, value in zip(OF_STEPS, row):
+                    self.history[name].append(value)
                 stopped = max(self._gathered(self.signal))  # processes get it in other steps
                 last = self.step == settings.steps
                 if last or self.step % settings.evaluate_every == 0:
                     self._evaluate(losses)
+                    last = last or self._ended_early()
+                if log is not None:
+                    log.add(self.history)
                 self.history["cpu_seconds"] = time.process_time() - began
                 if last or stopped or self.step % settings.save_every == 0:
                     self._save()
-                if stopped and not last:
+                if last:
+                    break
+                if stopped:
                     self._stop(stopped)
                 bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
         if self.world > 1:  # gloo's threads may still use tensors when Python ends: wait
             distributed.barrier()
         return self.history
+
+    def _ended_early(self) -> bool:
+        """Whether the last evaluations had no better AP than one before them."""
+        values = [row["AP"] or 0.0 for row in self.history["ap"]]
+        patience = self.settings.patience
+        if not patience or max(values[-patience:], default=1) > max(values[:-patience], default=-1):
+            return False
+        best = max(range(len(values)), key=lambda i: (values[i], i))
+        self.console.print(
+            f"ends after step {self.step}: the last {patience} evaluations have no AP above "
+            f"{values[best]:.3f}, that of step {self.history['ap'][best]['step']} in best.pt; "
+            "--resume with a larger --patience continues"
+        )
+        return True
 
     def _signalled(self, number: int, frame: Any) -> None:
         """Ends the training after the current step; a second signal ends it at once."""
@@ -590,19 +636,35 @@ class _Run:
                 mean.copy_(mean.lerp(now, 1 / span) if mean.is_floating_point() else now)
 
     def _evaluate(self, losses: dict[str, float]) -> None:
+        """Loss and AP of the averaged weights on the test images."""
         self.history["parts"].append({"step": self.step, **losses})
-        part = (self.rank, self.world)
-        found = detect(self.average, self.postprocess, self.test, self.settings.batch, part)
+        weighted: list[tuple[int, dict[str, Tensor]]] = []
+
+        def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
+            number = max(1, sum(len(target["labels"]) for target in targets))
+            weighted.append((number, self.criterion(outputs, targets, alone=True)))
+
+        options = (self.settings.batch, (self.rank, self.world), observe)
+        found = detect(self.average, self.postprocess, self.test, *options)
         found = [{key: value.cpu() for key, value in one.items()} for one in found]
-        gathered = [one for part in self._gathered(found) for one in part]
+        sums = [(n, {name: n * value.item() for name, value in of.items()}) for n, of in weighted]
+        gathered = self._gathered((found, sums))
+        sums = [one for _, part in gathered for one in part]
+        total = sum(number for number, _ in sums)
+        val = {name: sum(of[name] for _, of in sums) / total for name in sums[0][1]}
+        self.history["val_loss"].append({"step": self.step, "loss": sum(val.values()), **val})
+        ap = None
         if self.rank == 0:
-            ap = average_precision(self.test.ground_truth(), gathered)
-            best = max((one["AP"] or 0 for one in self.history["ap"]), default=-1)
-            self.history["ap"].append({"step": self.step, **ap})
-            if (ap["AP"] or 0) >= best or not (self.out / "best.pt").exists():
-                _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
-            done = f"step {self.step:5}  loss {self.history['loss'][-1]:.3f}"
-            self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")
+            detections = [one for part, _ in gathered for one in part]
+            ap = average_precision(self.test.ground_truth(), detections)
+        ap = self._gathered(ap)[0]
+        best = max((one["AP"] or 0 for one in self.history["ap"]), default=-1)
+        self.history["ap"].append({"step": self.step, **ap})
+        if self.rank == 0 and ((ap["AP"] or 0) >= best or not (self.out / "best.pt").exists()):
+            _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
+        losses_now = self.history["loss"][-1], self.history["val_loss"][-1]["loss"]
+        done = "step {:5}  loss {:.3f}  val loss {:.3f}".format(self.step, *losses_now)
+        self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")
 
 
 def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | None]:

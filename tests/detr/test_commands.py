@@ -183,9 +183,9 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
     name = "backbone.stem.conv.weight"
     assert torch.equal(own[name], given[name])
     with pytest.raises(ValueError, match="recipe, model: expected one of them, or init alone"):
-        Settings(data="shapes")
+        Settings(data="shapes").check()
     with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
-        Settings(data="shapes", model="dfine_n", queries=7)
+        Settings(data="shapes", model="dfine_n", queries=7).check()
     with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
 

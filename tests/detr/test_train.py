@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +22,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from deform_attn.detr import load
+from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
-from deform_attn.detr.evaluate import evaluate
+from deform_attn.detr.evaluate import NAMES, evaluate
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.train import Settings, _Run, _write, parameter_groups, train
@@ -135,6 +138,13 @@ def test_a_killed_training_resumes_to_the_bit(
     assert differing(whole, cut) == []
     for name in ("model.pt", "history.json", "curves.png"):
         assert (tmp_path / "cut" / name).stat().st_size > 0
+    rows = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    assert [row.split(",")[0] for row in rows[0].splitlines()] == ["step", *map(str, range(1, 11))]
+    table = list(csv.DictReader(rows[0].splitlines()))
+    assert [row["step"] for row in table if row["AP"] and row["val_loss"]] == ["8", "10"]
+    # Denoising has a loss in training only.
+    assert all(0 < float(row["matched_loss"]) < float(row["loss"]) for row in table)
     assert not list((tmp_path / "cut").glob("*.partial"))
 
 
@@ -185,6 +195,13 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     ap = evaluate(detector.model, detector.postprocess, val)
     recorded = checkpoint(tmp_path / "two5")["history"]["ap"][-1]  # each process had half of them
     assert {name: recorded[name] for name in ap} == pytest.approx(ap, abs=1e-6)
+    images, _, targets = collate([val[i] for i in range(len(val))])
+    with torch.no_grad():
+        losses = build("deformable_detr", 3, 64, 2, 20).criterion(detector.model(images), targets)
+    recorded = checkpoint(tmp_path / "two5")["history"]["val_loss"][-1]
+    for name, value in losses.items():
+        assert recorded[name] == pytest.approx(value.item(), rel=1e-5)
+    assert recorded["loss"] == pytest.approx(sum(losses.values()).item(), rel=1e-5)
     one, two = (checkpoint(tmp_path / f"{name}5") for name in ("one", "two"))
     torch.testing.assert_close(
         torch.tensor(one["history"]["loss"]),
@@ -254,10 +271,36 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"weight_decay": -1.0}, r"weight_decay: expected a number from 0, got -1\.0"),
         ({"freeze_norms": 2}, "freeze_norms: expected 0 or 1, got 2"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"patience": -1}, "patience: expected a number from 0, got -1"),
         ({"save_every": 4, "keep_every": 6}, "keep_every: expected a multiple of save_every"),
     ):
         with pytest.raises(ValueError, match=message):
             train(Settings(**settings | wrong), tmp_path)
+
+
+def test_training_ends_without_a_better_ap(
+    short: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same command does not go on; a larger patience does, and counts from the best AP."""
+    values = iter([0.1, 0.3, 0.2, 0.3, 0.1, 0.4, 0.2, 0.1, 0.3])
+
+    def judged(*arguments: Any) -> dict[str, Any]:
+        return dict.fromkeys(NAMES) | {"AP": next(values), "AP50": 0.5}
+
+    monkeypatch.setattr("deform_attn.detr.train.average_precision", judged)
+    settings = short | {"recipe": "deformable_detr", "batch": 2, "steps": 9, "width": 32}
+    settings |= {"evaluate_every": 1, "save_every": 9, "patience": 2}
+    message = r"ends after step 4: the last 2 evaluations .* above 0\.300, that of step 4 in best"
+    for _ in range(2):
+        history = train(Settings(**settings), tmp_path)
+        assert len(history["loss"]) == len(history["ap"]) == checkpoint(tmp_path)["step"] == 4
+        assert re.search(message, " ".join(capsys.readouterr().out.split()))
+    assert load(tmp_path / "best.pt").facts["step"] == 4
+    history = train(Settings(**settings | {"patience": 4}), tmp_path, resume=tmp_path)
+    assert [row["AP"] for row in history["ap"]][-3:] == [0.2, 0.1, 0.3]
 
 
 def test_a_training_is_continued_with_other_settings(
