@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from deform_attn.detr.data import open_dataset
+from deform_attn.detr.data import folder_of, open_dataset, splits_of
 from deform_attn.detr.evaluate import (
     as_text,
     average_precision,
@@ -21,7 +21,9 @@ from deform_attn.detr.evaluate import (
     detect,
 )
 from deform_attn.detr.export import export as export_detector
+from deform_attn.detr.hold_out import hold_out as divide_folder
 from deform_attn.detr.images import draw, find_images, read_image
+from deform_attn.detr.pictures import draw_sheet
 from deform_attn.detr.predict import load
 from deform_attn.detr.train import find_device, train
 
@@ -48,8 +50,9 @@ def evaluate(
 
     Args:
         model: what `deform_attn.detr.load` takes: model.pt, an official checkpoint, a folder.
-        data: shapes, digits or coco:FOLDER; classes are compared by name.
-        split: train or val.
+        data: shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout; or coco:FOLDER,
+            roboflow:FOLDER, yolo:FOLDER. Classes are compared by name.
+        split: train, val, test or another of the folder.
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
         results: JSON file for the detections, in COCO's results format.
@@ -126,52 +129,58 @@ def export(model: str, file: Path, size: int = 0) -> None:
     print(f"{file}: boxes and scores differ by {error:.2g} from the model's")
 
 
-def data(data: str, split: str = "train", sheet: Path | None = None, samples: int = 12) -> None:
-    """Check a data set, count its objects, and draw a sheet of samples.
+def data(
+    data: str,
+    split: str = "",
+    sheet: Path | None = None,
+    samples: int = 12,
+    hold_out: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Check a data set, count its objects, draw a sheet of samples, or divide its images.
 
-    Example: python -m deform_attn.detr data --data coco:FOLDER --sheet sheet.png
+    Example: python -m deform_attn.detr data --data FOLDER --sheet sheet.png
 
     Args:
-        data: shapes, digits or coco:FOLDER.
-        split: train or val.
-        sheet: PNG file for samples with their boxes.
+        data: shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout, which is
+            recognised; or coco:FOLDER, roboflow:FOLDER, yolo:FOLDER.
+        split: train, val, test or another; by default all of them.
+        sheet: PNG file for samples of the first one, with their boxes.
         samples: number of them.
+        hold_out: fraction of the images, such as 0.2, that become the split val of a folder with
+            annotations of one split; 0: none. Later commands use hold_out/train.json and val.json.
+        seed: of the images that are held out.
     """
     _at_least_one(samples=samples)
-    dataset = open_dataset(data, split)
-    coco = dataset.ground_truth()
-    counts = Counter(one["category_id"] for one in coco["annotations"])
-    most = max(Counter(one["image_id"] for one in coco["annotations"]).values(), default=0)
-    print(f"{len(dataset)} images, {len(coco['annotations'])} objects, at most {most} per image")
-    table = Table("class", "objects", box=None)
-    for label, name in enumerate(dataset.classes):
-        table.add_row(name, str(counts[label]))
+    if hold_out:
+        folder, layout = folder_of(data)
+        print(*divide_folder(folder, hold_out, seed, layout))
+    names = [split] if split else sorted(splits_of(data), key=_order)
+    classes = None
+    sets = {}
+    for name in names:
+        sets[name] = open_dataset(data, name, resize="fit", classes=classes)
+        classes = sets[name].classes
+    for name, one in sets.items():
+        objects = len(one.ground_truth()["annotations"])
+        print(f"{name}: {len(one)} images, {objects} objects, at most {one.most_objects} per image")
+    table = Table("class", *names, box=None)
+    counts = [
+        Counter(row["category_id"] for row in one.ground_truth()["annotations"])
+        for one in sets.values()
+    ]
+    for label, name in enumerate(classes or ()):
+        table.add_row(name, *(str(count[label]) for count in counts))
     Console().print(table)
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        _draw_sheet(dataset, sheet, samples)
+        draw_sheet(next(iter(sets.values())), sheet, samples)
 
 
-def _draw_sheet(dataset: Any, file: Path, samples: int) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    number = min(samples, len(dataset))
-    columns = min(4, number)
-    rows = -(-number // columns)
-    figure = Figure((3 * columns, 3 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel in panels:
-        panel.set_axis_off()
-    for panel, i in zip(panels, range(0, len(dataset), max(1, len(dataset) // number))):
-        image, target = dataset[i]
-        height, width = image.shape[1:]
-        panel.imshow(image.permute(1, 2, 0).numpy())
-        for (cx, cy, w, h), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
-            corner = ((cx - w / 2) * width, (cy - h / 2) * height)
-            panel.add_patch(Rectangle(corner, w * width, h * height, fill=False, color="#d62728"))
-            panel.text(*corner, dataset.classes[label], color="#d62728", fontsize=8, va="bottom")
-    figure.savefig(file, dpi=100)
+def _order(split: str) -> tuple[int, str]:
+    """Training images first: their classes number those of the others."""
+    starts = [split.startswith(name) for name in ("train", "val", "test")]
+    return starts.index(True) if any(starts) else 3, split
 
 
 def main() -> None:

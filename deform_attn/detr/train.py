@@ -77,7 +77,8 @@ class Settings:
     One of ``recipe``, ``model`` and ``init`` is required.
     """
 
-    data: str  # shapes, digits or coco:FOLDER
+    # shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout
+    data: str
     # a small system on a small backbone: stewart, detr, dab_detr, deformable_detr,
     # deformable_detr_two_stage, dab_deformable_detr, dn_deformable_detr, dino, rtdetr, rtdetrv2,
     # dfine, deim or mr_detr

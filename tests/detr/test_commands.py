@@ -102,7 +102,9 @@ def test_data(
     capsys: Capture,
 ) -> None:
     run(monkeypatch, "data", "--data", f"coco:{folder}", "--sheet", tmp_path / "sheet.png")
-    assert capsys.readouterr().out.startswith("6 images, ")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == ["train: 6 images", "val: 6 images"]
+    assert lines[2].split() == ["class", "train", "val"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (1200, 600)
     with pytest.raises(SystemExit, match="samples: expected at least 1, got 0"):
@@ -225,6 +227,9 @@ def test_every_command_of_the_documentation_runs(
     """In the order of the pages, at small sizes; each new training in RUN gets a folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photographs").symlink_to(folder / "val")
+    (tmp_path / "UNDIVIDED/annotations").mkdir(parents=True)
+    for name in ("annotations/instances_val.json", "val"):
+        (tmp_path / "UNDIVIDED" / name).symlink_to(folder / name)
     torch.save({"model": official_state("dfine_n")}, "dfine_n_coco.pth")
     monkeypatch.setattr(Shapes, "lengths", {"train": 4, "val": 2})
     lines = [line.split()[3:] for line in documented()]
@@ -245,4 +250,5 @@ def test_every_command_of_the_documentation_runs(
         capsys.readouterr()
     written = [f"{name}/curves.png" for name in ("NEXT", *(f"RUN{i + 1}" for i in range(runs)))]
     written += ["results.json", "found/detections.json", "sheet.png", "detector.onnx"]
+    written.append("UNDIVIDED/hold_out/val.json")
     assert all((tmp_path / file).stat().st_size > 0 for file in written)
