@@ -13,21 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from deform_attn.detr.data import folder_of, open_dataset, splits_of
-from deform_attn.detr.evaluate import (
-    as_text,
-    average_precision,
-    class_precision,
-    coco_results,
-    detect,
-)
+from deform_attn.detr.evaluate import as_text, coco_results, detect, score
 from deform_attn.detr.export import export as export_detector
 from deform_attn.detr.hold_out import hold_out as divide_folder
 from deform_attn.detr.images import draw, find_images, read_image
-from deform_attn.detr.pictures import draw_sheet
+from deform_attn.detr.pictures import draw_sheet, precision_recall
 from deform_attn.detr.predict import load
 from deform_attn.detr.train import find_device, train
 
 PROG = "python -m deform_attn.detr"
+SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
 def _at_least_one(**numbers: int) -> None:
@@ -43,10 +38,11 @@ def evaluate(
     batch: int = 16,
     device: str = "",
     results: Path | None = None,
+    out: Path | None = None,
 ) -> None:
-    """Print the AP of a detector on a data set, and the AP of each class.
+    """Print the AP of a detector on a data set, in all and of each class and size.
 
-    Example: python -m deform_attn.detr evaluate --model RUN/model.pt --data coco:FOLDER
+    Example: python -m deform_attn.detr evaluate --model RUN/model.pt --data FOLDER --out RUN
 
     Args:
         model: what `deform_attn.detr.load` takes: model.pt, an official checkpoint, a folder.
@@ -56,9 +52,10 @@ def evaluate(
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
         results: JSON file for the detections, in COCO's results format.
+        out: folder for precision_recall.png, with curves of each class.
     """
-    if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
+    for folder in filter(None, (out, results and results.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
     detector = load(model, find_device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
@@ -67,14 +64,22 @@ def evaluate(
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
     found = detect(detector.model, detector.postprocess, dataset, batch)
     coco = dataset.ground_truth()
-    table = Table("", "AP", box=None)
-    for name, value in average_precision(coco, found).items():
+    scores = score(coco, found)
+    table = Table("", split, box=None)
+    for name, value in scores.metrics.items():
         table.add_row(name, as_text(value))
-    for name, value in class_precision(coco, found).items():
-        table.add_row(name, as_text(value))
+    Console().print(table)
+    table = Table("class", "objects", *SIZES, box=None)
+    for label, name in enumerate(scores.classes):
+        numbers = [as_text(value) for value in scores.of_class(label).values()]
+        table.add_row(name, str(scores.objects[label]), *numbers)
     Console().print(table)
     if results is not None:
         results.write_text(json.dumps(coco_results(coco, found)))
+    if out is not None:
+        picture = out / "precision_recall.png"
+        precision_recall(scores, f"{model} on {data}, {split}").savefig(picture, dpi=120)
+        print(picture)
 
 
 def predict(

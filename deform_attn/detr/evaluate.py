@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -14,7 +16,6 @@ from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
-AREAS = {"AP_small": (0, 32**2), "AP_medium": (32**2, 96**2), "AP_large": (96**2, 1e10)}
 
 
 def detect(
@@ -105,32 +106,57 @@ def average_precision(
         >>> round(result["AP50"], 2), result["AP_large"]
         (1.0, None)
     """
-    areas = [one["area"] for one in ground_truth["annotations"] if not one["iscrowd"]]
-    if not areas:
-        return dict.fromkeys(NAMES)
-    judge = _judged(ground_truth, coco_results(ground_truth, detections))
-    numbers = np.maximum(judge.stats[: len(NAMES)], 0).tolist()
-    found: dict[str, float | None] = dict(zip(NAMES, numbers))
-    for name, (low, high) in AREAS.items():
-        if not any(low <= area <= high for area in areas):
-            found[name] = None
-    return found
+    return score(ground_truth, detections).metrics
 
 
-def class_precision(
-    ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]
-) -> dict[str, float | None]:
-    """AP of each class by name, as :func:`average_precision`; None for classes without objects."""
+@dataclass(frozen=True)
+class Scores:
+    """COCO's metrics of a detector on a data set.
+
+    Attributes:
+        metrics: ``AP``, ``AP50``, ... in [0, 1]; None where there is no object to find.
+        classes: names, by label.
+        objects: number of each class, without crowds.
+        precision: ``[IoU, recall, class, area]``, the highest at that recall or above. IoU is 0.5,
+            0.55, ... 0.95; recall is 0, 0.01, ... 1; areas are all, small, medium and large. NaN
+            where there is no object.
+    """
+
+    metrics: dict[str, float | None]
+    classes: tuple[str, ...]
+    objects: list[int]
+    precision: np.ndarray
+
+    def of_class(self, label: int) -> dict[str, float | None]:
+        """``AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium`` and ``AP_large`` of a class."""
+        precision = self.precision[:, :, label]
+        parts = [precision[..., 0], precision[0, :, 0], precision[5, :, 0]]
+        parts += [precision[..., area] for area in (1, 2, 3)]
+        means = [float(part.mean()) for part in parts]
+        return {name: None if np.isnan(mean) else mean for name, mean in zip(NAMES, means)}
+
+
+def score(ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]) -> Scores:
+    """COCO's metrics, in all and of each class, with precision-recall curves.
+
+    Args:
+        ground_truth: as :func:`average_precision` takes it.
+        detections: likewise.
+    """
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
-    present = {one["category_id"] for one in ground_truth["annotations"] if not one["iscrowd"]}
-    found: dict[str, float | None] = {category["name"]: None for category in categories}
-    if present:
-        judge = _judged(ground_truth, coco_results(ground_truth, detections))
-        precision = np.asarray(judge.eval["precision"])[:, :, :, 0, -1]  # [IoU, recall, class]
-        for i, category in enumerate(categories):
-            if category["id"] in present:
-                found[category["name"]] = float(np.maximum(precision[:, :, i], 0).mean())
-    return found
+    classes = tuple(category["name"] for category in categories)
+    counts = Counter(
+        one["category_id"] for one in ground_truth["annotations"] if not one["iscrowd"]
+    )
+    objects = [counts[category["id"]] for category in categories]
+    if not counts:
+        nothing = np.full((10, 101, len(classes), 4), np.nan)
+        return Scores(dict.fromkeys(NAMES), classes, objects, nothing)
+    judge = _judged(ground_truth, coco_results(ground_truth, detections))
+    numbers = judge.stats[: len(NAMES)].tolist()
+    metrics = {name: None if n < 0 else n for name, n in zip(NAMES, numbers)}  # -1: undefined
+    precision = np.asarray(judge.eval["precision"], dtype=float)[..., -1]
+    return Scores(metrics, classes, objects, np.where(precision < 0, np.nan, precision))
 
 
 def coco_results(

@@ -59,12 +59,13 @@ def test_evaluate(
     """Labels are compared by name; undefined numbers are dashes."""
     results = tmp_path / "results.json"
     arguments = ["--model", "digits", "--data", f"coco:{folder}", "--results", results]
-    run(monkeypatch, "evaluate", *arguments)
-    rows = dict(
-        line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2
-    )
-    assert float(rows["AP50"]) > 0.5
-    assert rows["AP_large"] == rows["7"] == "-"
+    run(monkeypatch, "evaluate", *arguments, "--out", tmp_path / "out")
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in words if line}
+    assert float(rows["AP50"][0]) > 0.5
+    assert rows["AP_large"] == ["-"]
+    assert rows["7"] == ["0", *"------"]
+    assert (tmp_path / "out/precision_recall.png").read_bytes().startswith(b"\x89PNG")
     assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])
     for wrong, message in (
         (("letters", "shapes"), "error: name_or_path: expected one of"),

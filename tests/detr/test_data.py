@@ -14,8 +14,9 @@ from PIL import Image
 
 from deform_attn.detr.augment import Augmented, Item, batches, collate, mixup, mosaic, warp
 from deform_attn.detr.data import Digits, Shapes, open_dataset
-from deform_attn.detr.evaluate import average_precision
+from deform_attn.detr.evaluate import average_precision, score
 from deform_attn.detr.folders import AnnotatedFolder
+from deform_attn.detr.pictures import precision_recall
 
 
 @pytest.mark.parametrize("kind", [Shapes, Digits])
@@ -104,8 +105,22 @@ def test_average_precision_of_a_case_by_hand() -> None:
     assert result["AP50"] == pytest.approx(51 / 101 / 2)
     assert result["AP"] == pytest.approx(51 / 101 / 2 * 3 / 10)
     assert result["AP75"] == 0
+    coco["categories"].append({"id": 12, "name": "other"})
+    scores = score(coco, [found])
+    assert scores.of_class(0) == {name: result[name] for name in scores.of_class(0)}
+    assert set(scores.of_class(1).values()) == {None}
+    figure = precision_recall(scores, "by hand")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["0.076  mean of 1", "0.076  thing"]
+    assert figure.get_supxlabel() == "without objects: other"
+    for panel, precision in zip(figure.axes, (0.5, 0, 0.15)):
+        assert panel.lines[0].get_ydata()[0] == pytest.approx(precision)
     nothing = {name: numbers[:0] for name, numbers in found.items()}
     assert average_precision(coco, [nothing])["AP"] == 0
+    empty = score({**coco, "annotations": []}, [found])
+    assert set(empty.metrics.values()) == {None}
+    with pytest.raises(ValueError, match="scores: expected objects to find, got none"):
+        precision_recall(empty, "nothing")
 
 
 # A folder of one's own
