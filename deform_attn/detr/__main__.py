@@ -37,6 +37,7 @@ def evaluate(
     split: str = "val",
     batch: int = 16,
     device: str = "",
+    workers: int = 0,
     results: Path | None = None,
     out: Path | None = None,
 ) -> None:
@@ -51,6 +52,7 @@ def evaluate(
         split: train, val, test or another of the folder.
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
+        workers: processes that prepare batches.
         results: JSON file for the detections, in COCO's results format.
         out: folder for precision_recall.png, with curves of each class.
     """
@@ -62,7 +64,7 @@ def evaluate(
     )
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
-    found = detect(detector.model, detector.postprocess, dataset, batch)
+    found = detect(detector.model, detector.postprocess, dataset, batch, workers=workers)
     coco = dataset.ground_truth()
     scores = score(coco, found)
     table = Table("", split, box=None)
