@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
@@ -21,21 +20,10 @@ from deform_attn.detr.images import draw, find_images, read_image
 from deform_attn.detr.pictures import draw_sheet, precision_recall
 from deform_attn.detr.predict import load
 from deform_attn.detr.progress import progress
-from deform_attn.detr.train import train
+from deform_attn.detr.train import find_device, train
 
 PROG = "python -m deform_attn.detr"
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-
-
-def _device(name: str) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device: expected cpu, cuda or another of PyTorch, got {name!r}: {reason}"
-        ) from error
 
 
 def _at_least_one(**numbers: int) -> None:
@@ -69,7 +57,7 @@ def evaluate(
     """
     for folder in filter(None, (out, results and results.parent)):
         folder.mkdir(parents=True, exist_ok=True)
-    detector = load(model, _device(device))
+    detector = load(model, find_device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
     )
@@ -118,7 +106,7 @@ def predict(
         device: cpu, cuda, ...; by default a GPU, if there is one.
     """
     _at_least_one(batch=batch)
-    detector = load(model, _device(device))
+    detector = load(model, find_device(device))
     files = find_images(images)
     out.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from deform_attn.detr.evaluate import NAMES
@@ -92,6 +94,30 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
+class Stopwatch:
+    """Prints how long steps and evaluations take on this machine, and those that remain.
+
+    Steps are timed after the first one, which has to allocate memory.
+
+    Args:
+        show: prints a line.
+    """
+
+    def __init__(self, show: Callable[[str], Any]) -> None:
+        self.show, self.seconds = show, dict[str, list[float]]()
+
+    @contextmanager
+    def time(self, what: str, remaining: int) -> Iterator[None]:
+        """Time a ``step`` or an ``evaluation``; the number that remains is that after it."""
+        began = perf_counter()
+        yield
+        seconds = self.seconds.setdefault(what, [])
+        seconds.append(perf_counter() - began)
+        first, last = (1, 1 + TIMED_STEPS) if what == "step" else (0, 1)
+        if len(seconds) == last and remaining:
+            self.show(as_hint(seconds[first:last], what, remaining))
+
+
 def as_duration(seconds: float) -> str:
     """A time in its largest unit.
 
@@ -112,8 +138,8 @@ def as_hint(seconds: Sequence[float], what: str, remaining: int) -> str:
     Example:
         >>> from deform_attn.detr.logs import as_hint
         >>> as_hint([0.3, 0.5, 0.4], "step", 800)
-        'a step takes 0.4 s, the remaining 800 take 5 min'
+        'a step takes 0.4 s: 5 min for the 800 that remain'
     """
     one, article = statistics.median(seconds), "an" if what[0] in "aeiou" else "a"
     times = as_duration(one), as_duration(one * remaining)
-    return f"{article} {what} takes {times[0]}, the remaining {remaining} take {times[1]}"
+    return f"{article} {what} takes {times[0]}: {times[1]} for the {remaining} that remain"

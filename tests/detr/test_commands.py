@@ -191,6 +191,13 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
 
 
+def test_an_invalid_setting_is_named(monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
+    wrong = ["--recipe", "rtdetr", "--data", "shapes", "--out", tmp_path, "--steps", 0]
+    with pytest.raises(SystemExit, match="^python -m .*: error: steps: expected at least 1, got 0"):
+        run(monkeypatch, "train", *wrong)
+    assert capsys.readouterr() == ("", "")  # the parser of the command line prints nothing
+
+
 def test_help_has_examples_and_names_the_choices(monkeypatch: Patch, capsys: Capture) -> None:
     for name in ("train", "evaluate", "predict", "export", "data"):
         with pytest.raises(SystemExit, match="0"):

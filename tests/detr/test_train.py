@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import errno
+import itertools
 import json
 import math
 import os
@@ -12,22 +14,25 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from deform_attn.detr import load
-from deform_attn.detr.augment import collate
+from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
 from deform_attn.detr.evaluate import NAMES, evaluate
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
-from deform_attn.detr.train import Settings, _Run, _write, parameter_groups, train
+from deform_attn.detr.recompute import recompute
+from deform_attn.detr.train import Settings, _Run, _write, find_device, parameter_groups, train
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +115,8 @@ def test_a_killed_training_resumes_to_the_bit(
 
     Ctrl-C and SIGTERM end it after the current step, which is saved.
     """
-    settings = short | {"recipe": "deim", "amp": "bfloat16", "steps": 10}
+    settings = short | {"recipe": "deim", "amp": "bfloat16", "steps": 10, "batch": 2}
+    settings |= {"accumulate": 2, "recompute": 1, "multi_scale": 0.5, "patience": 9}
     train(Settings(**settings), tmp_path / "whole")
     killed = [sys.executable, "-c", KILLED, *command(tmp_path / "cut", **settings)[2:]]
     assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
@@ -165,6 +171,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
 ) -> None:
     """The first step's gradients agree to rounding (Adam's mean is a tenth of them), so do losses.
 
+    The first step of two processes is accumulated in two passes.
     Halves of a batch hold unequal numbers of objects: a process that divided by its own would
     differ.
     """
@@ -175,9 +182,9 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         "from torch import distributed\n"
         "from deform_attn.detr.train import Settings, train\n"
         "distributed.init_process_group('gloo')\n"
-        "for steps in (1, 5):\n"
+        "for steps, sizes in (1, {'batch': 2, 'accumulate': 2}), (5, {}):\n"
         f"    folder = Path({str(tmp_path)!r}) / f'two{{steps}}'\n"
-        f"    train(Settings(**{settings!r} | {{'steps': steps}}), folder)\n"
+        f"    train(Settings(**{settings!r} | sizes | {{'steps': steps}}), folder)\n"
         "distributed.destroy_process_group()\n"
     )
     torchrun(str(script))
@@ -211,6 +218,144 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     )
     with pytest.raises(ValueError, match="processes: expected 2 as in .*, got 1"):
         train(Settings(**settings | {"steps": 5}), tmp_path / "two5")
+
+
+def double(batch: Batch) -> Batch:
+    images, mask, targets = batch
+    return images.double(), mask, [{**one, "boxes": one["boxes"].double()} for one in targets]
+
+
+def test_accumulated_passes_are_the_step_of_a_larger_batch(
+    short: dict[str, Any], tmp_path: Path
+) -> None:
+    """In float64; the passes have unequal numbers of objects."""
+    settings = short | {"recipe": "deformable_detr", "width": 32, "clip": 1e9}
+    found = []
+    for sizes in ({"batch": 4}, {"batch": 1, "accumulate": 4}):
+        run = _Run(Settings(**settings | sizes), tmp_path)
+        items = batches(24, sizes["batch"], range(1), 0, accumulate=sizes.get("accumulate", 1))
+        passes = [double(run.augmented.batch([run.augmented[i] for i in one])) for one in items]
+        run.average.double()
+        model = run.model.double().eval()  # batch norms have statistics of a pass
+        losses = run._step(model, passes)
+        numbers = {len(target["labels"]) for *_, targets in passes for target in targets}
+        found.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+    assert len(numbers) > 1
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("recipe", ["rtdetr", "mr_detr"])
+def test_recomputed_gradients_are_the_same_to_the_bit(recipe: str, one_thread: None) -> None:
+    """With dropout; batch norms count a batch once; names do not change; less is kept."""
+    model, criterion, _ = build(recipe, 3, 32, 2, 10)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    twin = copy.deepcopy(model)
+    blocks = recompute(twin)
+    stages = len(model.get_submodule("backbone.stages"))
+    assert len(blocks) > stages + 2
+    images, _, targets = collate([Shapes()[i] for i in range(3)])
+    kept = []
+    for one in (model, twin):
+        sizes: list[int] = []
+        torch.manual_seed(0)
+        with saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            losses = criterion(one.train()(images, None, targets), targets)
+        sum(losses.values()).backward()
+        kept.append(sum(sizes))
+    assert kept[1] < 0.7 * kept[0]
+    assert differing(model.state_dict(), twin.state_dict()) == []
+    grads = [{name: p.grad for name, p in one.named_parameters()} for one in (model, twin)]
+    assert differing(*grads) == []
+    twin.eval()(images)  # nothing is computed again
+
+
+def test_multi_scale_draws_one_size_for_a_batch_and_several_shortest_edges() -> None:
+    dataset = Shapes()
+    augmented = Augmented(dataset, "flip", 20, 0, multi_scale=0.5)
+    plain = Augmented(dataset, "flip", 20, 0)
+    seen = []
+    for step, part in itertools.product(range(20), range(2)):
+        items = next(batches(9, 4, range(step, step + 1), 0, (part, 2)))
+        images, mask, targets = augmented.batch([augmented[i] for i in items])
+        assert mask is None
+        _, _, expected = plain.batch([plain[i] for i in items])
+        assert differing(targets, expected) == []
+        seen.append(tuple(images.shape[-2:]))
+    assert set(seen) == {(32, 32), (64, 64), (96, 96)}
+    assert seen[::2] == seen[1::2]  # processes draw the same
+    augmented = Augmented(dataset, "none", 20, 0, multi_scale=0.5, resize="shortest")
+    drawn = [
+        augmented[Item(step, place, 0)][1][0].shape[1:] for step in range(9) for place in (0, 1)
+    ]
+    assert set(drawn) == {(32, 32), (64, 64)}
+    assert drawn[::2] != drawn[1::2]
+    with pytest.raises(
+        ValueError, match="multi_scale: expected a fraction of 64 pixels that reach"
+    ):
+        Augmented(dataset, "none", 20, 0, multi_scale=0.3)
+
+
+class Writer:
+    """In the place of TensorBoard's."""
+
+    written: ClassVar[list[Any]] = []
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.written.append((Path(folder).name, purge_step))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.written.append((name, value, step))
+
+    def close(self) -> None:
+        self.written.append("closed")
+
+
+def test_tensorboard_and_the_hint_of_the_time(
+    short: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = short | {"recipe": "deformable_detr", "batch": 2, "width": 32, "save_every": 6}
+    settings |= {"evaluate_every": 5, "steps": 6}
+    name = "torch.utils.tensorboard"
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install tensorb"):
+        patch.setitem(sys.modules, name, None)
+        train(Settings(**settings), tmp_path, tensorboard=True)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr("deform_attn.detr.logs.perf_counter", itertools.count().__next__)
+    history = train(Settings(**settings), tmp_path, tensorboard=True)
+    train(Settings(**settings | {"steps": 7}), tmp_path, resume=tmp_path, tensorboard=True)
+    written = Writer.written
+    assert written[0] == ("tensorboard", 1)
+    assert [one[1:] for one in written if one[0] == "loss"][:6] == [
+        (loss, i + 1) for i, loss in enumerate(history["loss"])
+    ]
+    assert [one[2] for one in written if one[0] == "AP"] == [5, 6, 7]
+    assert [one[2] for one in written if one[0] == "val_loss"] == [5, 6, 7]
+    assert written.index(("tensorboard", 7)) == written.index("closed") + 1
+    assert written[-1] == "closed"
+    shown = capsys.readouterr().out
+    assert shown.count("a step takes 1 s: 2 s for the 2 that remain") == 1
+    assert shown.count("an evaluation takes 1 s: 1 s for the 1 that remain") == 1
+
+
+def test_a_device_that_is_not_there_is_named(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(**short | {"recipe": "detr"})
+    for name in ("cuda:99", "tpu", "meta"):
+        message = f"device: expected cpu, cuda or another of PyTorch, got '{name}': "
+        with pytest.raises(ValueError, match=message):
+            train(settings, tmp_path, device=name)
+    assert find_device("cpu").type == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="each of the 2 processes has its own, got 'cuda:1'"):
+        train(settings, tmp_path, device="cuda:1")
 
 
 def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_path: Path) -> None:
@@ -272,6 +417,14 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"freeze_norms": 2}, "freeze_norms: expected 0 or 1, got 2"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
         ({"patience": -1}, "patience: expected a number from 0, got -1"),
+        ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        ({"recompute": 2}, "recompute: expected 0 or 1, got 2"),
+        ({"multi_scale": -0.1}, r"multi_scale: expected 0 to below 1, got -0\.1"),
+        ({"multi_scale": 0.2}, r"multi_scale: expected a fraction of 64 pixels .*, got 0\.2"),
+        (
+            {"multi_scale": 0.5, "recipe": "rtdetr", "queries": 99},
+            "multi_scale: expected a smaller .* 32 pixels a side: .* 99 pixels, .* got 84",
+        ),
         ({"save_every": 4, "keep_every": 6}, "keep_every: expected a multiple of save_every"),
     ):
         with pytest.raises(ValueError, match=message):
