@@ -19,6 +19,7 @@ from deform_attn.detr.hold_out import hold_out as divide_folder
 from deform_attn.detr.images import draw, find_images, read_image
 from deform_attn.detr.pictures import draw_sheet, precision_recall
 from deform_attn.detr.predict import load
+from deform_attn.detr.progress import progress
 from deform_attn.detr.train import find_device, train
 
 PROG = "python -m deform_attn.detr"
@@ -64,7 +65,9 @@ def evaluate(
     )
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
-    found = detect(detector.model, detector.postprocess, dataset, batch, workers=workers)
+    parts = (detector.model, detector.postprocess, dataset, batch)
+    with progress("evaluates images", len(dataset)) as advance:
+        found = detect(*parts, observe=lambda _, targets: advance(len(targets)), workers=workers)
     coco = dataset.ground_truth()
     scores = score(coco, found)
     table = Table("", split, box=None)
@@ -109,13 +112,16 @@ def predict(
     files = find_images(images)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for first in range(0, len(files), batch):
-        part = files[first : first + batch]
-        for i, (file, found) in enumerate(zip(part, detector.predict(part, threshold, batch))):
-            picture = f"{first + i:05d}_{file.stem}.png"
-            draw(read_image(file), found).save(out / picture)
-            numbers = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
-            rows.append({"file": str(file), "picture": picture, **numbers, "names": found["names"]})
+    with progress("predicts images", len(files)) as advance:
+        for first in range(0, len(files), batch):
+            part = files[first : first + batch]
+            for i, (file, found) in enumerate(zip(part, detector.predict(part, threshold, batch))):
+                picture = f"{first + i:05d}_{file.stem}.png"
+                draw(read_image(file), found).save(out / picture)
+                numbers = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
+                one = {"file": str(file), "picture": picture, **numbers}
+                rows.append({**one, "names": found["names"]})
+            advance(len(part))
     (out / "detections.json").write_text(json.dumps(rows, indent=1))
     print(f"{sum(len(row['names']) for row in rows)} detections in {len(files)} images: {out}")
 

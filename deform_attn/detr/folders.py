@@ -84,7 +84,7 @@ class CocoSource(Source):
     def _faults(self, content: coco.Content) -> Iterator[str]:
         yield from coco.content_faults(content)
         check = functools.partial(coco.image_fault, folder=self.root)
-        yield from filter(None, mapped(check, content["images"], "images"))
+        yield from filter(None, mapped(check, content["images"], "checks images"))
 
 
 class HeldOut(CocoSource):
@@ -133,7 +133,7 @@ Splits = dict[str, Callable[[], Source]]
 
 def _coco(folder: Path, pattern: str = "annotations/instances_*.json") -> Splits:
     found: Splits = {}
-    for file in sorted(folder.glob(pattern)):
+    for file in sorted(f for f in folder.glob(pattern) if f.name[0] != "."):
         name = file.stem.removeprefix("instances_")
         places = [name, f"images/{name}", "images", "."]
         found[name] = functools.partial(CocoSource, folder, file, places)

@@ -111,7 +111,7 @@ def list_images(description: Description, split: str) -> list[Listed]:
             )
         if path.is_dir():
             files = sorted(Path(top) / name for top, _, names in os.walk(path) for name in names)
-            images = [file for file in files if file.suffix.lower() in SUFFIXES]
+            images = [f for f in files if f.suffix.lower() in SUFFIXES and f.name[0] != "."]
             found += [Listed(image, _label_file(image), "") for image in images]
         else:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
@@ -157,7 +157,7 @@ def _read(
 ) -> Iterator[str]:
     """Fill in the content; yields faults."""
     missing = 0
-    for number, (one, read) in enumerate(zip(listed, mapped(_files, listed, "images"))):
+    for number, (one, read) in enumerate(zip(listed, mapped(_files, listed, "checks images"))):
         size, text, fault = read
         missing += text is None
         if fault:
@@ -240,7 +240,7 @@ def _without_image(listed: list[Listed], root: Path) -> Iterator[str]:
     }
     for folder in sorted(folders):
         for file in sorted(folder.glob("*.txt")):
-            if file not in known and file.name != "classes.txt":
+            if file not in known and file.name != "classes.txt" and file.name[0] != ".":
                 yield f"{name_in(root, file)}: expected an image of this name, got none"
 
 

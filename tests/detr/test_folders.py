@@ -101,6 +101,8 @@ def test_every_layout_gives_the_same_data_set(layout: str, tmp_path: Path) -> No
             torch.testing.assert_close(torch.tensor(boxes).float(), expected, atol=1e-3, rtol=0)
             assert dataset[1][1]["boxes"].shape == (0, 4)
             assert dataset[2][1]["labels"].tolist() == [1]
+    val = open_dataset(str(folder), "val", 32, classes=["bee", "cat", "ant"])
+    assert [val[i][1]["labels"].tolist() for i in range(3)] == [[2, 0], [], [0]]
     with pytest.raises(ValueError, match="split: expected one that starts with 'dev', got t"):
         open_dataset(str(folder), "dev")
 
