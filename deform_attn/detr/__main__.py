@@ -15,6 +15,7 @@ from rich.table import Table
 from deform_attn.detr.data import folder_of, open_dataset, splits_of
 from deform_attn.detr.evaluate import as_text, coco_results, detect, score
 from deform_attn.detr.export import export as export_detector
+from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.hold_out import hold_out as divide_folder
 from deform_attn.detr.images import draw, find_images, read_image
 from deform_attn.detr.pictures import draw_sheet, precision_recall
@@ -52,7 +53,8 @@ def evaluate(
         split: train, val, test or another of the folder.
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
-        results: JSON file for the detections, in COCO's results format.
+        results: JSON file for the detections, in COCO's results format, with the ids of images and
+            categories in the annotation file.
         out: folder for precision_recall.png, with curves of each class.
     """
     for folder in filter(None, (out, results and results.parent)):
@@ -78,7 +80,10 @@ def evaluate(
         table.add_row(name, str(scores.objects[label]), *numbers)
     Console().print(table)
     if results is not None:
-        results.write_text(json.dumps(coco_results(coco, found)))
+        rows = coco_results(coco, found)
+        if isinstance(dataset, AnnotatedFolder):
+            rows = dataset.with_file_ids(rows)
+        results.write_text(json.dumps(rows))
     if out is not None:
         picture = out / "precision_recall.png"
         precision_recall(scores, f"{model} on {data}, {split}").savefig(picture, dpi=120)
