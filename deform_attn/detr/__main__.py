@@ -39,22 +39,24 @@ def evaluate(
     split: str = "val",
     batch: int = 16,
     device: str = "",
+    workers: int = 0,
     results: Path | None = None,
     out: Path | None = None,
 ) -> None:
     """Print the AP of a detector on a data set, in all and of each class and size.
 
+    Classes are compared by name.
+
     Example: python -m deform_attn.detr evaluate --model RUN/model.pt --data FOLDER --out RUN
 
     Args:
         model: what `deform_attn.detr.load` takes: model.pt, an official checkpoint, a folder.
-        data: shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout; or coco:FOLDER,
-            roboflow:FOLDER, yolo:FOLDER. Classes are compared by name.
+        data: shapes, digits, FOLDER, coco:FOLDER, roboflow:FOLDER or yolo:FOLDER.
         split: train, val, test or another of the folder.
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
-        results: JSON file for the detections, in COCO's results format, with the ids of images and
-            categories in the annotation file.
+        workers: processes that prepare batches.
+        results: JSON file for the detections, in COCO's results format, with the file's ids.
         out: folder for precision_recall.png, with curves of each class.
     """
     for folder in filter(None, (out, results and results.parent)):
@@ -67,7 +69,7 @@ def evaluate(
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
     parts = (detector.model, detector.postprocess, dataset, batch)
     with progress("evaluates images", len(dataset)) as advance:
-        found = detect(*parts, observe=lambda _, targets: advance(len(targets)))
+        found = detect(*parts, observe=lambda _, targets: advance(len(targets)), workers=workers)
     coco = dataset.ground_truth()
     scores = score(coco, found)
     table = Table("", split, box=None)
@@ -155,16 +157,18 @@ def data(
 ) -> None:
     """Check a data set, count its objects, draw a sheet of samples, or divide its images.
 
-    Example: python -m deform_attn.detr data --data FOLDER --sheet sheet.png
+    With hold_out, a folder with annotations of one split gets hold_out/train.json and
+    hold_out/val.json, which later commands use instead. Nothing is overwritten.
+
+    Examples: python -m deform_attn.detr data --data FOLDER --sheet sheet.png;
+    python -m deform_attn.detr data --data FOLDER --hold-out 0.2
 
     Args:
-        data: shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout, which is
-            recognised; or coco:FOLDER, roboflow:FOLDER, yolo:FOLDER.
+        data: shapes, digits, FOLDER, coco:FOLDER, roboflow:FOLDER or yolo:FOLDER.
         split: train, val, test or another; by default all of them.
         sheet: PNG file for samples of the first one, with their boxes.
         samples: number of them.
-        hold_out: fraction of the images, such as 0.2, that become the split val of a folder with
-            annotations of one split; 0: none. Later commands use hold_out/train.json and val.json.
+        hold_out: fraction of images, such as 0.2, that become val, as above. 0: none.
         seed: of the images that are held out.
     """
     _at_least_one(samples=samples)
