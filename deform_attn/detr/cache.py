@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from deform_attn import __version__
+
 FOLDER = ".deform_attn"  # in the folder of the images
-VERSION = b"1"  # of the content
 
 
 def stamp(root: Path, names: Iterable[str]) -> tuple[str, float]:
@@ -55,4 +56,5 @@ def save(file: Path, content: dict[str, Any]) -> None:
 
 
 def _head(text: bytes) -> bytes:
-    return VERSION + b" " + hashlib.sha256(text).hexdigest().encode()
+    """What a file begins with; another version of the package may check more."""
+    return f"deform_attn {__version__} {hashlib.sha256(text).hexdigest()}".encode()

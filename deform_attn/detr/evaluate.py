@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
@@ -25,6 +26,7 @@ def detect(
     batch: int = 16,
     part: tuple[int, int] = (0, 1),
     observe: Callable[[dict[str, Any], list[dict[str, Tensor]]], None] | None = None,
+    workers: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Detections in all images of a data set.
 
@@ -37,32 +39,41 @@ def detect(
         batch: images per call of the model.
         part: (i, n): the i-th of n consecutive parts of the images, for a process of several.
         observe: called with the outputs and the targets of each batch.
+        workers: processes that prepare batches.
 
     Returns:
         For each image what ``postprocess`` gives, in pixels of the file.
 
     Raises:
-        ValueError: ``batch`` is below 1.
+        ValueError: ``batch`` is below 1, or ``workers`` below 0.
     """
-    if batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {batch}")
+    for name, number, least in (("batch", batch, 1), ("workers", workers, 0)):
+        if number < least:
+            raise ValueError(f"{name}: expected at least {least}, got {number}")
     begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
     parameter = next(model.parameters())
     device = parameter.device
     sizes = torch.tensor([[one["height"], one["width"]] for one in facts])
     detections: list[dict[str, Tensor]] = []
+    images_of: Any = Subset(dataset, range(begin, end))  # type: ignore[arg-type]
+    loader = DataLoader(
+        images_of,
+        batch,
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
     training = model.training
     model.eval()
     with torch.no_grad():
-        for first in range(begin, end, batch):
-            last = min(first + batch, end)
-            images, mask, targets = collate([dataset[i] for i in range(first, last)])
+        for images, mask, targets in loader:
             mask = None if mask is None else mask.to(device)
             outputs = model(images.to(parameter), mask)
             if observe is not None:
                 observe(outputs, [{k: t.to(device) for k, t in one.items()} for one in targets])
-            detections += postprocess(outputs, sizes[first:last].to(device))
+            first = begin + len(detections)
+            detections += postprocess(outputs, sizes[first : first + len(images)].to(device))
     model.train(training)
     return detections
 

@@ -345,7 +345,8 @@ def train(
     Args:
         settings: of the training.
         out: folder of the run.
-        workers: processes that prepare batches; they do not change the result.
+        workers: processes that prepare batches, of training and evaluation; they do not change the
+            result.
         resume: a checkpoint, or the folder of a run, to continue with other settings. The folder of
             the run is the same, or one that has no other training.
         device: cpu, cuda, cuda:1, mps, ...; by default a GPU, if there is one. Under torchrun each
@@ -365,6 +366,8 @@ def train(
         FloatingPointError: the loss or a gradient is not finite; the checkpoint is older.
     """
     settings.check()
+    if workers < 0:
+        raise ValueError(f"workers: expected a number from 0, got {workers}")
     if tensorboard:
         summary_writer()
     where = _own_device(device)
@@ -374,7 +377,7 @@ def train(
     if makes_group:
         distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
-        return _Run(settings, out, resume, where, tensorboard=tensorboard).go(workers)
+        return _Run(settings, out, resume, where, workers, tensorboard=tensorboard).go()
     finally:
         if makes_group:
             distributed.destroy_process_group()
@@ -389,6 +392,7 @@ class _Run:
         out: Path,
         resume: Path | None = None,
         device: torch.device | None = None,
+        workers: int = 0,
         *,
         tensorboard: bool = False,
     ) -> None:
@@ -404,7 +408,8 @@ class _Run:
         self.settings, self.out = settings, out
         rank, world = _torchrun("RANK"), _torchrun("WORLD_SIZE", 1)
         device = device or torch.device("cpu")
-        self.rank, self.world, self.device, self.tensorboard = rank, world, device, tensorboard
+        self.rank, self.world, self.device = rank, world, device
+        self.workers, self.tensorboard = workers, tensorboard
         self.console = Console(quiet=rank > 0, highlight=False)
         official = CONFIGURATIONS.get(settings.model)
         size = settings.size or (0 if official is None else official.image_size)
@@ -605,13 +610,13 @@ class _Run:
 
     # The loop
 
-    def go(self, workers: int) -> dict[str, Any]:
+    def go(self) -> dict[str, Any]:
         """Run the remaining steps; SIGINT and SIGTERM save after the current one."""
         if threading.current_thread() is threading.main_thread():
             for number in self.handlers:
                 self.handlers[number] = signal.signal(number, self._signalled)
         try:
-            return self._go(workers)
+            return self._go()
         finally:
             if self.log is not None:
                 self.log.close()
@@ -619,14 +624,14 @@ class _Run:
                 if handler is not None:
                     signal.signal(number, handler)
 
-    def _go(self, workers: int) -> dict[str, Any]:
+    def _go(self) -> dict[str, Any]:
         settings, remaining = self.settings, range(self.step, self.settings.steps)
         order = settings.seed, (self.rank, self.world), settings.accumulate
         loader = DataLoader(
             self.augmented,
             batch_sampler=batches(len(self.data), settings.batch, remaining, *order),
             collate_fn=self.augmented.batch,
-            num_workers=workers,
+            num_workers=self.workers,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         model: nn.Module = self.model
@@ -773,7 +778,7 @@ class _Run:
             number = max(1, sum(len(target["labels"]) for target in targets))
             weighted.append((number, self.criterion(outputs, targets, alone=True)))
 
-        options = (self.settings.batch, (self.rank, self.world), observe)
+        options = (self.settings.batch, (self.rank, self.world), observe, self.workers)
         found = detect(self.average, self.postprocess, self.test, *options)
         found = [{key: value.cpu() for key, value in one.items()} for one in found]
         sums = [(n, {name: n * value.item() for name, value in of.items()}) for n, of in weighted]
@@ -791,9 +796,11 @@ class _Run:
         self.history["ap"].append({"step": self.step, **ap})
         if self.rank == 0 and ((ap["AP"] or 0) >= best or not (self.out / "best.pt").exists()):
             _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
-        losses_now = self.history["loss"][-1], self.history["val_loss"][-1]["loss"]
-        done = "step {:5}  loss {:.3f}  val loss {:.3f}".format(self.step, *losses_now)
-        self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")
+        loss, matched = (self.history[name][-1] for name in ("loss", "matched_loss"))
+        both = "" if loss == matched else f", {matched:.3f} of matched queries"
+        loss_now = f"loss {loss:.3f}{both}  val loss {sum(val.values()):.3f}"
+        ap_now = f"AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}"
+        self.console.print(f"step {self.step:5}  {loss_now}  {ap_now}", soft_wrap=True)
 
 
 def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | None]:

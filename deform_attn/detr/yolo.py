@@ -15,7 +15,7 @@ from deform_attn.detr.coco import Content, box_fault, image_size, name_faults, r
 from deform_attn.detr.images import SUFFIXES
 from deform_attn.detr.progress import mapped
 
-SPLIT = re.compile("train|val|test")  # how keys with images start
+SPLIT = re.compile(r"(train|val|test)[\w-]*")  # keys with images
 
 
 @dataclass
@@ -63,7 +63,7 @@ def describe(file: Path) -> Description:
         faults.append(f"nc: expected {len(names)}, the number of names, got {count!r}")
     splits = {}
     for key, value in content.items():
-        if isinstance(key, str) and SPLIT.match(key) and value:
+        if isinstance(key, str) and SPLIT.fullmatch(key) and value:
             splits[key] = paths = [value] if isinstance(value, str) else value
             if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
                 faults.append(f"{key}: expected a path or a list of paths, got {value!r}")
@@ -111,10 +111,13 @@ def list_images(description: Description, split: str) -> list[Listed]:
             )
         if path.is_dir():
             files = sorted(Path(top) / name for top, _, names in os.walk(path) for name in names)
-            images = [file for file in files if file.suffix.lower() in SUFFIXES]
+            images = [f for f in files if f.suffix.lower() in SUFFIXES and f.name[0] != "."]
             found += [Listed(image, _label_file(image), "") for image in images]
         else:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            try:
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+            except ValueError as error:
+                raise ValueError(f"{path}: expected names of images, got {error}") from error
             for number, line in enumerate(lines, 1):
                 if name := line.strip():
                     beside = path.parent / name
@@ -157,7 +160,7 @@ def _read(
 ) -> Iterator[str]:
     """Fill in the content; yields faults."""
     missing = 0
-    for number, (one, read) in enumerate(zip(listed, mapped(_files, listed, "images"))):
+    for number, (one, read) in enumerate(zip(listed, mapped(_files, listed, "checks images"))):
         size, text, fault = read
         missing += text is None
         if fault:
@@ -240,7 +243,7 @@ def _without_image(listed: list[Listed], root: Path) -> Iterator[str]:
     }
     for folder in sorted(folders):
         for file in sorted(folder.glob("*.txt")):
-            if file not in known and file.name != "classes.txt":
+            if file not in known and file.name != "classes.txt" and file.name[0] != ".":
                 yield f"{name_in(root, file)}: expected an image of this name, got none"
 
 

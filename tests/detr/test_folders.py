@@ -101,6 +101,8 @@ def test_every_layout_gives_the_same_data_set(layout: str, tmp_path: Path) -> No
             torch.testing.assert_close(torch.tensor(boxes).float(), expected, atol=1e-3, rtol=0)
             assert dataset[1][1]["boxes"].shape == (0, 4)
             assert dataset[2][1]["labels"].tolist() == [1]
+    val = open_dataset(str(folder), "val", 32, classes=["bee", "cat", "ant"])
+    assert [val[i][1]["labels"].tolist() for i in range(3)] == [[2, 0], [], [0]]
     with pytest.raises(ValueError, match="split: expected one that starts with 'dev', got t"):
         open_dataset(str(folder), "dev")
 
@@ -240,6 +242,8 @@ def test_every_class_is_in_both_parts_where_possible() -> None:
         {label for i in part for label in classes[i]} for part in (held, {*range(50)} - {*held})
     ]
     assert parts == [{0, 1, 2}, {0, 1, 2, 3}]  # one image has no two parts
+    ring = [{0, 3}, {0, 1}, {1, 2}, {2, 3}]  # a choice for classes 0 and 2 can leave out class 1
+    assert all(divide(ring, 0.5, seed) in ([0, 2], [1, 3]) for seed in range(9))
 
 
 @pytest.mark.parametrize("layout", ["one.json", "coco", "roboflow", "yolo"])

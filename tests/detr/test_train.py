@@ -136,7 +136,7 @@ def test_a_killed_training_resumes_to_the_bit(
             train(Settings(**settings), out)
         assert checkpoint(out)["step"] == 5
     shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
-    train(Settings(**settings), tmp_path / "cut")
+    train(Settings(**settings), tmp_path / "cut", workers=1)
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     for one in (whole, cut):
         del one["history"]["cpu_seconds"]
@@ -429,6 +429,8 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
     ):
         with pytest.raises(ValueError, match=message):
             train(Settings(**settings | wrong), tmp_path)
+    with pytest.raises(ValueError, match="workers: expected a number from 0, got -1"):
+        train(Settings(**settings), tmp_path, workers=-1)
 
 
 def test_training_ends_without_a_better_ap(
