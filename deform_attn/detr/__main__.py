@@ -15,6 +15,7 @@ from rich.table import Table
 from deform_attn.detr.data import folder_of, open_dataset, splits_of
 from deform_attn.detr.evaluate import as_text, coco_results, detect, score
 from deform_attn.detr.export import export as export_detector
+from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.hold_out import hold_out as divide_folder
 from deform_attn.detr.images import draw, find_images, read_image
 from deform_attn.detr.pictures import draw_sheet, precision_recall
@@ -44,17 +45,18 @@ def evaluate(
 ) -> None:
     """Print the AP of a detector on a data set, in all and of each class and size.
 
+    Classes are compared by name.
+
     Example: python -m deform_attn.detr evaluate --model RUN/model.pt --data FOLDER --out RUN
 
     Args:
         model: what `deform_attn.detr.load` takes: model.pt, an official checkpoint, a folder.
-        data: shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout; or coco:FOLDER,
-            roboflow:FOLDER, yolo:FOLDER. Classes are compared by name.
+        data: shapes, digits, FOLDER, coco:FOLDER, roboflow:FOLDER or yolo:FOLDER.
         split: train, val, test or another of the folder.
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
         workers: processes that prepare batches.
-        results: JSON file for the detections, in COCO's results format.
+        results: JSON file for the detections, in COCO's results format, with the file's ids.
         out: folder for precision_recall.png, with curves of each class.
     """
     for folder in filter(None, (out, results and results.parent)):
@@ -80,7 +82,10 @@ def evaluate(
         table.add_row(name, str(scores.objects[label]), *numbers)
     Console().print(table)
     if results is not None:
-        results.write_text(json.dumps(coco_results(coco, found)))
+        rows = coco_results(coco, found)
+        if isinstance(dataset, AnnotatedFolder):
+            rows = dataset.with_file_ids(rows)
+        results.write_text(json.dumps(rows))
     if out is not None:
         picture = out / "precision_recall.png"
         precision_recall(scores, f"{model} on {data}, {split}").savefig(picture, dpi=120)
@@ -152,16 +157,18 @@ def data(
 ) -> None:
     """Check a data set, count its objects, draw a sheet of samples, or divide its images.
 
-    Example: python -m deform_attn.detr data --data FOLDER --sheet sheet.png
+    With hold_out, a folder with annotations of one split gets hold_out/train.json and
+    hold_out/val.json, which later commands use instead. Nothing is overwritten.
+
+    Examples: python -m deform_attn.detr data --data FOLDER --sheet sheet.png;
+    python -m deform_attn.detr data --data FOLDER --hold-out 0.2
 
     Args:
-        data: shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout, which is
-            recognised; or coco:FOLDER, roboflow:FOLDER, yolo:FOLDER.
+        data: shapes, digits, FOLDER, coco:FOLDER, roboflow:FOLDER or yolo:FOLDER.
         split: train, val, test or another; by default all of them.
         sheet: PNG file for samples of the first one, with their boxes.
         samples: number of them.
-        hold_out: fraction of the images, such as 0.2, that become the split val of a folder with
-            annotations of one split; 0: none. Later commands use hold_out/train.json and val.json.
+        hold_out: fraction of images, such as 0.2, that become val, as above. 0: none.
         seed: of the images that are held out.
     """
     _at_least_one(samples=samples)

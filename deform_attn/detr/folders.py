@@ -297,6 +297,7 @@ class AnnotatedFolder:
             expected = f"names of the training images, {list(self.classes)}"
             raise ValueError(f"{source.file}: categories: expected {expected}, got {unknown} too")
         labels = {category["id"]: self.classes.index(category["name"]) for category in categories}
+        self._file_ids = {label: category for category, label in labels.items()}
         rows = [
             {**one, "category_id": labels[one["category_id"]]} for one in content["annotations"]
         ]
@@ -326,6 +327,12 @@ class AnnotatedFolder:
     def ground_truth(self) -> dict[str, Any]:
         """What was read, in COCO's format, with labels as ids of categories."""
         return self._content
+
+    def with_file_ids(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows of COCO's results with the ids of the annotation file; labels that it lacks go."""
+        ids = self._file_ids
+        known = [row for row in rows if row["category_id"] in ids]
+        return [{**row, "category_id": ids[row["category_id"]]} for row in known]
 
 
 def _clipped(bbox: list[float], width: int, height: int) -> list[float]:

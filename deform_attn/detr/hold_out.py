@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ def divide(classes: Sequence[set[int]], fraction: float, seed: int = 0) -> list[
     """Choose images to hold out, at random.
 
     Each class, beginning with the rarest, is in that fraction of its images, at least in one that
-    is held out and in one that is not, where it has two images and those of rarer classes allow it.
+    is held out and in one that is not, if it has two images. Images with several classes may not
+    allow it: of 20 random orders that with the fewest exceptions is taken.
 
     Args:
         classes: of the objects in each image.
@@ -32,15 +34,33 @@ def divide(classes: Sequence[set[int]], fraction: float, seed: int = 0) -> list[
         >>> len(held_out), sum(i >= 8 for i in held_out)
         (3, 1)
     """
-    order = np.random.default_rng(seed).permutation(len(classes)).tolist()
+    rng = np.random.default_rng(seed)
+    several = Counter(label for labels in classes for label in labels)
+    shared = {label for label, count in several.items() if count > 1}
+    best: tuple[int, list[int]] | None = None
+    for _ in range(20):
+        held = _divided(classes, fraction, rng.permutation(len(classes)).tolist())
+        kept = set(range(len(classes))) - set(held)
+        parts = ({label for i in part for label in classes[i]} for part in (held, kept))
+        missing = sum(len(shared - part) for part in parts)
+        if best is None or missing < best[0]:
+            best = missing, held
+        if missing == 0:
+            break
+    assert best is not None
+    return best[1]
+
+
+def _divided(classes: Sequence[set[int]], fraction: float, order: list[int]) -> list[int]:
+    """Images that are held out, chosen in that order, class by class."""
     of_class: dict[int, list[int]] = {}
     for image in order:
-        for label in sorted(classes[image]):
+        for label in classes[image]:
             of_class.setdefault(label, []).append(image)
     held: dict[int, bool] = {}
     rarest_first = sorted(of_class, key=lambda label: (len(of_class[label]), label))
     for images in [*(of_class[label] for label in rarest_first), order]:
-        most = max(1, len(images) - 1) if len(images) > 1 else 0
+        most = len(images) - 1  # one stays
         target = min(max(1, round(fraction * len(images))), most)
         missing = target - sum(held.get(image, False) for image in images)
         for image in images:

@@ -15,7 +15,7 @@ from deform_attn.detr.coco import Content, box_fault, image_size, name_faults, r
 from deform_attn.detr.images import SUFFIXES
 from deform_attn.detr.progress import mapped
 
-SPLIT = re.compile("train|val|test")  # how keys with images start
+SPLIT = re.compile(r"(train|val|test)[\w-]*")  # keys with images
 
 
 @dataclass
@@ -63,7 +63,7 @@ def describe(file: Path) -> Description:
         faults.append(f"nc: expected {len(names)}, the number of names, got {count!r}")
     splits = {}
     for key, value in content.items():
-        if isinstance(key, str) and SPLIT.match(key) and value:
+        if isinstance(key, str) and SPLIT.fullmatch(key) and value:
             splits[key] = paths = [value] if isinstance(value, str) else value
             if not isinstance(paths, list) or not all(isinstance(one, str) for one in paths):
                 faults.append(f"{key}: expected a path or a list of paths, got {value!r}")
@@ -114,7 +114,10 @@ def list_images(description: Description, split: str) -> list[Listed]:
             images = [f for f in files if f.suffix.lower() in SUFFIXES and f.name[0] != "."]
             found += [Listed(image, _label_file(image), "") for image in images]
         else:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            try:
+                lines = path.read_text(encoding="utf-8-sig").splitlines()
+            except ValueError as error:
+                raise ValueError(f"{path}: expected names of images, got {error}") from error
             for number, line in enumerate(lines, 1):
                 if name := line.strip():
                     beside = path.parent / name

@@ -41,6 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coco = json.loads(file.read_text())
         coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] != 7]
         coco["categories"] = [one for one in coco["categories"] if one["id"] != 7]
+        for one in coco["categories"]:
+            one["id"] += 20
+        for one in coco["annotations"]:
+            one["category_id"] += 20
         file.write_text(json.dumps(coco))
     return path
 
@@ -66,7 +70,10 @@ def test_evaluate(
     assert rows["AP_large"] == ["-"]
     assert rows["7"] == ["0", *"------"]
     assert (tmp_path / "out/precision_recall.png").read_bytes().startswith(b"\x89PNG")
-    assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])
+    coco = json.loads((folder / "annotations/instances_val.json").read_text())
+    boxes = json.loads(results.read_text())
+    assert {"image_id", "category_id", "bbox", "score"} == set(boxes[0])
+    assert {one["category_id"] for one in boxes} <= {one["id"] for one in coco["categories"]}
     for wrong, message in (
         (("letters", "shapes"), "error: name_or_path: expected one of"),
         (("digits", "shapes"), r"data: expected the classes \['0', .*, got \('disc'"),
