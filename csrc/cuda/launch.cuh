@@ -287,7 +287,6 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
   if (!output_mask.value) {
     plan.zeros = false;
   } else if (algorithm == BackwardAlgorithm::kGather) {
-    plan.zeros = false;
     const int run = run_of(problem, launch_config(problem, 1, 2, false, device.processors));
     const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
