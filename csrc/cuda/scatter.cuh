@@ -111,9 +111,13 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
   }
 }
 
+// Blocks that must fit on a multiprocessor at once. Three where 64 registers are too few.
+template <typename T>
+constexpr int kTeamsBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && kLeastBlocks == 3) ? kLeastBlocks : 4;
+
 // Divides the work as forward_teams does. Adds to `grad_value`, zeros before, unless it is null.
 template <typename T, int kVec, typename Offset, typename Points>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
+__global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
     backward_teams(Problem problem, LevelTable table, Blocks blocks, Points points,
                    const T* __restrict__ value, const T* __restrict__ grad_output,
                    AccOf<T>* __restrict__ grad_value, typename Points::Gradients gradients) {
@@ -121,8 +125,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   using Corner = deform_attn::Corner<Acc, Offset>;
   constexpr int kWidth = kAtomicWidth<Acc, kVec>;
   __shared__ BlockLevels levels;
-  constexpr bool kMatrices = kDotsByMatrices<T, kVec>;  // leave registers for one footprint
-  constexpr int kFeet = kKeepsFootprints<Acc> && !kMatrices ? kWarp : 1;
+  constexpr bool kMatrices = kDotsByMatrices<T, kVec>;
+  constexpr bool kFootInRegisters = kMatrices && !Points::kFused && kAtomicFloats == 4;
+  constexpr int kFeet = kKeepsFootprints<Acc> && !kFootInRegisters ? kWarp : 1;
   __shared__ Staged<Acc, Offset, Points, kFeet> all_staged[kBlock / kWarp];
   __shared__ Part part;  // not in registers: the pixels need them
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
@@ -136,12 +141,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   const int split = kSplits<Acc> ? teams.channel_lane() >> blocks.lane_bits : 0;
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
   auto& staged = all_staged[warp];
-  [[maybe_unused]] const int group = teams.lane >> 2;
-  [[maybe_unused]] const auto lane_with_product = [&](int group) {
-    const int chunks = lanes / 4;
-    return 4 * group + group / (chunks * splits) * chunks + group % chunks;
-  };
-  [[maybe_unused]] const bool keeps = lane < 4 && teams.lane == lane_with_product(group);
+  // The group's part of the channels, in the lane that has the group's products; else -1.
+  [[maybe_unused]] const int own_chunk =
+      (teams.lane & 3) == (teams.team() << (blocks.lane_bits - 2)) + (lane >> 2) ? lane >> 2 : -1;
   const Offset row_stride = static_cast<Offset>(problem.row_stride() / kVec);
 
   const int begin = warp * blocks.warp_positions;
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
     __syncwarp();
     const auto grad_of_query = [&] { return grad_output + staged.output_at[teams.team()]; };
     [[maybe_unused]] const T* kept_grad = nullptr;
-    if constexpr (!kMatrices) kept_grad = grad_of_query();
+    if constexpr (!kMatrices && sizeof(Acc) == 4) kept_grad = grad_of_query();
     // Column `group` of the matrix: of the channels and query that columns 2 j and 2 j + 1 are about.
     [[maybe_unused]] const auto gradients_for = [&](int from) {
       const int channel = from + lane * kVec, column = teams.lane >> 2;
@@ -189,13 +191,6 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       const auto& query = staged.query[slot];
       const bool stages = present && k_staged < problem.points;
       [[maybe_unused]] KeptFootprint<Acc> own_foot;
-      [[maybe_unused]] const auto kept_foot = [&]() -> KeptFootprint<Acc>& {
-        if constexpr (kMatrices) {
-          return own_foot;
-        } else {
-          return staged.foot[teams.lane];
-        }
-      };
       if (stages) {
         level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
         const Sample<Acc> sample = points.at(query, k_staged, level, levels);
@@ -207,7 +202,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         staged.corners.at[teams.lane] = corner.at;
         if (grad_value) staged.corners.weight[teams.lane] = corner.weight;
         if constexpr (kKeepsFootprints<Acc>) {
-          kept_foot().keep(foot, sample.weight);
+          (kFootInRegisters ? own_foot : staged.foot[teams.lane]).keep(foot, sample.weight);
         } else if constexpr (Points::kFused) {
           staged.weight[teams.lane] = sample.weight;
         }
@@ -218,6 +213,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       __syncwarp();
 
       const int count = min(teams.lanes(), problem.points - first);
+      if constexpr (sizeof(Acc) == 8) kept_grad = grad_of_query();
       for (int from = 0; from < problem.head_dim; from += lanes * kVec) {
         const int channel = from + lane * kVec;
         const bool active = channel < problem.head_dim;
@@ -225,8 +221,10 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
             value + problem.value_at(part.batch, 0, part.head) + channel);
         const int entries = count * teams.count(), step = splits * teams.count();
         if constexpr (kMatrices) {
-          if (first == 0 || lanes * kVec < problem.head_dim) matrix = gradients_for(from);
-          Loaded<T, kVec> pixel[4] = {};  // off the map, what the pixel before had: not used
+          if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) matrix = gradients_for(from);
+          constexpr int kPixels = Points::kFused ? 2 : 4;  // at a time; four take too many registers
+          Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
+          const bool alone = problem.head_dim <= 4 * kVec;  // no other group has channels of the pixels
           const int first_entry = split * teams.count() + teams.team();
           const int end_entry = first_entry + entries;  // every lane makes as many steps
 #pragma unroll 1
@@ -234,25 +232,29 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
             const auto at = staged.corners.at[entry];
             Pack<Acc, 4> dot;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              load_where(active && at.at[i] != Corner::kNone, source + at.at[i], pixel[i]);
-            }
+            for (int i = 0; i < 4; i += kPixels) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              float product[4] = {};
-              add_product<T>(product, pixel[i].words.at, matrix.at);
-              dot.at[i] = product[0] + product[3];
-            }
-            for (int by = 1; by < lanes / 4; by *= 2) {
+              for (int j = 0; j < kPixels; ++j) {
+                load_where(active && at.at[i + j] != Corner::kNone, source + at.at[i + j], pixel[j]);
+              }
 #pragma unroll
-              for (int i = 0; i < 4; ++i) {
-                dot.at[i] += __shfl_sync(kAllLanes, dot.at[i], lane_with_product(group ^ by));
+              for (int j = 0; j < kPixels; ++j) {
+                float product[4] = {};
+                add_product<T>(product, pixel[j].words.at, matrix.at);
+                dot.at[i + j] = product[0] + product[3];
               }
             }
-            if (keeps) {
-              Pack<Acc, 4>& total = staged.dot[entry];
+            Pack<Acc, 4>& total = staged.dot[entry];
+            if (alone) {
+              if (own_chunk == 0) total = dot;
+              continue;
+            }
+#pragma unroll 1
+            for (int chunk = 0; chunk < lanes / 4; ++chunk) {
+              __syncwarp();
+              if (chunk != own_chunk) continue;
 #pragma unroll
-              for (int i = 0; from > 0 && i < 4; ++i) dot.at[i] += total.at[i];
+              for (int i = 0; from + chunk > 0 && i < 4; ++i) dot.at[i] += total.at[i];
               total = dot;
             }
           }
@@ -339,7 +341,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         Footprint<Acc> foot;
         Acc weight;
         if constexpr (kKeepsFootprints<Acc>) {
-          weight = kept_foot().restore(foot);
+          weight = (kFootInRegisters ? own_foot : staged.foot[teams.lane]).restore(foot);
         } else {
           level = level_of(k, 0, levels);
           const auto location = points.location(query, k, level, levels);
