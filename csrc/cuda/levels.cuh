@@ -101,13 +101,14 @@ __device__ void read_levels(const LevelTable& table, const Problem& problem, Blo
   __syncthreads();
 }
 
-constexpr unsigned kBand = 8;  // image rows of a band
+constexpr int kBand = 8;  // image rows of a band
 
-// Where the queries are the pixels of the levels, they are processed in bands of kBand image rows: 64
-// consecutive positions are a tile of 8 x 8 pixels, whose samples share most of their pixels. In a tile, 4
-// consecutive positions are 2 x 2 pixels, 8 are 4 rows of 2 pixels, 16 are 8 rows of 2: the lanes of a warp
-// then read fewer lines of the first-level cache. Elsewhere they are processed in order.
-__device__ inline int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
+// Where the queries are the pixels of the levels, they are processed in bands of kBand image rows,
+// column by column: 64 consecutive positions are a tile of 8 x 8 pixels, whose samples share most of
+// their pixels. kSquares: 4 positions of a tile are 2 x 2 pixels, 8 are 4 rows of 2, so that the lanes of a warp
+// read fewer lines of the first-level cache. Elsewhere they are processed in order.
+template <bool kSquares = false>
+__device__ int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
   if (!levels.queries_are_pixels) return position;
   int l = count - 1;
   while (levels.level[l].start > position) --l;
@@ -115,20 +116,17 @@ __device__ inline int64_t query_at(int64_t position, const BlockLevels& levels, 
   const unsigned pixel = static_cast<unsigned>(position - level.start);
   const unsigned width = level.width, height = level.height;
   const unsigned band = pixel / (kBand * width) * kBand;  // its first image row
-  const unsigned rows = min(kBand, height - band);
+  const unsigned rows = min(static_cast<unsigned>(kBand), height - band);
   const unsigned inside = pixel - band * width;
-  unsigned row, column;
-  if (rows < kBand) {
-    row = inside % rows;
-    column = inside / rows;
-  } else if ((inside | 63) >= kBand * width) {  // a tile of less than 8 columns
-    row = inside % kBand;
-    column = inside / kBand;
-  } else {
-    row = (inside & 1) | (inside >> 1 & 6);
-    column = (inside >> 1 & 1) | (inside >> 3 & ~1u);
+  if (kSquares && rows == kBand) {
+    unsigned row = inside % kBand, column = inside / kBand;
+    if ((inside | 63) < kBand * width) {  // of a tile of 8 columns
+      row = (inside & 1) | (inside >> 1 & 6);
+      column = (inside >> 1 & 1) | (inside >> 3 & ~1u);
+    }
+    return level.start + int64_t{band + row} * width + column;
   }
-  return level.start + int64_t{band + row} * width + column;
+  return level.start + int64_t{band + inside % rows} * width + inside / rows;
 }
 
 }  // namespace deform_attn

@@ -219,12 +219,9 @@ struct FusedPoints {
     const auto narrow = load<2>(static_cast<const T*>(offsets) + 2 * point);
     return {static_cast<Acc>(narrow.at[0]), static_cast<Acc>(narrow.at[1])};
   }
-  __device__ static Acc weight_of(const Query& query, Acc logit) {
-    using std::exp;
-    return exp(logit - query.largest) * query.inverse_sum;
-  }
   __device__ Acc weight(const Query& query, int k) const {
-    return weight_of(query, logit(query.first_point + k));
+    using std::exp;
+    return exp(logit(query.first_point + k) - query.largest) * query.inverse_sum;
   }
   // The query's reference point or box of a level.
   __device__ const Acc* reference_of(int64_t item, int level) const {
@@ -304,12 +301,15 @@ struct FusedPoints {
   // Calls to step_of instead of this code make the float64 kernels spill registers.
   __device__ Pack<Acc, 2> location(const Query& query, int k, int level,
                                    const BlockLevels& levels) const {
-    return moved(query, offset(query.first_point + k), level, levels);
+    return moved(query, [&] { return offset(query.first_point + k); }, level, levels);
   }
-  __device__ Pack<Acc, 2> moved(const Query& query, const Pack<Acc, 2>& by, int level,
+  // `offset_of`: returns the offset.
+  template <typename OffsetOf>
+  __device__ Pack<Acc, 2> moved(const Query& query, const OffsetOf& offset_of, int level,
                                 const BlockLevels& levels) const {
     const Acc* const from = reference_of(query.item, level);
     Pack<Acc, 2> step;
+    const Pack<Acc, 2> by = offset_of();
     if (reference_size >= 4) {
       const Acc part = portion(level, levels);
       step = {from[2] * part, from[3] * part};
@@ -343,9 +343,10 @@ struct FusedPoints {
                                 const BlockLevels& levels) const {
     const auto& at = two.offsets.at;
     const Pack<Acc, 2> by = {second ? at[2] : at[0], second ? at[3] : at[1]};
-    const Pack<Acc, 2> place = moved(query, by, level, levels);
+    const Pack<Acc, 2> place = moved(query, [&] { return by; }, level, levels);
+    using std::exp;
     const Acc logit = second ? two.logits.at[1] : two.logits.at[0];
-    return {place.at[0], place.at[1], weight_of(query, logit)};
+    return {place.at[0], place.at[1], exp(logit - query.largest) * query.inverse_sum};
   }
 };
 

@@ -61,9 +61,36 @@ constexpr int kAtOnce = sizeof(T) == 4 && !Points::kFused ? 2 : 1;
 template <typename T, int kVec>
 constexpr bool kDotsByMatrices = kMultipliesMatrices<T> && kVec == 8;
 
+// The lane's part of its column of `b`, given what its group has of the query's gradient. Columns 2 j and 2 j + 1
+// are of the j-th query and channels that groups of the warp have.
+template <typename T>
+__device__ Pack<uint32_t, 2> matrix_column(const Loaded<T, 8>& own, const Teams& teams,
+                                           const Blocks& blocks) {
+  const int column = teams.lane >> 2, j = column >> 1, chunk_bits = blocks.lane_bits - 2;
+  const int chunk = j & ((1 << chunk_bits) - 1);
+  const int group = (j >> chunk_bits << (chunk_bits + blocks.split_bits)) + chunk;
+  Pack<uint32_t, 4> words;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    words.at[w] = __shfl_sync(kAllLanes, own.words.at[w], 4 * group + (teams.lane & 3));
+  }
+  return column & 1 ? Pack<uint32_t, 2>{words.at[1], words.at[3]}
+                    : Pack<uint32_t, 2>{words.at[0], words.at[2]};
+}
+
+// Pixels of a point that a lane loads at a time. Four take too many registers in a fused call, before sm_90
+// and on sm_100.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
+template <typename Points>
+constexpr int kPixelsAtOnce = 2;
+#else
+template <typename Points>
+constexpr int kPixelsAtOnce = Points::kFused ? 2 : 4;
+#endif
+
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. In shared memory and not
 // in registers, which the pixels and grad_output need.
-template <typename Acc, typename Offset, typename Points, int kFeet>
+template <typename Acc, typename Offset, typename Points>
 struct Staged {
   Corners<Acc, Offset, kWarp> corners;
   // The dot products of the four pixels with grad_output; later, in a fused call, the gradients by x and
@@ -73,7 +100,7 @@ struct Staged {
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
   int order[kWarp];                         // the queries of the warp, from part.first on
-  KeptFootprint<Acc> foot[kFeet];
+  KeptFootprint<Acc> foot[kKeepsFootprints<Acc> ? kWarp : 1];
   // Otherwise: of a fused call, where it takes an exponential.
   Acc weight[Points::kFused && !kKeepsFootprints<Acc> ? kWarp : 1];
   Acc by_weight[Points::kFused && kKept<Acc> > 0 ? kKept<Acc> : 1];
@@ -126,9 +153,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   constexpr int kWidth = kAtomicWidth<Acc, kVec>;
   __shared__ BlockLevels levels;
   constexpr bool kMatrices = kDotsByMatrices<T, kVec>;
-  constexpr bool kFootInRegisters = kMatrices && !Points::kFused && kAtomicFloats == 4;
-  constexpr int kFeet = kKeepsFootprints<Acc> && !kFootInRegisters ? kWarp : 1;
-  __shared__ Staged<Acc, Offset, Points, kFeet> all_staged[kBlock / kWarp];
+  __shared__ Staged<Acc, Offset, Points> all_staged[kBlock / kWarp];
   __shared__ Part part;  // not in registers: the pixels need them
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
   read_levels<Points::kReadsPixels>(table, problem, levels);
@@ -150,7 +175,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   const int end = min(begin + blocks.warp_positions, part.count);
   if (begin + teams.lane < end) {
     staged.order[teams.lane] = static_cast<int>(
-        query_at(part.first + begin + teams.lane, levels, table.count) - part.first);
+        query_at<true>(part.first + begin + teams.lane, levels, table.count) - part.first);
   }
   for (int turn = begin; turn < end; turn += teams.count()) {
     const bool present = turn + slot < end, mine = turn + teams.team() < end;
@@ -162,24 +187,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       staged.output_at[teams.lane] =
           part.first_output(problem) + staged_query * problem.row_stride();
     }
-    __syncwarp();
-    const auto grad_of_query = [&] { return grad_output + staged.output_at[teams.team()]; };
-    [[maybe_unused]] const T* kept_grad = nullptr;
-    if constexpr (!kMatrices && sizeof(Acc) == 4) kept_grad = grad_of_query();
-    // Column `group` of the matrix: of the channels and query that columns 2 j and 2 j + 1 are about.
-    [[maybe_unused]] const auto gradients_for = [&](int from) {
-      const int channel = from + lane * kVec, column = teams.lane >> 2;
-      const auto own = load_if<kVec>(mine && channel < problem.head_dim, grad_of_query() + channel);
-      const int j = column >> 1, chunk_bits = blocks.lane_bits - 2;
-      const int provider = (j >> chunk_bits << (chunk_bits + split_bits)) + (j & ((1 << chunk_bits) - 1));
-      Pack<uint32_t, 4> words;
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        words.at[w] = __shfl_sync(kAllLanes, own.words.at[w], 4 * provider + (teams.lane & 3));
-      }
-      return column & 1 ? Pack<uint32_t, 2>{words.at[1], words.at[3]}
-                        : Pack<uint32_t, 2>{words.at[0], words.at[2]};
-    };
+    // Of the products: column teams.lane / 4 of this lane. See matrix_column.
     [[maybe_unused]] Pack<uint32_t, 2> matrix;
     int level = 0;
     [[maybe_unused]] Acc mean = 0;  // of a fused call: the weighted mean of the gradients by weight
@@ -190,7 +198,6 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       __syncwarp();
       const auto& query = staged.query[slot];
       const bool stages = present && k_staged < problem.points;
-      [[maybe_unused]] KeptFootprint<Acc> own_foot;
       if (stages) {
         level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
         const Sample<Acc> sample = points.at(query, k_staged, level, levels);
@@ -199,10 +206,13 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
                              mask_of(table, problem, part.batch));
         const auto corner =
             corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, row_stride);
-        staged.corners.at[teams.lane] = corner.at;
-        if (grad_value) staged.corners.weight[teams.lane] = corner.weight;
+        if (!kMatrices || grad_value) {
+          staged.corners.set(teams.lane, corner);
+        } else {  // the weights are not needed
+          staged.corners.at[teams.lane] = corner.at;
+        }
         if constexpr (kKeepsFootprints<Acc>) {
-          (kFootInRegisters ? own_foot : staged.foot[teams.lane]).keep(foot, sample.weight);
+          staged.foot[teams.lane].keep(foot, sample.weight);
         } else if constexpr (Points::kFused) {
           staged.weight[teams.lane] = sample.weight;
         }
@@ -213,16 +223,20 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       __syncwarp();
 
       const int count = min(teams.lanes(), problem.points - first);
-      if constexpr (sizeof(Acc) == 8) kept_grad = grad_of_query();
+      const T* const grad_of_query = grad_output + staged.output_at[teams.team()];
       for (int from = 0; from < problem.head_dim; from += lanes * kVec) {
         const int channel = from + lane * kVec;
         const bool active = channel < problem.head_dim;
+        [[maybe_unused]] Loaded<T, kVec> grad;
+        if constexpr (!kMatrices) grad = load_if<kVec>(active && mine, grad_of_query + channel);
         const auto* const source = reinterpret_cast<const Pack<T, kVec>*>(
             value + problem.value_at(part.batch, 0, part.head) + channel);
-        const int entries = count * teams.count(), step = splits * teams.count();
         if constexpr (kMatrices) {
-          if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) matrix = gradients_for(from);
-          constexpr int kPixels = Points::kFused ? 2 : 4;  // at a time; four take too many registers
+          const int entries = count * teams.count(), step = splits * teams.count();
+          if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) {
+            matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams, blocks);
+          }
+          constexpr int kPixels = kPixelsAtOnce<Points>;
           Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
           const bool alone = problem.head_dim <= 4 * kVec;  // no other group has channels of the pixels
           const int first_entry = split * teams.count() + teams.team();
@@ -260,7 +274,6 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           }
           continue;
         }
-        const auto grad = load_if<kVec>(active && mine, kept_grad + channel);
         // Entries without a point have no pixels.
         const auto dot_with = [&](int entry) {
           const auto at = staged.corners.at[entry];
@@ -281,6 +294,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           Acc& total = staged.dot[entry].at[lane & 3];
           total = from == 0 ? sum : total + sum;
         };
+        const int entries = count * teams.count(), step = splits * teams.count();
 #pragma unroll 1
         for (int first_entry = 0; first_entry < entries; first_entry += kAtOnce<T, Points> * step) {
           int entry = first_entry + split * teams.count() + teams.team();
@@ -306,12 +320,11 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
       for (int from = 0; grad_value && mine && from < problem.head_dim; from += lanes * kVec) {
         const auto channel_of = [&](int c) { return from + (c / kWidth * lanes + lane) * kWidth; };
-        if constexpr (kMatrices) kept_grad = grad_of_query();
         Acc grad[kVec];
 #pragma unroll
         for (int c = 0; c < kVec; c += kWidth) {
           const auto some =
-              load_if<kWidth>(channel_of(c) < problem.head_dim, kept_grad + channel_of(c));
+              load_if<kWidth>(channel_of(c) < problem.head_dim, grad_of_query + channel_of(c));
 #pragma unroll
           for (int j = 0; j < kWidth; ++j) grad[c + j] = some[j];
         }
@@ -341,7 +354,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
         Footprint<Acc> foot;
         Acc weight;
         if constexpr (kKeepsFootprints<Acc>) {
-          weight = (kFootInRegisters ? own_foot : staged.foot[teams.lane]).restore(foot);
+          weight = staged.foot[teams.lane].restore(foot);
         } else {
           level = level_of(k, 0, levels);
           const auto location = points.location(query, k, level, levels);
