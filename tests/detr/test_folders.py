@@ -187,6 +187,7 @@ YOLO_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "no names": (yaml_with(names=""), r"data\.yaml: names: expected a list"),
     "number of names": (yaml_with(nc="3"), "nc: expected 2, the number of names, got 3"),
+    "keypoints": (yaml_with(kpt_shape="[2, 3]"), "kpt_shape: expected labels of boxes or poly"),
     "no YAML": (yaml_with(names="[ant"), r"(?s)data\.yaml: expected YAML, got .*line 3"),
     "null byte": (yaml_with(train=r'"images\0"'), r"train: expected a folder of images .*\\x00'"),
     "no such folder": (yaml_with(train="none"), r"train: expected a folder .*none', which does no"),
