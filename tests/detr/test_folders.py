@@ -243,7 +243,7 @@ def test_every_class_is_in_both_parts_where_possible() -> None:
         {label for i in part for label in classes[i]} for part in (held, {*range(50)} - {*held})
     ]
     assert parts == [{0, 1, 2}, {0, 1, 2, 3}]  # one image has no two parts
-    ring = [{0, 3}, {0, 1}, {1, 2}, {2, 3}]  # a choice for classes 0 and 2 can leave out class 1
+    ring = [{0, 3}, {0, 2}, {1, 2}, {1, 3}]  # a choice for classes 0 and 1 can leave out class 2
     assert all(divide(ring, 0.5, seed) in ([0, 2], [1, 3]) for seed in range(9))
 
 
