@@ -1,11 +1,10 @@
 """Training and fine-tuning: ``python -m deform_attn.detr train``.
 
 The folder of a run holds ``model.pt`` and ``best.pt``, that of the best AP, for
-`deform_attn.detr.load`; ``curves.png``; ``log.csv``, ``history.json``; and ``checkpoint.pt``. The
-same command
-resumes a training that was stopped, with the same result to the bit; ``--resume`` continues it with
-other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes
-share each batch.
+`deform_attn.detr.load`; ``log.csv`` and ``curves.png``; ``history.json``; and ``checkpoint.pt``.
+The same command resumes a training that was stopped, with the same result to the bit; ``--resume``
+continues it with other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train
+...`` N processes share each batch.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ def test_a_killed_training_resumes_to_the_bit(
     Ctrl-C and SIGTERM end it after the current step, which is saved.
     """
     settings = short | {"recipe": "deim", "amp": "bfloat16", "steps": 10, "batch": 2}
-    settings |= {"accumulate": 2, "recompute": 1, "multi_scale": 0.5, "patience": 9}
+    settings |= {"accumulate": 2, "recompute": 1, "multi_scale": 0.5, "patience": 9, "width": 32}
     train(Settings(**settings), tmp_path / "whole")
     killed = [sys.executable, "-c", KILLED, *command(tmp_path / "cut", **settings)[2:]]
     assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
@@ -171,7 +171,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
 ) -> None:
     """The first step's gradients agree to rounding (Adam's mean is a tenth of them), so do losses.
 
-    The first step of two processes is accumulated in two passes.
+    The first step of two processes is accumulated in two passes, and computes blocks again.
     Halves of a batch hold unequal numbers of objects: a process that divided by its own would
     differ.
     """
@@ -182,7 +182,8 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         "from torch import distributed\n"
         "from deform_attn.detr.train import Settings, train\n"
         "distributed.init_process_group('gloo')\n"
-        "for steps, sizes in (1, {'batch': 2, 'accumulate': 2}), (5, {}):\n"
+        "passes = {'batch': 2, 'accumulate': 2, 'recompute': 1}\n"
+        "for steps, sizes in (1, passes), (5, {}):\n"
         f"    folder = Path({str(tmp_path)!r}) / f'two{{steps}}'\n"
         f"    train(Settings(**{settings!r} | sizes | {{'steps': steps}}), folder)\n"
         "distributed.destroy_process_group()\n"
@@ -470,7 +471,8 @@ def test_a_training_is_continued_with_other_settings(
         train(Settings(**settings | {"lr": 1e30, "steps": 60}), run, resume=run)
     early = run / "checkpoint_2.pt"
     (tmp_path / "moved").symlink_to(short["data"].removeprefix("coco:"))
-    other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "batch": 4}
+    other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "accumulate": 2}
+    other |= {"recompute": 1, "multi_scale": 0.5, "patience": 3}
     other |= {"steps": 4, "evaluate_every": 4, "augment": "none", "amp": "float16", "seed": 1}
     other |= {"data": f"coco:{tmp_path / 'moved'}", "save_every": 4, "keep_every": 0}
     with pytest.raises(ValueError, match=r"steps: expected 60 as in .*, got 4; --resume"):
@@ -526,6 +528,10 @@ def test_a_folder_is_known_by_its_content_not_by_its_path(
     with pytest.raises(ValueError, match=r"classes: expected \['disc', .*got \['circle', .*--init"):
         train(moved, tmp_path / "out", resume=tmp_path / "out")
     coco["annotations"] = []
+    (tmp_path / "cut/annotations/instances_val.json").write_text(json.dumps(coco))
+    unknown = Settings(**settings | {"data": moved.data, "patience": 1})
+    with pytest.raises(ValueError, match="patience: expected 0, because the test images have no o"):
+        train(unknown, tmp_path / "new")
     file.write_text(json.dumps(coco))
     with pytest.raises(ValueError, match="data: expected objects to learn, got none in coco:"):
         train(moved, tmp_path / "new")
