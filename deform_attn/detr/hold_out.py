@@ -127,8 +127,10 @@ def _write(file: Path, source: Source, content: dict[str, Any], ids: set[int]) -
         ]
     names = {facts["id"]: facts["file_name"] for facts in content["images"]}
     images = [one for one in whole["images"] if one["id"] in ids]
+    info = whole.get("info")
+    info = info if isinstance(info, dict) else {}
     parts = {
-        "info": {"divided": str(source.file.name), "digest": source.digest()},
+        "info": {**info, "divided": source.file.name, "digest": source.digest()},
         "images": [{**one, "file_name": names[one["id"]]} for one in images],
         "annotations": [one for one in whole["annotations"] if one["image_id"] in ids],
     }
