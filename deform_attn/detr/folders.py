@@ -258,8 +258,11 @@ class AnnotatedFolder:
     by a pixel, as from rounding, and are clipped. What was checked is kept in ``.deform_attn/``
     of the folder, and checked again after a change.
 
+    COCO: ``annotations/instances_NAME.json``. Roboflow: ``NAME/_annotations.coco.json``. YOLO:
+    ``data.yaml``. NAME starts with the split.
+
     Args:
-        folder: of a layout above, or ``data.yaml`` of one.
+        folder: of one of these layouts, or ``data.yaml`` of one.
         split: ``train``, ``val``, ``test`` or another name.
         size: longer side of the images in pixels, the shorter one with "shortest".
         resize: "stretch" to a square; "fit" or "shortest", which keep the ratio of the sides (see
@@ -271,6 +274,19 @@ class AnnotatedFolder:
         OSError: a file cannot be read.
         ValueError: no such split, or faults in it: one line for each, with its file, place or id,
             what was expected and what came.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from deform_attn.detr.folders import AnnotatedFolder
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (40, 30)).save(Path(folder, "a.png"))
+        ...     _ = Path(folder, "a.txt").write_text("1 0.5 0.5 0.25 0.5")
+        ...     _ = Path(folder, "data.yaml").write_text("{train: ., names: [cat, dog]}")
+        ...     image, target = AnnotatedFolder(folder, "train", size=64)[0]
+        >>> image.shape, target["labels"].tolist(), target["boxes"].tolist()
+        (torch.Size([3, 64, 64]), [1], [[0.5, 0.5, 0.25, 0.5]])
     """
 
     flips = True
