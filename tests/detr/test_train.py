@@ -485,9 +485,16 @@ def test_a_training_is_continued_with_other_settings(
         train(Settings(**other), next_run, resume=tmp_path / "none")
     with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
         train(Settings(**other | {"steps": 1}), next_run, resume=early)
-    state = torch.load(early, weights_only=True)["optimizer"]
+    old = torch.load(early, weights_only=True)
+    state = old["optimizer"]
+    for name in ("matched_loss", "lr", "val_loss"):  # as an earlier version saved it
+        del old["history"][name]
+    torch.save(old, early)
     history = train(Settings(**other), next_run, resume=early)
     assert len(history["loss"]) == 4
+    assert [bool(rate) for rate in history["lr"]] == [False, False, True, True]
+    rows = (next_run / "log.csv").read_text().splitlines()
+    assert [row.split(",")[:2] == [str(i), ""] for i, row in enumerate(rows)][1:3] == [True, True]
     after = checkpoint(next_run)
     assert after["settings"] == other | {
         name: after["settings"][name] for name in after["settings"].keys() - other.keys()
