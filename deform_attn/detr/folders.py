@@ -96,7 +96,7 @@ class HeldOut(CocoSource):
         self.annotations += whole.annotations
 
     def read(self) -> tuple[coco.Content, Iterable[str]]:
-        """The annotations that were divided must be the same still."""
+        """As CocoSource; raises ValueError if the divided annotations have changed."""
         content, faults = super().read()
         info = content.get("info")
         if not isinstance(info, dict) or info.get("digest") != self.whole.digest():
@@ -345,7 +345,10 @@ class AnnotatedFolder:
         return self._content
 
     def with_file_ids(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of COCO's results with the ids of the annotation file; labels that it lacks go."""
+        """Rows of COCO's results with the category ids of the annotation file.
+
+        Rows of classes that the file does not list are left out.
+        """
         ids = self._file_ids
         known = [row for row in rows if row["category_id"] in ids]
         return [{**row, "category_id": ids[row["category_id"]]} for row in known]
