@@ -17,8 +17,8 @@ def divide(classes: Sequence[set[int]], fraction: float, seed: int = 0) -> list[
     """Choose images to hold out, at random.
 
     Each class, beginning with the rarest, is in that fraction of its images, at least in one that
-    is held out and in one that is not, if it has two images. Images with several classes may not
-    allow it: of 20 random orders that with the fewest exceptions is taken.
+    is held out and in one that is not, if it has two images. Images with several classes can make
+    that impossible: the best of 20 random orders is taken.
 
     Args:
         classes: of the objects in each image.

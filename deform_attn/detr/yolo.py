@@ -23,7 +23,7 @@ class Description:
     """What ``data.yaml`` lists.
 
     Attributes:
-        file: it.
+        file: ``data.yaml``.
         names: of the classes, by label.
         splits: folders of images, or text files with the names of images, by split.
         base: what relative paths start from.

@@ -212,12 +212,13 @@ def test_a_fault_of_yolo_is_named_with_file_and_line(name: str, tmp_path: Path) 
 
 
 def test_what_yolo_allows(tmp_path: Path) -> None:
-    """An empty label file, a byte order mark, lists of paths and of files, and an EXIF rotation."""
+    """An empty label file, a byte order mark, lists, names in another encoding, EXIF data."""
     folder = make_yolo(tmp_path / "it", ("train", "val"))
     edit("labels/train/c.txt", "")(folder)
     edit("labels/train/a.txt", b"\xef\xbb\xbf1 .5 .5 1 1\r\n")(folder)
+    (folder / "images/train/b.png").rename(folder / "images/train" / os.fsdecode(b"b\xff.png"))
     edit("labels/train/classes.txt", "ant\nbee\n")(folder)
-    edit("some.txt", "./images/train/a.png\n\nimages/train/b.png\n")(folder)
+    edit("some.txt", "./images/train/a.png\n\nimages/train/c.png\n")(folder)
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(folder / "images/train/a.png", exif=exif)
