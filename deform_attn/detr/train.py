@@ -74,6 +74,13 @@ class Settings:
     """Everything that decides the result of a training. Each field is an option of ``train``.
 
     One of ``recipe``, ``model`` and ``init`` is required.
+
+    Example:
+        >>> from deform_attn.detr.train import Settings
+        >>> Settings(data="shapes", recipe="rtdetr", accumulate=0).check()
+        Traceback (most recent call last):
+            ...
+        ValueError: accumulate: expected at least 1, got 0
     """
 
     # shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout
@@ -339,7 +346,10 @@ def train(
 
     Examples: python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN;
     python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN;
-    python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out NEXT
+    python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out
+    NEXT; and with little memory: python -m deform_attn.detr train --init rtdetr_r50vd_6x_coco.pth
+    --data FOLDER --lr 1e-4 --backbone-lr 0.1 --batch 4 --accumulate 4 --recompute 1 --patience 5
+    --out RUN
 
     Args:
         settings: of the training.
@@ -690,7 +700,8 @@ class _Run:
         self.console.print(
             f"ends after step {self.step}: the last {patience} evaluations have no AP above "
             f"{values[best]:.3f}, that of step {self.history['ap'][best]['step']} in best.pt; "
-            "--resume with a larger --patience continues"
+            "--resume with a larger --patience continues",
+            soft_wrap=True,
         )
         return True
 
