@@ -91,7 +91,7 @@ class Settings:
     steps: int = 800  # of the optimizer
     batch: int = 16  # images per forward pass, of all processes together
     accumulate: int = 1  # passes per step: a step of so many batches, in the memory of one
-    # 1: gradient checkpointing: stages of the backbone, encoder and decoder layers are computed
+    # 1: gradient checkpointing: blocks of the backbone, encoder and decoder layers are computed
     # again for the gradients, instead of keeping what is inside them
     recompute: int = 0
     size: int = 0  # of the images in pixels; 0: that of the model, or of the data
