@@ -29,6 +29,7 @@ from deform_attn.detr import load
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
 from deform_attn.detr.evaluate import NAMES, evaluate
+from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.recompute import recompute
@@ -369,7 +370,7 @@ def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_pat
         coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] % 2]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     settings = short | {"data": f"coco:{tmp_path}", "recipe": "rtdetr", "batch": 2, "steps": 6}
-    torchrun(*command(tmp_path / "out", **settings | {"save_every": 1}))
+    torchrun(*command(tmp_path / "out", **settings))
     history = checkpoint(tmp_path / "out")["history"]
     assert len(history["loss"]) == 6
     assert all(0 < loss < 1000 for loss in history["loss"])
@@ -383,6 +384,8 @@ def test_every_recipe_takes_steps_and_is_loaded(
     history = train(Settings(**settings), tmp_path)
     assert len(history["loss"]) == 2
     assert all(loss > 0 for loss in history["loss"])
+    trained, evaluated = ({n for n in history[k][-1] if "/" in n} for k in ("parts", "val_loss"))
+    assert evaluated == {name for name in trained if in_evaluation(name, 2)}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     detector = load(tmp_path / "model.pt")
     assert detector.classes == ["disc", "square", "triangle"]
