@@ -195,7 +195,7 @@ def scales(size: int, multi_scale: float, resize: str = "stretch") -> list[int]:
     if not others:
         raise ValueError(
             f"multi_scale: expected a fraction of {size} pixels that reaches another multiple of "
-            f"32, got {multi_scale}"
+            f"32, such as {math.ceil(3200 / size) / 100}, got {multi_scale}"
         )
     return others + [size] * (1 if shortest else 3)
 

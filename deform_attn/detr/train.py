@@ -344,12 +344,16 @@ def train(
     that trains several times makes one group for all: PyTorch's store keeps the addresses of a
     destroyed group, and a second group can wait for them.
 
-    Examples: python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN;
-    python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN;
-    python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out
-    NEXT; and with little memory: python -m deform_attn.detr train --init rtdetr_r50vd_6x_coco.pth
-    --data FOLDER --lr 1e-4 --backbone-lr 0.1 --batch 4 --accumulate 4 --recompute 1 --patience 5
-    --out RUN
+    Examples, from random weights, from those of digits, from official ones, and continued:
+
+    python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN
+
+    python -m deform_attn.detr train --init digits --data FOLDER --size 128 --out RUN
+
+    python -m deform_attn.detr train --init FILE.pth --data FOLDER --lr 1e-4 --backbone-lr 0.1
+    --multi-scale 0.25 --batch 4 --accumulate 4 --recompute 1 --patience 5 --out RUN
+
+    python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out NEXT
 
     Args:
         settings: of the training.
@@ -657,6 +661,7 @@ class _Run:
             self.log = Log(self.out, self.history, tensorboard=self.tensorboard)
         watch, passes = Stopwatch(self.console.print), zip(*[iter(loader)] * settings.accumulate)
         every = settings.evaluate_every
+        layers = getattr(self.model.get_submodule("decoder"), "eval_layers", 1)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         no_bar = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=no_bar) as bar:
@@ -664,7 +669,7 @@ class _Run:
             for left in reversed(range(len(remaining))):
                 with watch.time("step", left):
                     losses = self._step(model, next(passes))
-                matched = sum(loss for name, loss in losses.items() if in_evaluation(name))
+                matched = sum(loss for name, loss in losses.items() if in_evaluation(name, layers))
                 lr = settings.lr * learning_rate_factor(self.step - 1, settings.steps)
                 row = sum(losses.values()), matched, lr
                 for name, value in zip(OF_STEPS, row):
