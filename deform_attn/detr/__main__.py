@@ -182,8 +182,10 @@ def data(
         sets[name] = open_dataset(data, name, resize="fit", classes=classes)
         classes = sets[name].classes
     for name, one in sets.items():
-        objects = len(one.ground_truth()["annotations"])
-        print(f"{name}: {len(one)} images, {objects} objects, at most {one.most_objects} per image")
+        objects = [row["image_id"] for row in one.ground_truth()["annotations"]]
+        empty = len(one) - len(set(objects))
+        most = f"at most {one.most_objects} per image"
+        print(f"{name}: {len(one)} images, {empty} without objects; {len(objects)} objects, {most}")
     table = Table("class", *names, box=None)
     counts = [
         Counter(row["category_id"] for row in one.ground_truth()["annotations"])

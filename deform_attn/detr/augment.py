@@ -1,8 +1,9 @@
-"""Augmentation: one affine warp for flip, crop, zoom and mosaic; mixup; and their schedule.
+"""Augmentation: one affine warp for flip, crop, zoom and mosaic; mixup; their schedule; and sizes.
 
 The random numbers of an item come from a generator seeded with (seed, step, place in the batch).
 Nothing is carried from step to step, so that a resumed training is the same to the bit, and
-processes that share a batch draw what one process would. Only mixup is limited to a process.
+processes that share a batch draw what one process would, as do the passes of a step. Only mixup
+blends images of the same process and pass.
 """
 
 from __future__ import annotations
@@ -195,7 +196,7 @@ def scales(size: int, multi_scale: float, resize: str = "stretch") -> list[int]:
     if not others:
         raise ValueError(
             f"multi_scale: expected a fraction of {size} pixels that reaches another multiple of "
-            f"32, got {multi_scale}"
+            f"32, such as {math.ceil(3200 / size) / 100}, got {multi_scale}"
         )
     return others + [size] * (1 if shortest else 3)
 

@@ -24,7 +24,7 @@ def stamp(root: Path, names: Iterable[str]) -> tuple[str, float]:
     found, latest = hashlib.sha256(), 0.0
     for name in names:
         facts = os.stat(os.path.join(root, name))
-        found.update(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}\n".encode())
+        found.update(os.fsencode(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}\n"))
         latest = max(latest, facts.st_mtime)
     return found.hexdigest(), latest
 

@@ -52,7 +52,7 @@ class Category(TypedDict):
 
     id: int
     name: str
-    supercategory: NotRequired[str | None]
+    supercategory: NotRequired[Any]
 
 
 @with_config(_KEYS)

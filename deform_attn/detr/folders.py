@@ -96,7 +96,7 @@ class HeldOut(CocoSource):
         self.annotations += whole.annotations
 
     def read(self) -> tuple[coco.Content, Iterable[str]]:
-        """The annotations that were divided must be the same still."""
+        """As CocoSource; raises ValueError if the divided annotations have changed."""
         content, faults = super().read()
         info = content.get("info")
         if not isinstance(info, dict) or info.get("digest") != self.whole.digest():
@@ -258,8 +258,11 @@ class AnnotatedFolder:
     by a pixel, as from rounding, and are clipped. What was checked is kept in ``.deform_attn/``
     of the folder, and checked again after a change.
 
+    COCO: ``annotations/instances_NAME.json``. Roboflow: ``NAME/_annotations.coco.json``. YOLO:
+    ``data.yaml``. NAME starts with the split.
+
     Args:
-        folder: of a layout above, or ``data.yaml`` of one.
+        folder: of one of these layouts, or ``data.yaml`` of one.
         split: ``train``, ``val``, ``test`` or another name.
         size: longer side of the images in pixels, the shorter one with "shortest".
         resize: "stretch" to a square; "fit" or "shortest", which keep the ratio of the sides (see
@@ -271,6 +274,19 @@ class AnnotatedFolder:
         OSError: a file cannot be read.
         ValueError: no such split, or faults in it: one line for each, with its file, place or id,
             what was expected and what came.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from deform_attn.detr.folders import AnnotatedFolder
+        >>> with TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (40, 30)).save(Path(folder, "a.png"))
+        ...     _ = Path(folder, "a.txt").write_text("1 0.5 0.5 0.25 0.5")
+        ...     _ = Path(folder, "data.yaml").write_text("{train: ., names: [cat, dog]}")
+        ...     image, target = AnnotatedFolder(folder, "train", size=64)[0]
+        >>> image.shape, target["labels"].tolist(), target["boxes"].tolist()
+        (torch.Size([3, 64, 64]), [1], [[0.5, 0.5, 0.25, 0.5]])
     """
 
     flips = True
@@ -329,7 +345,10 @@ class AnnotatedFolder:
         return self._content
 
     def with_file_ids(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows of COCO's results with the ids of the annotation file; labels that it lacks go."""
+        """Rows of COCO's results with the category ids of the annotation file.
+
+        Rows of classes that the file does not list are left out.
+        """
         ids = self._file_ids
         known = [row for row in rows if row["category_id"] in ids]
         return [{**row, "category_id": ids[row["category_id"]]} for row in known]

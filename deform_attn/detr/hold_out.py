@@ -17,8 +17,8 @@ def divide(classes: Sequence[set[int]], fraction: float, seed: int = 0) -> list[
     """Choose images to hold out, at random.
 
     Each class, beginning with the rarest, is in that fraction of its images, at least in one that
-    is held out and in one that is not, if it has two images. Images with several classes may not
-    allow it: of 20 random orders that with the fewest exceptions is taken.
+    is held out and in one that is not, if it has two images. Images with several classes can make
+    that impossible: the best of 20 random orders is taken.
 
     Args:
         classes: of the objects in each image.
@@ -127,8 +127,10 @@ def _write(file: Path, source: Source, content: dict[str, Any], ids: set[int]) -
         ]
     names = {facts["id"]: facts["file_name"] for facts in content["images"]}
     images = [one for one in whole["images"] if one["id"] in ids]
+    info = whole.get("info")
+    info = info if isinstance(info, dict) else {}
     parts = {
-        "info": {"divided": str(source.file.name), "digest": source.digest()},
+        "info": {**info, "divided": source.file.name, "digest": source.digest()},
         "images": [{**one, "file_name": names[one["id"]]} for one in images],
         "annotations": [one for one in whole["annotations"] if one["image_id"] in ids],
     }

@@ -195,16 +195,24 @@ def averaged(number: int, device: torch.device, *, alone: bool = False) -> Tenso
     return count.clamp(min=1)
 
 
-def in_evaluation(name: str) -> bool:
+def in_evaluation(name: str, eval_layers: int) -> bool:
     """Whether a detector in evaluation mode has the set of a loss: no denoising, no routes.
+
+    Args:
+        name: of the loss.
+        eval_layers: number of decoder layers that run in evaluation.
 
     Example:
         >>> from deform_attn.detr.losses import in_evaluation
-        >>> [in_evaluation(f"giou/{name}") for name in ("layer2", "encoder", "dn2", "encoder_o2m")]
-        [True, True, False, False]
+        >>> names = ("layer2", "layer3", "layer_pre", "encoder", "dn2", "encoder_o2m")
+        >>> [name for name in names if in_evaluation(f"giou/{name}", 3)]
+        ['layer2', 'layer_pre', 'encoder']
     """
     of = name.partition("/")[2]
-    return of == "encoder" or of.startswith("layer")
+    layer = of.removeprefix("layer")
+    if layer.isdigit():
+        return int(layer) < eval_layers
+    return of in ("encoder", "layer_pre")
 
 
 def query_indices(pairs: Pairs) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from deform_attn.detr.encoder import EncoderLayer
 from deform_attn.detr.hybrid import GELAN, CSPRep
 
 LAYERS = (EncoderLayer, DecoderLayer, CSPRep, GELAN)
+LISTS = (nn.ModuleList, nn.Sequential)  # not their subclasses
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -30,21 +31,27 @@ def recompute(model: nn.Module) -> list[nn.Module]:
         model: of :class:`~deform_attn.detr.models.System`, changed in place.
 
     Returns:
-        The blocks: stages of the backbone, encoder and decoder layers, and the fusion blocks of
+        The blocks: those of the backbone, encoder and decoder layers, and the fusion blocks of
         RT-DETR and D-FINE.
     """
     found: list[nn.Module] = [one for one in model.modules() if isinstance(one, LAYERS)]
-    found += _stages(model.get_submodule("backbone"))
+    found += _blocks(model.get_submodule("backbone"))
     for block in found:
         block.forward = _recomputed(block, block.forward)
     return found
 
 
-def _stages(module: nn.Module) -> list[nn.Module]:
-    """The entries of the outermost lists of modules."""
-    if isinstance(module, nn.ModuleList):
-        return list(module)
-    return [stage for child in module.children() for stage in _stages(child)]
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The stem of a backbone, and the blocks of its stages; a stage without a list is one."""
+    for child in module.children():
+        if type(child) in LISTS:
+            for stage in child.children():
+                within = [one for one in stage.children() if type(one) in LISTS]
+                yield from [block for one in within for block in one.children()] or [stage]
+        elif any(isinstance(one, nn.ModuleList) for one in child.modules()):
+            yield from _blocks(child)
+        elif not isinstance(child, nn.ModuleDict):
+            yield child
 
 
 def _recomputed(block: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:

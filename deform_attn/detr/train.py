@@ -74,6 +74,13 @@ class Settings:
     """Everything that decides the result of a training. Each field is an option of ``train``.
 
     One of ``recipe``, ``model`` and ``init`` is required.
+
+    Example:
+        >>> from deform_attn.detr.train import Settings
+        >>> Settings(data="shapes", recipe="rtdetr", accumulate=0).check()
+        Traceback (most recent call last):
+            ...
+        ValueError: accumulate: expected at least 1, got 0
     """
 
     # shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout
@@ -91,7 +98,7 @@ class Settings:
     steps: int = 800  # of the optimizer
     batch: int = 16  # images per forward pass, of all processes together
     accumulate: int = 1  # passes per step: a step of so many batches, in the memory of one
-    # 1: gradient checkpointing: stages of the backbone, encoder and decoder layers are computed
+    # 1: gradient checkpointing: blocks of the backbone, encoder and decoder layers are computed
     # again for the gradients, instead of keeping what is inside them
     recompute: int = 0
     size: int = 0  # of the images in pixels; 0: that of the model, or of the data
@@ -337,8 +344,15 @@ def train(
     that trains several times makes one group for all: PyTorch's store keeps the addresses of a
     destroyed group, and a second group can wait for them.
 
-    Examples: python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN;
-    python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN;
+    Examples, from random weights, from those of digits, from official ones, and continued:
+
+    python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN
+
+    python -m deform_attn.detr train --init digits --data FOLDER --size 128 --out RUN
+
+    python -m deform_attn.detr train --init FILE.pth --data FOLDER --lr 1e-4 --backbone-lr 0.1
+    --multi-scale 0.25 --batch 4 --accumulate 4 --recompute 1 --patience 5 --out RUN
+
     python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out NEXT
 
     Args:
@@ -647,6 +661,7 @@ class _Run:
             self.log = Log(self.out, self.history, tensorboard=self.tensorboard)
         watch, passes = Stopwatch(self.console.print), zip(*[iter(loader)] * settings.accumulate)
         every = settings.evaluate_every
+        layers = getattr(self.model.get_submodule("decoder"), "eval_layers", 1)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         no_bar = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=no_bar) as bar:
@@ -654,7 +669,7 @@ class _Run:
             for left in reversed(range(len(remaining))):
                 with watch.time("step", left):
                     losses = self._step(model, next(passes))
-                matched = sum(loss for name, loss in losses.items() if in_evaluation(name))
+                matched = sum(loss for name, loss in losses.items() if in_evaluation(name, layers))
                 lr = settings.lr * learning_rate_factor(self.step - 1, settings.steps)
                 row = sum(losses.values()), matched, lr
                 for name, value in zip(OF_STEPS, row):
@@ -690,7 +705,8 @@ class _Run:
         self.console.print(
             f"ends after step {self.step}: the last {patience} evaluations have no AP above "
             f"{values[best]:.3f}, that of step {self.history['ap'][best]['step']} in best.pt; "
-            "--resume with a larger --patience continues"
+            "--resume with a larger --patience continues",
+            soft_wrap=True,
         )
         return True
 

@@ -23,7 +23,7 @@ class Description:
     """What ``data.yaml`` lists.
 
     Attributes:
-        file: it.
+        file: ``data.yaml``.
         names: of the classes, by label.
         splits: folders of images, or text files with the names of images, by split.
         base: what relative paths start from.
@@ -61,6 +61,8 @@ def describe(file: Path) -> Description:
         faults.append("names: expected at least one class, got none")
     if (count := content.get("nc", len(names))) != len(names):
         faults.append(f"nc: expected {len(names)}, the number of names, got {count!r}")
+    if "kpt_shape" in content:
+        faults.append("kpt_shape: expected labels of boxes or polygons, got keypoints")
     splits = {}
     for key, value in content.items():
         if isinstance(key, str) and SPLIT.fullmatch(key) and value:
@@ -110,8 +112,13 @@ def list_images(description: Description, split: str) -> list[Listed]:
                 f"their names, got {str(place)!r}, which does not exist"
             )
         if path.is_dir():
-            files = sorted(Path(top) / name for top, _, names in os.walk(path) for name in names)
-            images = [f for f in files if f.suffix.lower() in SUFFIXES and f.name[0] != "."]
+            names = [
+                os.path.join(top, name)
+                for top, _, names in os.walk(path)
+                for name in names
+                if name.lower().endswith(SUFFIXES) and name[0] != "."
+            ]
+            images = map(Path, sorted(names))
             found += [Listed(image, _label_file(image), "") for image in images]
         else:
             try:
