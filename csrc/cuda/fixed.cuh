@@ -141,8 +141,8 @@ __global__ void __launch_bounds__(kBlock)
         const Sample<float> sample = points.at(opened, first + lane, level, levels);
         Footprint<float> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
-        corners.set(lane, corner_of<float, int64_t>(foot, levels.level[level], sample.weight * scale,
-                                                    problem.row_stride(),
+        corners.set(lane, corner_of<float, int64_t>(foot, levels.level[level],
+                                                    sample.weight * scale, problem.row_stride(),
                                                     mask_of(table, problem, part.batch)));
       }
       __syncwarp();

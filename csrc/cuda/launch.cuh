@@ -60,8 +60,8 @@ template <typename T, typename Body>
 void with_points(const KernelCall& in, void* statistics, const Body& body) {
   const bool pairs = in.problem.points % 2 == 0 && aligned(in.locations) && aligned(in.weights);
   if (!in.fused.reference) {
-    return body(
-        GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights, in.weights_are_acc, pairs});
+    return body(GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights,
+                               in.weights_are_acc, pairs});
   }
   const bool rotated = in.fused.size == kRotatedBox;
   body(FusedPoints<T>{static_cast<const AccOf<T>*>(rotated ? in.frames : in.fused.reference),

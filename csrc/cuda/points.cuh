@@ -96,8 +96,8 @@ __device__ Pack<T, 2 * kSize> load_two(const T* from, int64_t point, bool pairs,
 }
 // The same of an array in T, or in acc_dtype where `wide`.
 template <int kSize, typename T>
-__device__ Pack<AccOf<T>, 2 * kSize> load_two_of(const void* from, bool wide, int64_t point, bool pairs,
-                                                 bool next) {
+__device__ Pack<AccOf<T>, 2 * kSize> load_two_of(const void* from, bool wide, int64_t point,
+                                                 bool pairs, bool next) {
   if (wide) return load_two<kSize>(static_cast<const AccOf<T>*>(from), point, pairs, next);
   const auto narrow = load_two<kSize>(static_cast<const T*>(from), point, pairs, next);
   Pack<AccOf<T>, 2 * kSize> numbers;

@@ -140,7 +140,8 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 
 // Blocks that must fit on a multiprocessor at once. Three where 64 registers are too few.
 template <typename T>
-constexpr int kTeamsBlocks = sizeof(T) == 8 || (sizeof(T) == 2 && kLeastBlocks == 3) ? kLeastBlocks : 4;
+constexpr int kTeamsBlocks =
+    sizeof(T) == 8 || (sizeof(T) == 2 && kLeastBlocks == 3) ? kLeastBlocks : 4;
 
 // Divides the work as forward_teams does. Adds to `grad_value`, zeros before, unless it is null.
 template <typename T, int kVec, typename Offset, typename Points>
@@ -234,11 +235,13 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
         if constexpr (kMatrices) {
           const int entries = count * teams.count(), step = splits * teams.count();
           if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) {
-            matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams, blocks);
+            matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams,
+                                   blocks);
           }
           constexpr int kPixels = kPixelsAtOnce<Points>;
           Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
-          const bool alone = problem.head_dim <= 4 * kVec;  // no other group has channels of the pixels
+          // Whether a group has all channels of its pixels.
+          const bool alone = problem.head_dim <= 4 * kVec;
           const int first_entry = split * teams.count() + teams.team();
           const int end_entry = first_entry + entries;  // every lane makes as many steps
 #pragma unroll 1
@@ -249,7 +252,8 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
             for (int i = 0; i < 4; i += kPixels) {
 #pragma unroll
               for (int j = 0; j < kPixels; ++j) {
-                load_where(active && at.at[i + j] != Corner::kNone, source + at.at[i + j], pixel[j]);
+                load_where(active && at.at[i + j] != Corner::kNone, source + at.at[i + j],
+                           pixel[j]);
               }
 #pragma unroll
               for (int j = 0; j < kPixels; ++j) {
