@@ -41,8 +41,8 @@ __global__ void __launch_bounds__(kBlock, 4)
   const int end = min(begin + blocks.warp_positions, part.count);
   int own_query = 0;
   if (begin + teams.lane < end) {
-    own_query = static_cast<int>(
-        query_at<true>(part.first + begin + teams.lane, levels, table.count) - part.first);
+    own_query = static_cast<int>(query_at(part.first + begin + teams.lane, levels, table.count) -
+                                 part.first);
   }
   for (int turn = begin; turn < end; turn += teams.count()) {
     const int staged = turn + teams.query_of(teams.lane), mine = turn + teams.team();

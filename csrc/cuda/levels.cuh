@@ -105,10 +105,8 @@ constexpr int kBand = 8;  // image rows of a band
 
 // Where the queries are the pixels of the levels, they are processed in bands of kBand image rows,
 // column by column: 64 consecutive positions are a tile of 8 x 8 pixels, whose samples share most of
-// their pixels. kSquares: 4 positions of a tile are 2 x 2 pixels, 8 are 4 rows of 2, so that the lanes of a warp
-// read fewer lines of the first-level cache. Elsewhere they are processed in order.
-template <bool kSquares = false>
-__device__ int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
+// their pixels. Elsewhere they are processed in order.
+__device__ inline int64_t query_at(int64_t position, const BlockLevels& levels, int count) {
   if (!levels.queries_are_pixels) return position;
   int l = count - 1;
   while (levels.level[l].start > position) --l;
@@ -118,14 +116,6 @@ __device__ int64_t query_at(int64_t position, const BlockLevels& levels, int cou
   const unsigned band = pixel / (kBand * width) * kBand;  // its first image row
   const unsigned rows = min(static_cast<unsigned>(kBand), height - band);
   const unsigned inside = pixel - band * width;
-  if (kSquares && rows == kBand) {
-    unsigned row = inside % kBand, column = inside / kBand;
-    if ((inside | 63) < kBand * width) {  // of a tile of 8 columns
-      row = (inside & 1) | (inside >> 1 & 6);
-      column = (inside >> 1 & 1) | (inside >> 3 & ~1u);
-    }
-    return level.start + int64_t{band + row} * width + column;
-  }
   return level.start + int64_t{band + inside % rows} * width + inside / rows;
 }
 

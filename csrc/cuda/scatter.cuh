@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   const int end = min(begin + blocks.warp_positions, part.count);
   if (begin + teams.lane < end) {
     staged.order[teams.lane] = static_cast<int>(
-        query_at<true>(part.first + begin + teams.lane, levels, table.count) - part.first);
+        query_at(part.first + begin + teams.lane, levels, table.count) - part.first);
   }
   for (int turn = begin; turn < end; turn += teams.count()) {
     const bool present = turn + slot < end, mine = turn + teams.team() < end;
