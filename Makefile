@@ -21,7 +21,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build wheels smoke hub workflows lint types format test demo bench peers clients kernels emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build wheels smoke hub workflows lint types format test headers abi demo bench peers clients kernels emulator emulate traffic gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -50,14 +50,17 @@ help:  ## This list
 build: .venv/torch  ## Compile the libraries into the tree, as far as they changed
 	$(BUILD)
 
-test: .venv/dev .venv/cuda lint types  ## Lint, types, every test that can run here, the ABI of the libraries, make kernels, make docs
+test: .venv/dev .venv/docs .venv/cuda  ## Lint, types, every test that can run here, make headers, abi, kernels and docs
 	@# The CUDA library too: it must compile, link and register, even if this machine cannot run it.
-	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(BUILD)
+	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(MAKE) --jobs=2 lint types build emulator
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
+	$(MAKE) --jobs=2 headers abi docs kernels
+
+headers: .venv/dev .venv/cuda  ## Compile against the headers of the lowest and of the newest torch
 	$(PY) build_tools/headers.py lowest newest
-	@# Needs Python 3.11.
+
+abi: .venv/dev  ## The libraries use torch's stable ABI alone (needs Python 3.11)
 	@test ! -x .venv/bin/torch-abi-audit || .venv/bin/torch-abi-audit --check torch deform_attn/*.so
-	$(MAKE) kernels docs
 
 lint: .venv/dev
 	.venv/bin/ruff check
@@ -90,6 +93,9 @@ kernels: .venv/dev .venv/cuda  ## Compile the CUDA kernels for every architectur
 	@mkdir -p $(OUT)
 	$(PY) -m benchmarks.gates.kernels --json $(OUT)/kernels.json
 	$(PY) -m benchmarks.gates.triton_kernels --json $(OUT)/triton_kernels.json
+
+emulator: .venv/dev .venv/cuda  # The emulated kernels, compiled before test processes wait for each other
+	$(PY) -m tests.simt
 
 emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator runs, also under sanitizers
 	$(PY) -m pytest tests/simt

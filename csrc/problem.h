@@ -39,11 +39,9 @@ struct LevelTable {
   int64_t height[kMaxLevels];  // where shapes is null
   int64_t width[kMaxLevels];
   int64_t start[kMaxLevels];  // where starts is null; -1: the row after the previous level
-  const uint8_t*
-      mask;  // [batch, rows] on the device: 1 for a row of value that reads as zero; or null
+  const uint8_t* mask;        // [batch, rows] on the device, 1: the row reads as zero; or null
   int first_point[kMaxLevels + 1];  // level l has points first_point[l] .. first_point[l + 1] - 1
-  bool is_fitted;           // nothing is on the device, each level is `fitted`, and these are set:
-  bool fill_value;          // the levels follow one another and cover every row of value
+  bool is_fitted;           // nothing is on the device, each level is `fitted`, and this is set:
   bool queries_are_pixels;  // query q is row q of value, as in an encoder
 };
 

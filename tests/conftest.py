@@ -24,6 +24,10 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    # the workers share the cores, and so do the processes that tests start
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 from deform_attn.testing import CASES, DTYPES, MIXED_DTYPES
 from tests.runners import Runner, all_runners, unavailable

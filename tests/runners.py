@@ -39,6 +39,7 @@ class Runner:
     settles_dtypes: bool = True  # casts what no kernel reads natively
     any_layout: bool = True  # takes tensors that are not contiguous, and list metadata
     largest_work: int | None = None  # of a Case, which is made smaller; None: any
+    queries_at_once: bool = False  # as in Case.smaller
     default: bool = True  # False: runs only where --runners names it
 
     @classmethod
@@ -77,7 +78,9 @@ class Runner:
         return self.largest_work is not None
 
     def fitted(self, case: Case) -> Case:
-        return case.smaller(self.largest_work) if self.largest_work is not None else case
+        if self.largest_work is None:
+            return case
+        return case.smaller(self.largest_work, queries_at_once=self.queries_at_once)
 
 
 class _Kernels(torch.autograd.Function):
@@ -119,8 +122,8 @@ def all_runners() -> Iterator[Runner]:
         yield package_runner("compiled", "cuda")
         yield package_runner("triton", "cuda")
     else:
-        # interpreted: a second or two a case
-        yield package_runner("triton", "cpu", largest_work=12)
+        # interpreted: about half a second a case
+        yield package_runner("triton", "cpu", largest_work=8, queries_at_once=True)
     if importlib.util.find_spec("tests.simt"):  # not beside an installed wheel
         yield from importlib.import_module("tests.simt.runner").runners()
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from deform_attn import ms_deform_attn
 from deform_attn.testing import (
@@ -93,6 +96,31 @@ def penalty(call: Callable[..., Tensor], tensors: tuple[Tensor, ...], order: int
         grads = torch.autograd.grad(result, tensors, create_graph=True)
         result = sum((grad**2).sum() for grad in grads)  # type: ignore[assignment]
     return result
+
+
+class Float64Recorder(TorchDispatchMode):
+    """Names the operators that return float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: set[str] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        if any(isinstance(x, Tensor) and x.dtype is torch.float64 for x in tree_leaves(result)):
+            self.operators.add(str(function))
+        return result
+
+
+@pytest.mark.only(runners=package, dtypes=["f32"], slow=None)
+def test_derivatives_of_float32_need_no_float64(runner: Runner, dtypes: Dtypes) -> None:
+    """Apple's GPUs have none."""
+    inputs = TINY[0].make(dtypes, runner.device).leaves()
+    call = as_function(runner, inputs)
+    with Float64Recorder() as found:
+        penalty(call, inputs.tensors, 1).backward()
+        torch.func.jvp(call, inputs.tensors, inputs.tensors)
+    assert found.operators == set()
 
 
 @pytest.mark.only(runners=package, dtypes=["f64", "f32"], slow=None)

@@ -131,7 +131,7 @@ def build_program(
 def test_kernels_run_clean(tmp_path: Path, sanitizer: str, instructions: InstructionSet) -> None:
     run_or_skip(instructions)
     program = tmp_path / "cpu_kernels"
-    flags = ("-O1", "-g1", *SANITIZERS[sanitizer].split())
+    flags = ("-Og", "-g1", *SANITIZERS[sanitizer].split())
     build_program(find_cxx(), instructions, program, *flags)
     done = subprocess.run([program], capture_output=True, text=True, timeout=1800)
     assert (done.returncode, done.stderr) == (0, "")

@@ -3,6 +3,7 @@
 //   TermBound      what bounds the terms of an image and head
 //   FixedPoint     their scale
 //   bound_terms    fills the TermBounds of a call
+//   scatter_fixed  adds each term to memory; backward_tiles adds up those of a tile of queries before
 //   round_fixed    the sums to the gradient
 //
 // The terms of an image and head share a power of two as their scale, so that a sum of all of them fits.
@@ -100,6 +101,67 @@ __global__ void __launch_bounds__(kBlock)
   if (lane == 0) {
     atomicMax(&bounds[plane].weight, bound.weight);
     atomicMax(&bounds[plane].gradient, bound.gradient);
+  }
+}
+
+__device__ inline void add_term(int64_t& sum, float weight, float number) {
+  sum += llrintf(weight * number);
+}
+
+// A warp works on a query of its Part at a time: each lane stages a point, then each lane adds the terms of its
+// channels. `grad_value`: zeros before.
+template <typename T, typename Points>
+__global__ void __launch_bounds__(kBlock)
+    scatter_fixed(Problem problem, LevelTable table, Blocks blocks, Points points,
+                  const T* __restrict__ grad_output, int64_t* __restrict__ grad_value,
+                  FixedPoint fixed) {
+  using Corner = deform_attn::Corner<float, int64_t>;
+  __shared__ BlockLevels levels;
+  __shared__ Corners<float, int64_t, kWarp> all_corners[kBlock / kWarp];
+  const Part part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+  read_levels<Points::kReadsPixels>(table, problem, levels);
+  const int exponent = fixed.exponent(int64_t{part.batch} * problem.heads + part.head);
+  const float scale = exponent == FixedPoint::kNone ? 0 : power_of_two(exponent);
+  int64_t* const target = grad_value + problem.value_at(part.batch, 0, part.head);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  auto& corners = all_corners[warp];
+  const int end = min((warp + 1) * blocks.warp_positions, part.count);
+#pragma unroll 1
+  for (int i = warp * blocks.warp_positions; i < end; ++i) {
+    const int64_t query = part.first + i;
+    const auto opened = points.reopen(problem, part.batch, query, part.head);
+    const T* const gradient = grad_output + problem.output_at(part.batch, query, part.head);
+    int level = 0;
+#pragma unroll 1
+    for (int first = 0; first < problem.points; first += kWarp) {
+      const int count = min(kWarp, problem.points - first);
+      __syncwarp();
+      if (lane < count) {
+        level = level_of(first + lane, level, levels);
+        const Sample<float> sample = points.at(opened, first + lane, level, levels);
+        Footprint<float> foot;
+        foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
+        corners.set(lane, corner_of<float, int64_t>(foot, levels.level[level],
+                                                    sample.weight * scale, problem.row_stride(),
+                                                    mask_of(table, problem, part.batch)));
+      }
+      __syncwarp();
+#pragma unroll 1
+      for (int c = lane; c < problem.head_dim; c += kWarp) {
+        const float number = static_cast<float>(gradient[c]);
+#pragma unroll 1
+        for (int k = 0; k < count; ++k) {
+          const Corner corner = corners[k];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            if (corner.at.at[j] == Corner::kNone) continue;
+            int64_t term = 0;
+            add_term(term, corner.weight.at[j], number);
+            atomic_add<1>(target + corner.at.at[j] + c, &term);
+          }
+        }
+      }
+    }
   }
 }
 

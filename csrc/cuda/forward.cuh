@@ -53,16 +53,31 @@ __global__ void __launch_bounds__(kBlock, 4)
     int level = 0;
     for (int first = 0; first < problem.points; first += slots) {
       __syncwarp();
-#pragma unroll 1
-      for (int entry = teams.lane; entry < kStaged<Acc>; entry += kWarp) {
-        const int k = first + teams.round_of(entry);
-        if (staged >= end || k >= problem.points) break;
-        level = level_of(k, level, levels);
-        const Sample<Acc> sample = points.at(query, k, level, levels);
+      const auto stage = [&](int entry, const Sample<Acc>& sample) {
         Footprint<Acc> foot;
         foot.place(sample.x, sample.y, levels.level[level].height, levels.level[level].width);
         corners.set(entry, corner_of<Acc, Offset>(foot, levels.level[level], sample.weight,
                                                   row_stride, mask_of(table, problem, part.batch)));
+      };
+      if constexpr (kStaged<Acc> == kWarp) {
+        const int k = first + teams.round_of(teams.lane);
+        if (staged < end && k < problem.points) {
+          level = level_of(k, level, levels);
+          stage(teams.lane, points.at(query, k, level, levels));
+        }
+      } else {  // two neighbouring points a lane, if there are so many
+        const int each = problem.points > teams.lanes() ? 2 : 1;
+        const int round = each * teams.round_of(teams.lane);
+        const int count = min(each, problem.points - first - round);
+        if (staged < end && count > 0) {
+          const auto two = points.read_two(query, first + round, count == 2);
+#pragma unroll 1
+          for (int i = 0; i < count; ++i) {
+            level = level_of(first + round + i, level, levels);
+            stage((round + i) * teams.count() + teams.query_of(teams.lane),
+                  points.of_two(query, two, i, level, levels));
+          }
+        }
       }
       __syncwarp();
       const int count = active ? min(slots, problem.points - first) : 0;

@@ -83,7 +83,8 @@ __device__ inline bool overlap(const Level& a, const Level& b) {
 
 // Each warp has its own sums of the whole tile and gathers from every kGatherWarps-th run of queries;
 // then the sums of the warps are added in order. Levels may overlap: the first level that contains a row
-// of value owns it, and its tiles gather the points of the other levels too. Rows of no level get zeros.
+// of value owns it, and its tiles gather the points of the other levels too. Rows of no level are not
+// written: `grad_value` is zeros before.
 template <typename T, typename Points>
 __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
     backward_gather(Problem problem, LevelTable table, Points points,
@@ -112,13 +113,6 @@ __global__ void __launch_bounds__(kGatherWarps* kWarp, kLeastBlocks)
     return grad_value + problem.value_at(batch, row, head) + first_channel + lane;
   };
 
-  if (!levels.fill_value) {
-    const int64_t step = int64_t{gridDim.x / planes} * kGatherWarps;
-    for (int64_t row = int64_t{blockIdx.x / planes} * kGatherWarps + warp; row < problem.rows;
-         row += step) {
-      if (on && !in_a_level(row, levels, table.count)) *row_of(row) = static_cast<T>(Acc(0));
-    }
-  }
   for (unsigned index = blockIdx.x / planes;; index += gridDim.x / planes) {
     if (threadIdx.x == 0) tile = tile_at<kWidth>(index, levels, table.count);
     __syncthreads();

@@ -53,18 +53,21 @@ struct Device {
   bool long_offsets = false;  // int64_t offsets everywhere, for tests
 };
 
+inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 // Calls body with GivenPoints or FusedPoints. `statistics`: of FusedPoints.
 template <typename T, typename Body>
 void with_points(const KernelCall& in, void* statistics, const Body& body) {
+  const bool pairs = in.problem.points % 2 == 0 && aligned(in.locations) && aligned(in.weights);
   if (!in.fused.reference) {
-    return body(
-        GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights, in.weights_are_acc});
+    return body(GivenPoints<T>{static_cast<const AccOf<T>*>(in.locations), in.weights,
+                               in.weights_are_acc, pairs});
   }
   const bool rotated = in.fused.size == kRotatedBox;
   body(FusedPoints<T>{static_cast<const AccOf<T>*>(rotated ? in.frames : in.fused.reference),
                       in.locations, in.weights, static_cast<AccOf<T>*>(statistics),
                       static_cast<AccOf<T>>(in.fused.offset_scale), in.fused.levels,
-                      rotated ? kFrame : in.fused.size, in.weights_are_acc});
+                      rotated ? kFrame : in.fused.size, in.weights_are_acc, pairs});
 }
 
 template <int kVec_, typename Offset_>
@@ -85,8 +88,6 @@ void with_access(const Problem& problem, bool aligned, bool long_offsets, const 
   body(Access<kVec, unsigned>());
 }
 
-inline bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
-
 // The blocks of forward_teams and backward_teams.
 struct LaunchConfig {
   Blocks blocks;
@@ -96,12 +97,15 @@ struct LaunchConfig {
 
 // Large problems get blocks of 64 queries, a tile of an encoder's map. Small ones get smaller blocks, so
 // that each multiprocessor has four, and their warps work on fewer queries at a time: several groups of
-// lanes share the points of a query.
+// lanes share the points of a query; `least_split_bits`: at least so many.
 inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
-                                  bool split_channels, int processors) {
+                                  bool split_channels, int processors, int least_split_bits = 0) {
   Blocks blocks = {};
   blocks.lane_bits = least_lane_bits;
-  while (blocks.lane_bits < 5 && (vec << blocks.lane_bits) < problem.head_dim) ++blocks.lane_bits;
+  blocks.split_bits = least_split_bits;
+  while (blocks.lane_bits + least_split_bits < 5 && (vec << blocks.lane_bits) < problem.head_dim) {
+    ++blocks.lane_bits;
+  }
   const int channels = vec << blocks.lane_bits;
   const int64_t pieces = split_channels ? (problem.head_dim + channels - 1) / channels : 1;
   blocks.positions = 64;
@@ -171,7 +175,7 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
   T* const to = static_cast<T*>(output);
   if (baseline) {
     const GivenPoints<T> points = {static_cast<const AccOf<T>*>(in.locations), in.weights,
-                                   in.weights_are_acc};
+                                   in.weights_are_acc, false};
     LAUNCH(forward_baseline<T>, grid_striding(numbers), kBlock, device.stream, problem, levels,
            points, value, to);
     return check_launch("forward_baseline", device);
@@ -195,7 +199,7 @@ void launch_forward(const KernelCall& in, void* output, const Device& device, bo
 //   kScatter   atomics
 //   kTiles     atomics, after adding up what a tile of queries adds to a pixel, where `in_tiles`; elsewhere
 //              as kScatter
-//   kFixed     as kTiles, with sums in fixed point, where `fits_tiles`; elsewhere as kGather
+//   kFixed     as kTiles or kScatter, with sums in fixed point; for float64 as kGather
 //   kGather    no atomics: pixels collect from points
 // kFixed and kGather give the same bits every time.
 enum class BackwardAlgorithm { kBaseline, kScatter, kTiles, kFixed, kGather };
@@ -251,9 +255,8 @@ inline bool in_tiles(const KernelCall& in, const Device& device) {
   return fits_tiles(in, device) && in.problem.queries == in.problem.rows;
 }
 
-// Tiles take fewer reductions than scattering, and pay off where their blocks fill the multiprocessors and
-// points fill their turns (docs/design-gpu.md). `plan_backward` replaces kFixed by kGather where tiles do
-// not fit.
+// Tiles pay off where their blocks fill the multiprocessors and points fill their turns
+// (docs/design-gpu.md). `plan_backward` replaces kFixed by kGather for float64.
 inline BackwardAlgorithm choose_backward(const KernelCall& in, const Device& device,
                                          bool deterministic) {
   if (deterministic) return BackwardAlgorithm::kFixed;
@@ -275,7 +278,7 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
   const int64_t items = problem.batch * problem.queries * problem.heads;
   const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
   const auto bytes = [&](int64_t numbers) { return static_cast<size_t>(numbers * acc_bytes); };
-  if (algorithm == BackwardAlgorithm::kFixed && !fits_tiles(in, device)) {
+  if (algorithm == BackwardAlgorithm::kFixed && in.type == Type::kDouble) {
     algorithm = BackwardAlgorithm::kGather;
   }
   BackwardPlan plan = {algorithm, false, true, 0, 0, 0, 0, 0};
@@ -283,14 +286,13 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
   if (!output_mask.value) {
     plan.zeros = false;
   } else if (algorithm == BackwardAlgorithm::kGather) {
-    plan.zeros = false;
     const int run = run_of(problem, launch_config(problem, 1, 2, false, device.processors));
     const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
                   sizeof(Rectangle);
   } else if (algorithm == BackwardAlgorithm::kFixed) {
     plan.zeros = false;
-    plan.tiles = true;
+    plan.tiles = in_tiles(in, device);
     plan.sums = static_cast<size_t>(numbers) * sizeof(int64_t) +
                 static_cast<size_t>(problem.batch * problem.heads) * sizeof(TermBound);
   } else if (narrow) {
@@ -300,7 +302,9 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
   if (output_mask.value && algorithm == BackwardAlgorithm::kTiles)
     plan.tiles = in_tiles(in, device);
   if (in.fused.reference) {
-    if (plan.tiles || (output_mask.value && algorithm == BackwardAlgorithm::kGather)) {
+    const bool repeatable =
+        algorithm == BackwardAlgorithm::kFixed || algorithm == BackwardAlgorithm::kGather;
+    if (plan.tiles || (output_mask.value && repeatable)) {
       plan.statistics = bytes(2 * items);
     }
     if (problem.points * kWarp / 4 > (acc_bytes == 8 ? kKept<double> : kKept<float>)) {
@@ -369,7 +373,7 @@ void gather_value(const KernelCall& in, const LevelTable& levels, const Points& 
 
 template <typename T, typename Points>
 void sum_fixed(const KernelCall& in, const LevelTable& levels, const Points& points,
-               const T* grad_output, const Outputs& out, const Device& device) {
+               const T* grad_output, const Outputs& out, bool tiles, const Device& device) {
   const Problem& problem = in.problem;
   const int64_t planes = problem.batch * problem.heads;
   const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
@@ -382,11 +386,18 @@ void sum_fixed(const KernelCall& in, const LevelTable& levels, const Points& poi
   LAUNCH((bound_terms<T, Points>), grid_of("bound_terms", planes * blocks), kBlock, device.stream,
          problem, points, grad_output, bounds);
   check_launch("bound_terms", device);
-  const LaunchConfig config = tiles_config(problem, device.processors);
-  LAUNCH((backward_tiles<T, Points, int64_t>), grid_of("backward_tiles", config.count),
-         config.threads, device.stream, problem, levels, config.blocks, points, grad_output, sums,
-         fixed);
-  check_launch("backward_tiles", device);
+  if (tiles) {
+    const LaunchConfig config = tiles_config(problem, device.processors);
+    LAUNCH((backward_tiles<T, Points, int64_t>), grid_of("backward_tiles", config.count),
+           config.threads, device.stream, problem, levels, config.blocks, points, grad_output, sums,
+           fixed);
+    check_launch("backward_tiles", device);
+  } else {
+    const LaunchConfig config = launch_config(problem, 1, 5, false, device.processors);
+    LAUNCH((scatter_fixed<T, Points>), grid_of("scatter_fixed", config.count), config.threads,
+           device.stream, problem, levels, config.blocks, points, grad_output, sums, fixed);
+    check_launch("scatter_fixed", device);
+  }
   const int64_t of_image = std::clamp<int64_t>(2 * device.processors / problem.batch, 1,
                                                std::max<int64_t>(1, problem.rows));
   LAUNCH(round_fixed<T>, grid_of("round_fixed", problem.batch * of_image), kBlock, device.stream,
@@ -408,7 +419,7 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
   Acc* const sums = static_cast<Acc*>(plan.sums ? out.sums : out.value);
   if (plan.algorithm == BackwardAlgorithm::kBaseline) {
     const GivenPoints<T> points = {static_cast<const Acc*>(in.locations), in.weights,
-                                   in.weights_are_acc};
+                                   in.weights_are_acc, false};
     const int64_t items = problem.batch * problem.queries * problem.heads;
     const int channels = (problem.head_dim + kWarp - 1) / kWarp * kWarp;
     LAUNCH(backward_baseline<T>, grid_of("backward_baseline", items),
@@ -419,14 +430,17 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
     launch_frames<T>(in, device);
     with_points<T>(in, out.statistics, [&](const auto& points) {
       using Points = std::decay_t<decltype(points)>;
-      const bool fixed = plan.algorithm == BackwardAlgorithm::kFixed;
+      const bool fixed = plan.algorithm == BackwardAlgorithm::kFixed && out.value;
       bool tiles = plan.tiles && out.value;
       const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
       with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
         using A = decltype(access);
-        const LaunchConfig config = launch_config(problem, A::kVec, 2, false, device.processors);
+        const int splits = sizeof(T) == 2 && A::kVec > 1;  // see kDotsByMatrices
+        const LaunchConfig config =
+            launch_config(problem, A::kVec, 2, false, device.processors, splits);
         tiles = tiles && (fixed || std::is_same_v<typename A::Offset, unsigned>);
-        const bool scatters = plan.algorithm != BackwardAlgorithm::kGather && out.value && !tiles;
+        const bool gathers = plan.algorithm == BackwardAlgorithm::kGather;
+        const bool scatters = out.value && !tiles && !fixed && !gathers;
         LAUNCH((backward_teams<T, A::kVec, typename A::Offset, Points>),
                grid_of("backward_teams", config.count), config.threads, device.stream, problem,
                levels, config.blocks, points, value, grad, scatters ? sums : nullptr,
@@ -434,8 +448,8 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
         check_launch("backward_teams", device);
       });
       if constexpr (sizeof(T) < 8) {
-        if (tiles && fixed) {
-          sum_fixed<T>(in, levels, points, grad, out, device);
+        if (fixed) {
+          sum_fixed<T>(in, levels, points, grad, out, tiles, device);
         } else if (tiles) {
           const LaunchConfig config = tiles_config(problem, device.processors);
           LAUNCH((backward_tiles<T, Points, Acc>), grid_of("backward_tiles", config.count),

@@ -16,7 +16,6 @@ struct BlockLevels {
   Level level[kMaxLevels];
   Pack<float, 2> pixel[kMaxLevels];  // 1 / (width, height); where read_levels has kPixels
   int first_point[kMaxLevels + 1];
-  bool fill_value;          // the levels follow one another and cover every row of value
   bool queries_are_pixels;  // query q is row q of value, as in an encoder
 
   template <bool kPixels>
@@ -46,9 +45,8 @@ inline LevelTable fitted_table(const LevelTable& table, const Problem& problem) 
     next += area(shape);
   }
   found.is_fitted = true;
-  found.fill_value = in_line && table.count > 0 && next == problem.rows;
-  found.queries_are_pixels =
-      found.fill_value && problem.queries == problem.rows && problem.rows < (int64_t{1} << 31);
+  found.queries_are_pixels = in_line && table.count > 0 && next == problem.rows &&
+                             problem.queries == problem.rows && problem.rows < (int64_t{1} << 31);
   return found;
 }
 
@@ -63,10 +61,7 @@ __device__ void read_levels(const LevelTable& table, const Problem& problem, Blo
       levels.set<kPixels>(
           l, {table.start[l], static_cast<int>(table.height[l]), static_cast<int>(table.width[l])});
     }
-    if (threadIdx.x == 0) {
-      levels.fill_value = table.fill_value;
-      levels.queries_are_pixels = table.queries_are_pixels;
-    }
+    if (threadIdx.x == 0) levels.queries_are_pixels = table.queries_are_pixels;
   } else if (threadIdx.x < kWarp) {
     const int lane = threadIdx.x;
 #pragma unroll 1
@@ -99,9 +94,8 @@ __device__ void read_levels(const LevelTable& table, const Problem& problem, Blo
     }
     in_line = __all_sync(kAllLanes, in_line);
     if (lane == 0) {
-      levels.fill_value = in_line && table.count > 0;
-      levels.queries_are_pixels =
-          levels.fill_value && problem.queries == problem.rows && problem.rows < (int64_t{1} << 31);
+      levels.queries_are_pixels = in_line && table.count > 0 && problem.queries == problem.rows &&
+                                  problem.rows < (int64_t{1} << 31);
     }
   }
   __syncthreads();

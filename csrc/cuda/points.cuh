@@ -31,6 +31,8 @@ struct Sample {
 //   location  (x, y) of point k, which samples `level`
 //   weight    its attention weight
 //   at        location and weight
+//   read_two  Two: what memory has of point k, and where `next` of point k + 1; then k is even
+//   of_two    location and weight of one of them
 
 // The gradients of GivenPoints.
 template <typename T>
@@ -77,6 +79,33 @@ struct FusedPointGradients {
   }
 };
 
+// The kSize numbers of a point, and where `next` those of the following one. `pairs`: one load can read both.
+template <int kSize, typename T>
+__device__ Pack<T, 2 * kSize> load_two(const T* from, int64_t point, bool pairs, bool next) {
+  if (pairs && next) return load<2 * kSize>(from + kSize * point);
+  const auto one = load<kSize>(from + kSize * point);
+  Pack<T, kSize> other = {};
+  if (next) other = load<kSize>(from + kSize * (point + 1));
+  Pack<T, 2 * kSize> both;
+#pragma unroll
+  for (int i = 0; i < kSize; ++i) {
+    both.at[i] = one.at[i];
+    both.at[kSize + i] = other.at[i];
+  }
+  return both;
+}
+// The same of an array in T, or in acc_dtype where `wide`.
+template <int kSize, typename T>
+__device__ Pack<AccOf<T>, 2 * kSize> load_two_of(const void* from, bool wide, int64_t point,
+                                                 bool pairs, bool next) {
+  if (wide) return load_two<kSize>(static_cast<const AccOf<T>*>(from), point, pairs, next);
+  const auto narrow = load_two<kSize>(static_cast<const T*>(from), point, pairs, next);
+  Pack<AccOf<T>, 2 * kSize> numbers;
+#pragma unroll
+  for (int i = 0; i < 2 * kSize; ++i) numbers.at[i] = static_cast<AccOf<T>>(narrow.at[i]);
+  return numbers;
+}
+
 // Points as the caller gives them. Weights have the dtype of value, or acc_dtype where `wide`.
 template <typename T>
 struct GivenPoints {
@@ -87,9 +116,14 @@ struct GivenPoints {
   const AccOf<T>* locations;  // [B, Q, M, K, 2]
   const void* weights;        // [B, Q, M, K]
   bool wide;
+  bool pairs;  // K is even, and the addresses of points allow reading two at once
 
   struct Query {
     int64_t first_point;
+  };
+  struct Two {
+    Pack<AccOf<T>, 4> locations;
+    Pack<AccOf<T>, 2> weights;
   };
 
   __device__ Query open(const Problem& problem, const Part& part, int query, bool,
@@ -115,6 +149,17 @@ struct GivenPoints {
     const auto place = location(query, k, level, levels);
     return {place.at[0], place.at[1], weight(query, k)};
   }
+  __device__ Two read_two(const Query& query, int k, bool next) const {
+    const int64_t point = query.first_point + k;
+    return {load_two<2>(locations, point, pairs, next),
+            load_two_of<1, T>(weights, wide, point, pairs, next)};
+  }
+  __device__ Sample<AccOf<T>> of_two(const Query&, const Two& two, bool second, int,
+                                     const BlockLevels&) const {
+    const auto& at = two.locations.at;
+    return {second ? at[2] : at[0], second ? at[3] : at[1],
+            second ? two.weights.at[1] : two.weights.at[0]};
+  }
 };
 
 // Numbers of a Frame, which the kernels read in place of a rotated box: sines and cosines take registers
@@ -139,8 +184,13 @@ struct FusedPoints {
   Acc offset_scale;
   int reference_levels;
   int reference_size;
-  bool wide;  // offsets and logits have acc_dtype, not the dtype of value
+  bool wide;   // offsets and logits have acc_dtype, not the dtype of value
+  bool pairs;  // as in GivenPoints
 
+  struct Two {
+    Pack<Acc, 4> offsets;
+    Pack<Acc, 2> logits;
+  };
   struct Query {
     int64_t first_point;
     int64_t item;              // batch * queries + query
@@ -251,9 +301,15 @@ struct FusedPoints {
   // Calls to step_of instead of this code make the float64 kernels spill registers.
   __device__ Pack<Acc, 2> location(const Query& query, int k, int level,
                                    const BlockLevels& levels) const {
+    return moved(query, [&] { return offset(query.first_point + k); }, level, levels);
+  }
+  // `offset_of`: returns the offset.
+  template <typename OffsetOf>
+  __device__ Pack<Acc, 2> moved(const Query& query, const OffsetOf& offset_of, int level,
+                                const BlockLevels& levels) const {
     const Acc* const from = reference_of(query.item, level);
     Pack<Acc, 2> step;
-    const Pack<Acc, 2> by = offset(query.first_point + k);
+    const Pack<Acc, 2> by = offset_of();
     if (reference_size >= 4) {
       const Acc part = portion(level, levels);
       step = {from[2] * part, from[3] * part};
@@ -277,6 +333,20 @@ struct FusedPoints {
   __device__ Sample<Acc> at(const Query& query, int k, int level, const BlockLevels& levels) const {
     const Pack<Acc, 2> place = location(query, k, level, levels);
     return {place.at[0], place.at[1], weight(query, k)};
+  }
+  __device__ Two read_two(const Query& query, int k, bool next) const {
+    const int64_t point = query.first_point + k;
+    return {load_two_of<2, T>(offsets, wide, point, pairs, next),
+            load_two_of<1, T>(logits, wide, point, pairs, next)};
+  }
+  __device__ Sample<Acc> of_two(const Query& query, const Two& two, bool second, int level,
+                                const BlockLevels& levels) const {
+    const auto& at = two.offsets.at;
+    const Pack<Acc, 2> by = {second ? at[2] : at[0], second ? at[3] : at[1]};
+    const Pack<Acc, 2> place = moved(query, [&] { return by; }, level, levels);
+    using std::exp;
+    const Acc logit = second ? two.logits.at[1] : two.logits.at[0];
+    return {place.at[0], place.at[1], exp(logit - query.largest) * query.inverse_sum};
   }
 };
 

@@ -54,6 +54,40 @@ struct alignas(16) KeptFootprint {
 template <typename T, typename Points>
 constexpr int kAtOnce = sizeof(T) == 4 && !Points::kFused ? 2 : 1;
 
+// Whether the dot products of pixels with grad_output are products of matrices. A group of four lanes has 32
+// channels of a query. `a` has the pixel of group g in two rows: words 0 and 2 of each lane in row g, words 1
+// and 3 in row g + 8. `b` has the gradients that go with them in two columns. At most four groups differ in
+// their query or channels: there are two splits or more, see launch_config.
+template <typename T, int kVec>
+constexpr bool kDotsByMatrices = kMultipliesMatrices<T> && kVec == 8;
+
+// The lane's part of its column of `b`, given what its group has of the query's gradient. Columns 2 j and 2 j + 1
+// are of the j-th query and channels that groups of the warp have.
+template <typename T>
+__device__ Pack<uint32_t, 2> matrix_column(const Loaded<T, 8>& own, const Teams& teams,
+                                           const Blocks& blocks) {
+  const int column = teams.lane >> 2, j = column >> 1, chunk_bits = blocks.lane_bits - 2;
+  const int chunk = j & ((1 << chunk_bits) - 1);
+  const int group = (j >> chunk_bits << (chunk_bits + blocks.split_bits)) + chunk;
+  Pack<uint32_t, 4> words;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    words.at[w] = __shfl_sync(kAllLanes, own.words.at[w], 4 * group + (teams.lane & 3));
+  }
+  return column & 1 ? Pack<uint32_t, 2>{words.at[1], words.at[3]}
+                    : Pack<uint32_t, 2>{words.at[0], words.at[2]};
+}
+
+// Pixels of a point that a lane loads at a time. Four take too many registers in a fused call, before sm_90
+// and on sm_100.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ / 100 == 10)
+template <typename Points>
+constexpr int kPixelsAtOnce = 2;
+#else
+template <typename Points>
+constexpr int kPixelsAtOnce = Points::kFused ? 2 : 4;
+#endif
+
 // What the lanes of a warp share: 32 points at a time, each staged by one lane. In shared memory and not
 // in registers, which the pixels and grad_output need.
 template <typename Acc, typename Offset, typename Points>
@@ -104,9 +138,14 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
   }
 }
 
+// Blocks that must fit on a multiprocessor at once. Three where 64 registers are too few.
+template <typename T>
+constexpr int kTeamsBlocks =
+    sizeof(T) == 8 || (sizeof(T) == 2 && kLeastBlocks == 3) ? kLeastBlocks : 4;
+
 // Divides the work as forward_teams does. Adds to `grad_value`, zeros before, unless it is null.
 template <typename T, int kVec, typename Offset, typename Points>
-__global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
+__global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
     backward_teams(Problem problem, LevelTable table, Blocks blocks, Points points,
                    const T* __restrict__ value, const T* __restrict__ grad_output,
                    AccOf<T>* __restrict__ grad_value, typename Points::Gradients gradients) {
@@ -114,6 +153,7 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   using Corner = deform_attn::Corner<Acc, Offset>;
   constexpr int kWidth = kAtomicWidth<Acc, kVec>;
   __shared__ BlockLevels levels;
+  constexpr bool kMatrices = kDotsByMatrices<T, kVec>;
   __shared__ Staged<Acc, Offset, Points> all_staged[kBlock / kWarp];
   __shared__ Part part;  // not in registers: the pixels need them
   if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
@@ -127,6 +167,9 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
   const int split = kSplits<Acc> ? teams.channel_lane() >> blocks.lane_bits : 0;
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
   auto& staged = all_staged[warp];
+  // The group's part of the channels, in the lane that has the group's products; else -1.
+  [[maybe_unused]] const int own_chunk =
+      (teams.lane & 3) == (teams.team() << (blocks.lane_bits - 2)) + (lane >> 2) ? lane >> 2 : -1;
   const Offset row_stride = static_cast<Offset>(problem.row_stride() / kVec);
 
   const int begin = warp * blocks.warp_positions;
@@ -145,6 +188,8 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       staged.output_at[teams.lane] =
           part.first_output(problem) + staged_query * problem.row_stride();
     }
+    // Of the products: column teams.lane / 4 of this lane. See matrix_column.
+    [[maybe_unused]] Pack<uint32_t, 2> matrix;
     int level = 0;
     [[maybe_unused]] Acc mean = 0;  // of a fused call: the weighted mean of the gradients by weight
     [[maybe_unused]] const bool kept =
@@ -160,8 +205,13 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
         Footprint<Acc> foot;
         find_pixels<int64_t>(foot, sample.x, sample.y, levels.level[level],
                              mask_of(table, problem, part.batch));
-        staged.corners.set(teams.lane, corner_of<Acc, Offset>(foot, levels.level[level],
-                                                              sample.weight, row_stride));
+        const auto corner =
+            corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, row_stride);
+        if (!kMatrices || grad_value) {
+          staged.corners.set(teams.lane, corner);
+        } else {  // the weights are not needed
+          staged.corners.at[teams.lane] = corner.at;
+        }
         if constexpr (kKeepsFootprints<Acc>) {
           staged.foot[teams.lane].keep(foot, sample.weight);
         } else if constexpr (Points::kFused) {
@@ -178,9 +228,56 @@ __global__ void __launch_bounds__(kBlock, sizeof(T) == 8 ? kLeastBlocks : 4)
       for (int from = 0; from < problem.head_dim; from += lanes * kVec) {
         const int channel = from + lane * kVec;
         const bool active = channel < problem.head_dim;
-        const auto grad = load_if<kVec>(active && mine, grad_of_query + channel);
+        [[maybe_unused]] Loaded<T, kVec> grad;
+        if constexpr (!kMatrices) grad = load_if<kVec>(active && mine, grad_of_query + channel);
         const auto* const source = reinterpret_cast<const Pack<T, kVec>*>(
             value + problem.value_at(part.batch, 0, part.head) + channel);
+        if constexpr (kMatrices) {
+          const int entries = count * teams.count(), step = splits * teams.count();
+          if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) {
+            matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams,
+                                   blocks);
+          }
+          constexpr int kPixels = kPixelsAtOnce<Points>;
+          Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
+          // Whether a group has all channels of its pixels.
+          const bool alone = problem.head_dim <= 4 * kVec;
+          const int first_entry = split * teams.count() + teams.team();
+          const int end_entry = first_entry + entries;  // every lane makes as many steps
+#pragma unroll 1
+          for (int entry = first_entry; entry < end_entry; entry += step) {
+            const auto at = staged.corners.at[entry];
+            Pack<Acc, 4> dot;
+#pragma unroll
+            for (int i = 0; i < 4; i += kPixels) {
+#pragma unroll
+              for (int j = 0; j < kPixels; ++j) {
+                load_where(active && at.at[i + j] != Corner::kNone, source + at.at[i + j],
+                           pixel[j]);
+              }
+#pragma unroll
+              for (int j = 0; j < kPixels; ++j) {
+                float product[4] = {};
+                add_product<T>(product, pixel[j].words.at, matrix.at);
+                dot.at[i + j] = product[0] + product[3];
+              }
+            }
+            Pack<Acc, 4>& total = staged.dot[entry];
+            if (alone) {
+              if (own_chunk == 0) total = dot;
+              continue;
+            }
+#pragma unroll 1
+            for (int chunk = 0; chunk < lanes / 4; ++chunk) {
+              __syncwarp();
+              if (chunk != own_chunk) continue;
+#pragma unroll
+              for (int i = 0; from + chunk > 0 && i < 4; ++i) dot.at[i] += total.at[i];
+              total = dot;
+            }
+          }
+          continue;
+        }
         // Entries without a point have no pixels.
         const auto dot_with = [&](int entry) {
           const auto at = staged.corners.at[entry];

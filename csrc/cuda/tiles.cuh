@@ -31,9 +31,6 @@ struct Unit {
 };
 
 __device__ inline void add_term(float& sum, float weight, float number) { sum += weight * number; }
-__device__ inline void add_term(int64_t& sum, float weight, float number) {
-  sum += llrintf(weight * number);
-}
 
 // What a point adds to two neighbouring pixels of an image row.
 struct alignas(16) Share {

@@ -5,6 +5,7 @@
 //   load_if          zeros where there is nothing to load; load_where: what was there before
 //   atomic_add       adds to kWidth neighbouring elements, in one atomic where the architecture has it
 //   sum_four_ways    four sums over four lanes, in fewer shuffles than four separate sums
+//   kMultipliesMatrices, add_product   products of small matrices in the registers of a warp
 //
 // After any edit: make kernels traffic
 #pragma once
@@ -181,6 +182,41 @@ __device__ Acc sum_four_ways(const Acc (&term)[4], int lane) {
   high_pair += __shfl_xor_sync(kAllLanes, odd ? term[2] : term[3], 1);
   Acc sum = high ? high_pair : low_pair;
   return sum + __shfl_xor_sync(kAllLanes, high ? low_pair : high_pair, 2);
+}
+
+// Whether a warp has instructions for matrices of T: of 16 bits, from sm_80 on.
+#if defined(ATOMIC_FLOATS)
+template <typename T>
+constexpr bool kMultipliesMatrices = sizeof(T) == 2 && ATOMIC_FLOATS > 1;
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+template <typename T>
+constexpr bool kMultipliesMatrices = false;
+#else
+template <typename T>
+constexpr bool kMultipliesMatrices = sizeof(T) == 2;
+#endif
+
+// sum += a b, for a of 16 x 16, b of 16 x 8 and sum of 16 x 8 elements, all distributed over the lanes of the
+// warp as in PTX's mma.m16n8k16. With lane = 4 * g + t, a lane has of a, in pairs: row g, columns 2 t, 2 t + 1;
+// row g + 8, the same; row g, columns 2 t + 8, 2 t + 9; row g + 8, the same. Of b: column g, rows as the
+// columns of a. Of sum: row g, columns 2 t, 2 t + 1; row g + 8, the same.
+template <typename T>
+__device__ void add_product(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#if defined(__CUDA_ARCH__)
+#define DEFORM_ATTN_MMA(TYPE)                                                         \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE                 \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+               : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])               \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+  if constexpr (std::is_same_v<T, __half>) {
+    DEFORM_ATTN_MMA("f16");
+  } else {
+    DEFORM_ATTN_MMA("bf16");
+  }
+#undef DEFORM_ATTN_MMA
+#elif !defined(__CUDACC__)
+  multiply_in_warp<T>(sum, a, b);  // the emulator's
+#endif
 }
 
 }  // namespace deform_attn

@@ -8,36 +8,23 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
-from deform_attn.detr.data import open_dataset
-from deform_attn.detr.evaluate import (
-    as_text,
-    average_precision,
-    class_precision,
-    coco_results,
-    detect,
-)
+from deform_attn.detr.data import folder_of, open_dataset, splits_of
+from deform_attn.detr.evaluate import as_text, coco_results, detect, score
 from deform_attn.detr.export import export as export_detector
+from deform_attn.detr.folders import AnnotatedFolder
+from deform_attn.detr.hold_out import hold_out as divide_folder
 from deform_attn.detr.images import draw, find_images, read_image
+from deform_attn.detr.pictures import draw_sheet, precision_recall
 from deform_attn.detr.predict import load
-from deform_attn.detr.train import train
+from deform_attn.detr.progress import progress
+from deform_attn.detr.train import find_device, train
 
 PROG = "python -m deform_attn.detr"
-
-
-def _device(name: str) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"device: expected cpu, cuda or another of PyTorch, got {name!r}: {reason}"
-        ) from error
+SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
 def _at_least_one(**numbers: int) -> None:
@@ -52,38 +39,57 @@ def evaluate(
     split: str = "val",
     batch: int = 16,
     device: str = "",
+    workers: int = 0,
     results: Path | None = None,
+    out: Path | None = None,
 ) -> None:
-    """Print the AP of a detector on a data set, and the AP of each class.
+    """Print the AP of a detector on a data set, in all and of each class and size.
 
-    Example: python -m deform_attn.detr evaluate --model RUN/model.pt --data coco:FOLDER
+    Classes are compared by name.
+
+    Example: python -m deform_attn.detr evaluate --model RUN/model.pt --data FOLDER --out RUN
 
     Args:
         model: what `deform_attn.detr.load` takes: model.pt, an official checkpoint, a folder.
-        data: shapes, digits or coco:FOLDER; classes are compared by name.
-        split: train or val.
+        data: shapes, digits, FOLDER, coco:FOLDER, roboflow:FOLDER or yolo:FOLDER.
+        split: train, val, test or another of the folder.
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
-        results: JSON file for the detections, in COCO's results format.
+        workers: processes that prepare batches.
+        results: JSON file for the detections, in COCO's results format, with the file's ids.
+        out: folder for precision_recall.png, with curves of each class.
     """
-    if results is not None:
-        results.parent.mkdir(parents=True, exist_ok=True)
-    detector = load(model, _device(device))
+    for folder in filter(None, (out, results and results.parent)):
+        folder.mkdir(parents=True, exist_ok=True)
+    detector = load(model, find_device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
     )
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
-    found = detect(detector.model, detector.postprocess, dataset, batch)
+    parts = (detector.model, detector.postprocess, dataset, batch)
+    with progress("evaluates images", len(dataset)) as advance:
+        found = detect(*parts, observe=lambda _, targets: advance(len(targets)), workers=workers)
     coco = dataset.ground_truth()
-    table = Table("", "AP", box=None)
-    for name, value in average_precision(coco, found).items():
-        table.add_row(name, as_text(value))
-    for name, value in class_precision(coco, found).items():
+    scores = score(coco, found)
+    table = Table("", split, box=None)
+    for name, value in scores.metrics.items():
         table.add_row(name, as_text(value))
     Console().print(table)
+    table = Table("class", "objects", *SIZES, box=None)
+    for label, name in enumerate(scores.classes):
+        numbers = [as_text(value) for value in scores.of_class(label).values()]
+        table.add_row(name, str(scores.objects[label]), *numbers)
+    Console().print(table)
     if results is not None:
-        results.write_text(json.dumps(coco_results(coco, found)))
+        rows = coco_results(coco, found)
+        if isinstance(dataset, AnnotatedFolder):
+            rows = dataset.with_file_ids(rows)
+        results.write_text(json.dumps(rows))
+    if out is not None:
+        picture = out / "precision_recall.png"
+        precision_recall(scores, f"{model} on {data}, {split}").savefig(picture, dpi=120)
+        print(picture)
 
 
 def predict(
@@ -107,17 +113,20 @@ def predict(
         device: cpu, cuda, ...; by default a GPU, if there is one.
     """
     _at_least_one(batch=batch)
-    detector = load(model, _device(device))
+    detector = load(model, find_device(device))
     files = find_images(images)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for first in range(0, len(files), batch):
-        part = files[first : first + batch]
-        for i, (file, found) in enumerate(zip(part, detector.predict(part, threshold, batch))):
-            picture = f"{first + i:05d}_{file.stem}.png"
-            draw(read_image(file), found).save(out / picture)
-            numbers = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
-            rows.append({"file": str(file), "picture": picture, **numbers, "names": found["names"]})
+    with progress("predicts images", len(files)) as advance:
+        for first in range(0, len(files), batch):
+            part = files[first : first + batch]
+            for i, (file, found) in enumerate(zip(part, detector.predict(part, threshold, batch))):
+                picture = f"{first + i:05d}_{file.stem}.png"
+                draw(read_image(file), found).save(out / picture)
+                numbers = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
+                one = {"file": str(file), "picture": picture, **numbers}
+                rows.append({**one, "names": found["names"]})
+            advance(len(part))
     (out / "detections.json").write_text(json.dumps(rows, indent=1))
     print(f"{sum(len(row['names']) for row in rows)} detections in {len(files)} images: {out}")
 
@@ -138,52 +147,62 @@ def export(model: str, file: Path, size: int = 0) -> None:
     print(f"{file}: boxes and scores differ by {error:.2g} from the model's")
 
 
-def data(data: str, split: str = "train", sheet: Path | None = None, samples: int = 12) -> None:
-    """Check a data set, count its objects, and draw a sheet of samples.
+def data(
+    data: str,
+    split: str = "",
+    sheet: Path | None = None,
+    samples: int = 12,
+    hold_out: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Check a data set, count its objects, draw a sheet of samples, or divide its images.
 
-    Example: python -m deform_attn.detr data --data coco:FOLDER --sheet sheet.png
+    With hold_out, a folder with annotations of one split gets hold_out/train.json and
+    hold_out/val.json, which later commands use instead. Nothing is overwritten.
+
+    Examples: python -m deform_attn.detr data --data FOLDER --sheet sheet.png;
+    python -m deform_attn.detr data --data FOLDER --hold-out 0.2
 
     Args:
-        data: shapes, digits or coco:FOLDER.
-        split: train or val.
-        sheet: PNG file for samples with their boxes.
+        data: shapes, digits, FOLDER, coco:FOLDER, roboflow:FOLDER or yolo:FOLDER.
+        split: train, val, test or another; by default all of them.
+        sheet: PNG file for samples of the first one, with their boxes.
         samples: number of them.
+        hold_out: fraction of images, such as 0.2, that become val, as above. 0: none.
+        seed: of the images that are held out.
     """
     _at_least_one(samples=samples)
-    dataset = open_dataset(data, split)
-    coco = dataset.ground_truth()
-    counts = Counter(one["category_id"] for one in coco["annotations"])
-    most = max(Counter(one["image_id"] for one in coco["annotations"]).values(), default=0)
-    print(f"{len(dataset)} images, {len(coco['annotations'])} objects, at most {most} per image")
-    table = Table("class", "objects", box=None)
-    for label, name in enumerate(dataset.classes):
-        table.add_row(name, str(counts[label]))
+    if hold_out:
+        folder, layout = folder_of(data)
+        print(*divide_folder(folder, hold_out, seed, layout))
+    names = [split] if split else sorted(splits_of(data), key=_order)
+    classes = None
+    sets = {}
+    for name in names:
+        sets[name] = open_dataset(data, name, resize="fit", classes=classes)
+        classes = sets[name].classes
+    for name, one in sets.items():
+        objects = [row["image_id"] for row in one.ground_truth()["annotations"]]
+        empty = len(one) - len(set(objects))
+        most = f"at most {one.most_objects} per image"
+        print(f"{name}: {len(one)} images, {empty} without objects; {len(objects)} objects, {most}")
+    table = Table("class", *names, box=None)
+    counts = [
+        Counter(row["category_id"] for row in one.ground_truth()["annotations"])
+        for one in sets.values()
+    ]
+    for label, name in enumerate(classes or ()):
+        table.add_row(name, *(str(count[label]) for count in counts))
     Console().print(table)
     if sheet is not None:
         sheet.parent.mkdir(parents=True, exist_ok=True)
-        _draw_sheet(dataset, sheet, samples)
+        draw_sheet(next(iter(sets.values())), sheet, samples)
 
 
-def _draw_sheet(dataset: Any, file: Path, samples: int) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    number = min(samples, len(dataset))
-    columns = min(4, number)
-    rows = -(-number // columns)
-    figure = Figure((3 * columns, 3 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel in panels:
-        panel.set_axis_off()
-    for panel, i in zip(panels, range(0, len(dataset), max(1, len(dataset) // number))):
-        image, target = dataset[i]
-        height, width = image.shape[1:]
-        panel.imshow(image.permute(1, 2, 0).numpy())
-        for (cx, cy, w, h), label in zip(target["boxes"].tolist(), target["labels"].tolist()):
-            corner = ((cx - w / 2) * width, (cy - h / 2) * height)
-            panel.add_patch(Rectangle(corner, w * width, h * height, fill=False, color="#d62728"))
-            panel.text(*corner, dataset.classes[label], color="#d62728", fontsize=8, va="bottom")
-    figure.savefig(file, dpi=100)
+def _order(split: str) -> tuple[int, str]:
+    """Training images first: their classes number those of the others."""
+    starts = [split.startswith(name) for name in ("train", "val", "test")]
+    return starts.index(True) if any(starts) else 3, split
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""Augmentation: one affine warp for flip, crop, zoom and mosaic; mixup; and their schedule.
+"""Augmentation: one affine warp for flip, crop, zoom and mosaic; mixup; their schedule; and sizes.
 
 The random numbers of an item come from a generator seeded with (seed, step, place in the batch).
 Nothing is carried from step to step, so that a resumed training is the same to the bit, and
-processes that share a batch draw what one process would. Only mixup is limited to a process.
+processes that share a batch draw what one process would, as do the passes of a step. Only mixup
+blends images of the same process and pass.
 """
 
 from __future__ import annotations
@@ -129,7 +130,12 @@ class Item(NamedTuple):
 
 
 def batches(
-    length: int, batch: int, steps: range, seed: int, part: tuple[int, int] = (0, 1)
+    length: int,
+    batch: int,
+    steps: range,
+    seed: int,
+    part: tuple[int, int] = (0, 1),
+    accumulate: int = 1,
 ) -> Iterator[list[Item]]:
     """The batches of these steps: every image once per epoch, in a random order.
 
@@ -141,6 +147,8 @@ def batches(
         steps: from the first to the last.
         seed: of the order.
         part: (i, n): the i-th of n equal parts of each batch.
+        accumulate: batches per step; together they have the images of one batch so many times
+            larger.
 
     Raises:
         ValueError: the batch has no n equal parts.
@@ -153,11 +161,44 @@ def batches(
         numbers: list[int] = np.random.default_rng((seed, epoch)).permutation(length).tolist()
         return numbers
 
-    share = batch // part[1]
+    share, whole = batch // part[1], batch * accumulate
     for step in steps:
-        places = range(part[0] * share, (part[0] + 1) * share)
-        epochs = (divmod(step * batch + place, length) for place in places)
-        yield [Item(step, place, order(e)[i]) for place, (e, i) in zip(places, epochs)]
+        for first in range(part[0] * share, whole, batch):
+            places = range(first, first + share)
+            epochs = (divmod(step * whole + place, length) for place in places)
+            yield [Item(step, place, order(e)[i]) for place, (e, i) in zip(places, epochs)]
+
+
+def scales(size: int, multi_scale: float, resize: str = "stretch") -> list[int]:
+    """The sizes of images in multi-scale training: ``size``, and multiples of 32 around it.
+
+    RT-DETR (arXiv 2304.08069) draws one for each batch, and ``size`` three times as often as
+    another. With "shortest" no image is larger than ``size``, as in DETR.
+
+    Args:
+        size: of the images in pixels.
+        multi_scale: largest change, as a fraction of ``size``; 0: none.
+        resize: as :func:`~deform_attn.detr.images.as_tensor` takes it.
+
+    Raises:
+        ValueError: there is no such multiple of 32.
+
+    Example:
+        >>> from deform_attn.detr.augment import scales
+        >>> scales(128, 0.25), scales(800, 0.1, "shortest")
+        ([96, 160, 128, 128, 128], [736, 768, 800])
+    """
+    if multi_scale == 0:
+        return [size]
+    shortest = resize == "shortest"
+    low, high = size * (1 - multi_scale), size * (1 if shortest else 1 + multi_scale)
+    others = [s for s in range(32, round(high) + 1, 32) if s >= round(low) and s != size]
+    if not others:
+        raise ValueError(
+            f"multi_scale: expected a fraction of {size} pixels that reaches another multiple of "
+            f"32, such as {math.ceil(3200 / size) / 100}, got {multi_scale}"
+        )
+    return others + [size] * (1 if shortest else 3)
 
 
 class Augmented(Dataset[tuple[Item, Sample]]):
@@ -168,16 +209,29 @@ class Augmented(Dataset[tuple[Item, Sample]]):
         name: one of AUGMENTATIONS.
         steps: length of the training.
         seed: of all random numbers.
+        multi_scale: of :func:`scales`. With "shortest" each image has a size of its own, otherwise
+            all images of a step have the same.
+        resize: how the data set resizes its images.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or a ``multi_scale`` without effect.
     """
 
-    def __init__(self, dataset: Detection, name: str, steps: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Detection,
+        name: str,
+        steps: int,
+        seed: int,
+        multi_scale: float = 0.0,
+        resize: str = "stretch",
+    ) -> None:
         if name not in AUGMENTATIONS:
             raise ValueError(f"augment: expected one of {list(AUGMENTATIONS)}, got {name!r}")
         self.dataset, self.steps, self.seed = dataset, steps, seed
         self._active = AUGMENTATIONS[name]
+        self.sizes = scales(dataset.size, multi_scale, resize)
+        self._own_sizes = resize == "shortest"
 
     def is_on(self, name: str, step: int) -> bool:
         """Whether an augmentation may be applied in a step."""
@@ -202,11 +256,25 @@ class Augmented(Dataset[tuple[Item, Sample]]):
             sample = _colors(sample[0], rng), sample[1]
         if self.dataset.flips and self.is_on("flip", item.step) and rng.random() < 0.5:
             sample = warp(sample, _window(np.zeros(2), np.array([-1.0, 1.0])))
+        if self._own_sizes:
+            sample = self._resized(sample, rng)
         return item, sample
+
+    def _resized(self, sample: Sample, rng: np.random.Generator) -> Sample:
+        """With one of the sizes; boxes are fractions of the image."""
+        image, target = sample
+        scale = self.sizes[int(rng.integers(len(self.sizes)))] / self.dataset.size
+        if scale != 1:
+            sides = [max(1, round(side * scale)) for side in image.shape[1:]]
+            image = F.interpolate(image[None], sides, mode="bilinear", antialias=True)[0]
+        return image, target
 
     def batch(self, drawn: list[tuple[Item, Sample]]) -> Batch:
         """Items as a batch, with mixup while that is on."""
         samples, step = [sample for _, sample in drawn], drawn[0][0].step
+        if not self._own_sizes:  # generators of one seed: all images get the same size
+            key = (self.seed, step, 2**32 - 1)
+            samples = [self._resized(one, np.random.default_rng(key)) for one in samples]
         rng = np.random.default_rng((self.seed, step))
         if not self.is_on("mixup", step) or rng.random() >= 0.5:
             return collate(samples)

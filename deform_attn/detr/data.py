@@ -62,8 +62,9 @@ def open_dataset(
     """A data set by its name on the command line.
 
     Args:
-        name: ``shapes``, ``digits`` or ``coco:FOLDER``.
-        split: ``train`` or ``val``.
+        name: ``shapes``, ``digits``, or a folder of a layout in :mod:`deform_attn.detr.folders`;
+            ``coco:FOLDER``, ``roboflow:FOLDER`` and ``yolo:FOLDER`` choose the layout.
+        split: ``train`` or ``val``; of a folder also ``test`` or another name.
         size: longer side of the images in pixels, the shorter one with "shortest"; 0: 64 for
             shapes, 128 for digits, 640 for a folder.
         seed: of what is drawn; a folder has none.
@@ -74,6 +75,7 @@ def open_dataset(
 
     Raises:
         ValueError: an unknown name or split, or an invalid folder; the message names each fault.
+        OSError: a file of the folder cannot be read.
 
     Example:
         >>> from deform_attn.detr.data import open_dataset
@@ -81,16 +83,45 @@ def open_dataset(
         >>> image.shape, target["boxes"].shape[-1]
         (torch.Size([3, 64, 64]), 4)
     """
-    from deform_attn.detr.coco import CocoFolder
+    from deform_attn.detr.folders import AnnotatedFolder
 
-    if split not in ("train", "val"):
-        raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
-    if name in (drawn := {"shapes": Shapes, "digits": Digits}):
-        return drawn[name](split, size, seed)
-    kind, _, folder = name.partition(":")
-    if kind == "coco" and folder:
-        return CocoFolder(folder, split, size or 640, resize, classes)
-    raise ValueError(f"data: expected 'shapes', 'digits' or 'coco:FOLDER', got {name!r}")
+    if name in DRAWN:
+        if split not in _Drawn.lengths:
+            raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
+        return DRAWN[name](split, size, seed)
+    folder, layout = folder_of(name)
+    return AnnotatedFolder(folder, split, size or 640, resize, classes, layout)
+
+
+def splits_of(name: str) -> list[str]:
+    """Names of the splits of a data set.
+
+    Raises:
+        ValueError: an unknown name, or an invalid folder.
+    """
+    from deform_attn.detr.folders import find_splits
+
+    return list(_Drawn.lengths if name in DRAWN else find_splits(*folder_of(name)))
+
+
+def folder_of(name: str) -> tuple[Path, str]:
+    """Folder and layout, empty if not given, of a name on the command line.
+
+    Raises:
+        ValueError: the name has neither.
+    """
+    from deform_attn.detr.folders import LAYOUTS
+
+    layout, _, folder = name.partition(":")
+    if layout in LAYOUTS and folder:
+        return Path(folder).expanduser(), layout
+    path = Path(name).expanduser()
+    if not name or "\0" in name or not path.exists():
+        raise ValueError(
+            "data: expected 'shapes', 'digits', a folder, or 'coco:FOLDER', 'roboflow:FOLDER' or "
+            f"'yolo:FOLDER', got {name!r}"
+        )
+    return path, ""
 
 
 def write_coco(dataset: Detection, folder: str | Path, split: str) -> None:
@@ -251,6 +282,9 @@ class Digits(_Drawn):
             boxes.append(box)
             labels.append(names[which])
         return canvas, boxes, labels
+
+
+DRAWN: dict[str, type[_Drawn]] = {"shapes": Shapes, "digits": Digits}
 
 
 @functools.cache

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
 
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
-AREAS = {"AP_small": (0, 32**2), "AP_medium": (32**2, 96**2), "AP_large": (96**2, 1e10)}
 
 
 def detect(
@@ -22,6 +25,8 @@ def detect(
     dataset: Detection,
     batch: int = 16,
     part: tuple[int, int] = (0, 1),
+    observe: Callable[[dict[str, Any], list[dict[str, Tensor]]], None] | None = None,
+    workers: int = 0,
 ) -> list[dict[str, Tensor]]:
     """Detections in all images of a data set.
 
@@ -33,30 +38,42 @@ def detect(
         dataset: the images.
         batch: images per call of the model.
         part: (i, n): the i-th of n consecutive parts of the images, for a process of several.
+        observe: called with the outputs and the targets of each batch.
+        workers: processes that prepare batches.
 
     Returns:
         For each image what ``postprocess`` gives, in pixels of the file.
 
     Raises:
-        ValueError: ``batch`` is below 1.
+        ValueError: ``batch`` is below 1, or ``workers`` below 0.
     """
-    if batch < 1:
-        raise ValueError(f"batch: expected at least 1, got {batch}")
+    for name, number, least in (("batch", batch, 1), ("workers", workers, 0)):
+        if number < least:
+            raise ValueError(f"{name}: expected at least {least}, got {number}")
     begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
     parameter = next(model.parameters())
     device = parameter.device
     sizes = torch.tensor([[one["height"], one["width"]] for one in facts])
     detections: list[dict[str, Tensor]] = []
+    images_of: Any = Subset(dataset, range(begin, end))  # type: ignore[arg-type]
+    loader = DataLoader(
+        images_of,
+        batch,
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator(),  # else the loader draws from the global one
+    )
     training = model.training
     model.eval()
     with torch.no_grad():
-        for first in range(begin, end, batch):
-            last = min(first + batch, end)
-            images, mask, _ = collate([dataset[i] for i in range(first, last)])
+        for images, mask, targets in loader:
             mask = None if mask is None else mask.to(device)
             outputs = model(images.to(parameter), mask)
-            detections += postprocess(outputs, sizes[first:last].to(device))
+            if observe is not None:
+                observe(outputs, [{k: t.to(device) for k, t in one.items()} for one in targets])
+            first = begin + len(detections)
+            detections += postprocess(outputs, sizes[first : first + len(images)].to(device))
     model.train(training)
     return detections
 
@@ -100,32 +117,57 @@ def average_precision(
         >>> round(result["AP50"], 2), result["AP_large"]
         (1.0, None)
     """
-    areas = [one["area"] for one in ground_truth["annotations"] if not one["iscrowd"]]
-    if not areas:
-        return dict.fromkeys(NAMES)
-    judge = _judged(ground_truth, coco_results(ground_truth, detections))
-    numbers = np.maximum(judge.stats[: len(NAMES)], 0).tolist()
-    found: dict[str, float | None] = dict(zip(NAMES, numbers))
-    for name, (low, high) in AREAS.items():
-        if not any(low <= area <= high for area in areas):
-            found[name] = None
-    return found
+    return score(ground_truth, detections).metrics
 
 
-def class_precision(
-    ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]
-) -> dict[str, float | None]:
-    """AP of each class by name, as :func:`average_precision`; None for classes without objects."""
+@dataclass(frozen=True)
+class Scores:
+    """COCO's metrics of a detector on a data set.
+
+    Attributes:
+        metrics: ``AP``, ``AP50``, ... in [0, 1]; None where there is no object to find.
+        classes: names, by label.
+        objects: number of each class, without crowds.
+        precision: ``[IoU, recall, class, area]``, the highest at that recall or above. IoU is 0.5,
+            0.55, ... 0.95; recall is 0, 0.01, ... 1; areas are all, small, medium and large. NaN
+            where there is no object.
+    """
+
+    metrics: dict[str, float | None]
+    classes: tuple[str, ...]
+    objects: list[int]
+    precision: np.ndarray
+
+    def of_class(self, label: int) -> dict[str, float | None]:
+        """``AP``, ``AP50``, ``AP75``, ``AP_small``, ``AP_medium`` and ``AP_large`` of a class."""
+        precision = self.precision[:, :, label]
+        parts = [precision[..., 0], precision[0, :, 0], precision[5, :, 0]]
+        parts += [precision[..., area] for area in (1, 2, 3)]
+        means = [float(part.mean()) for part in parts]
+        return {name: None if np.isnan(mean) else mean for name, mean in zip(NAMES, means)}
+
+
+def score(ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]) -> Scores:
+    """COCO's metrics, in all and of each class, with precision-recall curves.
+
+    Args:
+        ground_truth: as :func:`average_precision` takes it.
+        detections: likewise.
+    """
     categories = sorted(ground_truth["categories"], key=lambda category: category["id"])
-    present = {one["category_id"] for one in ground_truth["annotations"] if not one["iscrowd"]}
-    found: dict[str, float | None] = {category["name"]: None for category in categories}
-    if present:
-        judge = _judged(ground_truth, coco_results(ground_truth, detections))
-        precision = np.asarray(judge.eval["precision"])[:, :, :, 0, -1]  # [IoU, recall, class]
-        for i, category in enumerate(categories):
-            if category["id"] in present:
-                found[category["name"]] = float(np.maximum(precision[:, :, i], 0).mean())
-    return found
+    classes = tuple(category["name"] for category in categories)
+    counts = Counter(
+        one["category_id"] for one in ground_truth["annotations"] if not one["iscrowd"]
+    )
+    objects = [counts[category["id"]] for category in categories]
+    if not counts:
+        nothing = np.full((10, 101, len(classes), 4), np.nan)
+        return Scores(dict.fromkeys(NAMES), classes, objects, nothing)
+    judge = _judged(ground_truth, coco_results(ground_truth, detections))
+    numbers = judge.stats[: len(NAMES)].tolist()
+    metrics = {name: None if n < 0 else n for name, n in zip(NAMES, numbers)}  # -1: undefined
+    precision = np.asarray(judge.eval["precision"], dtype=float)[..., -1]
+    return Scores(metrics, classes, objects, np.where(precision < 0, np.nan, precision))
 
 
 def coco_results(
@@ -158,16 +200,23 @@ def as_text(value: float | None) -> str:
 
 
 def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
-    """Write a PNG with the loss of every step and the AP of every evaluation."""
+    """Write a PNG with the loss of every step, and loss and AP of every evaluation.
+
+    The loss of a step is without denoising and Mr. DETR's routes, which evaluations do not have.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure((9, 3.4), layout="constrained")
     left, right = figure.subplots(1, 2, subplot_kw={"xlabel": "step"})
-    loss = np.array(history["loss"])
+    loss = np.array(history["matched_loss"], dtype=float)
     left.plot(np.arange(1, len(loss) + 1), loss, color="#9ecae1", linewidth=0.7)
     parts = np.array_split(loss, min(40, len(loss)))
     ends = np.cumsum([len(part) for part in parts])
-    left.plot(ends, [part.mean() for part in parts], color="#08519c")
+    left.plot(ends, [part.mean() for part in parts], color="#08519c", label="training images")
+    if rows := history["val_loss"]:
+        steps, values = zip(*((row["step"], row["loss"]) for row in rows))
+        left.plot(steps, values, "o-", color="#d95f0e", markersize=3, label="test images")
+        left.legend(frameon=False)
     left.set_title("loss", loc="left")
     for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")):
         rows = [(row["step"], row[name]) for row in history["ap"] if row[name] is not None]

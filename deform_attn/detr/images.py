@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -74,16 +74,20 @@ def draw(image: Image.Image, found: dict[str, Any]) -> Image.Image:
     """A copy of an image with the boxes, names and scores of a detection."""
     picture = image.copy()
     pen = ImageDraw.Draw(picture)
-    width = max(1, round(max(picture.size) / 300))
+    long = max(picture.size)
+    width = max(1, round(long / 300))
+    font = ImageFont.load_default(max(11, round(long / 45)))
     for box, label, name, score in zip(
         found["boxes"].tolist(), found["labels"].tolist(), found["names"], found["scores"].tolist()
     ):
         colour = COLOURS[label % len(COLOURS)]
         pen.rectangle(box, outline=colour, width=width)
         text = f"{name} {score:.2f}"
-        x, y = box[0], max(0, box[1] - 12)
-        pen.rectangle(pen.textbbox((x, y), text), fill=colour)
-        pen.text((x, y), text, fill="white")
+        _, _, right, bottom = pen.textbbox((0, 0), text, font=font)
+        x = max(0, min(box[0], picture.width - right - 2 * width))
+        y = max(0, box[1] - bottom - 2 * width)
+        pen.rectangle((x, y, x + right + 2 * width, y + bottom + 2 * width), fill=colour)
+        pen.text((x + width, y + width), text, fill="white", font=font)
     return picture
 
 

@@ -177,16 +177,42 @@ def _classes(one_hot: Tensor) -> Tensor:
     return torch.where(one_hot.any(-1), one_hot.argmax(-1), one_hot.shape[-1] - 1)
 
 
-def averaged(number: int, device: torch.device) -> Tensor:
+def averaged(number: int, device: torch.device, *, alone: bool = False) -> Tensor:
     """Mean of ``number`` over the processes of a training, at least 1.
 
     Losses divided by it have the gradient of one large batch, after averaging over processes.
+
+    Args:
+        number: of this process.
+        device: of the result.
+        alone: it is that of this process, without communication.
     """
     count = torch.tensor(float(number), device=device)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if parallel and not alone:
         torch.distributed.all_reduce(count)
         count = count / torch.distributed.get_world_size()
     return count.clamp(min=1)
+
+
+def in_evaluation(name: str, eval_layers: int) -> bool:
+    """Whether a detector in evaluation mode has the set of a loss: no denoising, no routes.
+
+    Args:
+        name: of the loss.
+        eval_layers: number of decoder layers that run in evaluation.
+
+    Example:
+        >>> from deform_attn.detr.losses import in_evaluation
+        >>> names = ("layer2", "layer3", "layer_pre", "encoder", "dn2", "encoder_o2m")
+        >>> [name for name in names if in_evaluation(f"giou/{name}", 3)]
+        ['layer2', 'layer_pre', 'encoder']
+    """
+    of = name.partition("/")[2]
+    layer = of.removeprefix("layer")
+    if layer.isdigit():
+        return int(layer) < eval_layers
+    return of in ("encoder", "layer_pre")
 
 
 def query_indices(pairs: Pairs) -> tuple[Tensor, Tensor]:
@@ -266,12 +292,23 @@ class Criterion:
     route_divisor: float = 1.0
     bins: EdgeBins | None = None
 
-    def __call__(self, outputs: Outputs, targets: Targets) -> dict[str, Tensor]:
+    def __call__(
+        self,
+        outputs: Outputs,
+        targets: Targets,
+        num_objects: Tensor | None = None,
+        *,
+        alone: bool = False,
+    ) -> dict[str, Tensor]:
         """Losses by name, ``<loss>/<set>``, such as ``giou/layer2``; their sum is to be minimised.
 
         Args:
-            outputs: of a detector in training mode.
+            outputs: of a detector; in evaluation mode without denoising and routes.
             targets: ``{"labels": [n], "boxes": [n, 4]}`` of each image.
+            num_objects: divides the losses, a scalar; by default the number of objects in
+                ``targets``, averaged over processes. With gradient accumulation it is the mean of
+                the passes of a step.
+            alone: nothing is averaged over processes, which may call this at different times.
 
         Raises:
             ValueError: a target does not fit; the message names it.
@@ -280,11 +317,13 @@ class Criterion:
         num_classes = logits.shape[-1] - self.classification.no_object
         if outputs.get("dn", {}).get("targets") is not targets:  # else the detector checked them
             check_targets(targets, logits.shape[1], num_classes)
-        num_objects = averaged(sum(len(target["labels"]) for target in targets), logits.device)
+        if num_objects is None:
+            number = sum(len(target["labels"]) for target in targets)
+            num_objects = averaged(number, logits.device, alone=alone)
         matched = list(self.matched(outputs, targets, num_objects))
         shared = union([one.pairs for one in matched]) if self.bins is not None else []
         positives = sum(len(queries) for queries, _ in shared)
-        num_shared = averaged(positives, logits.device)
+        num_shared = averaged(positives, logits.device, alone=alone)
         # Denoising queries take the balance of the matched queries, as in the official code.
         balance = (positives, logits[0, ..., 0].numel() - positives)
         losses = {}

@@ -1,10 +1,10 @@
 """Training and fine-tuning: ``python -m deform_attn.detr train``.
 
 The folder of a run holds ``model.pt`` and ``best.pt``, that of the best AP, for
-`deform_attn.detr.load`; ``curves.png``; ``history.json``; and ``checkpoint.pt``. The same command
-resumes a training that was stopped, with the same result to the bit; ``--resume`` continues it with
-other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes
-share each batch.
+`deform_attn.detr.load`; ``log.csv`` and ``curves.png``; ``history.json``; and ``checkpoint.pt``.
+The same command resumes a training that was stopped, with the same result to the bit; ``--resume``
+continues it with other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train
+...`` N processes share each batch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -29,13 +30,16 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.detr.augment import AUGMENTATIONS, Augmented, batches
+from deform_attn.detr.augment import AUGMENTATIONS, Augmented, Batch, batches
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
 from deform_attn.detr.images import RESIZE
+from deform_attn.detr.logs import Log, Stopwatch, summary_writer
+from deform_attn.detr.losses import averaged, in_evaluation
 from deform_attn.detr.predict import Predictor, load
 from deform_attn.detr.recipes import RECIPES, Recipe, build
+from deform_attn.detr.recompute import recompute
 from deform_attn.detr.zoo import CONFIGURATIONS
 
 # Settings that --resume lets change.
@@ -43,6 +47,9 @@ CHANGEABLE = frozenset(
     [
         "steps",
         "batch",
+        "accumulate",
+        "recompute",
+        "multi_scale",
         "lr",
         "backbone_lr",
         "weight_decay",
@@ -54,8 +61,10 @@ CHANGEABLE = frozenset(
         "evaluate_every",
         "save_every",
         "keep_every",
+        "patience",
     ]
 )
+OF_STEPS, OF_EVALUATIONS = ("loss", "matched_loss", "lr"), ("parts", "val_loss", "ap")
 ARCHITECTURE = ("recipe", "model", "width", "layers", "queries")
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -66,11 +75,16 @@ class Settings:
 
     One of ``recipe``, ``model`` and ``init`` is required.
 
-    Raises:
-        ValueError: a setting has an invalid value; the message names it.
+    Example:
+        >>> from deform_attn.detr.train import Settings
+        >>> Settings(data="shapes", recipe="rtdetr", accumulate=0).check()
+        Traceback (most recent call last):
+            ...
+        ValueError: accumulate: expected at least 1, got 0
     """
 
-    data: str  # shapes, digits or coco:FOLDER
+    # shapes, digits, or a folder of COCO's, Roboflow's or YOLO's layout
+    data: str
     # a small system on a small backbone: stewart, detr, dab_detr, deformable_detr,
     # deformable_detr_two_stage, dab_deformable_detr, dn_deformable_detr, dino, rtdetr, rtdetrv2,
     # dfine, deim or mr_detr
@@ -82,9 +96,16 @@ class Settings:
     # name on the hub
     init: str = ""
     steps: int = 800  # of the optimizer
-    batch: int = 16  # images per step, of all processes together
+    batch: int = 16  # images per forward pass, of all processes together
+    accumulate: int = 1  # passes per step: a step of so many batches, in the memory of one
+    # 1: gradient checkpointing: blocks of the backbone, encoder and decoder layers are computed
+    # again for the gradients, instead of keeping what is inside them
+    recompute: int = 0
     size: int = 0  # of the images in pixels; 0: that of the model, or of the data
     resize: str = ""  # stretch, fit or shortest; by default that of the model, or stretch
+    # batches of random sizes, the multiples of 32 within this part of the size: 0.25 of 640 is 480
+    # to 800 (RT-DETR); with shortest, images of random sizes, none larger; 0: one size
+    multi_scale: float = 0.0
     width: int = 64  # channels, a multiple of 32
     layers: int = 2  # of the decoder
     queries: int = 20  # the most objects that are found in an image
@@ -100,8 +121,14 @@ class Settings:
     evaluate_every: int = 100  # steps between evaluations
     save_every: int = 100  # steps between saves
     keep_every: int = 0  # steps after which a save also stays as checkpoint_STEP.pt; 0: none
+    patience: int = 0  # evaluations without a better AP after which training ends; 0: never
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Check the settings, apart from the data.
+
+        Raises:
+            ValueError: a setting has an invalid value; the message names it.
+        """
         if bool(self.recipe) == bool(self.model) and not self.init:
             raise ValueError("recipe, model: expected one of them, or init alone")
         choices: dict[str, Iterable[str]] = {
@@ -115,14 +142,14 @@ class Settings:
             if (got := getattr(self, name)) not in known:
                 listed = ", ".join(filter(None, known))
                 raise ValueError(f"{name}: expected one of {listed}; got {got!r}")
-        counts = ("steps", "batch", "layers", "queries", "evaluate_every", "save_every")
-        for name in counts:
+        counts = ("steps", "batch", "accumulate", "layers", "queries")
+        for name in (*counts, "evaluate_every", "save_every"):
             if (got := getattr(self, name)) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {got}")
         for name in ("lr", "clip"):
             if not 0 < (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {got}")
-        for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every"):
+        for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every", "patience"):
             if not 0 <= (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number from 0, got {got}")
         if self.width < 32 or self.width % 32:
@@ -134,8 +161,11 @@ class Settings:
                         f"{name}: expected {default}, the default, because {self.model} has its "
                         f"own, got {got}"
                     )
-        if self.freeze_norms not in (0, 1):
-            raise ValueError(f"freeze_norms: expected 0 or 1, got {self.freeze_norms}")
+        for name in ("freeze_norms", "recompute"):
+            if (got := getattr(self, name)) not in (0, 1):
+                raise ValueError(f"{name}: expected 0 or 1, got {got}")
+        if not 0 <= self.multi_scale < 1:
+            raise ValueError(f"multi_scale: expected 0 to below 1, got {self.multi_scale}")
         if self.keep_every % self.save_every:
             raise ValueError(
                 f"keep_every: expected a multiple of save_every, which is {self.save_every}, "
@@ -252,44 +282,115 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
     return found
 
 
+def find_device(name: str = "") -> torch.device:
+    """A device by name; by default a GPU, if there is one.
+
+    Raises:
+        ValueError: it is not there.
+    """
+    name = name or _default_device()
+    try:
+        device = torch.empty(0, device=name).device
+        if device.type != "meta":
+            return device
+        reason = "it keeps no values"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+    raise ValueError(f"device: expected cpu, cuda or another of PyTorch, got {name!r}: {reason}")
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _own_device(name: str) -> torch.device:
+    """Of several processes, each has the GPU of its number.
+
+    Raises:
+        ValueError: it is not there, or all processes would have the same GPU.
+    """
+    name = name or _default_device()
+    processes = _torchrun("WORLD_SIZE", 1)
+    if processes > 1 and name != "cpu":
+        if ":" in name:
+            raise ValueError(
+                f"device: expected cpu or cuda, of which each of the {processes} processes has "
+                f"its own, got {name!r}"
+            )
+        name = f"{name}:{_torchrun('LOCAL_RANK')}"
+    return find_device(name)
+
+
+def _torchrun(name: str, default: int = 0) -> int:
+    """A number that torchrun sets; the default without it."""
+    return int(os.environ.get(name, default))
+
+
 def train(
-    settings: Settings, out: Path, workers: int = 0, resume: Path | None = None
+    settings: Settings,
+    out: Path,
+    workers: int = 0,
+    resume: Path | None = None,
+    device: str = "",
+    tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train or fine-tune a detector; resumes from the checkpoint in the folder, if there is one.
 
     With a checkpoint to resume, its training is continued with other settings: steps, batch,
-    rates, augmentation, precision, seed, saving, the place of the data and the number of
-    processes. What decides the model and its data must be the same.
+    rates, augmentation, sizes, precision, seed, patience, saving, the device, the place of the data
+    and the number of processes. What decides the model and its data must be the same.
 
     Under torchrun it makes a process group, if there is none, and destroys it at the end. A script
     that trains several times makes one group for all: PyTorch's store keeps the addresses of a
     destroyed group, and a second group can wait for them.
 
-    Examples: python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN;
-    python -m deform_attn.detr train --init digits --data coco:FOLDER --out RUN;
+    Examples, from random weights, from those of digits, from official ones, and continued:
+
+    python -m deform_attn.detr train --recipe rtdetr --data shapes --out RUN
+
+    python -m deform_attn.detr train --init digits --data FOLDER --size 128 --out RUN
+
+    python -m deform_attn.detr train --init FILE.pth --data FOLDER --lr 1e-4 --backbone-lr 0.1
+    --multi-scale 0.25 --batch 4 --accumulate 4 --recompute 1 --patience 5 --out RUN
+
     python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out NEXT
 
     Args:
         settings: of the training.
         out: folder of the run.
-        workers: processes that prepare batches; they do not change the result.
+        workers: processes that prepare batches, of training and evaluation; they do not change the
+            result.
         resume: a checkpoint, or the folder of a run, to continue with other settings. The folder of
             the run is the same, or one that has no other training.
+        device: cpu, cuda, cuda:1, mps, ...; by default a GPU, if there is one. Under torchrun each
+            process has its own.
+        tensorboard: write events for TensorBoard too, in ``tensorboard/`` of the folder.
 
     Returns:
-        The history: ``loss`` of each step; ``parts``, each loss by name, and ``ap``, COCO's
-        numbers, at each evaluation, with its ``step``; ``cpu_seconds`` of this process.
+        The history. Of each step: ``loss``; ``matched_loss``, without denoising and Mr. DETR's
+        routes; ``lr``, before the factors of parameter groups. Of each evaluation, with its
+        ``step``: ``parts``, each training loss by name; ``val_loss``, likewise of the test images,
+        and their sum as ``loss``; ``ap``, COCO's numbers. And ``cpu_seconds`` of this process.
 
     Raises:
-        ValueError: an invalid setting, or another than in the checkpoint.
+        ValueError: an invalid setting, or another than in the checkpoint; or no such device.
+        ModuleNotFoundError: TensorBoard is not installed.
         FileNotFoundError: there is no checkpoint to resume.
         FloatingPointError: the loss or a gradient is not finite; the checkpoint is older.
     """
-    makes_group = "RANK" in os.environ and not distributed.is_initialized()  # RANK: of torchrun
+    settings.check()
+    if workers < 0:
+        raise ValueError(f"workers: expected a number from 0, got {workers}")
+    if tensorboard:
+        summary_writer()
+    where = _own_device(device)
+    if where.type == "cuda":
+        torch.cuda.set_device(where)  # NCCL takes the current one
+    makes_group = "RANK" in os.environ and not distributed.is_initialized()
     if makes_group:
-        distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
-        return _Run(settings, out, resume).go(workers)
+        return _Run(settings, out, resume, where, workers, tensorboard=tensorboard).go()
     finally:
         if makes_group:
             distributed.destroy_process_group()
@@ -298,7 +399,16 @@ def train(
 class _Run:
     """The state of a training, its checkpoints, and the loop."""
 
-    def __init__(self, settings: Settings, out: Path, resume: Path | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        out: Path,
+        resume: Path | None = None,
+        device: torch.device | None = None,
+        workers: int = 0,
+        *,
+        tensorboard: bool = False,
+    ) -> None:
         file, checkpoint = _checkpoint(out, resume)
         source = None
         if checkpoint is None:
@@ -307,12 +417,12 @@ class _Run:
         elif not (settings.recipe or settings.model):
             then = checkpoint["settings"]
             settings = replace(settings, **{name: then[name] for name in ARCHITECTURE})
+        settings.check()
         self.settings, self.out = settings, out
-        process = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
-        rank, world, local = (int(os.environ.get(name, n)) for name, n in process.items())
-        cuda = torch.cuda.is_available()
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        rank, world = _torchrun("RANK"), _torchrun("WORLD_SIZE", 1)
+        device = device or torch.device("cpu")
         self.rank, self.world, self.device = rank, world, device
+        self.workers, self.tensorboard = workers, tensorboard
         self.console = Console(quiet=rank > 0, highlight=False)
         official = CONFIGURATIONS.get(settings.model)
         size = settings.size or (0 if official is None else official.image_size)
@@ -321,7 +431,8 @@ class _Run:
         self.data = open_dataset(settings.data, "train", *options)
         self.test = open_dataset(settings.data, "val", *options, self.data.classes)
         augment = settings.augment or _recipe(settings).augment
-        self.augmented = Augmented(self.data, augment, settings.steps, settings.seed)
+        seeded = (settings.steps, settings.seed)
+        self.augmented = Augmented(self.data, augment, *seeded, settings.multi_scale, self.resize)
         torch.manual_seed(settings.seed)
         if official is None:
             sizes = (settings.width, settings.layers, settings.queries)
@@ -349,31 +460,39 @@ class _Run:
             parameter.requires_grad_(False)
         self.criterion, self.postprocess = system.criterion, system.postprocess
         self.model = system.model.to(device)
-        if world > 1 and cuda:
+        if world > 1 and device.type == "cuda":
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
+        if settings.recompute:
+            recompute(self.model)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.model, settings))
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         parts = ("model", "average", "optimizer", "scaler")
         self.parts = {name: getattr(self, name) for name in parts}
         self.step = 0
+        self.log: Log | None = None
         self.signal = 0  # the signal that ends the training
         self.handlers: dict[int, Any] = {signal.SIGINT: None, signal.SIGTERM: None}
-        self.history: dict[str, Any] = {"loss": [], "parts": [], "ap": [], "cpu_seconds": 0.0}
-        self._check_queries()
+        self.history: dict[str, Any] = {name: [] for name in (*OF_STEPS, *OF_EVALUATIONS)}
+        self.history["cpu_seconds"] = 0.0
+        self._check_objects()
+        self._check_sizes()
         torch.manual_seed(settings.seed + 1000 * rank)  # processes draw different noise
-        self.random = [torch.default_generator]
-        self.random += [torch.cuda.default_generators[local]] if cuda else []
         out.mkdir(parents=True, exist_ok=True)
         if checkpoint is not None:
             self._load(file, checkpoint, change=resume is not None)
 
-    def _check_queries(self) -> None:
+    def _check_objects(self) -> None:
         """Warn of images with more objects than queries can find.
 
         Raises:
-            ValueError: there is no object at all.
+            ValueError: there is no object to learn, or none to measure an AP for ``patience``.
         """
+        if self.settings.patience and self.test.most_objects == 0:
+            raise ValueError(
+                "patience: expected 0, because the test images have no objects and no AP, "
+                f"got {self.settings.patience}"
+            )
         most = self.data.most_objects
         if most == 0:
             raise ValueError(f"data: expected objects to learn, got none in {self.settings.data}")
@@ -383,6 +502,30 @@ class _Run:
                 f"warning: queries: images have up to {most} objects, more than the "
                 f"{self.queries} queries; the others are never learnt"
             )
+
+    def _check_sizes(self) -> None:
+        """Check that the smallest images of multi-scale training have enough pixels.
+
+        Raises:
+            ValueError: they have fewer than queries.
+        """
+        if self.settings.multi_scale:
+            side = min(self.augmented.sizes)
+            try:
+                with torch.no_grad():
+                    self.average(torch.zeros(1, 3, side, side, device=self.device))
+            except ValueError as error:
+                raise ValueError(
+                    f"multi_scale: expected a smaller number, got {self.settings.multi_scale}, "
+                    f"because some images have {side} pixels a side: {error}"
+                ) from error
+
+    def _random_state(self) -> dict[str, Tensor]:
+        """States of the generators, by type of device."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type != "cpu":
+            states[self.device.type] = torch.get_device_module(self.device).get_rng_state()
+        return states
 
     def _gathered(self, value: Any) -> list[Any]:
         """A value of each process."""
@@ -394,7 +537,7 @@ class _Run:
     # Checkpoints. Learning rates, order and augmentation of the images follow from seed and step.
 
     def _save(self) -> None:
-        random = self._gathered([generator.get_state() for generator in self.random])
+        random = self._gathered(self._random_state())
         if self.rank > 0:
             return
         checkpoint = {"settings": asdict(self.settings), "step": self.step}
@@ -460,39 +603,48 @@ class _Run:
                     raise ValueError(f"{file}: {name}: {error}") from error
         for group, own in zip(self.optimizer.param_groups, groups):
             group |= {name: own[name] for name in ("lr", "peak", "weight_decay")}
-        self.step, self.history = checkpoint["step"], checkpoint["history"]
+        self.step = checkpoint["step"]
+        # Histories of earlier versions have fewer numbers.
+        self.history |= {name: [None] * self.step for name in OF_STEPS} | checkpoint["history"]
         if self.step > self.settings.steps:
             raise ValueError(
                 f"steps: expected more than the {self.step} of {file}, got {self.settings.steps}"
             )
         if self.rank < processes and then.get("seed") == self.settings.seed:
-            for generator, state in zip(self.random, checkpoint["random"][self.rank]):
-                generator.set_state(state)
+            states = checkpoint["random"][self.rank]
+            if isinstance(states, list):  # as earlier versions saved them
+                states = dict(zip(("cpu", "cuda"), states))
+            torch.set_rng_state(states["cpu"])
+            if self.device.type != "cpu" and self.device.type in states:
+                module = torch.get_device_module(self.device)
+                module.set_rng_state(states[self.device.type])
         done = f"step {self.step} of {self.settings.steps}"
         self.console.print(f"resumes {file} after {done}", soft_wrap=True)
 
     # The loop
 
-    def go(self, workers: int) -> dict[str, Any]:
+    def go(self) -> dict[str, Any]:
         """Run the remaining steps; SIGINT and SIGTERM save after the current one."""
         if threading.current_thread() is threading.main_thread():
             for number in self.handlers:
                 self.handlers[number] = signal.signal(number, self._signalled)
         try:
-            return self._go(workers)
+            return self._go()
         finally:
+            if self.log is not None:
+                self.log.close()
             for number, handler in self.handlers.items():
                 if handler is not None:
                     signal.signal(number, handler)
 
-    def _go(self, workers: int) -> dict[str, Any]:
-        settings, part = self.settings, (self.rank, self.world)
-        remaining = range(self.step, settings.steps)
+    def _go(self) -> dict[str, Any]:
+        settings, remaining = self.settings, range(self.step, self.settings.steps)
+        order = settings.seed, (self.rank, self.world), settings.accumulate
         loader = DataLoader(
             self.augmented,
-            batch_sampler=batches(len(self.data), settings.batch, remaining, settings.seed, part),
+            batch_sampler=batches(len(self.data), settings.batch, remaining, *order),
             collate_fn=self.augmented.batch,
-            num_workers=workers,
+            num_workers=self.workers,
             generator=torch.Generator(),  # else the loader draws from the global one
         )
         model: nn.Module = self.model
@@ -502,27 +654,61 @@ class _Run:
         for module in self.model.modules() if settings.freeze_norms else ():
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
+        if remaining and self._ended_early():
+            return self.history
         began = time.process_time() - self.history["cpu_seconds"]
+        if self.rank == 0:
+            self.log = Log(self.out, self.history, tensorboard=self.tensorboard)
+        watch, passes = Stopwatch(self.console.print), zip(*[iter(loader)] * settings.accumulate)
+        every = settings.evaluate_every
+        layers = getattr(self.model.get_submodule("decoder"), "eval_layers", 1)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         no_bar = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=no_bar) as bar:
             task = bar.add_task("", total=settings.steps, completed=self.step)
-            for batch in loader:
-                losses = self._step(model, *batch)
-                self.history["loss"].append(sum(losses.values()))
+            for left in reversed(range(len(remaining))):
+                with watch.time("step", left):
+                    losses = self._step(model, next(passes))
+                matched = sum(loss for name, loss in losses.items() if in_evaluation(name, layers))
+                lr = settings.lr * learning_rate_factor(self.step - 1, settings.steps)
+                row = sum(losses.values()), matched, lr
+                for name, value in zip(OF_STEPS, row):
+                    self.history[name].append(value)
                 stopped = max(self._gathered(self.signal))  # processes get it in other steps
-                last = self.step == settings.steps
-                if last or self.step % settings.evaluate_every == 0:
-                    self._evaluate(losses)
+                last = left == 0
+                if last or self.step % every == 0:
+                    others = 0 if last else -(-settings.steps // every) - self.step // every
+                    with watch.time("evaluation", others):
+                        self._evaluate(losses)
+                    last = last or self._ended_early()
+                if self.log is not None:
+                    self.log.add(self.history)
                 self.history["cpu_seconds"] = time.process_time() - began
                 if last or stopped or self.step % settings.save_every == 0:
                     self._save()
-                if stopped and not last:
-                    self._stop(stopped)
                 bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
+                if last:
+                    break
+                if stopped:
+                    self._stop(stopped)
         if self.world > 1:  # gloo's threads may still use tensors when Python ends: wait
             distributed.barrier()
         return self.history
+
+    def _ended_early(self) -> bool:
+        """Whether the last evaluations had no better AP than one before them."""
+        values = [row["AP"] or 0.0 for row in self.history["ap"]]
+        patience = self.settings.patience
+        if not patience or max(values[-patience:], default=1) > max(values[:-patience], default=-1):
+            return False
+        best = max(range(len(values)), key=lambda i: (values[i], i))
+        self.console.print(
+            f"ends after step {self.step}: the last {patience} evaluations have no AP above "
+            f"{values[best]:.3f}, that of step {self.history['ap'][best]['step']} in best.pt; "
+            "--resume with a larger --patience continues",
+            soft_wrap=True,
+        )
+        return True
 
     def _signalled(self, number: int, frame: Any) -> None:
         """Ends the training after the current step; a second signal ends it at once."""
@@ -536,29 +722,20 @@ class _Run:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
-    def _step(
-        self,
-        model: nn.Module,
-        images: Tensor,
-        padding_mask: Tensor | None,
-        targets: list[dict[str, Tensor]],
-    ) -> dict[str, float]:
-        """One step of the optimizer; the losses, averaged over processes."""
-        images = images.to(self.device)
-        if padding_mask is not None:
-            padding_mask = padding_mask.to(self.device)
-        targets = [{key: t.to(self.device) for key, t in one.items()} for one in targets]
-        half = AMP[self.settings.amp]
-        with torch.autocast(self.device.type, half, enabled=half is not None):
-            outputs = model(images, padding_mask, targets)
-        losses = self.criterion(outputs, targets)
-        loss = torch.stack(list(losses.values())).sum()
-        if not loss.isfinite():
-            self._diverged("losses", {name: value.item() for name, value in losses.items()})
+    def _step(self, model: nn.Module, passes: Sequence[Batch]) -> dict[str, float]:
+        """One step of the optimizer; the losses, averaged over passes and processes."""
+        number = sum(len(target["labels"]) for *_, targets in passes for target in targets)
+        num_objects = averaged(number, self.device) / len(passes)
+        self.optimizer.zero_grad()
+        found = []
+        for one in passes:
+            waits: AbstractContextManager[None] = nullcontext()
+            if isinstance(model, DistributedDataParallel) and one is not passes[-1]:
+                waits = model.no_sync()  # the last pass adds up the gradients of all processes
+            with waits:
+                found.append(self._pass(model, one, num_objects, len(passes)))
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * learning_rate_factor(self.step, self.settings.steps)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip)
         if not self.scaler.is_enabled() and not norm.isfinite():  # the scaler leaves such steps out
@@ -567,11 +744,30 @@ class _Run:
         self.scaler.update()
         self.step += 1
         self._average_weights()
-        numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
-        gathered = self._gathered(dict(zip(losses, numbers)))
-        # A process without objects has no denoising losses.
+        gathered = [losses for part in self._gathered(found) for losses in part]
+        # A pass without objects has no denoising losses.
         names = dict.fromkeys(name for one in gathered for name in one)
-        return {name: sum(one.get(name, 0.0) for one in gathered) / self.world for name in names}
+        return {name: sum(one.get(name, 0.0) for one in gathered) / len(gathered) for name in names}
+
+    def _pass(
+        self, model: nn.Module, batch: Batch, num_objects: Tensor, passes: int
+    ) -> dict[str, float]:
+        """Gradients of one of the passes of a step; its losses."""
+        images, padding_mask, targets = batch
+        images = images.to(self.device)
+        if padding_mask is not None:
+            padding_mask = padding_mask.to(self.device)
+        targets = [{key: t.to(self.device) for key, t in one.items()} for one in targets]
+        half = AMP[self.settings.amp]
+        with torch.autocast(self.device.type, half, enabled=half is not None):
+            outputs = model(images, padding_mask, targets)
+        losses = self.criterion(outputs, targets, num_objects)
+        loss = torch.stack(list(losses.values())).sum()
+        if not loss.isfinite():
+            self._diverged("losses", {name: value.item() for name, value in losses.items()})
+        self.scaler.scale(loss / passes).backward()
+        numbers = torch.stack([value.detach() for value in losses.values()]).tolist()
+        return dict(zip(losses, numbers))
 
     def _diverged(self, what: str, got: object) -> NoReturn:
         raise FloatingPointError(
@@ -589,19 +785,37 @@ class _Run:
                 mean.copy_(mean.lerp(now, 1 / span) if mean.is_floating_point() else now)
 
     def _evaluate(self, losses: dict[str, float]) -> None:
+        """Loss and AP of the averaged weights on the test images."""
         self.history["parts"].append({"step": self.step, **losses})
-        part = (self.rank, self.world)
-        found = detect(self.average, self.postprocess, self.test, self.settings.batch, part)
+        weighted: list[tuple[int, dict[str, Tensor]]] = []
+
+        def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
+            number = max(1, sum(len(target["labels"]) for target in targets))
+            weighted.append((number, self.criterion(outputs, targets, alone=True)))
+
+        options = (self.settings.batch, (self.rank, self.world), observe, self.workers)
+        found = detect(self.average, self.postprocess, self.test, *options)
         found = [{key: value.cpu() for key, value in one.items()} for one in found]
-        gathered = [one for part in self._gathered(found) for one in part]
+        sums = [(n, {name: n * value.item() for name, value in of.items()}) for n, of in weighted]
+        gathered = self._gathered((found, sums))
+        sums = [one for _, part in gathered for one in part]
+        total = sum(number for number, _ in sums)
+        val = {name: sum(of[name] for _, of in sums) / total for name in sums[0][1]}
+        self.history["val_loss"].append({"step": self.step, "loss": sum(val.values()), **val})
+        ap = None
         if self.rank == 0:
-            ap = average_precision(self.test.ground_truth(), gathered)
-            best = max((one["AP"] or 0 for one in self.history["ap"]), default=-1)
-            self.history["ap"].append({"step": self.step, **ap})
-            if (ap["AP"] or 0) >= best or not (self.out / "best.pt").exists():
-                _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
-            done = f"step {self.step:5}  loss {self.history['loss'][-1]:.3f}"
-            self.console.print(f"{done}  AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}")
+            detections = [one for part, _ in gathered for one in part]
+            ap = average_precision(self.test.ground_truth(), detections)
+        ap = self._gathered(ap)[0]
+        best = max((one["AP"] or 0 for one in self.history["ap"]), default=-1)
+        self.history["ap"].append({"step": self.step, **ap})
+        if self.rank == 0 and ((ap["AP"] or 0) >= best or not (self.out / "best.pt").exists()):
+            _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
+        loss, matched = (self.history[name][-1] for name in ("loss", "matched_loss"))
+        both = "" if loss == matched else f", {matched:.3f} of matched queries"
+        loss_now = f"loss {loss:.3f}{both}  val loss {sum(val.values()):.3f}"
+        ap_now = f"AP {as_text(ap['AP'])}  AP50 {as_text(ap['AP50'])}"
+        self.console.print(f"step {self.step:5}  {loss_now}  {ap_now}", soft_wrap=True)
 
 
 def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | None]:

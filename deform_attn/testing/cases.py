@@ -314,9 +314,15 @@ class Case:
         )
         return self.batch * self.queries * self.heads * sum(points)
 
-    def smaller(self, work: int) -> Case:
-        """The case with fewer queries, heads and batches, so that `work` is at most this."""
-        case = self
+    def smaller(self, work: int, *, queries_at_once: bool = False) -> Case:
+        """The case with fewer queries, heads and batches, so that `work` is at most this.
+
+        Args:
+            work: the largest number of sampled points.
+            queries_at_once: all queries take the time of one, as in an interpreted kernel: they
+                are kept, and `work` is that of a query.
+        """
+        case = dataclasses.replace(self, queries=min(self.queries, 1)) if queries_at_once else self
         for name, least in (
             ("queries", 2),
             ("heads", 2),
@@ -326,7 +332,7 @@ class Case:
         ):
             while case.work > work and getattr(case, name) > least:
                 case = dataclasses.replace(case, **{name: getattr(case, name) - 1})
-        return case
+        return dataclasses.replace(case, queries=self.queries) if queries_at_once else case
 
     @property
     def level_starts(self) -> tuple[int, ...]:

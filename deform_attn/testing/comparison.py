@@ -25,6 +25,7 @@ from . import oracle
 from .cases import FusedInputs, OpInputs, acc_dtype
 from .tolerances import (
     LEAST_CAP,
+    ROUNDINGS_OF_SUMS,
     TIMES_REFERENCE,
     error_of,
     largest,
@@ -235,6 +236,8 @@ def expected_fused(inputs: FusedInputs, grad_output: Tensor) -> Expected:
 
     An error may be 4 units of the result's dtype plus 20 of the dtype of the sums, relative to the
     largest number of the result: sums of a few dozen terms, rounded once to the result's dtype.
+    Where the terms of attention_logits' gradient cancel, it may be one unit of the dtype of the
+    sums, relative to the largest sum of their absolute values.
     """
     inputs, grad_output = inputs.to("cpu"), grad_output.cpu()
     leaves = inputs.double().leaves()
@@ -246,6 +249,8 @@ def expected_fused(inputs: FusedInputs, grad_output: Tensor) -> Expected:
         (4 * torch.finfo(tensor.dtype).eps + 20 * sums) * largest(e)
         for tensor, e in zip((inputs.value, *inputs.tensors), exact)
     ]
+    terms = oracle.absolute_terms_of_logits(inputs, grad_output)
+    limits[-1] = max(limits[-1], ROUNDINGS_OF_SUMS * sums * largest(terms))
     return Expected(FUSED_RESULTS, exact, limits)
 
 

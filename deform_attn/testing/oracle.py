@@ -156,6 +156,11 @@ def discrete(inputs: OpInputs, *, official_clamp: bool = False) -> Tensor:
 
 def ms_deform_attn_fused(inputs: FusedInputs) -> Tensor:
     """The fused operator in float64, ``[B, Q, M * D]``: softmax, locations, attention."""
+    return ms_deform_attn(unfused(inputs))
+
+
+def unfused(inputs: FusedInputs) -> OpInputs:
+    """Softmax and locations of the fused operator in float64: what it attends with."""
     x = inputs.double()
     B, Q, M = x.sampling_offsets.shape[:3]
     counts = x.points_per_level
@@ -174,11 +179,9 @@ def ms_deform_attn_fused(inputs: FusedInputs) -> Tensor:
                 turn = torch.polar(torch.ones_like(point[..., 4]), point[..., 4])
                 step = torch.view_as_real(torch.view_as_complex(step) * turn)
             locations.append(point[..., :2] + step)
-    return ms_deform_attn(
-        OpInputs(
-            *(x.value, x.spatial_shapes, None, torch.cat(locations, 3), weights, counts),
-            x.value_mask,
-        )
+    return OpInputs(
+        *(x.value, x.spatial_shapes, None, torch.cat(locations, 3), weights, counts),
+        x.value_mask,
     )
 
 
@@ -219,3 +222,15 @@ def sums_of_absolute_terms(inputs: OpInputs, grad_output: Tensor) -> tuple[Tenso
         value.double().abs(), locations.double(), weights.double().abs()
     )
     return output_and_gradients(inputs, grad_output.abs(), all_rising=True)
+
+
+def absolute_terms_of_logits(inputs: FusedInputs, grad_output: Tensor) -> Tensor:
+    """The gradient of attention_logits with all terms made positive.
+
+    The gradient is ``w (g - sum(w g))`` of weights w and their gradients g: where one weight is
+    close to 1 it is far smaller than its terms, whose roundings remain.
+    """
+    attended = unfused(inputs)
+    weights = attended.attention_weights.detach()
+    grads = sums_of_absolute_terms(attended, grad_output)[3].reshape(weights.shape)
+    return weights * (grads + (weights * grads).sum(-1, keepdim=True))

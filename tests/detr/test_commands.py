@@ -41,6 +41,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coco = json.loads(file.read_text())
         coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] != 7]
         coco["categories"] = [one for one in coco["categories"] if one["id"] != 7]
+        for one in coco["categories"]:
+            one["id"] += 20
+        for one in coco["annotations"]:
+            one["category_id"] += 20
         file.write_text(json.dumps(coco))
     return path
 
@@ -59,13 +63,17 @@ def test_evaluate(
     """Labels are compared by name; undefined numbers are dashes."""
     results = tmp_path / "results.json"
     arguments = ["--model", "digits", "--data", f"coco:{folder}", "--results", results]
-    run(monkeypatch, "evaluate", *arguments)
-    rows = dict(
-        line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2
-    )
-    assert float(rows["AP50"]) > 0.5
-    assert rows["AP_large"] == rows["7"] == "-"
-    assert {"image_id", "category_id", "bbox", "score"} == set(json.loads(results.read_text())[0])
+    run(monkeypatch, "evaluate", *arguments, "--out", tmp_path / "out")
+    words = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in words if line}
+    assert float(rows["AP50"][0]) > 0.5
+    assert rows["AP_large"] == ["-"]
+    assert rows["7"] == ["0", *"------"]
+    assert (tmp_path / "out/precision_recall.png").read_bytes().startswith(b"\x89PNG")
+    coco = json.loads((folder / "annotations/instances_val.json").read_text())
+    boxes = json.loads(results.read_text())
+    assert {"image_id", "category_id", "bbox", "score"} == set(boxes[0])
+    assert {one["category_id"] for one in boxes} <= {one["id"] for one in coco["categories"]}
     for wrong, message in (
         (("letters", "shapes"), "error: name_or_path: expected one of"),
         (("digits", "shapes"), r"data: expected the classes \['0', .*, got \('disc'"),
@@ -102,7 +110,9 @@ def test_data(
     capsys: Capture,
 ) -> None:
     run(monkeypatch, "data", "--data", f"coco:{folder}", "--sheet", tmp_path / "sheet.png")
-    assert capsys.readouterr().out.startswith("6 images, ")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[0] for line in lines[:2]] == ["train: 6 images", "val: 6 images"]
+    assert lines[2].split() == ["class", "train", "val"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (1200, 600)
     with pytest.raises(SystemExit, match="samples: expected at least 1, got 0"):
@@ -181,11 +191,18 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
     name = "backbone.stem.conv.weight"
     assert torch.equal(own[name], given[name])
     with pytest.raises(ValueError, match="recipe, model: expected one of them, or init alone"):
-        Settings(data="shapes")
+        Settings(data="shapes").check()
     with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
-        Settings(data="shapes", model="dfine_n", queries=7)
+        Settings(data="shapes", model="dfine_n", queries=7).check()
     with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
+
+
+def test_an_invalid_setting_is_named(monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
+    wrong = ["--recipe", "rtdetr", "--data", "shapes", "--out", tmp_path, "--steps", 0]
+    with pytest.raises(SystemExit, match="^python -m .*: error: steps: expected at least 1, got 0"):
+        run(monkeypatch, "train", *wrong)
+    assert capsys.readouterr() == ("", "")  # the parser of the command line prints nothing
 
 
 def test_help_has_examples_and_names_the_choices(monkeypatch: Patch, capsys: Capture) -> None:
@@ -218,6 +235,9 @@ def test_every_command_of_the_documentation_runs(
     """In the order of the pages, at small sizes; each new training in RUN gets a folder."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photographs").symlink_to(folder / "val")
+    (tmp_path / "UNDIVIDED/annotations").mkdir(parents=True)
+    for name in ("annotations/instances_val.json", "val"):
+        (tmp_path / "UNDIVIDED" / name).symlink_to(folder / name)
     torch.save({"model": official_state("dfine_n")}, "dfine_n_coco.pth")
     monkeypatch.setattr(Shapes, "lengths", {"train": 4, "val": 2})
     lines = [line.split()[3:] for line in documented()]
@@ -238,4 +258,5 @@ def test_every_command_of_the_documentation_runs(
         capsys.readouterr()
     written = [f"{name}/curves.png" for name in ("NEXT", *(f"RUN{i + 1}" for i in range(runs)))]
     written += ["results.json", "found/detections.json", "sheet.png", "detector.onnx"]
+    written.append("UNDIVIDED/hold_out/val.json")
     assert all((tmp_path / file).stat().st_size > 0 for file in written)

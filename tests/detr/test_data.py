@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from deform_attn.detr.augment import Augmented, Item, batches, collate, mixup, mosaic, warp
-from deform_attn.detr.coco import CocoFolder
 from deform_attn.detr.data import Digits, Shapes, open_dataset
-from deform_attn.detr.evaluate import average_precision
+from deform_attn.detr.evaluate import average_precision, score
+from deform_attn.detr.folders import AnnotatedFolder
+from deform_attn.detr.pictures import precision_recall
 
 
 @pytest.mark.parametrize("kind", [Shapes, Digits])
@@ -104,8 +105,22 @@ def test_average_precision_of_a_case_by_hand() -> None:
     assert result["AP50"] == pytest.approx(51 / 101 / 2)
     assert result["AP"] == pytest.approx(51 / 101 / 2 * 3 / 10)
     assert result["AP75"] == 0
+    coco["categories"].append({"id": 12, "name": "other"})
+    scores = score(coco, [found])
+    assert scores.of_class(0) == {name: result[name] for name in scores.of_class(0)}
+    assert set(scores.of_class(1).values()) == {None}
+    figure = precision_recall(scores, "by hand")
+    texts = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert texts == ["0.076  mean of 1", "0.076  thing"]
+    assert figure.get_supxlabel() == "without objects: other"
+    for panel, precision in zip(figure.axes, (0.5, 0, 0.15)):
+        assert panel.lines[0].get_ydata()[0] == pytest.approx(precision)
     nothing = {name: numbers[:0] for name, numbers in found.items()}
     assert average_precision(coco, [nothing])["AP"] == 0
+    empty = score({**coco, "annotations": []}, [found])
+    assert set(empty.metrics.values()) == {None}
+    with pytest.raises(ValueError, match="scores: expected objects to find, got none"):
+        precision_recall(empty, "nothing")
 
 
 # A folder of one's own
@@ -248,7 +263,7 @@ FAULTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
 def test_a_fault_of_a_folder_is_named(name: str, tmp_path: Path) -> None:
     change, message = FAULTS[name]
     with pytest.raises(ValueError, match=message):
-        CocoFolder(coco_folder(tmp_path, change), "train", 32)
+        AnnotatedFolder(coco_folder(tmp_path, change), "train", 32)
 
 
 def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
@@ -258,7 +273,7 @@ def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
             one["bbox"] = [0, 0, 0, 1]
 
     with pytest.raises(ValueError, match="4 faults") as error:
-        CocoFolder(coco_folder(tmp_path, spoil), "train", 32)
+        AnnotatedFolder(coco_folder(tmp_path, spoil), "train", 32)
     assert all(f"annotation {i}" in str(error.value) for i in (1, 2, 3))
 
 
@@ -266,14 +281,16 @@ def test_a_broken_image_and_a_missing_file_are_named(tmp_path: Path) -> None:
     folder = coco_folder(tmp_path)
     (folder / "train2017" / "gray.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"image 3: expected an image in .*gray\.png"):
-        CocoFolder(folder, "train", 32)
+        AnnotatedFolder(folder, "train", 32)
     file = folder / "annotations" / "instances_train2017.json"
     file.write_text(file.read_text(encoding="utf-8")[:-9], encoding="utf-8")
     with pytest.raises(ValueError, match="Invalid JSON: EOF"):
-        CocoFolder(folder, "train", 32)
-    with pytest.raises(ValueError, match=r"expected one file annotations/instances_val\*\.json"):
-        CocoFolder(folder, "val", 32)
-    with pytest.raises(ValueError, match="'coco:FOLDER', got 'voc'"):
+        AnnotatedFolder(folder, "train", 32)
+    with pytest.raises(
+        ValueError, match="expected one that starts with 'val', got train2017; .* --hold"
+    ):
+        AnnotatedFolder(folder, "val", 32)
+    with pytest.raises(ValueError, match="'yolo:FOLDER', got 'voc'"):
         open_dataset("voc", "train")
     with pytest.raises(ValueError, match="split: expected 'train' or 'val', got 'test'"):
         open_dataset("shapes", "test")
@@ -283,7 +300,7 @@ def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
     folder = coco_folder(tmp_path)
     file = folder / "annotations" / "instances_train2017.json"
     file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
-    assert len(CocoFolder(folder, "train", 32)) == 3
+    assert len(AnnotatedFolder(folder, "train", 32)) == 3
 
 
 def test_a_size_that_exif_data_exchange_is_explained(tmp_path: Path) -> None:
@@ -292,7 +309,7 @@ def test_a_size_that_exif_data_exchange_is_explained(tmp_path: Path) -> None:
     exif[0x0112] = 6
     Image.new("RGB", (40, 30)).save(folder / "train2017" / "gray.png", exif=exif)
     with pytest.raises(ValueError, match=r"to be \(40, 30\), got \(30, 40\), because its EXIF"):
-        CocoFolder(folder, "train", 32)
+        AnnotatedFolder(folder, "train", 32)
 
 
 def test_labels_of_the_evaluation_are_those_of_the_training_by_name(tmp_path: Path) -> None:
@@ -303,9 +320,9 @@ def test_labels_of_the_evaluation_are_those_of_the_training_by_name(tmp_path: Pa
         content["annotations"] = content["annotations"][:1]
         content["annotations"][0]["category_id"] = 7
 
-    train = CocoFolder(coco_folder(tmp_path / "one"), "train", 32)
+    train = AnnotatedFolder(coco_folder(tmp_path / "one"), "train", 32)
     other = coco_folder(tmp_path / "two", renumber)
-    val = CocoFolder(other, "train", 32, classes=train.classes)
+    val = AnnotatedFolder(other, "train", 32, classes=train.classes)
     assert val.classes == train.classes == ("ant", "zebra")
     assert val[0][1]["labels"].tolist() == [1]
     found = {"boxes": torch.tensor([[10.0, 5, 30, 15]]), "scores": torch.ones(1)}
@@ -317,20 +334,20 @@ def test_labels_of_the_evaluation_are_those_of_the_training_by_name(tmp_path: Pa
     with pytest.raises(
         ValueError, match=r"names of the training images, \['ant'\], got \['zebra'\]"
     ):
-        CocoFolder(other, "train", 32, classes=["ant"])
+        AnnotatedFolder(other, "train", 32, classes=["ant"])
 
 
 def test_the_identity_of_a_folder_is_its_content(tmp_path: Path) -> None:
-    first = CocoFolder(coco_folder(tmp_path / "a"), "train", 32).identity
-    assert CocoFolder(coco_folder(tmp_path / "b"), "train", 64).identity == first
+    first = AnnotatedFolder(coco_folder(tmp_path / "a"), "train", 32).identity
+    assert AnnotatedFolder(coco_folder(tmp_path / "b"), "train", 64).identity == first
     cut = coco_folder(tmp_path / "c", lambda c: c["annotations"].pop())
-    assert CocoFolder(cut, "train", 32).identity != first
+    assert AnnotatedFolder(cut, "train", 32).identity != first
     Image.new("RGB", (40, 30), "red").save(tmp_path / "b/train2017/gray.png")
-    assert CocoFolder(tmp_path / "b", "train", 32).identity != first
+    assert AnnotatedFolder(tmp_path / "b", "train", 32).identity != first
 
 
 def test_images_keep_their_ratio_where_asked(tmp_path: Path) -> None:
-    dataset = CocoFolder(coco_folder(tmp_path), "train", 32, resize="fit")
+    dataset = AnnotatedFolder(coco_folder(tmp_path), "train", 32, resize="fit")
     assert dataset[0][0].shape == (3, 24, 32)
     Image.new("RGB", (20, 60)).save(tmp_path / "train2017/gray.png")
     file = tmp_path / "annotations/instances_train2017.json"
@@ -338,7 +355,7 @@ def test_images_keep_their_ratio_where_asked(tmp_path: Path) -> None:
     content = json.loads(text)
     content["images"][1].update(width=20, height=60)
     file.write_text(json.dumps(content))
-    dataset = CocoFolder(tmp_path, "train", 32, resize="fit")
+    dataset = AnnotatedFolder(tmp_path, "train", 32, resize="fit")
     images, mask, targets = collate([dataset[0], dataset[1]])
     assert images.shape == (2, 3, 32, 32)
     assert mask is not None
@@ -347,7 +364,7 @@ def test_images_keep_their_ratio_where_asked(tmp_path: Path) -> None:
     assert targets[0]["boxes"][1].tolist() == [0.5, 0.5, 1, 1]
     assert collate([dataset[0], dataset[0]])[1] is None
     with pytest.raises(ValueError, match="resize: expected one of stretch, .*, got 'crop'"):
-        CocoFolder(tmp_path, "train", 32, resize="crop")
+        AnnotatedFolder(tmp_path, "train", 32, resize="crop")
 
 
 # Augmentation

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
+import copy
+import csv
 import errno
+import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import pytest
 import torch
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from deform_attn.detr import load
+from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
-from deform_attn.detr.evaluate import evaluate
+from deform_attn.detr.evaluate import NAMES, evaluate
+from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
-from deform_attn.detr.train import Settings, _Run, _write, parameter_groups, train
+from deform_attn.detr.recompute import recompute
+from deform_attn.detr.train import Settings, _Run, _write, find_device, parameter_groups, train
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +116,8 @@ def test_a_killed_training_resumes_to_the_bit(
 
     Ctrl-C and SIGTERM end it after the current step, which is saved.
     """
-    settings = short | {"recipe": "deim", "amp": "bfloat16", "steps": 10}
+    settings = short | {"recipe": "deim", "amp": "bfloat16", "steps": 10, "batch": 2}
+    settings |= {"accumulate": 2, "recompute": 1, "multi_scale": 0.5, "patience": 9, "width": 32}
     train(Settings(**settings), tmp_path / "whole")
     killed = [sys.executable, "-c", KILLED, *command(tmp_path / "cut", **settings)[2:]]
     assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
@@ -127,7 +137,7 @@ def test_a_killed_training_resumes_to_the_bit(
             train(Settings(**settings), out)
         assert checkpoint(out)["step"] == 5
     shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
-    train(Settings(**settings), tmp_path / "cut")
+    train(Settings(**settings), tmp_path / "cut", workers=1)
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     for one in (whole, cut):
         del one["history"]["cpu_seconds"]
@@ -135,6 +145,13 @@ def test_a_killed_training_resumes_to_the_bit(
     assert differing(whole, cut) == []
     for name in ("model.pt", "history.json", "curves.png"):
         assert (tmp_path / "cut" / name).stat().st_size > 0
+    rows = [(tmp_path / name / "log.csv").read_text() for name in ("whole", "cut")]
+    assert rows[0] == rows[1]
+    assert [row.split(",")[0] for row in rows[0].splitlines()] == ["step", *map(str, range(1, 11))]
+    table = list(csv.DictReader(rows[0].splitlines()))
+    assert [row["step"] for row in table if row["AP"] and row["val_loss"]] == ["8", "10"]
+    # Denoising has a loss in training only.
+    assert all(0 < float(row["matched_loss"]) < float(row["loss"]) for row in table)
     assert not list((tmp_path / "cut").glob("*.partial"))
 
 
@@ -155,6 +172,7 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
 ) -> None:
     """The first step's gradients agree to rounding (Adam's mean is a tenth of them), so do losses.
 
+    The first step of two processes is accumulated in two passes, and computes blocks again.
     Halves of a batch hold unequal numbers of objects: a process that divided by its own would
     differ.
     """
@@ -165,9 +183,10 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         "from torch import distributed\n"
         "from deform_attn.detr.train import Settings, train\n"
         "distributed.init_process_group('gloo')\n"
-        "for steps in (1, 5):\n"
+        "passes = {'batch': 2, 'accumulate': 2, 'recompute': 1}\n"
+        "for steps, sizes in (1, passes), (5, {}):\n"
         f"    folder = Path({str(tmp_path)!r}) / f'two{{steps}}'\n"
-        f"    train(Settings(**{settings!r} | {{'steps': steps}}), folder)\n"
+        f"    train(Settings(**{settings!r} | sizes | {{'steps': steps}}), folder)\n"
         "distributed.destroy_process_group()\n"
     )
     torchrun(str(script))
@@ -185,6 +204,13 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
     ap = evaluate(detector.model, detector.postprocess, val)
     recorded = checkpoint(tmp_path / "two5")["history"]["ap"][-1]  # each process had half of them
     assert {name: recorded[name] for name in ap} == pytest.approx(ap, abs=1e-6)
+    images, _, targets = collate([val[i] for i in range(len(val))])
+    with torch.no_grad():
+        losses = build("deformable_detr", 3, 64, 2, 20).criterion(detector.model(images), targets)
+    recorded = checkpoint(tmp_path / "two5")["history"]["val_loss"][-1]
+    for name, value in losses.items():
+        assert recorded[name] == pytest.approx(value.item(), rel=1e-5)
+    assert recorded["loss"] == pytest.approx(sum(losses.values()).item(), rel=1e-5)
     one, two = (checkpoint(tmp_path / f"{name}5") for name in ("one", "two"))
     torch.testing.assert_close(
         torch.tensor(one["history"]["loss"]),
@@ -196,17 +222,161 @@ def test_two_processes_train_as_one_with_the_doubled_batch(
         train(Settings(**settings | {"steps": 5}), tmp_path / "two5")
 
 
+def double(batch: Batch) -> Batch:
+    images, mask, targets = batch
+    return images.double(), mask, [{**one, "boxes": one["boxes"].double()} for one in targets]
+
+
+def test_accumulated_passes_are_the_step_of_a_larger_batch(
+    short: dict[str, Any], tmp_path: Path
+) -> None:
+    """In float64; the passes have unequal numbers of objects."""
+    settings = short | {"recipe": "deformable_detr", "width": 32, "clip": 1e9}
+    found = []
+    for sizes in ({"batch": 4}, {"batch": 1, "accumulate": 4}):
+        run = _Run(Settings(**settings | sizes), tmp_path)
+        items = batches(24, sizes["batch"], range(1), 0, accumulate=sizes.get("accumulate", 1))
+        passes = [double(run.augmented.batch([run.augmented[i] for i in one])) for one in items]
+        run.average.double()
+        model = run.model.double().eval()  # batch norms have statistics of a pass
+        losses = run._step(model, passes)
+        numbers = {len(target["labels"]) for *_, targets in passes for target in targets}
+        found.append((losses, {name: p.grad for name, p in model.named_parameters()}))
+    assert len(numbers) > 1
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("recipe", ["rtdetr", "mr_detr"])
+def test_recomputed_gradients_are_the_same_to_the_bit(recipe: str, one_thread: None) -> None:
+    """With dropout; batch norms count a batch once; names do not change; less is kept."""
+    model, criterion, _ = build(recipe, 3, 32, 2, 10)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.1
+    twin = copy.deepcopy(model)
+    blocks = recompute(twin)
+    stages = twin.get_submodule("backbone.stages")
+    assert {*stages.children(), twin.get_submodule("backbone.stem")} < set(blocks)
+    images, _, targets = collate([Shapes()[i] for i in range(3)])
+    kept = []
+    for one in (model, twin):
+        sizes: list[int] = []
+        torch.manual_seed(0)
+        with saved_tensors_hooks(lambda x, sizes=sizes: sizes.append(x.numel()) or x, lambda x: x):
+            losses = criterion(one.train()(images, None, targets), targets)
+        sum(losses.values()).backward()
+        kept.append(sum(sizes))
+    assert kept[1] < 0.7 * kept[0]
+    assert differing(model.state_dict(), twin.state_dict()) == []
+    grads = [{name: p.grad for name, p in one.named_parameters()} for one in (model, twin)]
+    assert differing(*grads) == []
+    twin.eval()(images)  # nothing is computed again
+
+
+def test_multi_scale_draws_one_size_for_a_batch_and_several_shortest_edges() -> None:
+    dataset = Shapes()
+    augmented = Augmented(dataset, "flip", 20, 0, multi_scale=0.5)
+    plain = Augmented(dataset, "flip", 20, 0)
+    seen = []
+    for step, part in itertools.product(range(20), range(2)):
+        items = next(batches(9, 4, range(step, step + 1), 0, (part, 2)))
+        images, mask, targets = augmented.batch([augmented[i] for i in items])
+        assert mask is None
+        _, _, expected = plain.batch([plain[i] for i in items])
+        assert differing(targets, expected) == []
+        seen.append(tuple(images.shape[-2:]))
+    assert set(seen) == {(32, 32), (64, 64), (96, 96)}
+    assert seen[::2] == seen[1::2]  # processes draw the same
+    augmented = Augmented(dataset, "none", 20, 0, multi_scale=0.5, resize="shortest")
+    drawn = [
+        augmented[Item(step, place, 0)][1][0].shape[1:] for step in range(9) for place in (0, 1)
+    ]
+    assert set(drawn) == {(32, 32), (64, 64)}
+    assert drawn[::2] != drawn[1::2]
+    with pytest.raises(
+        ValueError, match="multi_scale: expected a fraction of 64 pixels that reach"
+    ):
+        Augmented(dataset, "none", 20, 0, multi_scale=0.3)
+
+
+class Writer:
+    """In the place of TensorBoard's."""
+
+    written: ClassVar[list[Any]] = []
+
+    def __init__(self, folder: str, purge_step: int) -> None:
+        self.written.append((Path(folder).name, purge_step))
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        self.written.append((name, value, step))
+
+    def close(self) -> None:
+        self.written.append("closed")
+
+
+def test_tensorboard_and_the_hint_of_the_time(
+    short: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = short | {"recipe": "deformable_detr", "batch": 2, "width": 32, "save_every": 6}
+    settings |= {"evaluate_every": 5, "steps": 6}
+    name = "torch.utils.tensorboard"
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install tensorb"):
+        patch.setitem(sys.modules, name, None)
+        train(Settings(**settings), tmp_path, tensorboard=True)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(SummaryWriter=Writer))
+    monkeypatch.setattr("deform_attn.detr.logs.perf_counter", itertools.count().__next__)
+    history = train(Settings(**settings), tmp_path, tensorboard=True)
+    train(Settings(**settings | {"steps": 7}), tmp_path, resume=tmp_path, tensorboard=True)
+    written = Writer.written
+    assert written[0] == ("tensorboard", 1)
+    assert [one[1:] for one in written if one[0] == "loss"][:6] == [
+        (loss, i + 1) for i, loss in enumerate(history["loss"])
+    ]
+    assert [one[2] for one in written if one[0] == "AP"] == [5, 6, 7]
+    assert [one[2] for one in written if one[0] == "val_loss"] == [5, 6, 7]
+    assert written.index(("tensorboard", 7)) == written.index("closed") + 1
+    assert written[-1] == "closed"
+    shown = capsys.readouterr().out
+    assert shown.count("a step takes 1 s: 2 s for the 2 that remain") == 1
+    assert shown.count("an evaluation takes 1 s: 1 s for the 1 that remain") == 1
+
+
+def test_a_device_that_is_not_there_is_named(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = Settings(**short | {"recipe": "detr"})
+    for name in ("cuda:99", "tpu", "meta"):
+        message = f"device: expected cpu, cuda or another of PyTorch, got '{name}': "
+        with pytest.raises(ValueError, match=message):
+            train(settings, tmp_path, device=name)
+    assert find_device("cpu").type == "cpu"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="each of the 2 processes has its own, got 'cuda:1'"):
+        train(settings, tmp_path, device="cuda:1")
+
+
 def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_path: Path) -> None:
-    """It has no denoising queries: other losses than the process beside it, and fewer gradients."""
+    """It has no denoising queries: other losses than the process beside it, and fewer gradients.
+
+    Two and three test images are one and two batches: processes evaluate without each other.
+    """
     folder = Path(short["data"].removeprefix("coco:"))
     (tmp_path / "annotations").mkdir()
     for split in ("train", "val"):
         (tmp_path / split).symlink_to(folder / split)
         coco = json.loads((folder / f"annotations/instances_{split}.json").read_text())
         coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] % 2]
+        if split == "val":
+            coco["images"] = coco["images"][:5]
+            coco["annotations"] = [one for one in coco["annotations"] if one["image_id"] < 5]
         (tmp_path / f"annotations/instances_{split}.json").write_text(json.dumps(coco))
     settings = short | {"data": f"coco:{tmp_path}", "recipe": "rtdetr", "batch": 2, "steps": 6}
-    torchrun(*command(tmp_path / "out", **settings | {"save_every": 1}))
+    torchrun(*command(tmp_path / "out", **settings))
     history = checkpoint(tmp_path / "out")["history"]
     assert len(history["loss"]) == 6
     assert all(0 < loss < 1000 for loss in history["loss"])
@@ -220,6 +390,8 @@ def test_every_recipe_takes_steps_and_is_loaded(
     history = train(Settings(**settings), tmp_path)
     assert len(history["loss"]) == 2
     assert all(loss > 0 for loss in history["loss"])
+    trained, evaluated = ({n for n in history[k][-1] if "/" in n} for k in ("parts", "val_loss"))
+    assert evaluated == {name for name in trained if in_evaluation(name, 2)}
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     detector = load(tmp_path / "model.pt")
     assert detector.classes == ["disc", "square", "triangle"]
@@ -254,10 +426,46 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"weight_decay": -1.0}, r"weight_decay: expected a number from 0, got -1\.0"),
         ({"freeze_norms": 2}, "freeze_norms: expected 0 or 1, got 2"),
         ({"batch": 0}, "batch: expected at least 1, got 0"),
+        ({"patience": -1}, "patience: expected a number from 0, got -1"),
+        ({"accumulate": 0}, "accumulate: expected at least 1, got 0"),
+        ({"recompute": 2}, "recompute: expected 0 or 1, got 2"),
+        ({"multi_scale": -0.1}, r"multi_scale: expected 0 to below 1, got -0\.1"),
+        ({"multi_scale": 0.2}, r"multi_scale: expected a fraction of 64 pixels .*, got 0\.2"),
+        (
+            {"multi_scale": 0.5, "recipe": "rtdetr", "queries": 99},
+            "multi_scale: expected a smaller .* 32 pixels a side: .* 99 pixels, .* got 84",
+        ),
         ({"save_every": 4, "keep_every": 6}, "keep_every: expected a multiple of save_every"),
     ):
         with pytest.raises(ValueError, match=message):
             train(Settings(**settings | wrong), tmp_path)
+    with pytest.raises(ValueError, match="workers: expected a number from 0, got -1"):
+        train(Settings(**settings), tmp_path, workers=-1)
+
+
+def test_training_ends_without_a_better_ap(
+    short: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same command does not go on; a larger patience does, and counts from the best AP."""
+    values = iter([0.1, 0.3, 0.2, 0.3, 0.1, 0.4, 0.2, 0.1, 0.3])
+
+    def judged(*arguments: Any) -> dict[str, Any]:
+        return dict.fromkeys(NAMES) | {"AP": next(values), "AP50": 0.5}
+
+    monkeypatch.setattr("deform_attn.detr.train.average_precision", judged)
+    settings = short | {"recipe": "deformable_detr", "batch": 2, "steps": 9, "width": 32}
+    settings |= {"evaluate_every": 1, "save_every": 9, "patience": 2}
+    message = r"ends after step 4: the last 2 evaluations .* above 0\.300, that of step 4 in best"
+    for _ in range(2):
+        history = train(Settings(**settings), tmp_path)
+        assert len(history["loss"]) == len(history["ap"]) == checkpoint(tmp_path)["step"] == 4
+        assert re.search(message, " ".join(capsys.readouterr().out.split()))
+    assert load(tmp_path / "best.pt").facts["step"] == 4
+    history = train(Settings(**settings | {"patience": 4}), tmp_path, resume=tmp_path)
+    assert [row["AP"] for row in history["ap"]][-3:] == [0.2, 0.1, 0.3]
 
 
 def test_a_training_is_continued_with_other_settings(
@@ -272,7 +480,8 @@ def test_a_training_is_continued_with_other_settings(
         train(Settings(**settings | {"lr": 1e30, "steps": 60}), run, resume=run)
     early = run / "checkpoint_2.pt"
     (tmp_path / "moved").symlink_to(short["data"].removeprefix("coco:"))
-    other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "batch": 4}
+    other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "accumulate": 2}
+    other |= {"recompute": 1, "multi_scale": 0.5, "patience": 3}
     other |= {"steps": 4, "evaluate_every": 4, "augment": "none", "amp": "float16", "seed": 1}
     other |= {"data": f"coco:{tmp_path / 'moved'}", "save_every": 4, "keep_every": 0}
     with pytest.raises(ValueError, match=r"steps: expected 60 as in .*, got 4; --resume"):
@@ -285,9 +494,16 @@ def test_a_training_is_continued_with_other_settings(
         train(Settings(**other), next_run, resume=tmp_path / "none")
     with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
         train(Settings(**other | {"steps": 1}), next_run, resume=early)
-    state = torch.load(early, weights_only=True)["optimizer"]
+    old = torch.load(early, weights_only=True)
+    state = old["optimizer"]
+    for name in ("matched_loss", "lr", "val_loss"):  # as an earlier version saved it
+        del old["history"][name]
+    torch.save(old, early)
     history = train(Settings(**other), next_run, resume=early)
     assert len(history["loss"]) == 4
+    assert [bool(rate) for rate in history["lr"]] == [False, False, True, True]
+    rows = (next_run / "log.csv").read_text().splitlines()
+    assert [row.split(",")[:2] == [str(i), ""] for i, row in enumerate(rows)][1:3] == [True, True]
     after = checkpoint(next_run)
     assert after["settings"] == other | {
         name: after["settings"][name] for name in after["settings"].keys() - other.keys()
@@ -328,6 +544,10 @@ def test_a_folder_is_known_by_its_content_not_by_its_path(
     with pytest.raises(ValueError, match=r"classes: expected \['disc', .*got \['circle', .*--init"):
         train(moved, tmp_path / "out", resume=tmp_path / "out")
     coco["annotations"] = []
+    (tmp_path / "cut/annotations/instances_val.json").write_text(json.dumps(coco))
+    unknown = Settings(**settings | {"data": moved.data, "patience": 1})
+    with pytest.raises(ValueError, match="patience: expected 0, because the test images have no o"):
+        train(unknown, tmp_path / "new")
     file.write_text(json.dumps(coco))
     with pytest.raises(ValueError, match="data: expected objects to learn, got none in coco:"):
         train(moved, tmp_path / "new")
@@ -406,6 +626,7 @@ def test_rates_and_decay_are_those_of_the_parameter() -> None:
 
 def test_a_detector_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Shapes, "lengths", Shapes.lengths | {"val": 60})
-    history = train(Settings(recipe="rtdetr", data="shapes", steps=80, lr=2e-3), tmp_path)
+    settings = Settings(recipe="deformable_detr", data="shapes", steps=120, batch=8, lr=2e-3)
+    history = train(settings, tmp_path)
     assert sum(history["loss"][-10:]) < 0.7 * sum(history["loss"][:10])
     assert history["ap"][-1]["AP50"] > 0.1

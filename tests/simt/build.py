@@ -24,6 +24,7 @@ COMPILER = os.environ.get("CXX", "g++")
 FLAGS = ("-std=c++17", "-Wall", "-Wno-unknown-pragmas", "-Wno-class-memaccess", "-pthread")
 
 
+@functools.cache
 def why_not() -> str | None:
     """Why nothing can be built here, or None."""
     if shutil.which(COMPILER) is None:

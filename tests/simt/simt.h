@@ -515,6 +515,18 @@ SIMT_OWN inline unsigned vote(unsigned mask, const char* name, bool yes) {
   return votes;
 }
 
+// The registers of every lane, for an instruction of the whole warp. Each lane calls it twice: with its own
+// registers, and when it has read those of the others.
+template <typename Registers>
+SIMT_OWN const Registers* const* registers_of_warp(const char* name, const Registers* own) {
+  static thread_local const Registers* found[kWarpSize];
+  const Meeting& meeting = worker->meet_warp(~0u, name, packed(own), false);
+  for (int lane = 0; lane < kWarpSize; ++lane) {
+    found[lane] = unpacked<const Registers*>(meeting.out[lane]);
+  }
+  return found;
+}
+
 #if defined( \
     SIMT_TRAFFIC)  // one worker, and the access is watched as an atomic, not as a load and a store
 template <typename T, typename Bits>
@@ -574,6 +586,33 @@ template <typename T>
 T __shfl_down_sync(unsigned mask, T number, int by) {
   const int from = static_cast<int>(threadIdx.x % simt::kWarpSize) + by;
   return simt::shuffle(mask, "__shfl_down_sync", number, from < simt::kWarpSize ? from : -1);
+}
+// PTX's mma.m16n8k16, with sums in float and elements T of 16 bits: sum += a b. How the matrices are distributed
+// is the table of that instruction in the PTX manual.
+template <typename T>
+SIMT_OWN void multiply_in_warp(float (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  struct Registers {
+    uint32_t a[4], b[2];
+  };
+  const Registers own = {{a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+  const auto* const warp = simt::registers_of_warp("mma", &own);
+  const auto element = [](uint32_t word, int half) {
+    const auto bits = static_cast<uint16_t>(half ? word >> 16 : word);
+    T number;
+    std::memcpy(static_cast<void*>(&number), &bits, sizeof(bits));
+    return static_cast<float>(number);
+  };
+  const int lane = static_cast<int>(threadIdx.x % simt::kWarpSize);
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane / 4 + (i & 2 ? 8 : 0), column = lane % 4 * 2 + (i & 1);
+    for (int k = 0; k < 16; ++k) {
+      // Of a: lane 4 * (row % 8) + k % 8 / 2, register (row / 8) + 2 * (k / 8), half k % 2.
+      const uint32_t left = warp[row % 8 * 4 + k % 8 / 2]->a[row / 8 + k / 8 * 2];
+      const uint32_t right = warp[column * 4 + k % 8 / 2]->b[k / 8];
+      sum[i] += element(left, k & 1) * element(right, k & 1);
+    }
+  }
+  simt::registers_of_warp("mma", &own);
 }
 inline unsigned __ballot_sync(unsigned mask, bool yes) {
   return simt::vote(mask, "__ballot_sync", yes);

@@ -12,7 +12,7 @@ import pytest
 from tests.simt import build
 
 SANITIZERS = {
-    "plain": ("-O1",),
+    "plain": ("-Og",),
     "asan_ubsan": ("-Og", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"),
     "tsan": ("-O1", "-g1", "-fsanitize=thread"),
 }
