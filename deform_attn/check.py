@@ -346,7 +346,7 @@ def as_text(report: Report) -> str:
         lines.append(f"WRONG {outcome}")
     for device in report.missing:
         lines.append(f"NOTHING RAN on {device}; the reasons are above")
-    if not report.passed:
+    if report.failures:
         lines += [
             "",
             "Please open an issue with the output of `python -m deform_attn.check --json`. Until",

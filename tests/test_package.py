@@ -461,3 +461,10 @@ def test_required_library_fails_the_build(source: Path, environ: dict[str, str])
     assert done.returncode != 0
     assert re.search("error: deform_attn: no (cpu|cuda) library", done.stderr)
     assert not list((source / "deform_attn").glob("*.so"))
+
+
+def test_a_package_of_an_extra_that_is_missing_is_named() -> None:
+    code = "import sys; sys.modules['tyro'] = None; import deform_attn.detr.__main__"
+    found = run(sys.executable, "-c", code)
+    expected = 'tyro: expected its package to be installed: pip install "deform_attn[detr]"'
+    assert found.stderr.splitlines()[-1] == f"ModuleNotFoundError: {expected}"

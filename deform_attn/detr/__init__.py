@@ -20,7 +20,10 @@ Example:
     torch.Size([30, 4])
 """
 
-from deform_attn.detr.predict import Predictor, load
-from deform_attn.detr.zoo import create
+from deform_attn.extras import needs
+
+with needs("detr"):
+    from deform_attn.detr.predict import Predictor, load
+    from deform_attn.detr.zoo import create
 
 __all__ = ["Predictor", "create", "load"]

@@ -8,20 +8,25 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import tyro
-from rich.console import Console
-from rich.table import Table
+from deform_attn.extras import needs
 
-from deform_attn.detr.data import folder_of, open_dataset, splits_of
-from deform_attn.detr.evaluate import as_text, coco_results, detect, score
-from deform_attn.detr.export import export as export_detector
-from deform_attn.detr.folders import AnnotatedFolder
-from deform_attn.detr.hold_out import hold_out as divide_folder
-from deform_attn.detr.images import draw, find_images, read_image
-from deform_attn.detr.pictures import draw_sheet, precision_recall
-from deform_attn.detr.predict import load
-from deform_attn.detr.progress import progress
-from deform_attn.detr.train import find_device, train
+with needs("detr"):
+    import tyro
+    from rich.console import Console
+    from rich.table import Table
+
+    from deform_attn.detr.data import folder_of, open_dataset, splits_of
+    from deform_attn.detr.evaluate import as_text, coco_results, detect, score
+    from deform_attn.detr.export import SUFFIXES
+    from deform_attn.detr.export import export as export_detector
+    from deform_attn.detr.files import check_file, make_folder
+    from deform_attn.detr.folders import AnnotatedFolder
+    from deform_attn.detr.hold_out import hold_out as divide_folder
+    from deform_attn.detr.images import draw, find_images, read_image
+    from deform_attn.detr.pictures import draw_sheet, precision_recall
+    from deform_attn.detr.predict import load
+    from deform_attn.detr.progress import progress
+    from deform_attn.detr.train import find_device, train
 
 PROG = "python -m deform_attn.detr"
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -59,8 +64,10 @@ def evaluate(
         results: JSON file for the detections, in COCO's results format, with the file's ids.
         out: folder for precision_recall.png, with curves of each class.
     """
-    for folder in filter(None, (out, results and results.parent)):
-        folder.mkdir(parents=True, exist_ok=True)
+    if out is not None:
+        make_folder("out", out)
+    if results is not None:
+        check_file("results", results)
     detector = load(model, find_device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
@@ -115,7 +122,7 @@ def predict(
     _at_least_one(batch=batch)
     detector = load(model, find_device(device))
     files = find_images(images)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder("out", out)
     rows = []
     with progress("predicts images", len(files)) as advance:
         for first in range(0, len(files), batch):
@@ -141,7 +148,7 @@ def export(model: str, file: Path, size: int = 0) -> None:
         file: with the suffix .onnx, .pt2 or .torchscript.
         size: side of the images in pixels; 0: that of the detector.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
+    check_file("file", file, SUFFIXES)
     detector = load(model)
     error = export_detector(detector.model, detector.postprocess, file, size or detector.size)
     print(f"{file}: boxes and scores differ by {error:.2g} from the model's")
@@ -172,6 +179,8 @@ def data(
         seed: of the images that are held out.
     """
     _at_least_one(samples=samples)
+    if sheet is not None:
+        check_file("sheet", sheet, (".png",))
     if hold_out:
         folder, layout = folder_of(data)
         print(*divide_folder(folder, hold_out, seed, layout))
@@ -195,8 +204,8 @@ def data(
         table.add_row(name, *(str(count[label]) for count in counts))
     Console().print(table)
     if sheet is not None:
-        sheet.parent.mkdir(parents=True, exist_ok=True)
         draw_sheet(next(iter(sets.values())), sheet, samples)
+        print(sheet)
 
 
 def _order(split: str) -> tuple[int, str]:

@@ -92,7 +92,8 @@ def parse(file: Path) -> Content:
         brief = reprlib.Repr()
         brief.maxlevel = 1
         wrong = [(".".join(map(str, e["loc"])), e["msg"], e["input"]) for e in error.errors()]
-        raise_faults(file, [f"{path}: {text}, got {brief.repr(got)}" for path, text, got in wrong])
+        faults = [(f"{path}: " if path else "", text, brief.repr(got)) for path, text, got in wrong]
+        raise_faults(file, [f"{path}{text}, got {got}" for path, text, got in faults])
         raise
     for one in content["annotations"]:
         one.setdefault("area", one["bbox"][2] * one["bbox"][3])

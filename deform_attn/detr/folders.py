@@ -150,6 +150,8 @@ def _yolo(folder: Path, name: str = "data.yaml") -> Splits:
     if not file.is_file():
         return {}
     one = yolo.describe(file)
+    if not one.splits:
+        raise ValueError(f"{file}: expected train, val or test, each a path of images, got none")
     return {split: functools.partial(YoloSource, folder, one, split) for split in one.splits}
 
 

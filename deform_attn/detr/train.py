@@ -34,6 +34,7 @@ from deform_attn.detr.augment import AUGMENTATIONS, Augmented, Batch, batches
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
+from deform_attn.detr.files import make_folder
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
@@ -478,7 +479,7 @@ class _Run:
         self._check_objects()
         self._check_sizes()
         torch.manual_seed(settings.seed + 1000 * rank)  # processes draw different noise
-        out.mkdir(parents=True, exist_ok=True)
+        make_folder("out", out)
         if checkpoint is not None:
             self._load(file, checkpoint, change=resume is not None)
 

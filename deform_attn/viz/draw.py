@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deform_attn.extras import needs
 from deform_attn.viz.record import Recording
 
 if TYPE_CHECKING:
@@ -158,12 +159,12 @@ def draw(
         >>> axes = viz.draw(torch.rand(3, 80, 60), seen[-1], query=0, head=2)
         >>> axes.figure.savefig("/dev/null", format="png")
     """
-    _require_matplotlib()
-    from matplotlib.collections import PathCollection
-    from matplotlib.figure import Figure
-    from matplotlib.markers import MarkerStyle
-    from matplotlib.patches import Polygon
-    from matplotlib.transforms import IdentityTransform
+    with needs("viz"):
+        from matplotlib.collections import PathCollection
+        from matplotlib.figure import Figure
+        from matplotlib.markers import MarkerStyle
+        from matplotlib.patches import Polygon
+        from matplotlib.transforms import IdentityTransform
 
     B, Q, M = recording.sampling_locations.shape[:3]
     _check_position("batch", batch, B)
@@ -253,8 +254,8 @@ def figure(
         >>> picture = viz.figure(torch.rand(3, 80, 60), seen[-1], [0, 3])
         >>> picture.savefig("/dev/null", format="png")
     """
-    _require_matplotlib()
-    from matplotlib.figure import Figure
+    with needs("viz"):
+        from matplotlib.figure import Figure
 
     queries = [queries] if isinstance(queries, int) else list(queries)
     if not queries:
@@ -284,15 +285,6 @@ def _png(drawn: Figure) -> bytes:
     file = BytesIO()
     drawn.savefig(file, format="png")
     return file.getvalue()
-
-
-def _require_matplotlib() -> None:
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            'deform_attn.viz needs matplotlib to draw: pip install "deform_attn[viz]"'
-        ) from error
 
 
 def _grey(image: Any) -> Tensor:

@@ -103,6 +103,28 @@ def test_predict(
         run(monkeypatch, "predict", "--model", "digits", "--images", "none", "--out", tmp_path)
 
 
+def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    (file := tmp_path / "file").write_text("")
+    not_a_folder = f"expected a folder to write to, got '{file}': File exists"
+    evaluated = ("evaluate", "--model", "none", "--data", "none")
+    trained = ("train", "--recipe", "detr", "--width", 32, "--layers", 1, "--data", "shapes")
+    for arguments, message in (
+        ((*evaluated, "--out", file), f"out: {not_a_folder}"),
+        ((*evaluated, "--results", tmp_path), "results: expected a file to write, got the folder"),
+        ((*evaluated, "--results", file / "it"), f"results: {not_a_folder}"),
+        (("data", "--data", "none", "--sheet", "a.xyz"), r"sheet: .* a suffix of \.png, got 'a"),
+        (
+            ("export", "--model", "none", "--file", file),
+            "file: expected a suffix of .onnx, ",
+        ),
+        ((*trained, "--out", file), f"out: {not_a_folder}"),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {message}"):
+            run(monkeypatch, *arguments)
+
+
 def test_data(
     folder: Path,
     tmp_path: Path,
@@ -115,6 +137,7 @@ def test_data(
     assert lines[2].split() == ["class", "train", "val"]
     with Image.open(tmp_path / "sheet.png") as sheet:
         assert sheet.size == (1200, 600)
+    assert lines[-1] == str(tmp_path / "sheet.png")
     with pytest.raises(SystemExit, match="samples: expected at least 1, got 0"):
         run(monkeypatch, "data", "--data", f"coco:{folder}", "--samples", 0)
 

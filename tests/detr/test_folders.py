@@ -192,6 +192,10 @@ YOLO_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "null byte": (yaml_with(train=r'"images\0"'), r"train: expected a folder of images .*\\x00'"),
     "no such folder": (yaml_with(train="none"), r"train: expected a folder .*none', which does no"),
     "path of another type": (yaml_with(train="3"), "train: expected a path or a list of .*, got 3"),
+    "no splits": (
+        edit("data.yaml", "names: [ant, bee]"),
+        r"data\.yaml: expected train, val or test, each a path of images, got none",
+    ),
     "no images": (yaml_with(train="labels/train"), "train: expected images, got none"),
     "list with a missing image": (
         lambda f: (

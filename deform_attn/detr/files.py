@@ -1,0 +1,54 @@
+"""Files and folders that commands write: checked before the work, not after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def make_folder(argument: str, folder: Path) -> None:
+    """Make a folder for results.
+
+    Args:
+        argument: names the folder in errors.
+        folder: to make; it may exist.
+
+    Raises:
+        OSError: it cannot be made, such as where a file has its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OSError(
+            f"{argument}: expected a folder to write to, got {str(folder)!r}: {reason}"
+        ) from error
+
+
+def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> None:
+    """Check the name of a file for results, and make its folder.
+
+    Args:
+        argument: names the file in errors.
+        file: to be written; it may exist.
+        suffixes: one of which its name has; by default any.
+
+    Raises:
+        ValueError: another suffix.
+        OSError: it is a folder, or its folder cannot be made.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from deform_attn.detr.files import check_file
+        >>> check_file("sheet", Path("sheet.jpeg"), (".png",))
+        Traceback (most recent call last):
+            ...
+        ValueError: sheet: expected a suffix of .png, got 'sheet.jpeg'
+    """
+    if suffixes and file.suffix.lower() not in suffixes:
+        raise ValueError(
+            f"{argument}: expected a suffix of {', '.join(suffixes)}, got {str(file)!r}"
+        )
+    if file.is_dir():
+        raise OSError(f"{argument}: expected a file to write, got the folder {str(file)!r}")
+    make_folder(argument, file.parent)
