@@ -239,8 +239,8 @@ void clear(void* data, int64_t bytes) {
   });
 }
 
-// Zeros in float32. Clearing them takes as long as a fifth of a decoder's backward pass, so one block is
-// kept for the next call: that call's user leaves zeros behind (restored()).
+// Zeros in float32. One block is kept for the next call, because clearing takes long; a call that has
+// written to its block must clear what it wrote and call restored(), otherwise the block is freed.
 class KeptZeros {
  public:
   explicit KeptZeros(int64_t count) {
