@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
@@ -19,7 +21,7 @@ with needs("detr"):
     from deform_attn.detr.evaluate import as_text, coco_results, detect, score
     from deform_attn.detr.export import SUFFIXES
     from deform_attn.detr.export import export as export_detector
-    from deform_attn.detr.files import check_file, make_folder
+    from deform_attn.detr.files import check_file, make_folder, write
     from deform_attn.detr.folders import AnnotatedFolder
     from deform_attn.detr.hold_out import hold_out as divide_folder
     from deform_attn.detr.images import draw, find_images, read_image
@@ -92,10 +94,11 @@ def evaluate(
         rows = coco_results(coco, found)
         if isinstance(dataset, AnnotatedFolder):
             rows = dataset.with_file_ids(rows)
-        results.write_text(json.dumps(rows))
+        write(results, lambda f: f.write(json.dumps(rows).encode()))
     if out is not None:
         picture = out / "precision_recall.png"
-        precision_recall(scores, f"{model} on {data}, {split}").savefig(picture, dpi=120)
+        figure = precision_recall(scores, f"{model} on {data}, {split}")
+        write(picture, lambda f: figure.savefig(f, format="png", dpi=120))
         print(picture)
 
 
@@ -129,12 +132,13 @@ def predict(
             part = files[first : first + batch]
             for i, (file, found) in enumerate(zip(part, detector.predict(part, threshold, batch))):
                 picture = f"{first + i:05d}_{file.stem}.png"
-                draw(read_image(file), found).save(out / picture)
+                drawn = draw(read_image(file), found)
+                write(out / picture, functools.partial(drawn.save, format="PNG"), sync=False)
                 numbers = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
                 one = {"file": str(file), "picture": picture, **numbers}
                 rows.append({**one, "names": found["names"]})
             advance(len(part))
-    (out / "detections.json").write_text(json.dumps(rows, indent=1))
+    write(out / "detections.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
     print(f"{sum(len(row['names']) for row in rows)} detections in {len(files)} images: {out}")
 
 
@@ -227,6 +231,8 @@ def main() -> None:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog=PROG, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
         )
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
         sys.exit(f"{PROG}: error: {error}")
 

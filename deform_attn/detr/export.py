@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deform_attn.detr.files import write
 from deform_attn.detr.matching import assign
 from deform_attn.detr.models import BestScores, Detections, Postprocess
 
@@ -58,6 +60,7 @@ def export(
 
     Raises:
         ValueError: another suffix, or an invalid size.
+        OSError: the file cannot be written; the message names it.
         ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
     """
     file = Path(file)
@@ -75,13 +78,16 @@ def export(
     # With 2 a stride of expanded queries can equal that of contiguous ones, which fixes the batch.
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = {"images": {0: batch}, "sizes": {0: batch}}
+    content = BytesIO()  # writing a file on a full disk, these functions end the process
     with torch.no_grad():
         if file.suffix == ".pt2":
             program = torch.export.export(whole, inputs(3), dynamic_shapes=shapes)
-            torch.export.save(program, file)
+            torch.export.save(program, content)
+            write(file, lambda f: f.write(content.getbuffer()))
             found = torch.export.load(file).module()(*inputs(2))
         elif file.suffix == ".torchscript":
-            torch.jit.trace(whole, inputs(3)).save(file)
+            torch.jit.save(torch.jit.trace(whole, inputs(3)), content)
+            write(file, lambda f: f.write(content.getbuffer()))
             found = torch.jit.load(file)(*inputs(2))
         else:
             found = _export_onnx(whole, inputs(3), inputs(2), file, shapes, options)

@@ -1,9 +1,11 @@
-"""Files and folders that commands write: checked before the work, not after it."""
+"""Files and folders that commands write: checked before the work, and written in one step."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, BinaryIO
 
 
 def make_folder(argument: str, folder: Path) -> None:
@@ -52,3 +54,27 @@ def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> None:
     if file.is_dir():
         raise OSError(f"{argument}: expected a file to write, got the folder {str(file)!r}")
     make_folder(argument, file.parent)
+
+
+def write(file: Path, write_to: Callable[[BinaryIO], Any], *, sync: bool = True) -> None:
+    """Atomic write: temporary file, fsync, rename.
+
+    Args:
+        file: to write.
+        write_to: called with the open temporary file.
+        sync: wait until the disk has the content.
+
+    Raises:
+        OSError: the file cannot be written, such as on a full disk; the message names it.
+    """
+    partial = file.with_name(file.name + ".partial")
+    try:
+        with open(partial, "wb") as f:
+            write_to(f)
+            f.flush()
+            if sync:
+                os.fsync(f.fileno())
+        os.replace(partial, file)
+    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{file}: cannot be written: {error}") from error

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deform_attn.detr.files import make_folder, write
 from deform_attn.detr.folders import HELD_OUT, Source, find_splits, validated
 
 
@@ -134,5 +135,5 @@ def _write(file: Path, source: Source, content: dict[str, Any], ids: set[int]) -
         "images": [{**one, "file_name": names[one["id"]]} for one in images],
         "annotations": [one for one in whole["annotations"] if one["image_id"] in ids],
     }
-    file.parent.mkdir(exist_ok=True)
-    file.write_text(json.dumps({**whole, **parts}), encoding="utf-8")
+    make_folder("hold_out", file.parent)
+    write(file, lambda f: f.write(json.dumps({**whole, **parts}).encode()))

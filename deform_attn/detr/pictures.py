@@ -9,6 +9,7 @@ import numpy as np
 
 from deform_attn.detr.data import Detection
 from deform_attn.detr.evaluate import Scores, as_text
+from deform_attn.detr.files import write
 from deform_attn.detr.images import COLOURS
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def draw_sheet(dataset: Detection, file: Path, samples: int = 12) -> None:
             )
         if not len(target["labels"]):
             panel.set_title("no objects", fontsize=7, color="#666666")
-    figure.savefig(file, dpi=100)
+    write(file, lambda f: figure.savefig(f, format="png", dpi=100))
 
 
 def precision_recall(scores: Scores, title: str) -> Figure:

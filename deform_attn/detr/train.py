@@ -17,11 +17,11 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from rich.console import Console
@@ -35,6 +35,7 @@ from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
 from deform_attn.detr.files import make_folder
+from deform_attn.detr.files import write as _write
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
@@ -844,21 +845,3 @@ def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | 
     if missing := [name for name in (*needed, "scaler") if name not in content]:
         raise ValueError(f"{file}: expected a training, got none of {', '.join(missing)}")
     return file, content
-
-
-def _write(file: Path, write: Callable[[BinaryIO], Any]) -> None:
-    """Atomic write: temporary file, fsync, rename.
-
-    Raises:
-        OSError: the file cannot be written, such as on a full disk; the message names it.
-    """
-    partial = file.with_name(file.name + ".partial")
-    try:
-        with open(partial, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, file)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
-        partial.unlink(missing_ok=True)
-        raise OSError(f"{file}: cannot be written: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def test_predict(
     assert all((tmp_path / row["picture"]).exists() for row in rows)
     assert sum(len(row["names"]) for row in rows) > 5
     assert "in 8 images" in capsys.readouterr().out
+    (tmp_path / "detections.json").unlink()
+    (tmp_path / "detections.json").mkdir()
+    with pytest.raises(SystemExit, match=r"error: .*detections\.json: cannot be written: "):
+        run(monkeypatch, "predict", "--model", "digits", *images[:2], "--out", tmp_path)
+    monkeypatch.setattr(commands, "find_images", lambda _: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit) as interrupted:  # without a traceback
+        run(monkeypatch, "predict", "--model", "digits", *images[:2], "--out", tmp_path)
+    assert interrupted.value.code == 130
+    monkeypatch.undo()
     with pytest.raises(SystemExit, match="expected a file, a folder or a pattern, got 'none'"):
         run(monkeypatch, "predict", "--model", "digits", "--images", "none", "--out", tmp_path)
 

@@ -29,11 +29,12 @@ from deform_attn.detr import load
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
 from deform_attn.detr.evaluate import NAMES, evaluate
+from deform_attn.detr.files import write
 from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.recompute import recompute
-from deform_attn.detr.train import Settings, _Run, _write, find_device, parameter_groups, train
+from deform_attn.detr.train import Settings, _Run, find_device, parameter_groups, train
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_a_full_disk_is_named_and_leaves_no_partial_file(tmp_path: Path) -> None
 
     (tmp_path / "model.pt").write_bytes(b"old")
     with pytest.raises(OSError, match=r"model\.pt: cannot be written: .*No space left"):
-        _write(tmp_path / "model.pt", full)
+        write(tmp_path / "model.pt", full)
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
     assert (tmp_path / "model.pt").read_bytes() == b"old"
 
