@@ -218,14 +218,16 @@ def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
         left.plot(steps, values, "o-", color="#d95f0e", markersize=3, label="test images")
         left.legend(frameon=False)
     left.set_title("loss", loc="left")
-    for name, color in (("AP50", "#d95f0e"), ("AP", "#08519c")):
+    lowest = 0.0
+    for name, color in (("AP", "#08519c"), ("AP50", "#d95f0e")):
         rows = [(row["step"], row[name]) for row in history["ap"] if row[name] is not None]
         if not rows:
             continue
         steps, values = zip(*rows)
         right.plot(steps, values, "o-", color=color, markersize=3)
-        text = f" {name} {values[-1]:.2f}"
-        right.annotate(text, (steps[-1], values[-1]), color=color, va="center")
+        place = max(values[-1], lowest)  # of the second text: above the first one
+        right.annotate(f" {name} {values[-1]:.2f}", (steps[-1], place), color=color, va="center")
+        lowest = values[-1] + 0.06
         right.set_xlim(0, steps[-1] * 1.2)
     right.set(ylim=(0, 1))
     right.set_title("average precision on the test images", loc="left")

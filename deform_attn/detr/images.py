@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
+
+from deform_attn.extras import needs
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 RESIZE = ("stretch", "fit", "shortest")
@@ -76,7 +79,7 @@ def draw(image: Image.Image, found: dict[str, Any]) -> Image.Image:
     pen = ImageDraw.Draw(picture)
     long = max(picture.size)
     width = max(1, round(long / 300))
-    font = ImageFont.load_default(max(11, round(long / 45)))
+    font = ImageFont.truetype(_font(), max(11, round(long / 45)))
     for box, label, name, score in zip(
         found["boxes"].tolist(), found["labels"].tolist(), found["names"], found["scores"].tolist()
     ):
@@ -89,6 +92,13 @@ def draw(image: Image.Image, found: dict[str, Any]) -> Image.Image:
         pen.rectangle((x, y, x + right + 2 * width, y + bottom + 2 * width), fill=colour)
         pen.text((x + width, y + width), text, fill="white", font=font)
     return picture
+
+
+def _font() -> str:
+    """DejaVu Sans of matplotlib: Pillow's own font has Latin letters without accents only."""
+    with needs("detr"):
+        import matplotlib
+    return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -130,7 +130,8 @@ def load(
     Raises:
         FileNotFoundError: neither the name of a shipped detector, nor a file or folder.
         ModuleNotFoundError: official models need transformers, the extra ``backbones``.
-        ValueError: the file is damaged, or its model is not known.
+        ValueError: the file is damaged, or its model is not known; or a folder without a model of
+            transformers.
         RuntimeError: ``model`` does not fit the file.
 
     Example:
@@ -142,7 +143,13 @@ def load(
     name = str(name_or_path)
     file = shipped.get(name, Path(name))
     on_hub = isinstance(name_or_path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    exists = "\0" not in name and file.exists()
+    exists = name != "" and "\0" not in name and file.exists()
+    if exists and file.is_dir() and not (file / "config.json").exists():
+        step = f"; of a training give {file / 'model.pt'}" * (file / "model.pt").exists()
+        raise ValueError(
+            f"name_or_path: expected config.json of a model of transformers in {str(file)!r}, "
+            f"got none{step}"
+        )
     if (exists and file.is_dir()) or (on_hub and not exists and not file.suffix):
         return _from_transformers(name, device)
     if not exists:

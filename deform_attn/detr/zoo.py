@@ -192,7 +192,7 @@ def create(name: str, num_classes: int | None = None) -> System:
         num_classes: number of classes; by default COCO's, as in the official weights.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: an unknown name, or an invalid number.
         ModuleNotFoundError: transformers, which has the backbones, is not installed.
 
     Example:
@@ -201,7 +201,10 @@ def create(name: str, num_classes: int | None = None) -> System:
         >>> sum(p.numel() for p in model.parameters()) // 1_000_000
         20
     """
-    return configuration(name).build(num_classes)
+    one = configuration(name)
+    if num_classes is not None and not (isinstance(num_classes, int) and num_classes >= 1):
+        raise ValueError(f"num_classes: expected an integer from 1, got {num_classes!r}")
+    return one.build(num_classes)
 
 
 # Names of official parameters by which each system is recognised.

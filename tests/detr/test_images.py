@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from deform_attn.detr.images import as_tensor, read_image
+from deform_attn.detr.images import as_tensor, draw, read_image
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([GRAY, GRAY.T, 255 - GRAY], -1)
@@ -116,3 +116,15 @@ def test_a_file_that_cannot_be_read_is_named(
 @pytest.mark.parametrize(("resize", "shape"), [("stretch", (3, 20, 20)), ("fit", (3, 20, 10))])
 def test_sizes(resize: str, shape: tuple[int, ...]) -> None:
     assert as_tensor(Image.new("RGB", (8, 16)), 20, resize).shape == shape
+
+
+def test_names_with_accents_are_drawn() -> None:
+    """A font without these letters has one sign for all of them."""
+    box = {"boxes": torch.tensor([[4.0, 20, 30, 40]]), "labels": torch.tensor([0])}
+    pictures = {
+        draw(
+            Image.new("RGB", (64, 48)), {**box, "names": [name], "scores": torch.ones(1)}
+        ).tobytes()
+        for name in "\u00fc\u00f6\u00f1\u0416"
+    }
+    assert len(pictures) == 4

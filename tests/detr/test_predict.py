@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from deform_attn import BACKENDS
-from deform_attn.detr import load
+from deform_attn.detr import create, load
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Digits
 from deform_attn.detr.evaluate import average_precision
@@ -110,6 +110,16 @@ def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
         ValueError, match=r"odd\.pt: expected model\.pt of a training, got KeyError"
     ):
         load(tmp_path / "odd.pt")
+    with pytest.raises(FileNotFoundError, match="a file, a folder or a name on the hub, got ''"):
+        load("")
+    for step in ("", f"; of a training give {re.escape(str(tmp_path / 'model.pt'))}"):
+        with pytest.raises(ValueError, match=rf"name_or_path: expected config\.json .*none{step}$"):
+            load(tmp_path)
+        (tmp_path / "model.pt").write_text("# text")
+    with pytest.raises(ValueError, match=r"model\.pt: expected a checkpoint, got a file that"):
+        load(tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"num_classes: expected an integer from 1, got \['a'\]"):
+        create("rtdetr_r18", ["a"])  # type: ignore[arg-type]
     detector, image = load("digits"), Image.new("RGB", (9, 9))
     single: tuple[Any, ...] = (image, "a.png", np.zeros((9, 9, 3)), None, {"image": image})
     for one in single:
