@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import re
-import signal
 import sys
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -104,7 +104,8 @@ def test_predict(
     (tmp_path / "detections.json").mkdir()
     with pytest.raises(SystemExit, match=r"error: .*detections\.json: cannot be written: "):
         run(monkeypatch, "predict", "--model", "digits", *images[:2], "--out", tmp_path)
-    monkeypatch.setattr(commands, "find_images", lambda _: signal.raise_signal(signal.SIGINT))
+    interrupt = Mock(side_effect=KeyboardInterrupt)  # a process in the background ignores SIGINT
+    monkeypatch.setattr(commands, "find_images", interrupt)
     with pytest.raises(SystemExit) as interrupted:  # without a traceback
         run(monkeypatch, "predict", "--model", "digits", *images[:2], "--out", tmp_path)
     assert interrupted.value.code == 130
