@@ -207,7 +207,6 @@ def kernelized(small: Any) -> tuple[float, float]:
     from unittest import mock
 
     import deform_attn
-    from deform_attn.integrations import adapters
     from deform_attn.integrations import transformers as integration
     from tests.transformers_models import build, default_dtype, inputs_of
 
@@ -219,7 +218,7 @@ def kernelized(small: Any) -> tuple[float, float]:
         integration.register_kernels()  # a second call changes nothing
         model.use_kernels = True
         spy = mock.Mock(wraps=deform_attn.ms_deform_attn)
-        with mock.patch.object(adapters, "ms_deform_attn", spy):
+        with mock.patch.object(integration, "ms_deform_attn", spy):
             found = result_of(model, inputs)
     assert spy.call_count > 0, "`kernels` did not call deform_attn"
     return values_differ(found, expected), gradients_differ(found, expected)
