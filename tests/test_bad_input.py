@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -374,3 +375,24 @@ def test_the_good_call_of_the_table_is_good() -> None:
         inputs = CASES[case].make(DTYPES["f32"])
         output = deform_attn.ms_deform_attn(*inputs.arguments, num_points=inputs.num_points)
         assert output.shape == (2, 5, 16)
+
+
+def test_largest_image_on_a_cpu() -> None:
+    """One of 2**31 numbers is refused, a smaller one is read to its end."""
+    rows, heads, head_dim = 2**26, 8, 4
+    # memory that is taken only where it is written to
+    memory = mmap.mmap(-1, 2 * 2**31, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    value = torch.frombuffer(memory, dtype=torch.float16).view(1, rows, heads, head_dim)
+    locations, weights = torch.rand(1, 3, heads, 1, 2, 2), torch.rand(1, 3, heads, 1, 2)
+    value[:, -5:-1] = pixels = torch.rand(1, 4, heads, head_dim).half()
+
+    def call(value: torch.Tensor, start: int) -> torch.Tensor:
+        return deform_attn.ms_deform_attn(
+            value, [(2, 2)], [start], locations, weights, backend="compiled"
+        )
+
+    with pytest.raises(
+        RuntimeError, match=r"^value: expected fewer than 2\*\*31 numbers .* 2147483648"
+    ):
+        call(value, rows - 5)
+    assert torch.equal(call(value[:, :-1], rows - 5), call(pixels, 0))
