@@ -34,8 +34,7 @@ from deform_attn.detr.augment import AUGMENTATIONS, Augmented, Batch, batches
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
-from deform_attn.detr.files import make_folder
-from deform_attn.detr.files import write as _write
+from deform_attn.detr.files import make_folder, write
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
@@ -547,16 +546,16 @@ class _Run:
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
         name = self.settings.recipe or self.settings.model
         title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
-        for name, write in {
+        for name, write_to in {
             "model.pt": lambda f: torch.save(self._trained(), f),
             "history.json": lambda f: f.write(json.dumps(self.history).encode()),
             "curves.png": lambda f: draw_curves(self.history, title, f),
             "checkpoint.pt": lambda f: torch.save(checkpoint, f),
         }.items():
-            _write(self.out / name, write)
+            write(self.out / name, write_to)
         keep = self.settings.keep_every
         if keep and self.step % keep == 0:
-            _write(self.out / f"checkpoint_{self.step}.pt", lambda f: torch.save(checkpoint, f))
+            write(self.out / f"checkpoint_{self.step}.pt", lambda f: torch.save(checkpoint, f))
 
     def _trained(self) -> dict[str, Any]:
         """Content of a file for `load`."""
@@ -812,7 +811,7 @@ class _Run:
         best = max((one["AP"] or 0 for one in self.history["ap"]), default=-1)
         self.history["ap"].append({"step": self.step, **ap})
         if self.rank == 0 and ((ap["AP"] or 0) >= best or not (self.out / "best.pt").exists()):
-            _write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
+            write(self.out / "best.pt", lambda f: torch.save(self._trained(), f))
         loss, matched = (self.history[name][-1] for name in ("loss", "matched_loss"))
         both = "" if loss == matched else f", {matched:.3f} of matched queries"
         loss_now = f"loss {loss:.3f}{both}  val loss {sum(val.values()):.3f}"

@@ -96,7 +96,7 @@ KILLED = """
 import os, signal
 from deform_attn.detr import __main__, train
 
-write = train._write
+write = train.write
 
 def written(file, to):
     def half(f):
@@ -105,7 +105,7 @@ def written(file, to):
         os.kill(os.getpid(), signal.SIGKILL)
     write(file, half if file.name == "checkpoint.pt" and file.exists() else to)
 
-train._write = written
+train.write = written
 __main__.main()
 """
 
