@@ -167,7 +167,7 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
   const Problem& p = in.problem;
   const int count = p.heads * p.points;
   Arena arena(scratch);
-  PointLevels levels(arena, in, p.heads);
+  PointLevels<Acc> levels(arena, in, p.heads);
   PointSource<Acc> source(arena, in, p.heads);
   Pair<Acc> pair(arena, count, false);
 
