@@ -177,14 +177,6 @@ inline bool fills_lines(const Problem& p, const Gradients& grads, const Share& o
          ends_one(own.first_head) && ends_one(own.last_head);
 }
 
-// Prefetches numbers first .. first + count - 1 of `size` bytes each, for reading or for writing.
-template <bool kWrite>
-DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t first, int64_t count) {
-  const char* at = static_cast<const char*>(numbers) + first * static_cast<int64_t>(size);
-  const char* end = at + count * static_cast<int64_t>(size);
-  for (; at < end; at += kCacheLine) __builtin_prefetch(at, kWrite, 3);
-}
-
 // Calls `use(first, last)` with ranges of the rows of value that together belong to a share: its band of
 // each level and, for band 0, the rows that belong to no level.
 template <typename Use>

@@ -146,6 +146,8 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.mask = call.mask ? static_cast<const uint8_t*>(call.mask->const_data_ptr()) : nullptr;
   in.fused = {};
   in.order = nullptr;
+  in.head_pixels = nullptr;
+  in.head = 0;
   if (call.reference) {
     in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};
@@ -221,15 +223,31 @@ void run_forward(const Call& call, cpu::Inputs in, const Tensor& output) {
   sort_queries(in, call.value, order);
   const Kernels& kernels = chosen_kernels();
   void* to = output.mutable_data_ptr();
-  const int64_t count = kernels.blocks(in) * call.problem.batch;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  // Neighbouring blocks share pixels, so a thread takes several at a time: a sixteenth of an equal
-  // part, so that threads finish at about the same time.
-  cpu::Blocks blocks{{0}, count, std::max<int64_t>(1, count / (16 * threads))};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const Scratch scratch(kernels.scratch_bytes(in));
-    kernels.forward(in, to, blocks, scratch.get());
-  });
+  // Computes the blocks of images first .. last - 1.
+  const auto run = [&](int64_t first, int64_t last) {
+    const int64_t per_image = kernels.blocks(in), count = (last - first) * per_image;
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+    // Neighbouring blocks share pixels, so a thread takes several at a time: a sixteenth of an equal
+    // part, so that threads finish at about the same time.
+    cpu::Blocks blocks{
+        {first * per_image}, last * per_image, std::max<int64_t>(1, count / (16 * threads))};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      const Scratch scratch(kernels.scratch_bytes(in));
+      kernels.forward(in, to, blocks, scratch.get());
+    });
+  };
+  const Problem& p = call.problem;
+  if (!kernels.by_heads(in)) return run(0, p.batch);
+  const Tensor pixels = empty(std::vector<int64_t>{p.rows, p.head_dim}, call.type);
+  in.head_pixels = pixels.const_data_ptr();
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (in.head = 0; in.head < p.heads; ++in.head) {
+      torch::stable::parallel_for(0, p.rows, 1024, [&](int64_t first, int64_t last) {
+        kernels.copy_head(in, b, in.head, first, last, pixels.mutable_data_ptr());
+      });
+      run(b, b + 1);
+    }
+  }
 }
 
 // On all threads: the first write to a page maps it.

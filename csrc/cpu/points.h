@@ -67,10 +67,10 @@ struct PointLevels {
 
   // Of a vector of points. Points of an empty level have a NaN as their location.
   struct Lanes {
-    Acc width[kLanes], height[kLanes];         // NaN: the level is empty
+    Acc width[kLanes], height[kLanes];  // NaN: the level is empty
     Int last_column[kLanes], last_row[kLanes];
-    int32_t pitch[kLanes];                     // elements from one row of pixels to the next
-    int32_t start[kLanes];                     // elements from pixel 0 of the image to the level's
+    int32_t pitch[kLanes];  // elements from one row of pixels to the next
+    int32_t start[kLanes];  // elements from pixel 0 of the image to the level's
   };
   Lanes* lanes;
   int32_t stride;                   // elements from one pixel to the next
@@ -81,7 +81,10 @@ struct PointLevels {
   int32_t *clear_height, *clear_width;
 
   PointLevels(Arena& arena, const Inputs& in, int heads)
-      : stride(static_cast<int32_t>(in.problem.row_stride())), in_(in), heads_(heads) {
+      : stride(
+            static_cast<int32_t>(in.head_pixels ? in.problem.head_dim : in.problem.row_stride())),
+        in_(in),
+        heads_(heads) {
     const int points = heads * in.problem.points;
     const int64_t count = padded<float>(points);
     const int vectors = (points + kLanes - 1) / kLanes;
@@ -242,8 +245,8 @@ struct Points {
       }
       const auto x = N::axis(x_location, load<kLanes>(level->width),
                              load_lanes<I, kLanes>(level->last_column));
-      const auto y = N::axis(y_location, load<kLanes>(level->height),
-                             load_lanes<I, kLanes>(level->last_row));
+      const auto y =
+          N::axis(y_location, load<kLanes>(level->height), load_lanes<I, kLanes>(level->last_row));
       const V before = N::where(x.on, 1 - x.fraction), after = N::where(x.next_on, x.fraction);
       const V above = N::where(y.on, (1 - y.fraction) * attention);
       const V below = N::where(y.next_on, y.fraction * attention);
@@ -256,9 +259,9 @@ struct Points {
       const Rows both_across = rows_of(x.on & x.next_on), both_along = rows_of(y.on & y.next_on);
       const Rows pitch = load_lanes<Rows, kLanes>(level->pitch);
       const Rows to_right = both_across & levels.stride, to_lower = both_along & pitch;
-      const Rows corner = (column * levels.stride + load_lanes<Rows, kLanes>(level->start) +
-                           row * pitch) |
-                          rows_of(~hit);  // -1: none
+      const Rows corner =
+          (column * levels.stride + load_lanes<Rows, kLanes>(level->start) + row * pitch) |
+          rows_of(~hit);  // -1: none
       const Rows lower = corner + to_lower;
       const Rows offsets[4] = {corner, corner + to_right, lower, lower + to_right};
       store_quads<kLanes, int32_t>(offset[i], offsets);
