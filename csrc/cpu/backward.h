@@ -17,14 +17,13 @@ namespace {  // compiled once for each instruction set, so never shared between 
 // elements from pixel 0 of the image. Without flags, all of them count as reached.
 struct Reached {
   uint8_t* flags = nullptr;
-  int64_t count = 0;  // of flags
-  int shift = 0;      // 2^shift <= head_dim: no two heads or rows share a flag
+  int shift = 0;  // 2^shift <= head_dim: no two heads or rows share a flag
 
   Reached(Arena& arena, const Inputs& in, bool used) {
     // in an encoder nearly all are reached
     if (!used || in.queries_are_pixels) return;
     while (in.problem.head_dim >> (shift + 1)) ++shift;
-    count = flag_of(in.problem.rows * in.problem.row_stride()) + 1;
+    const int64_t count = flag_of(in.problem.rows * in.problem.row_stride()) + 1;
     flags = arena.take<uint8_t>(count);
     if (flags) std::memset(flags, 0, static_cast<size_t>(count));
   }

@@ -171,6 +171,7 @@ DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t firs
   for (; at < end; at += kCacheLine) __builtin_prefetch(at, kWrite, 3);
 }
 
+// Copies rows first .. last - 1 of a head's pixels to the same rows of `to`, [rows, head_dim].
 template <typename T>
 void copy_rows(const Inputs& in, int64_t batch, int head, int64_t first, int64_t last, T* to) {
   constexpr int64_t kAhead = 16;  // rows

@@ -14,7 +14,7 @@
 //   load_some, store_some     the first `count` of them
 //   load_pair, store_pair     2 * kLanes of them as two vectors, in the cheapest order
 //   store_quads, load_quads   four vectors to and from memory, transposed
-//   VectorNumbers             the interface of Numbers (bilinear.h) for vectors
+//   VectorNumbers             Numbers and pixel_of (bilinear.h) for vectors
 //   four_sums                 the horizontal sums of four vectors
 //   stream, finish_streams    whole cache lines to memory, bypassing the caches
 #pragma once
@@ -503,9 +503,6 @@ struct VectorNumbers {
   static DEFORM_ATTN_INLINE Acc where(Mask mask, Acc x) {
     return bits_as<Acc>(bits_as<Mask>(x) & mask);
   }
-  static DEFORM_ATTN_INLINE Acc minus_where(Mask compared, Acc x, Acc y) {
-    return x - where(compared, y);  // a blend takes three steps on x86
-  }
 
   // Of locations along one axis.
   struct Axis {
@@ -531,11 +528,20 @@ struct VectorNumbers {
  private:
   // An integer that is off every map for NaN, and beyond the range of integers.
   static DEFORM_ATTN_INLINE Int to_index(Acc x) {
-#if defined(__x86_64__)
-    return to_int(x);  // the lowest integer
-#else
-    return to_int(x) | ~(x == x);
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 16) {
+      return bits_as<Int>(_mm512_cvttps_epi32(x));  // the lowest integer
+    }
+#elif defined(__AVX__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 8) {
+      return bits_as<Int>(_mm256_cvttps_epi32(x));
+    }
+#elif defined(__SSE2__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 4) {
+      return bits_as<Int>(_mm_cvttps_epi32(x));
+    }
 #endif
+    return to_int(x) | ~(x == x);
   }
 };
 
