@@ -189,7 +189,7 @@ void ask_for_pages(void* data, size_t bytes) {
   if (first >= last) return map_pages(begin, end, page);
   map_pages(begin, first, page);
   map_pages(last, end, page);
-  if (torch::stable::get_num_threads() == 1) return;
+  if (torch::stable::get_num_threads() == 1) return map_pages(first, last, page);
   const auto pages = static_cast<int64_t>((last - first) / kHuge);
   torch::stable::parallel_for(0, pages, 1, [&](int64_t from, int64_t to) {
     madvise(reinterpret_cast<void*>(first + static_cast<uintptr_t>(from) * kHuge),
