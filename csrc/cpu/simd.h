@@ -530,7 +530,7 @@ struct VectorNumbers {
   static DEFORM_ATTN_INLINE Int to_index(Acc x) {
 #if defined(__AVX512F__)
     if constexpr (std::is_same_v<Lane, float> && kLanes == 16) {
-      return bits_as<Int>(_mm512_cvttps_epi32(x));  // the lowest integer
+      return bits_as<Int>(_mm512_maskz_cvttps_epi32(0xffff, x));  // the lowest integer
     }
 #elif defined(__AVX__)
     if constexpr (std::is_same_v<Lane, float> && kLanes == 8) {
