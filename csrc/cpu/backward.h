@@ -132,6 +132,7 @@ struct PointGradients {
   template <typename Weight>
   DEFORM_ATTN_INLINE void write(Acc* to_locations, Weight* to_weights, const int32_t* reach,
                                 int count, bool streams) const {
+    if (count == 0) return;
     const auto numbers = static_cast<size_t>(count);
     if (streams) {
       stream(to_locations, locations, 2 * numbers * sizeof(Acc));

@@ -279,8 +279,8 @@ struct Points {
         int32_t suspect[kLanes];
         store_lanes<kLanes>(
             suspect,
-            hit & (N::mask(x.pixel + 1 >= load_lanes<I, kLanes>(levels.clear_width + i)) |
-                   N::mask(y.pixel + 1 >= load_lanes<I, kLanes>(levels.clear_height + i))));
+            hit & (N::mask(x.pixel >= load_lanes<I, kLanes>(levels.clear_width + i) - 1) |
+                   N::mask(y.pixel >= load_lanes<I, kLanes>(levels.clear_height + i) - 1)));
         for (int lane = 0; lane < kLanes && lane < left; ++lane) {
           if (!suspect[lane]) continue;
           const int k = i + lane;

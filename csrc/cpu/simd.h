@@ -518,11 +518,11 @@ struct VectorNumbers {
     Int next = to_index(multiply_add(location, size, half));
     Acc fraction = multiply_add(location, size, half - to_acc(next));
     const auto before = fraction < Acc{};
-    next += before;
     fraction += where(before, Acc{} + 1);
-    const Int pixel = next - 1;
-    const Bits end = bits_as<Bits>(last);
-    return {pixel, fraction, mask(bits_as<Bits>(pixel) <= end), mask(bits_as<Bits>(next) <= end)};
+    // unsigned: the lowest integer minus one is off every map, too
+    const Bits end = bits_as<Bits>(last), after = bits_as<Bits>(next) + bits_as<Bits>(before);
+    const Bits pixel = after - 1;
+    return {bits_as<Int>(pixel), fraction, mask(pixel <= end), mask(after <= end)};
   }
 
  private:
