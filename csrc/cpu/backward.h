@@ -30,7 +30,7 @@ struct Reached {
 
   DEFORM_ATTN_INLINE void add(int64_t place) const { flags[flag_of(place)] = 1; }
 
-  int64_t flag_of(int64_t place) const { return place >> shift; }
+  DEFORM_ATTN_INLINE int64_t flag_of(int64_t place) const { return place >> shift; }
 
   // Writes the places of those of flags first .. first + 7 that are set and before `end`, and returns
   // their number.
