@@ -53,9 +53,8 @@ def simulate(cases: list[Case], console: Console) -> dict[str, Result]:
 
         def one(case: Case) -> Result:
             text = code[case.source, case.capability].result()
-            printed = build.run([str(model.result()), *case.arguments(), str(text)])
+            result: Result = json.loads(build.simulated(model.result(), case.arguments(), text))
             progress.advance(simulating)
-            result: Result = json.loads(printed)
             return result
 
         jobs = [pool.submit(one, case) for case in cases]
@@ -63,13 +62,29 @@ def simulate(cases: list[Case], console: Console) -> dict[str, Result]:
 
 
 def table_of(results: dict[str, Result]) -> Table:
-    """A row for each kernel of a call and cost of a reduced sector."""
+    """A row for each kernel of a call and cost of a reduced sector.
+
+    a sector   cycles of the second level for a sector that an atomic reduces
+    reduced    sectors that atomics reduce
+    missed     sectors of loads that are not in the first-level cache
+    cache      share of the cycles in which it, or shared memory, passes something
+    warps      that are resident, on average
+    """
     table = Table(title="simulated cycles of one multiprocessor; they are not times")
     table.add_column("call, kernel", no_wrap=True)
-    columns = ("blocks", "registers", "reduced_sector_cost", "cycles", "instructions")
-    columns += ("reduced_sectors", "missed_sectors", "cache_busy", "warps")
-    for column in columns:
-        table.add_column(column.replace("_", " "), justify="right")
+    columns = {
+        "blocks": "blocks",
+        "registers": "registers",
+        "reduced_sector_cost": "a sector",
+        "cycles": "cycles",
+        "instructions": "instructions",
+        "reduced_sectors": "reduced",
+        "missed_sectors": "missed",
+        "cache_busy": "cache",
+        "warps": "warps",
+    }
+    for heading in columns.values():
+        table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_section()
         table.add_row(f"[bold]{name}[/bold] (largest error {max(result['errors'].values()):.1e})")

@@ -1,6 +1,6 @@
-"""Compiles the kernels to machine code, and the model with this machine's C++ compiler.
+"""Compiles the kernels to machine code, and the model with this machine's C++ compiler; runs it.
 
-Both are kept in build/cycles until a file that they are made of changes.
+What was compiled or simulated is kept in build/cycles until something that it is made of changes.
 """
 
 from __future__ import annotations
@@ -104,6 +104,15 @@ def program(source: Path, *flags: str, cuda: bool = False) -> Path:
         run([*command, "-o", str(unfinished), *map(str, parts), "-ldl"])
         unfinished.replace(target)
     return target
+
+
+def simulated(model: Path, arguments: list[str], code: Path) -> str:
+    """What the model prints."""
+    target = FOLDER / "calls" / f"{_digest([model, code], *arguments)}.json"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _write(target, run([str(model), *arguments, str(code)]))
+    return target.read_text()
 
 
 def _write(path: Path, text: str) -> None:
