@@ -22,8 +22,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gates.cycles import build
-from benchmarks.gates.cycles.__main__ import raised
-from benchmarks.gates.cycles.cases import CASES, Bar, bars, faults
+from benchmarks.gates.cycles.cases import CASES, Bar, bars, faults, raised
 from build_tools.toolchain import NotFound, find_cxx
 
 ROOT = Path(__file__).resolve().parents[1]

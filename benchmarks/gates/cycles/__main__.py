@@ -15,11 +15,10 @@ from rich.table import Table
 
 from benchmarks.gates.cycles import __doc__ as description
 from benchmarks.gates.cycles import build
-from benchmarks.gates.cycles.cases import CASES, Bar, Case, Result, bars, faults, total
+from benchmarks.gates.cycles.cases import CASES, Bar, Case, Result, bars, faults, raised, total
 from build_tools.toolchain import NotFound
 
 JOBS = 2
-RAISED = 1.001  # a figure that grows by more is reported by --check
 
 
 def commit_of_kernels() -> str:
@@ -112,22 +111,6 @@ def bars_table(found: list[Bar]) -> Table:
         shares = (f"{bar.limit:g}x", f"{bar.share:.3f}x")
         table.add_row(bar.row, *shares, verdict, figures, f"{bar.of:,}")
     return table
-
-
-def raised(now: dict[str, Result], before: dict[str, Result]) -> list[str]:
-    """Bars that were met before, and cycles that have grown."""
-    met = {bar.row for bar in bars(before) if bar.met}
-    found = [f"bar not met: {bar.row}" for bar in bars(now) if bar.row in met and not bar.met]
-    for name, result in now.items():
-        if name not in before:
-            found.append(f"{name}: not simulated before; --json writes a new file")
-            continue
-        for report in result["kernels"][0]["reports"]:
-            cost = report["reduced_sector_cost"]
-            old, new = (total(each, cost=cost) for each in (before[name], result))
-            if new > old * RAISED:
-                found.append(f"{name}, {cost} cycles a reduced sector: {old:,} -> {new:,}")
-    return found
 
 
 def main() -> int:
