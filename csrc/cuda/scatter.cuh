@@ -166,7 +166,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   const int lane = teams.lane & (lanes - 1);
   const int split = kSplits<Acc> ? teams.channel_lane() >> blocks.lane_bits : 0;
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
-  auto& staged = all_staged[warp];
+  auto& staged = *pinned(&all_staged[warp]);
   // The group's part of the channels, in the lane that has the group's products; else -1.
   [[maybe_unused]] const int own_chunk =
       (teams.lane & 3) == (teams.team() << (blocks.lane_bits - 2)) + (lane >> 2) ? lane >> 2 : -1;
@@ -225,15 +225,15 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
 
       const int count = min(teams.lanes(), problem.points - first);
       const T* const grad_of_query = grad_output + staged.output_at[teams.team()];
+      [[maybe_unused]] Loaded<T, kVec> grad;
       for (int from = 0; from < problem.head_dim; from += lanes * kVec) {
         const int channel = from + lane * kVec;
         const bool active = channel < problem.head_dim;
-        [[maybe_unused]] Loaded<T, kVec> grad;
         if constexpr (!kMatrices) grad = load_if<kVec>(active && mine, grad_of_query + channel);
         const auto* const source = reinterpret_cast<const Pack<T, kVec>*>(
             value + problem.value_at(part.batch, 0, part.head) + channel);
         if constexpr (kMatrices) {
-          const int entries = count * teams.count(), step = splits * teams.count();
+          const int step = splits * teams.count();
           if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) {
             matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams,
                                    blocks);
@@ -242,11 +242,11 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
           // Whether a group has all channels of its pixels.
           const bool alone = problem.head_dim <= 4 * kVec;
-          const int first_entry = split * teams.count() + teams.team();
-          const int end_entry = first_entry + entries;  // every lane makes as many steps
+          const auto* own_at = pinned(staged.corners.at + split * teams.count() + teams.team());
+          // Every lane makes as many steps.
 #pragma unroll 1
-          for (int entry = first_entry; entry < end_entry; entry += step) {
-            const auto at = staged.corners.at[entry];
+          for (int left = (count + splits - 1) / splits; left > 0; --left, own_at += step) {
+            const auto at = *own_at;
             Pack<Acc, 4> dot;
 #pragma unroll
             for (int i = 0; i < 4; i += kPixels) {
@@ -262,7 +262,9 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
                 dot.at[i + j] = product[0] + product[3];
               }
             }
-            Pack<Acc, 4>& total = staged.dot[entry];
+            auto& total = *reinterpret_cast<Pack<Acc, 4>*>(
+                reinterpret_cast<char*>(const_cast<Pack<Offset, 4>*>(own_at)) +
+                (reinterpret_cast<char*>(staged.dot) - reinterpret_cast<char*>(staged.corners.at)));
             if (alone) {
               if (own_chunk == 0) total = dot;
               continue;
@@ -324,13 +326,18 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
       for (int from = 0; grad_value && mine && from < problem.head_dim; from += lanes * kVec) {
         const auto channel_of = [&](int c) { return from + (c / kWidth * lanes + lane) * kWidth; };
-        Acc grad[kVec];
+        Acc added[kVec];
+        if (!kMatrices && kWidth == kVec && problem.head_dim <= lanes * kVec) {  // read above
 #pragma unroll
-        for (int c = 0; c < kVec; c += kWidth) {
-          const auto some =
-              load_if<kWidth>(channel_of(c) < problem.head_dim, grad_of_query + channel_of(c));
+          for (int c = 0; c < kVec; ++c) added[c] = grad[c];
+        } else {
 #pragma unroll
-          for (int j = 0; j < kWidth; ++j) grad[c + j] = some[j];
+          for (int c = 0; c < kVec; c += kWidth) {
+            const auto some =
+                load_if<kWidth>(channel_of(c) < problem.head_dim, grad_of_query + channel_of(c));
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) added[c + j] = some[j];
+          }
         }
         auto* const target = reinterpret_cast<Pack<Acc, kVec>*>(
             grad_value + problem.value_at(part.batch, 0, part.head));
@@ -346,7 +353,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
               if (channel_of(c) >= problem.head_dim) break;
               Acc term[kWidth];
 #pragma unroll
-              for (int j = 0; j < kWidth; ++j) term[j] = corner.weight.at[i] * grad[c + j];
+              for (int j = 0; j < kWidth; ++j) term[j] = corner.weight.at[i] * added[c + j];
               atomic_add<kWidth>(to + channel_of(c), term);
             }
           }
