@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
       value_at;  // of the image and head; not pointers, whose space is unknown then
   __shared__ unsigned grad_at
       [kTileQueries];  // of each query: in grad_output, from output_at on, in units of kTileVec
-  __shared__ alignas(16) float grads[kTileQueries * kGradRow<Sum>];
+  __shared__ Pack<float, kTileVec> grads[kTileQueries * kGradRow<Sum> / kTileVec];
   __shared__ typename Points::Query queries[kTileQueries];
   __shared__ float scale;
   if (threadIdx.x == 0) {
@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
 #pragma unroll
         for (int j = 0; j < kWidth; ++j) grad.at[c + j] = some[j];
       }
-      *reinterpret_cast<Pack<float, kTileVec>*>(grads + position * kGradRow<Sum> + channel) = grad;
+      grads[(position * kGradRow<Sum> + channel) / kTileVec] = grad;
     }
   };
   __syncthreads();
