@@ -339,7 +339,8 @@ struct Outputs {
 
 template <typename T>
 GivenPointGradients<T> gradients_of(const GivenPoints<T>& points, const Outputs& out) {
-  return {static_cast<AccOf<T>*>(out.locations), out.weights, points.wide};
+  return {static_cast<AccOf<T>*>(out.locations), out.weights, points.wide,
+          points.pairs && aligned(out.locations) && aligned(out.weights)};
 }
 template <typename T>
 FusedPointGradients<T> gradients_of(const FusedPoints<T>& points, const Outputs& out) {
