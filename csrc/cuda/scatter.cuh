@@ -171,6 +171,8 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   constexpr int kWidth = kAtomicWidth<Acc, kVec>;
   __shared__ BlockLevels levels;
   constexpr bool kMatrices = kDotsByMatrices<T, kVec>;
+  // Whether the gradient that the dot products take serves the additions to value as well.
+  constexpr bool kKeepsGrad = sizeof(Acc) < 8 && !kMatrices && kWidth == kVec;
   constexpr bool kTwo = kStagesTwo<T, kVec, Points>;
   __shared__ Staged<Acc, Offset, Points, kTwo ? 2 * kWarp : kWarp> all_staged[kBlock / kWarp];
   __shared__ Part part;                       // not in registers: the pixels need them
@@ -189,7 +191,8 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   const int lane = teams.lane & (lanes - 1);
   const int split = kSplits<Acc> ? teams.channel_lane() >> blocks.lane_bits : 0;
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
-  auto& staged = *pinned(&all_staged[warp]);
+  // float64 has no register for the address.
+  auto& staged = *(sizeof(Acc) < 8 ? pinned(&all_staged[warp]) : &all_staged[warp]);
   auto* const dots = staged.dots();
   // The group's part of the channels, in the lane that has the group's products; else -1.
   [[maybe_unused]] const int own_chunk =
@@ -281,7 +284,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
             return from + (c / kWidth * lanes + lane) * kWidth;
           };
           Acc added[kVec];
-          if (!kMatrices && kWidth == kVec && problem.head_dim <= lanes * kVec) {  // read above
+          if (kKeepsGrad && problem.head_dim <= lanes * kVec) {  // read above
 #pragma unroll
             for (int c = 0; c < kVec; ++c) added[c] = grad[c];
           } else {
