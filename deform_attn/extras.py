@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import metadata, util
 
 
 @contextmanager
@@ -69,3 +69,21 @@ def needs_torchvision() -> Iterator[None]:
             f"torchvision: expected the version for torch {torch}, got {found}: {step}",
             name="torchvision",
         ) from error
+
+
+@contextmanager
+def needs_transformers() -> Iterator[None]:
+    """Name what to install where an import from transformers inside the block fails.
+
+    transformers imports torchvision where it is installed. One that does not fit torch makes these
+    imports fail, with errors that do not name it.
+
+    Raises:
+        ModuleNotFoundError: transformers is not installed.
+        ImportError: torchvision is installed, but does not fit torch.
+    """
+    with needs_torchvision():
+        if util.find_spec("torchvision"):
+            import torchvision  # noqa: F401
+    with needs("backbones"):
+        yield

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from deform_attn.detr import augment
+from deform_attn.detr import augment, create
 from deform_attn.detr.augment import AUGMENTATIONS, Augmented, Item, batches, mixup
 from deform_attn.detr.data import Original, Shapes, resized
 from deform_attn.detr.train import Settings, train
@@ -289,3 +289,5 @@ def test_without_torchvision_the_default_is_flip_and_the_others_name_the_next_st
         monkeypatch.setitem(sys.modules, name, Broken())
     with pytest.raises(ImportError, match=r"got one whose import fails \(operator torchvision::n"):
         Augmented(Shapes("train"), "crop", 58, 0)
+    with pytest.raises(ImportError, match="torchvision: expected the version for torch"):
+        create("rtdetr_r18")  # its backbone is one of transformers, which imports torchvision
