@@ -97,8 +97,8 @@ class Counter:
 def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     """Counts of the forward kernels and of each backward algorithm."""
     inputs = draw(workload, dtype=DTYPES[dtype])
-    # of an encoder's two, which have half of the heads: looking along an axis, and not; of a decoder's all,
-    # as the queries of its blocks have nothing in common
+    # of an encoder's two, which have half of the heads: looking along an axis, and not; of a
+    # decoder's all, as the queries of its blocks have nothing in common
     processors = [0, 33] if workload.encoder else list(range(KERNELS.processors))
     counter = Counter(inputs.attention_weights.numel(), processors)
     given, layer = _arguments(inputs), _layer_arguments(inputs)
