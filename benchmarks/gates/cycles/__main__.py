@@ -86,7 +86,7 @@ def table_of(results: dict[str, Result]) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     for name, result in results.items():
         table.add_section()
-        table.add_row(f"[bold]{name}[/bold] (largest error {max(result['errors'].values()):.1e})")
+        table.add_row(f"[bold]{name}[/bold] (error {max(result['errors'].values()):.1e})")
         for kernel in result["kernels"]:
             for report in kernel["reports"]:
                 figures = kernel | report
@@ -123,7 +123,7 @@ def main() -> int:
         "--check", type=Path, help="fail where cycles are above those of this file, or a bar fails"
     )
     options = parser.parse_args()
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = Console(width=None if sys.stdout.isatty() else 180)
     cases = [c for c in CASES if not options.only or any(word in c.name for word in options.only)]
     if not cases:
         parser.error(f"--only: no call has such a name: {', '.join(c.name for c in CASES)}")
