@@ -162,13 +162,17 @@ __device__ inline int recomputed(int number) {
   return number;
 }
 
-template <typename Acc>
-__device__ Acc zero() {
-  Acc number = 0;
+// The same pointer into shared memory, whose address the compiler keeps in a register instead of computing it
+// again.
+template <typename X>
+__device__ X* pinned(X* shared) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" : "+f"(number));
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return static_cast<X*>(__cvta_shared_to_generic(address));
+#else
+  return shared;
 #endif
-  return number;
 }
 
 // Sums of term[0..3] over the four lanes of a group. Lane j of the four gets the sum of term[j]. Each of
