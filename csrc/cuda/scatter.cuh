@@ -66,8 +66,8 @@ constexpr bool kDotsByMatrices = kMultipliesMatrices<T> && kVec == 8;
 template <typename T, int kVec, typename Points>
 constexpr bool kStagesTwo = kDotsByMatrices<T, kVec> && !Points::kFused;
 
-// From the entry of the first point of a lane to that of the second. Not kWarp, so that the two have other banks
-// of shared memory.
+// From the entry of the first point of a lane to that of the second. Not kWarp, so that the two have
+// different banks of shared memory.
 constexpr int kSecond = kWarp + 4;
 
 // The lane's part of its column of `b`, given what its group has of the query's gradient. Columns 2 j and 2 j + 1
