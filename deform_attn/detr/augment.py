@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deform_attn.detr.data import Detection, Original, Sample, resized
-from deform_attn.detr.images import LONGEST, pad
+from deform_attn.detr.images import pad
 from deform_attn.extras import needs_torchvision
 
 # Begin and end of each transform, as fractions of the training:
@@ -252,12 +252,14 @@ class Augmented(Dataset[tuple[Item, Sample]]):
     def _reduced(self, original: Original) -> Original:
         """A large image reduced so far that the smallest crop has the size of the training."""
         image, target = original
-        longest = self.dataset.size * (LONGEST if self._own_sizes else 1) / SMALLEST_CROP
-        if max(image.size) <= longest:
+        side = max(image.size) if self.resize == "fit" else min(image.size)
+        scale = max(self.sizes) / SMALLEST_CROP / side
+        if scale >= 1:
             return original
-        small = ImageOps.contain(image, (int(longest),) * 2, Image.Resampling.BILINEAR)
-        scale = torch.tensor(small.size) / torch.tensor(image.size)
-        return small, {**target, "boxes": target["boxes"] * scale.repeat(2)}
+        width, height = (math.ceil(length * scale) for length in image.size)
+        factors = torch.tensor([width / image.width, height / image.height]).repeat(2)
+        small = image.resize((width, height), Image.Resampling.BILINEAR)
+        return small, {**target, "boxes": target["boxes"] * factors}
 
     def batch(self, drawn: list[tuple[Item, Sample]]) -> Batch:
         """Items as a batch, with mixup while that is on."""

@@ -20,6 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from deform_attn.detr.arguments import check_integer
 from deform_attn.detr.boxes import from_corners
 from deform_attn.detr.images import as_tensor
 
@@ -92,6 +93,7 @@ def open_dataset(
             evaluation.
 
     Raises:
+        TypeError: the size is no integer.
         ValueError: an unknown name or split, or an invalid folder; the message names each fault.
         OSError: a file of the folder cannot be read.
 
@@ -103,6 +105,7 @@ def open_dataset(
     """
     from deform_attn.detr.folders import AnnotatedFolder
 
+    check_integer("size", size, 0)
     if name in DRAWN:
         if split not in _Drawn.lengths:
             raise ValueError(f"split: expected 'train' or 'val', got {split!r}")

@@ -165,8 +165,7 @@ class Settings:
                 raise ValueError(f"{name}: expected one of {listed}; got {got!r}")
         counts = ("steps", "batch", "accumulate", "layers", "queries")
         for name in (*counts, "evaluate_every", "save_every"):
-            if (got := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {got}")
+            check_integer(name, getattr(self, name), 1)
         for name in ("lr", "clip"):
             if not 0 < (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {got}")

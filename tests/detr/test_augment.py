@@ -210,12 +210,14 @@ def test_images_of_any_size_and_without_objects(torchvision: None) -> None:
 def test_a_large_image_is_reduced_to_what_the_smallest_crop_needs() -> None:
     pixels = np.zeros((300, 1000, 3), np.uint8)
     original = Images(pixels, [[100.0, 30, 500, 60]]).original(0)
-    augmented = Augmented(Images(pixels, []), "none", 10, 0)
-    image, target = augmented._reduced(original)
-    assert image.size == (213, 64)
-    scale = torch.tensor([213 / 1000, 64 / 300]).repeat(2)
-    torch.testing.assert_close(target["boxes"], original[1]["boxes"] * scale)
-    assert augmented._reduced((image, target))[0] is image
+    for resize, size in (("stretch", (712, 214)), ("shortest", (712, 214)), ("fit", (214, 64))):
+        augmented = Augmented(Images(pixels, []), "none", 10, 0, resize=resize)
+        image, target = augmented._reduced(original)
+        assert image.size == size
+        scale = torch.tensor([size[0] / 1000, size[1] / 300]).repeat(2)
+        torch.testing.assert_close(target["boxes"], original[1]["boxes"] * scale)
+        small = image.resize((200, 60)), target
+        assert augmented._reduced(small) is small
 
 
 def test_mixup_keeps_the_objects_of_both() -> None:

@@ -124,7 +124,7 @@ def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
         load("digits", device="gpu")
     with pytest.raises(TypeError, match="device: expected a name such as cpu or cuda, got 0"):
         load("digits", device=0)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"num_classes: expected an integer from 1, got \['a'\]"):
+    with pytest.raises(TypeError, match=r"num_classes: expected an integer, got \['a'\]"):
         create("rtdetr_r18", ["a"])  # type: ignore[arg-type]
     detector, image = load("digits"), Image.new("RGB", (9, 9))
     single: tuple[Any, ...] = (image, "a.png", np.zeros((9, 9, 3)), None, {"image": image})
