@@ -96,8 +96,8 @@ struct LaunchConfig {
 };
 
 // Large problems get blocks of 64 queries, a tile of an encoder's map. Small ones get smaller blocks, so
-// that each multiprocessor has `least_blocks`, and their warps work on fewer queries at a time: several groups of
-// lanes share the points of a query; `least_split_bits`: at least so many.
+// that each multiprocessor has `least_blocks`, and their warps work on fewer queries at a time: several
+// groups of lanes share the points of a query; `least_split_bits`: at least so many.
 inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
                                   bool split_channels, int processors, int least_split_bits = 0,
                                   int least_blocks = 4) {
@@ -122,7 +122,7 @@ inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lan
   const auto divider = [](int64_t divisor) {
     return divider_by(static_cast<unsigned>(std::min<int64_t>(divisor, (int64_t{1} << 31) - 1)));
   };
-  blocks.by_head = count() < 8 * processors;
+  blocks.by_head = count() < 8 * processors;  // all resident at once, see part_of
   const int64_t dealt_to = blocks.by_head ? processors : 1;
   blocks.processors = divider(dealt_to);
   blocks.each = static_cast<unsigned>(count() / dealt_to);

@@ -57,14 +57,12 @@ struct GivenPointGradients {
       if (next) set(point + 1, gradient[1]);
       return;
     }
-    *reinterpret_cast<Pack<AccOf<T>, 4>*>(locations + 2 * point) = {gradient[0].x, gradient[0].y,
-                                                                    gradient[1].x, gradient[1].y};
+    store<4>(locations + 2 * point, {gradient[0].x, gradient[0].y, gradient[1].x, gradient[1].y});
     if (wide) {
-      *reinterpret_cast<Pack<AccOf<T>, 2>*>(static_cast<AccOf<T>*>(weights) + point) = {
-          gradient[0].weight, gradient[1].weight};
+      store<2>(static_cast<AccOf<T>*>(weights) + point, {gradient[0].weight, gradient[1].weight});
     } else {
-      *reinterpret_cast<Pack<T, 2>*>(static_cast<T*>(weights) + point) = {
-          static_cast<T>(gradient[0].weight), static_cast<T>(gradient[1].weight)};
+      store<2>(static_cast<T*>(weights) + point,
+               {static_cast<T>(gradient[0].weight), static_cast<T>(gradient[1].weight)});
     }
   }
 };

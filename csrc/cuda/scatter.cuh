@@ -66,6 +66,10 @@ constexpr bool kDotsByMatrices = kMultipliesMatrices<T> && kVec == 8;
 template <typename T, int kVec, typename Points>
 constexpr bool kStagesTwo = kDotsByMatrices<T, kVec> && !Points::kFused;
 
+// From the entry of the first point of a lane to that of the second. Not kWarp, so that the two have
+// different banks of shared memory.
+constexpr int kSecond = kWarp + 4;
+
 // The lane's part of its column of `b`, given what its group has of the query's gradient. Columns 2 j and 2 j + 1
 // are of the j-th query and channels that groups of the warp have.
 template <typename T>
@@ -174,7 +178,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   // Whether the gradient that the dot products take serves the additions to value as well.
   constexpr bool kKeepsGrad = sizeof(Acc) < 8 && !kMatrices && kWidth == kVec;
   constexpr bool kTwo = kStagesTwo<T, kVec, Points>;
-  __shared__ Staged<Acc, Offset, Points, kTwo ? 2 * kWarp : kWarp> all_staged[kBlock / kWarp];
+  __shared__ Staged<Acc, Offset, Points, kTwo ? kSecond + kWarp : kWarp> all_staged[kBlock / kWarp];
   __shared__ Part part;                       // not in registers: the pixels need them
   __shared__ int64_t first_output, value_at;  // of the part
   if (threadIdx.x == 0) {
@@ -254,7 +258,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
         if (stages) two = points.read_two(query, k_staged, stages_next);
 #pragma unroll 1
         for (int i = 0; i < each; ++i) {
-          const int entry = teams.lane + i * kWarp;
+          const int entry = teams.lane + i * kSecond;
           if (i ? stages_next : stages) {
             level = level_of(k_staged + i, level, levels);
             stage(entry, points.of_two(query, two, i, level, levels), level);
@@ -271,10 +275,11 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       __syncwarp();
 
       const int count = min(each * teams.lanes(), problem.points - first);
-      // Lane i of a team has the points each * i and each * i + 1 from `first` on. The entries of the second ones
-      // follow those of all first ones.
+      // Where a lane stages two points, neighbouring groups of a team have one of them each.
       const int rounds = kTwo ? (count + each - 1) >> (each - 1) : count;
-      const int end_round = each == 2 ? teams.lanes() + rounds : rounds;
+      const int turn_bits = split_bits - (each - 1), own_round = split >> (each - 1);
+      const int own_entry =
+          own_round * teams.count() + teams.team() + (each == 2 && split & 1 ? kSecond : 0);
       const T* const grad_of_query = grad_output + staged.output_at[teams.team()];
       [[maybe_unused]] Loaded<T, kVec> grad;
       // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
@@ -298,8 +303,9 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           }
           auto* const target = reinterpret_cast<Pack<Acc, kVec>*>(grad_value + value_at);
 #pragma unroll 1
-          for (int k = split; k < end_round; k += splits) {
-            const Corner corner = staged.corners[k * teams.count() + teams.team()];
+          for (int entry = own_entry, round = own_round; round < rounds;
+               entry += teams.count() << turn_bits, round += 1 << turn_bits) {
+            const Corner corner = staged.corners[entry];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               if (corner.at.at[i] == Corner::kNone) continue;
@@ -327,7 +333,6 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
         const auto* const source =
             reinterpret_cast<const Pack<T, kVec>*>(value + value_at + channel);
         if constexpr (kMatrices) {
-          const int step = splits * teams.count();
           if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) {
             matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams,
                                    blocks);
@@ -336,43 +341,42 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
           // Whether a group has all channels of its pixels.
           const bool alone = problem.head_dim <= 4 * kVec;
-          for (int half = 0; half < each; ++half) {
-            auto* own_at =
-                pinned(staged.corners.at + half * kWarp + split * teams.count() + teams.team());
-            // Every lane makes as many steps.
+          auto* own_at = pinned(staged.corners.at + own_entry);
+          // Every lane makes as many steps.
 #pragma unroll 1
-            for (int left = (rounds + splits - 1) >> split_bits; left > 0; --left, own_at += step) {
-              const auto at = *own_at;
-              Pack<Acc, 4> dot;
+          for (int left = (rounds + (1 << turn_bits) - 1) >> turn_bits; left > 0;
+               --left, own_at += teams.count() << turn_bits) {
+            const auto at = *own_at;
+            Pack<Acc, 4> dot;
 #pragma unroll
-              for (int i = 0; i < 4; i += kPixels) {
+            for (int i = 0; i < 4; i += kPixels) {
 #pragma unroll
-                for (int j = 0; j < kPixels; ++j) {
-                  load_where(active && at.at[i + j] != Corner::kNone, source + at.at[i + j],
-                             pixel[j]);
-                }
-#pragma unroll
-                for (int j = 0; j < kPixels; ++j) {
-                  float product[4] = {};
-                  add_product<T>(product, pixel[j].words.at, matrix.at);
-                  dot.at[i + j] = product[0] + product[3];
-                }
+              for (int j = 0; j < kPixels; ++j) {
+                load_where(active && at.at[i + j] != Corner::kNone, source + at.at[i + j],
+                           pixel[j]);
               }
-              Pack<Acc, 4>& total = staged.dots_of(own_at);
-              if (alone) {
-                if (own_chunk == 0) total = dot;
-                continue;
-              }
-#pragma unroll 1
-              for (int chunk = 0; chunk < lanes / 4; ++chunk) {
-                __syncwarp();
-                if (chunk != own_chunk) continue;
 #pragma unroll
-                for (int i = 0; from + chunk > 0 && i < 4; ++i) dot.at[i] += total.at[i];
-                total = dot;
+              for (int j = 0; j < kPixels; ++j) {
+                float product[4] = {};
+                add_product<T>(product, pixel[j].words.at, matrix.at);
+                dot.at[i + j] = product[0] + product[3];
               }
             }
+            Pack<Acc, 4>& total = staged.dots_of(own_at);
+            if (alone) {
+              if (own_chunk == 0) total = dot;
+              continue;
+            }
+#pragma unroll 1
+            for (int chunk = 0; chunk < lanes / 4; ++chunk) {
+              __syncwarp();
+              if (chunk != own_chunk) continue;
+#pragma unroll
+              for (int i = 0; from + chunk > 0 && i < 4; ++i) dot.at[i] += total.at[i];
+              total = dot;
+            }
           }
+
           continue;
         }
         // Entries without a point have no pixels.
@@ -425,7 +429,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!(i ? stages_next : stages)) continue;
-          const int entry = teams.lane + i * kWarp;
+          const int entry = teams.lane + i * kSecond;
           Footprint<Acc> foot;
           int level;
           const Acc weight = staged.foot[entry].restore(foot, level);

@@ -54,6 +54,15 @@ __device__ Pack<T, kVec> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kVec>*>(from);
 }
 
+template <int kVec, typename T>
+__device__ void store(T* to, const Pack<T, kVec>& numbers) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<Pack<T, kVec>*>(to) = numbers;
+#else
+  memcpy(to, &numbers, sizeof(numbers));  // one access, which a compiler for CPUs would divide
+#endif
+}
+
 // kVec neighbouring elements as loaded, in words: converting them from here takes fewer instructions than
 // from an array of 16-bit elements.
 template <typename T, int kVec>

@@ -39,8 +39,8 @@ struct Blocks {
   Divider processors;   // 1: blocks keep their order
   unsigned each, more;  // each multiprocessor has `each` blocks; the first `more` have one more
   Divider pieces;       // of the channels
-  Divider inner,
-      outer;  // heads, then tiles, each of `positions` queries; where by_head: tiles, then heads
+  // Heads, then tiles of an image and head, of `positions` queries each. Where by_head: tiles, then heads.
+  Divider inner, outer;
   bool by_head;
 };
 
