@@ -263,7 +263,9 @@ def test_without_torchvision_the_default_is_flip_and_the_others_name_the_next_st
     """The training resumes with it where torchvision was installed meanwhile."""
     monkeypatch.setattr(Shapes, "lengths", {"train": 4, "val": 2})
     monkeypatch.delitem(sys.modules, "deform_attn.detr.transforms", raising=False)
-    monkeypatch.setitem(sys.modules, "torchvision", None)
+    for name in ["torchvision", *sys.modules]:
+        if name.partition(".")[0] == "torchvision":
+            monkeypatch.setitem(sys.modules, name, None)
     versions = {"torch": "2.13.0+cpu"}
     monkeypatch.setattr("deform_attn.extras.metadata.version", versions.__getitem__)
     settings = {"data": "shapes", "recipe": "deim", "width": 32, "layers": 1, "queries": 10}
