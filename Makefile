@@ -21,9 +21,9 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build wheels smoke hub workflows lint types format test headers abi demo bench peers clients kernels emulator emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build wheels smoke hub workflows lint types format test headers abi demo bench peers clients kernels emulator emulate traffic cycles gpu rehearse versions docs clean help
 
-setup: .venv/dev .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
+setup: .venv/dev .venv/torchvision .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
 help:  ## This list
 	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/^([a-z]+):.*## */\1|/' | column -t -s '|'
@@ -42,6 +42,13 @@ help:  ## This list
 	@test ! -d build || $(BUILD)
 	@touch $@
 
+# torchvision for the tests of augmentations, in a folder of its own (see tests/vision.py). Each one
+# fits one torch; the newest torch may have none yet.
+TORCHVISION = $(shell $(PY) -c "import runpy, importlib.metadata as m; print(runpy.run_path('deform_attn/extras.py')['torchvision_of'](m.version('torch')))")
+.venv/torchvision: .venv/torch
+	@$(PIP) --no-deps --target $@ "$(TORCHVISION)" || echo "no $(TORCHVISION): tests that need it are not collected"
+	@mkdir -p $@ && touch $@
+
 # CUDA's headers for the emulator, its compiler for `make kernels`.
 .venv/cuda: .venv/dev
 	$(PY) build_tools/toolchain.py || $(PIP) --constraint .venv/constraints.txt --no-build-isolation '.[cuda]'
@@ -50,7 +57,7 @@ help:  ## This list
 build: .venv/torch  ## Compile the libraries into the tree, as far as they changed
 	$(BUILD)
 
-test: .venv/dev .venv/docs .venv/cuda  ## Lint, types, every test that can run here, make headers, abi, kernels and docs
+test: .venv/dev .venv/docs .venv/torchvision .venv/cuda  ## Lint, types, every test that can run here, make headers, abi, kernels and docs
 	@# The CUDA library too: it must compile, link and register, even if this machine cannot run it.
 	FORCE_CUDA=1 TORCH_CUDA_ARCH_LIST=7.5+PTX $(MAKE) --jobs=2 lint types build emulator
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist worksteal
@@ -102,6 +109,9 @@ emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator run
 
 traffic: .venv/dev .venv/cuda  ## Sectors that the CUDA kernels move, counted, against the committed table
 	$(PY) -m benchmarks.gates.traffic --check tests/simt/traffic.json
+
+cycles: .venv/dev .venv/cuda  ## Cycles of the CUDA kernels on a model of a multiprocessor, against the committed ones
+	$(PY) -m benchmarks.gates.cycles --check benchmarks/results/simulated-h100/cycles.json
 
 gpu:  ## On a machine with a GPU, with its own torch and without a network: build, check, time, test, sanitize
 	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)

@@ -2,7 +2,8 @@
 
 Fixtures `runner`, `dtypes`, `case` (from runners.py and `deform_attn.testing`) are combined at
 collection; a combination that cannot run is not collected, and the header lists the runners that do
-not run, with the reasons. `golden_case` goes through the recorded modules (--goldens).
+not run, with the reasons. Tests with the fixture `torchvision` are collected where there is one.
+`golden_case` goes through the recorded modules (--goldens).
 The marker `only` restricts the choice, and further for slow runners (interpreted kernels):
 
     @pytest.mark.only(runners=package, dtypes=["f64", "f32"], slow={"dtypes": ["f32"]})
@@ -30,6 +31,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ.setdefault("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 from deform_attn.testing import CASES, DTYPES, MIXED_DTYPES
+from tests import vision
 from tests.runners import Runner, all_runners, unavailable
 
 ALL_DTYPES = DTYPES | MIXED_DTYPES
@@ -89,6 +91,8 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
             reasons.setdefault(runner.name, f"on request: --runners {runner.name}")
     names = {runner.name for runner in chosen}
     lines += [f"  not {name}: {why}" for name, why in reasons.items() if name not in names]
+    if why := vision.why_not():
+        lines.append(f"not collected: tests that need torchvision: {why}")
     return lines
 
 
@@ -142,6 +146,8 @@ NOTHING = "nothing-to-run"
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     empty = [item for item in items if NOTHING in item.name]
+    if vision.why_not():
+        empty += [item for item in items if "torchvision" in getattr(item, "fixturenames", ())]
     if empty:
         config.hook.pytest_deselected(items=empty)
         items[:] = [item for item in items if item not in empty]
@@ -165,6 +171,13 @@ def poisoned() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def torchvision() -> Iterator[None]:
+    """A test that needs torchvision requests it, and is collected where there is one."""
+    with vision.enabled():
+        yield
 
 
 @pytest.fixture(autouse=True)

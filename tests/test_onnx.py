@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import io
+import resource
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import onnx
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 
 import deform_attn
 from deform_attn import MSDeformableAttention, MSDeformAttn, ms_deform_attn
-from deform_attn.integrations.onnx import FORMS, OPSET, decompose, decompositions, export
+from deform_attn.integrations.onnx import FORMS, OPSET, _save, decompose, decompositions, export
 from deform_attn.testing import (
     Case,
     Dtypes,
@@ -132,6 +134,40 @@ def test_an_invalid_model_is_no_success(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(RuntimeError, match=r"not valid ONNX.*optimize=False.*not sorted"):
         export(nn.Linear(2, 2).eval(), (torch.rand(1, 2),), tmp_path / "m.onnx", verbose=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_export_that_fails_leaves_the_earlier_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file that may not grow fails like a full disk. Weights in a file of their own are moved."""
+    file = tmp_path / "m.onnx"
+    file.write_bytes(b"old")
+    program = export(nn.Linear(64, 64).eval(), (torch.rand(1, 64),), verbose=False)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match=r"m\.onnx: cannot be written: File too large"):
+            _save(program, file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch.onnx.ONNXProgram, "save", Mock(side_effect=KeyboardInterrupt))
+        _save(program, file)
+    with pytest.raises(OSError, match=r"no/m\.onnx: cannot be written: No such file"):
+        _save(program, tmp_path / "no/m.onnx")
+    assert [one.name for one in tmp_path.iterdir()] == ["m.onnx"]
+    assert file.read_bytes() == b"old"
+    save = torch.onnx.ONNXProgram.save
+    monkeypatch.setattr(
+        torch.onnx.ONNXProgram, "save", lambda one, path: save(one, path, external_data=True)
+    )
+    _save(program, file)
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    feed = torch.rand(1, 64)
+    (found,) = onnxruntime.InferenceSession(str(file)).run(
+        None, {program.model_proto.graph.input[0].name: feed.numpy()}
+    )
+    assert found.shape == (1, 64)
 
 
 # Graphs --------------------------------------------------------------------------------------

@@ -109,6 +109,8 @@ def _mmdet(config: str) -> Callable[[int], Flat]:
         loaded = importlib.import_module("mmengine.config").Config.fromfile(folder / config)
         loaded.model.backbone.init_cfg = None
         model = importlib.import_module("mmdet.registry").MODELS.build(loaded.model)
+        if hasattr(model, "level_embed"):  # unset memory, and init_weights makes equal boxes
+            nn.init.normal_(model.level_embed)
         structures = importlib.import_module("mmdet.structures")
         size = (side, side)
         sample = structures.DetDataSample(metainfo={"batch_input_shape": size, "img_shape": size})

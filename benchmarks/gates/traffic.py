@@ -58,10 +58,8 @@ class Counter:
     points: int
     processors: list[int]
 
-    def run(
-        self, tensors: dict[str, Tensor], call: Callable[[], Any], every: bool = False
-    ) -> Counts:
-        """Counts per sampling point; on every multiprocessor where so asked.
+    def run(self, tensors: dict[str, Tensor], call: Callable[[], Any]) -> Counts:
+        """Counts per sampling point.
 
         loads           numbers and vectors that lanes read
         read, written   32-byte sectors, of a warp's instruction each once
@@ -73,8 +71,7 @@ class Counter:
                         reads or writes once, those it adds to twice
         """
         ranges = [(n, t.data_ptr(), t.numel() * t.element_size()) for n, t in tensors.items()]
-        processors = list(range(KERNELS.processors)) if every else self.processors
-        KERNELS.module.watch(ranges, KERNELS.processors, processors)
+        KERNELS.module.watch(ranges, KERNELS.processors, self.processors)
         call()
         figures: Counts = dict.fromkeys(
             ("loads", "read", "l1_missed", "written", "atomics", "atomic_sectors"), 0.0
@@ -100,8 +97,9 @@ class Counter:
 def count(workload: Workload, dtype: str) -> dict[str, Counts]:
     """Counts of the forward kernels and of each backward algorithm."""
     inputs = draw(workload, dtype=DTYPES[dtype])
-    # of an encoder's two, which have half of the heads: looking along an axis, and not
-    processors = [0, 33] if workload.encoder else list(range(0, KERNELS.processors, 3))
+    # of an encoder's two, which have half of the heads: looking along an axis, and not; of a
+    # decoder's all, as the queries of its blocks have nothing in common
+    processors = [0, 33] if workload.encoder else list(range(KERNELS.processors))
     counter = Counter(inputs.attention_weights.numel(), processors)
     given, layer = _arguments(inputs), _layer_arguments(inputs)
     names = ("value", "shapes", "starts")
@@ -147,10 +145,6 @@ def count(workload: Workload, dtype: str) -> dict[str, Counts]:
             run(inputs.grad_output, *call, algorithm=algorithm, targets=targets, **options)
 
         figures = counter.run(tensors, once)
-        if not workload.encoder:
-            # the blocks that are sampled hold other queries in another kernel: atomics of all
-            sums = {"sums": filled[-1]}
-            figures["atomics"] = counter.run(sums, once, every=True)["atomics"]
         zeros = sum(t.numel() * t.element_size() for t in filled) / counter.points
         figures["l2_bytes"] += zeros
         figures["least_bytes"] += zeros

@@ -96,10 +96,11 @@ struct LaunchConfig {
 };
 
 // Large problems get blocks of 64 queries, a tile of an encoder's map. Small ones get smaller blocks, so
-// that each multiprocessor has four, and their warps work on fewer queries at a time: several groups of
-// lanes share the points of a query; `least_split_bits`: at least so many.
+// that each multiprocessor has `least_blocks`, and their warps work on fewer queries at a time: several
+// groups of lanes share the points of a query; `least_split_bits`: at least so many.
 inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
-                                  bool split_channels, int processors, int least_split_bits = 0) {
+                                  bool split_channels, int processors, int least_split_bits = 0,
+                                  int least_blocks = 4) {
   Blocks blocks = {};
   blocks.lane_bits = least_lane_bits;
   blocks.split_bits = least_split_bits;
@@ -111,7 +112,7 @@ inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lan
   blocks.positions = 64;
   const auto tiles = [&] { return (problem.queries + blocks.positions - 1) / blocks.positions; };
   const auto count = [&] { return problem.batch * problem.heads * pieces * tiles(); };
-  while (blocks.positions > 1 && count() < 4 * processors) blocks.positions /= 2;
+  while (blocks.positions > 1 && count() < least_blocks * processors) blocks.positions /= 2;
   const auto teams = [&] { return kWarp >> (blocks.lane_bits + blocks.split_bits); };
   while (teams() > std::max(1, blocks.positions / 2) && (1 << blocks.split_bits) < problem.points) {
     ++blocks.split_bits;
@@ -121,9 +122,14 @@ inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lan
   const auto divider = [](int64_t divisor) {
     return divider_by(static_cast<unsigned>(std::min<int64_t>(divisor, (int64_t{1} << 31) - 1)));
   };
+  blocks.by_head = count() < 8 * processors;  // all resident at once, see part_of
+  const int64_t dealt_to = blocks.by_head ? processors : 1;
+  blocks.processors = divider(dealt_to);
+  blocks.each = static_cast<unsigned>(count() / dealt_to);
+  blocks.more = static_cast<unsigned>(count() % dealt_to);
   blocks.pieces = divider(pieces);
-  blocks.heads = divider(problem.heads);
-  blocks.tiles = divider(tiles());
+  blocks.inner = divider(blocks.by_head ? tiles() : problem.heads);
+  blocks.outer = divider(blocks.by_head ? problem.heads : tiles());
   return {blocks, static_cast<unsigned>(warps * kWarp), count()};
 }
 
@@ -236,15 +242,16 @@ inline bool nothing_to_do(const Problem& problem) {
 
 // The blocks of backward_tiles; smaller ones where each multiprocessor would not have two.
 inline LaunchConfig tiles_config(const Problem& problem, int processors) {
-  LaunchConfig config = launch_config(problem, kTileVec, 0, false, processors / 2);
+  LaunchConfig config = launch_config(problem, kTileVec, 0, false, processors, 0, 2);
   config.threads = kBlock;
+  while (kTileVec << config.blocks.lane_bits > kTileChannels) --config.blocks.lane_bits;
   return config;
 }
 
 // Whether backward_tiles can run.
 inline bool fits_tiles(const KernelCall& in, const Device& device) {
   const Problem& problem = in.problem;
-  const int64_t limit = int64_t{1} << (32 - kShareBits);  // of an offset, in units of kTileVec
+  const int64_t limit = int64_t{1} << 32;  // of an offset, in units of kTileVec
   return in.type != Type::kDouble && problem.head_dim % kTileVec == 0 && !device.long_offsets &&
          std::max(problem.queries, problem.rows) * problem.row_stride() / kTileVec < limit;
 }
@@ -332,7 +339,8 @@ struct Outputs {
 
 template <typename T>
 GivenPointGradients<T> gradients_of(const GivenPoints<T>& points, const Outputs& out) {
-  return {static_cast<AccOf<T>*>(out.locations), out.weights, points.wide};
+  return {static_cast<AccOf<T>*>(out.locations), out.weights, points.wide,
+          points.pairs && aligned(out.locations) && aligned(out.weights)};
 }
 template <typename T>
 FusedPointGradients<T> gradients_of(const FusedPoints<T>& points, const Outputs& out) {

@@ -40,6 +40,7 @@ struct GivenPointGradients {
   AccOf<T>* locations;
   void* weights;
   bool wide;
+  bool pairs;  // as in GivenPoints
 
   __device__ void set(int64_t point, const Sample<AccOf<T>>& gradient) const {
     *reinterpret_cast<Pack<AccOf<T>, 2>*>(locations + 2 * point) = {gradient.x, gradient.y};
@@ -47,6 +48,21 @@ struct GivenPointGradients {
       static_cast<AccOf<T>*>(weights)[point] = gradient.weight;
     } else {
       static_cast<T*>(weights)[point] = static_cast<T>(gradient.weight);
+    }
+  }
+  // Of a point, and where `next` of the following one.
+  __device__ void set_two(int64_t point, const Sample<AccOf<T>> (&gradient)[2], bool next) const {
+    if (!pairs || !next) {
+      set(point, gradient[0]);
+      if (next) set(point + 1, gradient[1]);
+      return;
+    }
+    store<4>(locations + 2 * point, {gradient[0].x, gradient[0].y, gradient[1].x, gradient[1].y});
+    if (wide) {
+      store<2>(static_cast<AccOf<T>*>(weights) + point, {gradient[0].weight, gradient[1].weight});
+    } else {
+      store<2>(static_cast<T*>(weights) + point,
+               {static_cast<T>(gradient[0].weight), static_cast<T>(gradient[1].weight)});
     }
   }
 };

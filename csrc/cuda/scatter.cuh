@@ -32,19 +32,20 @@ struct alignas(16) KeptFootprint {
   Acc right, down, weight;
   unsigned on;
 
-  __device__ void keep(const Footprint<Acc>& foot, Acc attention_weight) {
-    unsigned bits = 0;
+  __device__ void keep(const Footprint<Acc>& foot, Acc attention_weight, int level) {
+    unsigned bits = level << 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) bits |= foot.on[i] ? 1u << i : 0;
     *this = {foot.right, foot.down, attention_weight, bits};
   }
   // Restores all but the pixel's coordinates; returns the attention weight.
-  __device__ Acc restore(Footprint<Acc>& foot) const {
+  __device__ Acc restore(Footprint<Acc>& foot, int& level) const {
     const KeptFootprint kept = *this;
     foot.right = kept.right;
     foot.down = kept.down;
 #pragma unroll
     for (int i = 0; i < 4; ++i) foot.on[i] = kept.on >> i & 1;
+    level = kept.on >> 4;
     return kept.weight;
   }
 };
@@ -60,6 +61,14 @@ constexpr int kAtOnce = sizeof(T) == 4 && !Points::kFused ? 2 : 1;
 // their query or channels: there are two splits or more, see launch_config.
 template <typename T, int kVec>
 constexpr bool kDotsByMatrices = kMultipliesMatrices<T> && kVec == 8;
+
+// Whether a lane stages two neighbouring points at a time, if there are so many.
+template <typename T, int kVec, typename Points>
+constexpr bool kStagesTwo = kDotsByMatrices<T, kVec> && !Points::kFused;
+
+// From the entry of the first point of a lane to that of the second. Not kWarp, so that the two have
+// different banks of shared memory.
+constexpr int kSecond = kWarp + 4;
 
 // The lane's part of its column of `b`, given what its group has of the query's gradient. Columns 2 j and 2 j + 1
 // are of the j-th query and channels that groups of the warp have.
@@ -88,22 +97,34 @@ template <typename Points>
 constexpr int kPixelsAtOnce = Points::kFused ? 2 : 4;
 #endif
 
-// What the lanes of a warp share: 32 points at a time, each staged by one lane. In shared memory and not
-// in registers, which the pixels and grad_output need.
-template <typename Acc, typename Offset, typename Points>
+// What the lanes of a warp share: kPoints points at a time, one or two staged by each lane. In shared memory
+// and not in registers, which the pixels and grad_output need.
+template <typename Acc, typename Offset, typename Points, int kPoints>
 struct Staged {
-  Corners<Acc, Offset, kWarp> corners;
-  // The dot products of the four pixels with grad_output; later, in a fused call, the gradients by x and
-  // y of the point and the same times its offset along that axis. Those of a rotated box times the offset
-  // along the other axis take the place of corners.weight.
-  Pack<Acc, 4> dot[kWarp];
+  // The weights of corners are used before the dot products of the four pixels with grad_output come,
+  // which take their place where a lane stages two points.
+  Corners<Acc, Offset, kPoints> corners;
+  // The dot products; later, in a fused call, the gradients by x and y of the point and the same times its
+  // offset along that axis. Those of a rotated box times the offset along the other axis take the place of
+  // corners.weight.
+  Pack<Acc, 4> own_dot[kPoints > kWarp ? 1 : kPoints];
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
   int order[kWarp];                         // the queries of the warp, from part.first on
-  KeptFootprint<Acc> foot[kKeepsFootprints<Acc> ? kWarp : 1];
+  KeptFootprint<Acc> foot[kKeepsFootprints<Acc> ? kPoints : 1];
   // Otherwise: of a fused call, where it takes an exponential.
   Acc weight[Points::kFused && !kKeepsFootprints<Acc> ? kWarp : 1];
   Acc by_weight[Points::kFused && kKept<Acc> > 0 ? kKept<Acc> : 1];
+
+  __device__ Pack<Acc, 4>* dots() {
+    if constexpr (kPoints > kWarp) return corners.weight;
+    return own_dot;
+  }
+  // Those of the point whose corners are at `at`.
+  __device__ Pack<Acc, 4>& dots_of(Pack<Offset, 4>* at) {
+    const auto distance = reinterpret_cast<char*>(dots()) - reinterpret_cast<char*>(corners.at);
+    return *reinterpret_cast<Pack<Acc, 4>*>(reinterpret_cast<char*>(at) + distance);
+  }
 };
 
 // Adds the points `first` to first + count of a query to the head's part of the gradient of its reference
@@ -128,7 +149,7 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 #pragma unroll 1
       for (int k = begin; k < end; ++k) {
         const int entry = (k - first) * teams.count() + teams.team();
-        sum += j < 4 ? staged.dot[entry].at[j] : staged.corners.weight[entry].at[j - 4];
+        sum += j < 4 ? staged.own_dot[entry].at[j] : staged.corners.weight[entry].at[j - 4];
       }
       if (levels.level[level].height == 0) sum = 0;
       if (j >= 2) sum *= portion;
@@ -154,9 +175,17 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   constexpr int kWidth = kAtomicWidth<Acc, kVec>;
   __shared__ BlockLevels levels;
   constexpr bool kMatrices = kDotsByMatrices<T, kVec>;
-  __shared__ Staged<Acc, Offset, Points> all_staged[kBlock / kWarp];
-  __shared__ Part part;  // not in registers: the pixels need them
-  if (threadIdx.x == 0) part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+  // Whether the gradient that the dot products take serves the additions to value as well.
+  constexpr bool kKeepsGrad = sizeof(Acc) < 8 && !kMatrices && kWidth == kVec;
+  constexpr bool kTwo = kStagesTwo<T, kVec, Points>;
+  __shared__ Staged<Acc, Offset, Points, kTwo ? kSecond + kWarp : kWarp> all_staged[kBlock / kWarp];
+  __shared__ Part part;                       // not in registers: the pixels need them
+  __shared__ int64_t first_output, value_at;  // of the part
+  if (threadIdx.x == 0) {
+    part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
+    first_output = part.first_output(problem);
+    value_at = problem.value_at(part.batch, 0, part.head);
+  }
   read_levels<Points::kReadsPixels>(table, problem, levels);
 
   const int warp = threadIdx.x / kWarp;
@@ -166,7 +195,9 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   const int lane = teams.lane & (lanes - 1);
   const int split = kSplits<Acc> ? teams.channel_lane() >> blocks.lane_bits : 0;
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
-  auto& staged = all_staged[warp];
+  // float64 has no register for the address.
+  auto& staged = *(sizeof(Acc) < 8 ? pinned(&all_staged[warp]) : &all_staged[warp]);
+  auto* const dots = staged.dots();
   // The group's part of the channels, in the lane that has the group's products; else -1.
   [[maybe_unused]] const int own_chunk =
       (teams.lane & 3) == (teams.team() << (blocks.lane_bits - 2)) + (lane >> 2) ? lane >> 2 : -1;
@@ -185,8 +216,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
     const auto opened = points.open(problem, part, staged_query, present, teams);
     if (teams.lane < teams.count()) {
       staged.query[teams.lane] = opened;
-      staged.output_at[teams.lane] =
-          part.first_output(problem) + staged_query * problem.row_stride();
+      staged.output_at[teams.lane] = first_output + staged_query * problem.row_stride();
     }
     // Of the products: column teams.lane / 4 of this lane. See matrix_column.
     [[maybe_unused]] Pack<uint32_t, 2> matrix;
@@ -194,46 +224,115 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
     [[maybe_unused]] Acc mean = 0;  // of a fused call: the weighted mean of the gradients by weight
     [[maybe_unused]] const bool kept =
         kKept<Acc> > 0 && problem.points * teams.count() <= kKept<Acc>;
-    for (int first = 0; first < problem.points; first += teams.lanes()) {
-      const int k_staged = first + teams.round_of(teams.lane);
+    const int each = kTwo && problem.points > teams.lanes() ? 2 : 1;  // points of a lane
+    for (int first = 0; first < problem.points; first += each * teams.lanes()) {
+      const int k_staged = first + each * teams.round_of(teams.lane);
       __syncwarp();
       const auto& query = staged.query[slot];
       const bool stages = present && k_staged < problem.points;
-      if (stages) {
-        level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
-        const Sample<Acc> sample = points.at(query, k_staged, level, levels);
+      const auto stage = [&](int entry, const Sample<Acc>& sample, int level) {
         Footprint<Acc> foot;
         find_pixels<int64_t>(foot, sample.x, sample.y, levels.level[level],
                              mask_of(table, problem, part.batch));
         const auto corner =
             corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, row_stride);
         if (!kMatrices || grad_value) {
-          staged.corners.set(teams.lane, corner);
+          staged.corners.set(entry, corner);
         } else {  // the weights are not needed
-          staged.corners.at[teams.lane] = corner.at;
+          staged.corners.at[entry] = corner.at;
         }
         if constexpr (kKeepsFootprints<Acc>) {
-          staged.foot[teams.lane].keep(foot, sample.weight);
+          staged.foot[entry].keep(foot, sample.weight, level);
         } else if constexpr (Points::kFused) {
-          staged.weight[teams.lane] = sample.weight;
+          staged.weight[entry] = sample.weight;
         }
-      } else {
+      };
+      const auto stage_none = [&](int entry) {
         constexpr Offset kNone = Corner::kNone;
-        staged.corners.at[teams.lane] = {kNone, kNone, kNone, kNone};
+        staged.corners.at[entry] = {kNone, kNone, kNone, kNone};
+      };
+      const bool stages_next = kTwo && present && each == 2 && k_staged + 1 < problem.points;
+      if constexpr (kTwo) {
+        int level = 0;
+        typename Points::Two two = {};
+        if (stages) two = points.read_two(query, k_staged, stages_next);
+#pragma unroll 1
+        for (int i = 0; i < each; ++i) {
+          const int entry = teams.lane + i * kSecond;
+          if (i ? stages_next : stages) {
+            level = level_of(k_staged + i, level, levels);
+            stage(entry, points.of_two(query, two, i, level, levels), level);
+          } else {
+            stage_none(entry);
+          }
+        }
+      } else if (stages) {
+        level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
+        stage(teams.lane, points.at(query, k_staged, level, levels), level);
+      } else {
+        stage_none(teams.lane);
       }
       __syncwarp();
 
-      const int count = min(teams.lanes(), problem.points - first);
+      const int count = min(each * teams.lanes(), problem.points - first);
+      // Where a lane stages two points, neighbouring groups of a team have one of them each.
+      const int rounds = kTwo ? (count + each - 1) >> (each - 1) : count;
+      const int turn_bits = split_bits - (each - 1), own_round = split >> (each - 1);
+      const int own_entry =
+          own_round * teams.count() + teams.team() + (each == 2 && split & 1 ? kSecond : 0);
       const T* const grad_of_query = grad_output + staged.output_at[teams.team()];
+      [[maybe_unused]] Loaded<T, kVec> grad;
+      // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
+      const auto add_to_value = [&] {
+        for (int from = 0; grad_value && mine && from < problem.head_dim; from += lanes * kVec) {
+          const auto channel_of = [&](int c) {
+            return from + (c / kWidth * lanes + lane) * kWidth;
+          };
+          Acc added[kVec];
+          if (kKeepsGrad && problem.head_dim <= lanes * kVec) {  // read above
+#pragma unroll
+            for (int c = 0; c < kVec; ++c) added[c] = grad[c];
+          } else {
+#pragma unroll
+            for (int c = 0; c < kVec; c += kWidth) {
+              const auto some =
+                  load_if<kWidth>(channel_of(c) < problem.head_dim, grad_of_query + channel_of(c));
+#pragma unroll
+              for (int j = 0; j < kWidth; ++j) added[c + j] = some[j];
+            }
+          }
+          auto* const target = reinterpret_cast<Pack<Acc, kVec>*>(grad_value + value_at);
+#pragma unroll 1
+          for (int entry = own_entry, round = own_round; round < rounds;
+               entry += teams.count() << turn_bits, round += 1 << turn_bits) {
+            const Corner corner = staged.corners[entry];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+              if (corner.at.at[i] == Corner::kNone) continue;
+              Acc* const to = (target + corner.at.at[i])->at;
+#pragma unroll
+              for (int c = 0; c < kVec; c += kWidth) {
+                if (channel_of(c) >= problem.head_dim) break;
+                Acc term[kWidth];
+#pragma unroll
+                for (int j = 0; j < kWidth; ++j) term[j] = corner.weight.at[i] * added[c + j];
+                atomic_add<kWidth>(to + channel_of(c), term);
+              }
+            }
+          }
+        }
+      };
+      if constexpr (kTwo) {  // before the dot products take the place of the weights
+        add_to_value();
+        if (grad_value) __syncwarp();
+      }
       for (int from = 0; from < problem.head_dim; from += lanes * kVec) {
         const int channel = from + lane * kVec;
         const bool active = channel < problem.head_dim;
-        [[maybe_unused]] Loaded<T, kVec> grad;
         if constexpr (!kMatrices) grad = load_if<kVec>(active && mine, grad_of_query + channel);
-        const auto* const source = reinterpret_cast<const Pack<T, kVec>*>(
-            value + problem.value_at(part.batch, 0, part.head) + channel);
+        const auto* const source =
+            reinterpret_cast<const Pack<T, kVec>*>(value + value_at + channel);
         if constexpr (kMatrices) {
-          const int entries = count * teams.count(), step = splits * teams.count();
           if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) {
             matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams,
                                    blocks);
@@ -242,11 +341,12 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
           // Whether a group has all channels of its pixels.
           const bool alone = problem.head_dim <= 4 * kVec;
-          const int first_entry = split * teams.count() + teams.team();
-          const int end_entry = first_entry + entries;  // every lane makes as many steps
+          auto* own_at = pinned(staged.corners.at + own_entry);
+          // Every lane makes as many steps.
 #pragma unroll 1
-          for (int entry = first_entry; entry < end_entry; entry += step) {
-            const auto at = staged.corners.at[entry];
+          for (int left = (rounds + (1 << turn_bits) - 1) >> turn_bits; left > 0;
+               --left, own_at += teams.count() << turn_bits) {
+            const auto at = *own_at;
             Pack<Acc, 4> dot;
 #pragma unroll
             for (int i = 0; i < 4; i += kPixels) {
@@ -262,7 +362,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
                 dot.at[i + j] = product[0] + product[3];
               }
             }
-            Pack<Acc, 4>& total = staged.dot[entry];
+            Pack<Acc, 4>& total = staged.dots_of(own_at);
             if (alone) {
               if (own_chunk == 0) total = dot;
               continue;
@@ -276,6 +376,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
               total = dot;
             }
           }
+
           continue;
         }
         // Entries without a point have no pixels.
@@ -295,7 +396,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           return sum_four_ways(dot, teams.lane);
         };
         const auto keep = [&](int entry, Acc sum) {
-          Acc& total = staged.dot[entry].at[lane & 3];
+          Acc& total = dots[entry].at[lane & 3];
           total = from == 0 ? sum : total + sum;
         };
         const int entries = count * teams.count(), step = splits * teams.count();
@@ -321,44 +422,26 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           }
         }
       }
-      // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
-      for (int from = 0; grad_value && mine && from < problem.head_dim; from += lanes * kVec) {
-        const auto channel_of = [&](int c) { return from + (c / kWidth * lanes + lane) * kWidth; };
-        Acc grad[kVec];
-#pragma unroll
-        for (int c = 0; c < kVec; c += kWidth) {
-          const auto some =
-              load_if<kWidth>(channel_of(c) < problem.head_dim, grad_of_query + channel_of(c));
-#pragma unroll
-          for (int j = 0; j < kWidth; ++j) grad[c + j] = some[j];
-        }
-        auto* const target = reinterpret_cast<Pack<Acc, kVec>*>(
-            grad_value + problem.value_at(part.batch, 0, part.head));
-#pragma unroll 1
-        for (int k = split; k < count; k += splits) {
-          const Corner corner = staged.corners[k * teams.count() + teams.team()];
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (corner.at.at[i] == Corner::kNone) continue;
-            Acc* const to = (target + corner.at.at[i])->at;
-#pragma unroll
-            for (int c = 0; c < kVec; c += kWidth) {
-              if (channel_of(c) >= problem.head_dim) break;
-              Acc term[kWidth];
-#pragma unroll
-              for (int j = 0; j < kWidth; ++j) term[j] = corner.weight.at[i] * grad[c + j];
-              atomic_add<kWidth>(to + channel_of(c), term);
-            }
-          }
-        }
-      }
+      if constexpr (!kTwo) add_to_value();
       __syncwarp();
-      if (stages) {
+      if constexpr (kTwo) {
+        Sample<Acc> gradient[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (!(i ? stages_next : stages)) continue;
+          const int entry = teams.lane + i * kSecond;
+          Footprint<Acc> foot;
+          int level;
+          const Acc weight = staged.foot[entry].restore(foot, level);
+          gradient[i] = point_gradient(foot, levels.level[level], weight, dots[entry].at);
+        }
+        if (stages) gradients.set_two(query.first_point + k_staged, gradient, stages_next);
+      } else if (stages) {
         const int k = kKeepsFootprints<Acc> ? k_staged : recomputed(k_staged);
         Footprint<Acc> foot;
         Acc weight;
         if constexpr (kKeepsFootprints<Acc>) {
-          weight = staged.foot[teams.lane].restore(foot);
+          weight = staged.foot[teams.lane].restore(foot, level);
         } else {
           level = level_of(k, 0, levels);
           const auto location = points.location(query, k, level, levels);
@@ -367,7 +450,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
                                mask_of(table, problem, part.batch));
         }
         const auto gradient =
-            point_gradient(foot, levels.level[level], weight, staged.dot[teams.lane].at);
+            point_gradient(foot, levels.level[level], weight, dots[teams.lane].at);
         const int64_t point = query.first_point + k;
         if constexpr (Points::kFused) {
           const bool empty = levels.level[level].height == 0;
@@ -382,8 +465,8 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
                                                  Acc(0), Acc(0)};
           }
           gradients.set_offset(point, empty ? Acc(0) : by_x, empty ? Acc(0) : by_y);
-          staged.dot[teams.lane] = {gradient.x, gradient.y, gradient.x * moved.at[0],
-                                    gradient.y * moved.at[1]};
+          dots[teams.lane] = {gradient.x, gradient.y, gradient.x * moved.at[0],
+                              gradient.y * moved.at[1]};
           if constexpr (!kRecomputesMean<Acc>) mean += weight * gradient.weight;
           if (kept) {
             staged.by_weight[k * teams.count() + slot] = gradient.weight;

@@ -14,7 +14,8 @@ constexpr int kShares = 2 * kBlock;                 // of a turn: two image rows
 constexpr int kSide = 32;                           // of the window of slots
 constexpr int kRowSlots = kSide + 4;                // 4: so that neighbouring rows use other banks
 constexpr int kSlots = kSide * kRowSlots;
-constexpr int kTileVec = 4;    // channels of a lane
+constexpr int kTileVec = 4;        // channels of a lane
+constexpr int kTileChannels = 32;  // of a pass: those that a block holds of its queries' gradients
 constexpr int kTileBatch = 2;  // shares that a lane loads at a time; each team has a multiple of it
 // Sums are float, or int64_t in the fixed point of fixed.cuh. Channels of a lane that one atomic adds:
 template <typename Sum>
@@ -23,6 +24,11 @@ constexpr int kSumWidth = kAtomicWidth<Sum, kTileVec>;
 // channels of a lane.
 template <typename Sum>
 constexpr int kTileBlocks = kLeastBlocks == 4 && kSumWidth<Sum> == 4 ? 5 : kLeastBlocks;
+
+// Floats between the gradients of two queries in shared memory. Where lanes read one channel at a time, the
+// queries of the teams of a warp then have different banks.
+template <typename Sum>
+constexpr int kGradRow = kSumWidth<Sum> == 1 ? kTileChannels + 8 : kTileChannels;
 
 // kTileVec numbers, the unit of offsets; not aligned.
 template <typename T>
@@ -34,7 +40,7 @@ __device__ inline void add_term(float& sum, float weight, float number) { sum +=
 
 // What a point adds to two neighbouring pixels of an image row.
 struct alignas(16) Share {
-  unsigned query;  // the offset of its gradient, in units of kTileVec, << kShareBits, and ShareBits
+  unsigned query;  // where its gradient lies in shared memory, in bytes, and ShareBits
   unsigned left;   // the offset of the left pixel, in units of kTileVec
   float left_weight, right_weight;
 };
@@ -46,7 +52,7 @@ enum ShareBits : unsigned {
   kShift = 4,     // the next share's left pixel is the right one of this share
   kMore = 8       // nothing: the next share has the same pixels
 };
-constexpr int kShareBits = 4;
+constexpr unsigned kShareBits = 15;
 
 // What the threads of a block have in common in a turn. The pair of pixels that begins at (x, y) has the
 // slot (x % 32, y % 32). Where two pairs have the same slot, the first to come owns it; the shares of
@@ -69,7 +75,7 @@ __device__ inline int begin_of(int packed) { return packed & 0xffff; }
 // Adds to `grad_value`, zeros before; `fixed`: of sums in fixed point. In each turn a thread has one point,
 // all of the same level. The threads list the shares of the points, sorted by pixel; then each team of
 // lanes adds up an equal part of the list. head_dim is a multiple of kTileVec; offsets in units of kTileVec
-// fit an unsigned, those in grad_output its upper 28 bits.
+// fit an unsigned; a team has up to kTileChannels / kTileVec lanes.
 template <typename T, typename Points, typename Sum>
 __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
     backward_tiles(Problem problem, LevelTable table, Blocks blocks, Points points,
@@ -85,7 +91,9 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   __shared__ ImageMask mask;
   __shared__ int64_t output_at,
       value_at;  // of the image and head; not pointers, whose space is unknown then
-  __shared__ unsigned grad_at[kTileQueries];  // of each query: see Share::query
+  __shared__ unsigned grad_at
+      [kTileQueries];  // of each query: in grad_output, from output_at on, in units of kTileVec
+  __shared__ Pack<float, kTileVec> grads[kTileQueries * kGradRow<Sum> / kTileVec];
   __shared__ typename Points::Query queries[kTileQueries];
   __shared__ float scale;
   if (threadIdx.x == 0) {
@@ -102,7 +110,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   const unsigned stride = static_cast<unsigned>(problem.row_stride() / kTileVec);
   if (static_cast<int>(threadIdx.x) < part.count) {
     const int64_t query = query_at(part.first + threadIdx.x, levels, table.count);
-    grad_at[threadIdx.x] = static_cast<unsigned>(query) * stride << kShareBits;
+    grad_at[threadIdx.x] = static_cast<unsigned>(query) * stride;
     queries[threadIdx.x] = points.reopen(problem, part.batch, query, part.head);
   }
   static_assert(kSide * kSide == 4 * kBlock);
@@ -114,6 +122,28 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   };
   clear();
   constexpr int kWidth = kSumWidth<Sum>;
+  // Reads the channels `from` to from + kTileChannels of the queries' gradients.
+  const auto read_grads = [&](int from) {
+    constexpr int kUnits = kTileChannels / kTileVec;  // of a query; a thread has one
+    const int channel = threadIdx.x % kUnits * kTileVec;
+#pragma unroll
+    for (int i = 0; i < kTileQueries * kUnits / kBlock; ++i) {
+      const int position = threadIdx.x / kUnits + i * (kBlock / kUnits);
+      if (position >= part.count || from + channel >= problem.head_dim) continue;
+      const auto* const numbers =
+          reinterpret_cast<const Unit<T>*>(grad_output + output_at + from + channel);
+      Pack<float, kTileVec> grad;
+#pragma unroll
+      for (int c = 0; c < kTileVec; c += kWidth) {
+        const auto some = load_if<kWidth>(true, (numbers + grad_at[position])->at + c);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) grad.at[c + j] = some[j];
+      }
+      grads[(position * kGradRow<Sum> + channel) / kTileVec] = grad;
+    }
+  };
+  __syncthreads();
+  if (problem.head_dim <= kTileChannels) read_grads(0);
   const int lane_bits = blocks.lane_bits, lanes = 1 << lane_bits;
   const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x >> lane_bits;
 
@@ -195,9 +225,10 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
           }
         }
         const int row = static_cast<int>(level.start) + y * level.width + foot.x;
-        turn.at(begin + number) = {grad_at[position] | bits, static_cast<unsigned>(row) * stride,
-                                   foot.weight_on_map(2 * i) * weight,
-                                   foot.weight_on_map(2 * i + 1) * weight};
+        turn.at(begin + number) = {
+            static_cast<unsigned>(position * (kGradRow<Sum> * sizeof(float))) | bits,
+            static_cast<unsigned>(row) * stride, foot.weight_on_map(2 * i) * weight,
+            foot.weight_on_map(2 * i + 1) * weight};
       }
       if (threadIdx.x < kTileBatch) turn.at(total + threadIdx.x) = {0, 0, 0, 0};
       __syncthreads();
@@ -207,21 +238,24 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
       const unsigned chunk =
           ((total + (kTileBatch << teams_bits) - 1) / kTileBatch >> teams_bits) * kTileBatch;
       const unsigned begin = team * chunk, end = min(begin + chunk, static_cast<unsigned>(total));
-      if (begin >= end) continue;
 #pragma unroll 1
       for (int from = 0; from < problem.head_dim; from += kTileVec << lane_bits) {
+        if (problem.head_dim > kTileChannels) {
+          __syncthreads();
+          read_grads(from);
+          __syncthreads();
+        }
+        if (begin >= end) continue;
         const int channels = problem.head_dim - from;
         // Where an atomic adds one channel, neighbouring lanes have neighbouring channels: channel c of a
         // lane is `from` + lane + c * lanes.
         const int first_channel = kWidth == 1 ? lane : lane * kTileVec;
         const auto there = [&](int c) { return first_channel + c * lanes < channels; };
-        // A lane without channels reads those of the first lane, and adds nothing.
-        const bool active = first_channel < channels;
-        const unsigned mask = active ? ~0u : 0;
-        // Aligned; a lane's first channel comes `own` numbers later.
+        // A lane without channels adds nothing.
+        const unsigned mask = first_channel < channels ? ~0u : 0;
+        // The target is aligned; a lane's first channel comes `own` numbers later.
         const int own = kWidth == 1 ? lane : 0;
-        const auto* const source = reinterpret_cast<const Unit<T>*>(
-            grad_output + output_at + from + (active ? first_channel - own : 0));
+        const unsigned grad_bytes = first_channel * sizeof(float);
         auto* const target =
             reinterpret_cast<Unit<Sum>*>(grad_value + value_at + from + first_channel - own);
         // `at` is less than zero, and wraps, for a left pixel that is not on the map.
@@ -237,21 +271,24 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
         for (unsigned i = begin; i < end; i += kBatch) {
           const Share* const shares = &turn.at(i);
           Share share[kBatch];
-          Loaded<T, kWidth> grad[kBatch][kTileVec / kWidth];
+          Pack<float, kWidth> grad[kBatch][kTileVec / kWidth];
 #pragma unroll
           for (int j = 0; j < kBatch; ++j) {
             share[j] = shares[j];
-            const T* const numbers = (source + (share[j].query >> kShareBits))->at + own;
+            const unsigned query = share[j].query & ~kShareBits;
+            const float* const numbers = reinterpret_cast<const float*>(
+                reinterpret_cast<const char*>(grads) +
+                (kWidth == 1 ? query + grad_bytes : query | grad_bytes));
 #pragma unroll
             for (int c = 0; c < kTileVec; c += kWidth) {
-              grad[j][c / kWidth] = load_if<kWidth>(kWidth > 1 || there(c), numbers + c * lanes);
+              grad[j][c / kWidth] = load<kWidth>(numbers + c * lanes);
             }
           }
 #pragma unroll
           for (int j = 0; j < kBatch; ++j) {
 #pragma unroll
             for (int c = 0; c < kTileVec; ++c) {
-              const Acc number = grad[j][c / kWidth][c % kWidth];
+              const float number = grad[j][c / kWidth].at[c % kWidth];
               add_term(left.at[c], share[j].left_weight, number);
               add_term(right.at[c], share[j].right_weight, number);
             }

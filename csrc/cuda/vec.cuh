@@ -54,6 +54,15 @@ __device__ Pack<T, kVec> load(const T* from) {
   return *reinterpret_cast<const Pack<T, kVec>*>(from);
 }
 
+template <int kVec, typename T>
+__device__ void store(T* to, const Pack<T, kVec>& numbers) {
+#if defined(__CUDA_ARCH__)
+  *reinterpret_cast<Pack<T, kVec>*>(to) = numbers;
+#else
+  memcpy(to, &numbers, sizeof(numbers));  // one access, which a compiler for CPUs would divide
+#endif
+}
+
 // kVec neighbouring elements as loaded, in words: converting them from here takes fewer instructions than
 // from an array of 16-bit elements.
 template <typename T, int kVec>
@@ -162,13 +171,17 @@ __device__ inline int recomputed(int number) {
   return number;
 }
 
-template <typename Acc>
-__device__ Acc zero() {
-  Acc number = 0;
+// The same pointer into shared memory, whose address the compiler keeps in a register instead of computing it
+// again.
+template <typename X>
+__device__ X* pinned(X* shared) {
 #if defined(__CUDA_ARCH__)
-  asm volatile("" : "+f"(number));
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(shared));
+  asm volatile("" : "+r"(address));
+  return static_cast<X*>(__cvta_shared_to_generic(address));
+#else
+  return shared;
 #endif
-  return number;
 }
 
 // Sums of term[0..3] over the four lanes of a group. Lane j of the four gets the sum of term[j]. Each of

@@ -35,9 +35,13 @@ struct Blocks {
   int warp_positions;  // up to 32
   int lane_bits;       // 1 << lane_bits lanes share the channels of a point
   int split_bits;      // 1 << split_bits groups of these share the points of a query
-  Divider pieces;      // of the channels
-  Divider heads;
-  Divider tiles;  // blocks of an image and head, each of `positions` queries
+  // How a block's number becomes its Part, see part_of.
+  Divider processors;   // 1: blocks keep their order
+  unsigned each, more;  // each multiprocessor has `each` blocks; the first `more` have one more
+  Divider pieces;       // of the channels
+  // Heads, then tiles of an image and head, of `positions` queries each. Where by_head: tiles, then heads.
+  Divider inner, outer;
+  bool by_head;
 };
 
 // The part of the work that one block does: `count` queries of one image and head, from `first` on in
@@ -63,16 +67,23 @@ struct Part {
 };
 
 // The channels change fastest with the block number, then the head: blocks that run at the same time
-// read neighbouring parts of value, locations and weights.
+// read neighbouring parts of value, locations and weights. Few blocks are all resident at once, and the
+// hardware deals them out to the multiprocessors in turn: each multiprocessor then gets blocks of one
+// head (by_head), whose samples share pixels in its first-level cache.
 __device__ inline Part part_of(unsigned block, const Problem& problem, const Blocks& blocks,
                                int channels) {
   Part part;
-  const unsigned item = blocks.pieces.divide(block);
-  part.channel = static_cast<int>(block - item * blocks.pieces.divisor) * channels;
-  const unsigned tile = blocks.heads.divide(item);
-  part.head = static_cast<int>(item - tile * blocks.heads.divisor);
-  part.batch = blocks.tiles.divide(tile);
-  part.first = int64_t{tile - part.batch * blocks.tiles.divisor} * blocks.positions;
+  // Not in a branch, with which fused kernels spill registers.
+  const unsigned turn = blocks.processors.divide(block);
+  const unsigned processor = block - turn * blocks.processors.divisor;
+  const unsigned number = processor * blocks.each + min(processor, blocks.more) + turn;
+  const unsigned item = blocks.pieces.divide(number);
+  part.channel = static_cast<int>(number - item * blocks.pieces.divisor) * channels;
+  const unsigned rest = blocks.inner.divide(item), inner = item - rest * blocks.inner.divisor;
+  part.batch = blocks.outer.divide(rest);
+  const unsigned outer = rest - part.batch * blocks.outer.divisor;
+  part.head = static_cast<int>(blocks.by_head ? outer : inner);
+  part.first = int64_t{blocks.by_head ? inner : outer} * blocks.positions;
   part.count = static_cast<int>(min(problem.queries - part.first, int64_t{blocks.positions}));
   return part;
 }

@@ -17,6 +17,7 @@ with needs("detr"):
     from rich.console import Console
     from rich.table import Table
 
+    from deform_attn.detr.arguments import check_integer, find_device
     from deform_attn.detr.data import folder_of, open_dataset, splits_of
     from deform_attn.detr.evaluate import as_text, coco_results, detect, score
     from deform_attn.detr.export import SUFFIXES
@@ -26,18 +27,12 @@ with needs("detr"):
     from deform_attn.detr.hold_out import hold_out as divide_folder
     from deform_attn.detr.images import draw, find_images, read_image
     from deform_attn.detr.pictures import draw_sheet, precision_recall
-    from deform_attn.detr.predict import load
+    from deform_attn.detr.predict import open_detector
     from deform_attn.detr.progress import progress
-    from deform_attn.detr.train import find_device, train
+    from deform_attn.detr.train import train
 
 PROG = "python -m deform_attn.detr"
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
-
-
-def _at_least_one(**numbers: int) -> None:
-    for name, got in numbers.items():
-        if got < 1:
-            raise ValueError(f"{name}: expected at least 1, got {got}")
 
 
 def evaluate(
@@ -70,7 +65,8 @@ def evaluate(
         make_folder("out", out)
     if results is not None:
         check_file("results", results)
-    detector = load(model, find_device(device))
+    check_integer("batch", batch, 1)
+    detector = open_detector("model", model, find_device(device))
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
     )
@@ -122,8 +118,8 @@ def predict(
         batch: images at a time.
         device: cpu, cuda, ...; by default a GPU, if there is one.
     """
-    _at_least_one(batch=batch)
-    detector = load(model, find_device(device))
+    check_integer("batch", batch, 1)
+    detector = open_detector("model", model, find_device(device))
     files = find_images(images)
     make_folder("out", out)
     rows = []
@@ -153,7 +149,7 @@ def export(model: str, file: Path, size: int = 0) -> None:
         size: side of the images in pixels; 0: that of the detector.
     """
     check_file("file", file, SUFFIXES)
-    detector = load(model)
+    detector = open_detector("model", model)
     error = export_detector(detector.model, detector.postprocess, file, size or detector.size)
     print(f"{file}: boxes and scores differ by {error:.2g} from the model's")
 
@@ -182,7 +178,7 @@ def data(
         hold_out: fraction of images, such as 0.2, that become val, as above. 0: none.
         seed: of the images that are held out.
     """
-    _at_least_one(samples=samples)
+    check_integer("samples", samples, 1)
     if sheet is not None:
         check_file("sheet", sheet, (".png",))
     if hold_out:

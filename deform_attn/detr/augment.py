@@ -1,4 +1,6 @@
-"""Augmentation: one affine warp for flip, crop, zoom and mosaic; mixup; their schedule; and sizes.
+"""Augmentation: the official transforms, their schedule, mixup, and sizes.
+
+Images are augmented at their own resolution, and resized once, to the size that was drawn.
 
 The random numbers of an item come from a generator seeded with (seed, step, place in the batch).
 Nothing is carried from step to step, so that a resumed training is the same to the bit, and
@@ -16,103 +18,64 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from deform_attn.detr.data import Detection, Sample
+from deform_attn.detr.data import Detection, Original, Sample, resized
 from deform_attn.detr.images import pad
+from deform_attn.extras import needs_torchvision
 
-GRAY = 0.447  # outside of an image
-
-# Begin and end of each augmentation, as fractions of the training. "dense" is DEIM's dense
-# one-to-one schedule (arXiv 2412.04234, section 3.2) of 58 epochs.
+# Begin and end of each transform, as fractions of the training:
+#   detr   DETR, Deformable DETR, DINO
+#   crop   RT-DETRv2 (R50, 72 epochs), D-FINE
+#   dense  DEIM's dense one-to-one schedule (arXiv 2412.04234, section 3.2) of 58 epochs
 AUGMENTATIONS: dict[str, dict[str, tuple[float, float]]] = {
     "none": {},
     "flip": {"flip": (0, 1)},
-    "crop": {"flip": (0, 1), "colors": (0, 1), "zoom_out": (0, 1), "crop": (0, 1)},
+    "detr": {"flip": (0, 1), "size_crop": (0, 1)},
+    "crop": {"flip": (0, 1), **dict.fromkeys(("distort", "zoom_out", "iou_crop"), (0, 71 / 72))},
     "dense": {
         "flip": (0, 1),
-        **dict.fromkeys(("colors", "zoom_out", "crop"), (4 / 58, 50 / 58)),
+        **dict.fromkeys(("distort", "zoom_out", "iou_crop"), (4 / 58, 50 / 58)),
         **dict.fromkeys(("mosaic", "mixup"), (4 / 58, 29 / 58)),
     },
 }
+WITHOUT_TORCHVISION = ("none", "flip")
+SMALLEST_CROP = 0.3  # of an image's side
+OF_SIZE, OF_MIXUP = 2**32 - 1, 2**32 - 2  # in the place of an item's place in the batch
 
 
-def warp(sample: Sample, output_to_input: np.ndarray) -> Sample:
-    """Resample an image through an affine map, and transform its boxes.
-
-    Args:
-        sample: image ``[3, H, W]`` and its target; rotated boxes become their bounding boxes.
-        output_to_input: ``[2, 3]``, from a point (x, y) of the new image to one of the old image,
-            both in [-1, 1].
-
-    Returns:
-        The new sample, of the same size. Boxes are clipped, and dropped if less than a quarter of
-        their area or less than 1/64 of the image's side is left.
-    """
-    image, target = sample
-    theta = torch.from_numpy(output_to_input).float()[None]
-    grid = F.affine_grid(theta, [1, *image.shape], align_corners=False)
-    warped = F.grid_sample(image[None] - GRAY, grid, align_corners=False)[0] + GRAY
-    inverse = np.linalg.inv(np.vstack([output_to_input, [0, 0, 1]]))
-    center, half = target["boxes"].double().numpy().reshape(-1, 2, 2).transpose(1, 0, 2)
-    signs = np.array([[-1, -1], [1, -1], [-1, 1], [1, 1]])
-    corners = (center[:, None] + half[:, None] / 2 * signs) * 2 - 1  # [n, 4, 2]
-    corners = (corners @ inverse[:2, :2].T + inverse[:2, 2] + 1) / 2
-    low, high = corners.min(1), corners.max(1)
-    clipped_low, clipped_high = low.clip(0, 1), high.clip(0, 1)
-    left = (clipped_high - clipped_low).clip(0)
-    kept = (left.prod(1) >= (high - low).prod(1) / 4) & (left.min(1, initial=1) >= 1 / 64)
-    boxes = np.concatenate([(clipped_low + clipped_high) / 2, left], 1)[kept]
-    labels = target["labels"][torch.from_numpy(kept)]
-    return warped, {"labels": labels, "boxes": torch.from_numpy(boxes).float()}
-
-
-def _window(center: np.ndarray, half: np.ndarray | float) -> np.ndarray:
-    """The map whose new image is a part of the old one, centre +- half; all of it is 0 +- 1."""
-    return np.concatenate([np.diag(np.broadcast_to(half, 2)), np.reshape(center, (2, 1))], 1)
-
-
-def _colors(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """Random brightness, contrast and balance of the channels."""
-    mean = image.mean()
-    balance = torch.from_numpy(rng.uniform(0.8, 1.2, (3, 1, 1))).float()
-    varied = (image - mean) * rng.uniform(0.7, 1.3) + mean * rng.uniform(0.7, 1.3)
-    return (varied * balance).clamp(0, 1)
-
-
-def mosaic(samples: Sequence[Sample], rng: np.random.Generator) -> Sample:
-    """Four images at half their size, rotated, shifted and scaled as in DEIM.
-
-    Args:
-        samples: four of one size.
-        rng: draws a rotation of up to 10 degrees, a shift of up to a tenth, a scale of 0.5 to 1.5.
+def check_augmentation(name: str) -> None:
+    """Check the name of an augmentation, and that its transforms can be imported.
 
     Raises:
-        ValueError: not four samples.
+        ValueError: an unknown name.
+        ImportError: it needs torchvision, which is not installed; the message names the command.
     """
-    if len(samples) != 4:
-        raise ValueError(f"samples: expected 4 of them, got {len(samples)}")
-    places = [(0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (0.5, 0.5)]  # (x, y)
-    images = [F.interpolate(s[0][None], scale_factor=0.5, mode="area")[0] for s in samples]
-    rows = [torch.cat(images[:2], 2), torch.cat(images[2:], 2)]
-    boxes = [s[1]["boxes"] / 2 + torch.tensor([*place, 0, 0]) for s, place in zip(samples, places)]
-    target = {"labels": torch.cat([s[1]["labels"] for s in samples]), "boxes": torch.cat(boxes)}
-    angle = math.radians(rng.uniform(-10, 10))
-    turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
-    shift = rng.uniform(-0.2, 0.2, (2, 1))  # [-1, 1] is two long
-    return warp((torch.cat(rows, 1), target), np.hstack([turn / rng.uniform(0.5, 1.5), shift]))
+    if name not in AUGMENTATIONS:
+        raise ValueError(f"augment: expected one of {list(AUGMENTATIONS)}, got {name!r}")
+    if name not in WITHOUT_TORCHVISION:
+        with needs_torchvision():
+            import deform_attn.detr.transforms  # noqa: F401
 
 
-def mixup(images: Tensor, targets: list[dict[str, Tensor]], rng: np.random.Generator) -> None:
+def flip(original: Original) -> Original:
+    """Mirrored; it needs no torchvision."""
+    image, target = original
+    x1, y1, x2, y2 = target["boxes"].unbind(1)
+    boxes = torch.stack([image.width - x2, y1, image.width - x1, y2], 1)
+    return ImageOps.mirror(image), {**target, "boxes": boxes}
+
+
+def mixup(images: Tensor, targets: list[dict[str, Tensor]], share: float) -> None:
     """Blend each image of a batch with the one before, in place; it gets the objects of both.
 
     Args:
         images: ``[B, 3, H, W]``.
         targets: one for each.
-        rng: draws the weight of the image itself, from 0.45 to 0.55.
+        share: weight of the image itself; DEIM draws 0.45 to 0.55.
     """
-    share = rng.uniform(0.45, 0.55)
     images.mul_(share).add_(images.roll(1, 0), alpha=(1 - share) / share)
     others = targets[-1:] + targets[:-1]
     targets[:] = [
@@ -210,11 +173,13 @@ class Augmented(Dataset[tuple[Item, Sample]]):
         steps: length of the training.
         seed: of all random numbers.
         multi_scale: of :func:`scales`. With "shortest" each image has a size of its own, otherwise
-            all images of a step have the same.
-        resize: how the data set resizes its images.
+            all images of a step have the same. With "shortest" and the augmentation "detr" 0 means
+            0.4, which is DETR's.
+        resize: how images get their size, see :func:`~deform_attn.detr.images.as_tensor`.
 
     Raises:
         ValueError: an unknown name, or a ``multi_scale`` without effect.
+        ImportError: the augmentation needs torchvision.
     """
 
     def __init__(
@@ -226,61 +191,86 @@ class Augmented(Dataset[tuple[Item, Sample]]):
         multi_scale: float = 0.0,
         resize: str = "stretch",
     ) -> None:
-        if name not in AUGMENTATIONS:
-            raise ValueError(f"augment: expected one of {list(AUGMENTATIONS)}, got {name!r}")
-        self.dataset, self.steps, self.seed = dataset, steps, seed
+        check_augmentation(name)
+        self.dataset, self.steps, self.seed, self.resize = dataset, steps, seed, resize
         self._active = AUGMENTATIONS[name]
-        self.sizes = scales(dataset.size, multi_scale, resize)
         self._own_sizes = resize == "shortest"
+        if name == "detr" and self._own_sizes and multi_scale == 0 and dataset.size >= 80:
+            multi_scale = 0.4  # from 80 pixels on it always reaches another multiple of 32
+        self._drops_boxes = name not in WITHOUT_TORCHVISION
+        self.sizes = scales(dataset.size, multi_scale, resize)
 
     def is_on(self, name: str, step: int) -> bool:
-        """Whether an augmentation may be applied in a step."""
+        """Whether a transform may be applied in a step."""
         begin, end = self._active.get(name, (0, 0))
         return begin <= step / self.steps < end
 
     def __getitem__(self, item: Item) -> tuple[Item, Sample]:
-        rng = np.random.default_rng((self.seed, item.step, item.place))
-        sample = self.dataset[item.image]
-        if self.is_on("mosaic", item.step) and rng.random() < 0.5:
-            others = rng.integers(len(self.dataset), size=3).tolist()
-            four = [sample, *(self.dataset[i] for i in others)]
-            sample = mosaic([_square(one, self.dataset.size) for one in four], rng)
-        else:  # zoom and crop are not applied to a mosaic
-            if self.is_on("zoom_out", item.step) and rng.random() < 0.5:
-                half = rng.uniform(1, 2)
-                sample = warp(sample, _window(rng.uniform(1 - half, half - 1, 2), half))
-            if self.is_on("crop", item.step) and rng.random() < 0.5:
-                sides = rng.uniform(0.5, 1, 2)
-                sample = warp(sample, _window(rng.uniform(sides - 1, 1 - sides), sides))
-        if self.is_on("colors", item.step) and rng.random() < 0.5:
-            sample = _colors(sample[0], rng), sample[1]
-        if self.dataset.flips and self.is_on("flip", item.step) and rng.random() < 0.5:
-            sample = warp(sample, _window(np.zeros(2), np.array([-1.0, 1.0])))
-        if self._own_sizes:
-            sample = self._resized(sample, rng)
-        return item, sample
+        with torch.random.fork_rng(devices=[]):
+            # torch.manual_seed would also set the generators of GPUs
+            torch.default_generator.manual_seed(self._state(item.step, item.place))
+            original = self._transformed(item)
+            if self.dataset.flips and self.is_on("flip", item.step) and torch.rand(()) < 0.5:
+                original = flip(original)
+            if not self._own_sizes:  # all images of a step have the same
+                torch.default_generator.manual_seed(self._state(item.step, OF_SIZE))
+            size = self.sizes[int(torch.randint(len(self.sizes), ()))]
+        image, target = resized(original, size, self.resize)
+        if self._drops_boxes:  # those of less than a pixel, as the official code
+            sides = torch.tensor([image.shape[2], image.shape[1]])
+            kept = (target["boxes"][:, 2:] * sides >= 1).all(1)
+            target = {key: values[kept] for key, values in target.items()}
+        return item, (image, target)
 
-    def _resized(self, sample: Sample, rng: np.random.Generator) -> Sample:
-        """With one of the sizes; boxes are fractions of the image."""
-        image, target = sample
-        scale = self.sizes[int(rng.integers(len(self.sizes)))] / self.dataset.size
-        if scale != 1:
-            sides = [max(1, round(side * scale)) for side in image.shape[1:]]
-            image = F.interpolate(image[None], sides, mode="bilinear", antialias=True)[0]
-        return image, target
+    def _state(self, step: int, place: int) -> int:
+        """A seed for an item."""
+        words = np.random.SeedSequence((self.seed, step, place)).generate_state(1, np.uint64)
+        return int(words[0] >> 1)
+
+    def _transformed(self, item: Item) -> Original:
+        """An item after the transforms of torchvision that are on."""
+        original = self.dataset.original(item.image)
+        on = [name for name in self._active if name != "flip" and self.is_on(name, item.step)]
+        if not on:
+            return original
+        from deform_attn.detr import transforms
+
+        original = self._reduced(original)
+        chosen: list[object] = []
+        if "mosaic" in on and torch.rand(()) < 0.5:
+            others = torch.randint(len(self.dataset), (3,)).tolist()
+            four = [original, *(self._reduced(self.dataset.original(i)) for i in others)]
+            original = transforms.mosaic(four, self.dataset.size)
+        elif "zoom_out" in on:  # neither zoom nor crop of a mosaic
+            chosen = [transforms.ZOOM_OUT, transforms.iou_crop]
+        if "distort" in on:
+            chosen.insert(0, transforms.DISTORT)
+        if "size_crop" in on and torch.rand(()) < 0.5:
+            return transforms.size_crop(original, self.dataset.size)
+        return transforms.transformed(original, chosen)
+
+    def _reduced(self, original: Original) -> Original:
+        """A large image reduced so far that the smallest crop has the size of the training."""
+        image, target = original
+        side = max(image.size) if self.resize == "fit" else min(image.size)
+        scale = max(self.sizes) / SMALLEST_CROP / side
+        if scale >= 1:
+            return original
+        width, height = (math.ceil(length * scale) for length in image.size)
+        factors = torch.tensor([width / image.width, height / image.height]).repeat(2)
+        small = image.resize((width, height), Image.Resampling.BILINEAR)
+        return small, {**target, "boxes": target["boxes"] * factors}
 
     def batch(self, drawn: list[tuple[Item, Sample]]) -> Batch:
         """Items as a batch, with mixup while that is on."""
         samples, step = [sample for _, sample in drawn], drawn[0][0].step
-        if not self._own_sizes:  # generators of one seed: all images get the same size
-            key = (self.seed, step, 2**32 - 1)
-            samples = [self._resized(one, np.random.default_rng(key)) for one in samples]
-        rng = np.random.default_rng((self.seed, step))
-        if not self.is_on("mixup", step) or rng.random() >= 0.5:
+        rng = torch.Generator().manual_seed(self._state(step, OF_MIXUP))
+        chance, weight = torch.rand(2, generator=rng).tolist()
+        if not self.is_on("mixup", step) or chance >= 0.5:
             return collate(samples)
         height, width = (max(image.shape[i] for image, _ in samples) for i in (1, 2))
         images, _, targets = collate([_extended(one, height, width) for one in samples])
-        mixup(images, targets, rng)
+        mixup(images, targets, 0.45 + weight / 10)
         return images, None, targets
 
 
@@ -297,12 +287,6 @@ def _extended(sample: Sample, height: int, width: int) -> Sample:
     """A sample whose padding, on the right and below, is part of the image."""
     image, target = sample
     h, w = image.shape[1:]
-    if (h, w) == (height, width):
-        return sample
-    image = F.pad(image, (0, width - w, 0, height - h), value=GRAY)
+    image = F.pad(image, (0, width - w, 0, height - h))
     scale = torch.tensor([w / width, h / height]).repeat(2)
     return image, {**target, "boxes": target["boxes"] * scale}
-
-
-def _square(sample: Sample, size: int) -> Sample:
-    return _extended(sample, size, size)

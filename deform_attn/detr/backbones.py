@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deform_attn.detr.layers import ConvNorm
+from deform_attn.extras import needs_transformers
 
 
 class Backbone(Protocol):
@@ -123,12 +124,8 @@ class LibraryBackbone(nn.Module):
 
 
 def _library() -> Any:
-    try:
+    with needs_transformers():
         import transformers
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "backbones of official models need transformers: pip install deform_attn[backbones]"
-        ) from error
     return transformers
 
 

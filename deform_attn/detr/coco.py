@@ -85,6 +85,8 @@ def parse(file: Path) -> Content:
         OSError: it cannot be read.
         ValueError: its faults.
     """
+    if file.is_dir():
+        raise IsADirectoryError(f"{file}: expected a file with annotations, got a folder")
     text = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # a byte order mark
     try:
         content = _SCHEMA.validate_json(text)

@@ -2,7 +2,8 @@
 
 An item is ``(image, target)``: the image ``[3, h, w]``, float32 RGB in [0, 1]; the target a dict of
 ``labels [n]``, int64, and ``boxes [n, 4]``, float32 ``(cx, cy, w, h)`` as fractions of the image,
-before a batch pads it.
+before a batch pads it. Before it is resized the image is one of ``PIL``, and the boxes are corners
+``(x1, y1, x2, y2)`` in its pixels; augmentation starts from these.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from deform_attn.detr.arguments import check_integer
 from deform_attn.detr.boxes import from_corners
 from deform_attn.detr.images import as_tensor
 
 Sample = tuple[Tensor, dict[str, Tensor]]
+Original = tuple[Image.Image, dict[str, Tensor]]  # before it is resized
 
 
 class Detection(Protocol):
@@ -44,11 +47,27 @@ class Detection(Protocol):
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> Sample: ...
+    def original(self, index: int) -> Original:
+        """The item before it is resized."""
+
     def ground_truth(self) -> dict[str, Any]:
         """``images``, ``annotations`` and ``categories`` in COCO's format, in pixels of the files.
 
         Image i is that of item i; ids of categories are labels.
         """
+
+
+def resized(original: Original, size: int, resize: str = "stretch") -> Sample:
+    """An item in the size that the model takes.
+
+    Args:
+        original: an RGB image, and its target with corners in pixels.
+        size: in pixels, see :func:`~deform_attn.detr.images.as_tensor`.
+        resize: likewise.
+    """
+    image, target = original
+    boxes = from_corners(target["boxes"]) / torch.tensor(image.size).repeat(2)
+    return as_tensor(image, size, resize), {**target, "boxes": boxes}
 
 
 def open_dataset(
@@ -74,6 +93,7 @@ def open_dataset(
             evaluation.
 
     Raises:
+        TypeError: the size is no integer.
         ValueError: an unknown name or split, or an invalid folder; the message names each fault.
         OSError: a file of the folder cannot be read.
 
@@ -85,6 +105,7 @@ def open_dataset(
     """
     from deform_attn.detr.folders import AnnotatedFolder
 
+    check_integer("size", size, 0)
     if name in DRAWN:
         if split not in _Drawn.lengths:
             raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
@@ -166,10 +187,13 @@ class _Drawn(Detection):
         return self.lengths[self.split]
 
     def __getitem__(self, index: int) -> Sample:
+        return resized(self.original(index), self.size)
+
+    def original(self, index: int) -> Original:
+        """The image as it is drawn, which has the size already."""
         image, boxes, labels = self._drawn(index)
-        corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4) / self.size
-        target = {"labels": torch.tensor(labels).long(), "boxes": from_corners(corners)}
-        return as_tensor(image, self.size), target
+        corners = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+        return image, {"labels": torch.tensor(labels).long(), "boxes": corners}
 
     def _drawn(self, index: int) -> Drawing:
         if not 0 <= index < len(self):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
+from deform_attn.detr.arguments import check_integer
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
@@ -45,11 +46,11 @@ def detect(
         For each image what ``postprocess`` gives, in pixels of the file.
 
     Raises:
+        TypeError: ``batch`` or ``workers`` is no integer.
         ValueError: ``batch`` is below 1, or ``workers`` below 0.
     """
-    for name, number, least in (("batch", batch, 1), ("workers", workers, 0)):
-        if number < least:
-            raise ValueError(f"{name}: expected at least {least}, got {number}")
+    check_integer("batch", batch, 1)
+    check_integer("workers", workers, 0)
     begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
     parameter = next(model.parameters())

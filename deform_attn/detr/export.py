@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from io import BytesIO
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deform_attn.detr.arguments import check_integer
 from deform_attn.detr.files import write
 from deform_attn.detr.matching import assign
 from deform_attn.detr.models import BestScores, Detections, Postprocess
@@ -60,15 +63,16 @@ def export(
 
     Raises:
         ValueError: another suffix, or an invalid size.
+        TypeError: a size of another type.
         OSError: the file cannot be written; the message names it.
         ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
     """
     file = Path(file)
     if file.suffix not in SUFFIXES:
         raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise ValueError(f"size: expected at least 1, got {(height, width)}")
+    height, width = (size, size) if isinstance(size, Integral) else _pair(size)
+    for side in (height, width):
+        check_integer("size", side, 1)
     whole = Exportable(model, postprocess).eval()
 
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
@@ -97,6 +101,12 @@ def export(
             whole.postprocess = replace(postprocess, number=2 * postprocess.number)
         expected = Detections(*whole(*inputs(2)))
     return difference(expected, Detections(*map(torch.as_tensor, found)))
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    if not isinstance(size, Sequence) or isinstance(size, str) or len(size) != 2:
+        raise TypeError(f"size: expected an integer or (height, width), got {size!r}")
+    return size[0], size[1]
 
 
 def difference(expected: Detections, found: Detections) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -67,14 +69,76 @@ def write(file: Path, write_to: Callable[[BinaryIO], Any], *, sync: bool = True)
     Raises:
         OSError: the file cannot be written, such as on a full disk; the message names it.
     """
-    partial = file.with_name(file.name + ".partial")
+    partial, raw = file.with_name(file.name + ".partial"), None
     try:
-        with open(partial, "wb") as f:
+        raw = _Raw(partial, "wb")
+        with io.BufferedWriter(raw) as f:
             write_to(f)
             f.flush()
             if sync:
                 os.fsync(f.fileno())
         os.replace(partial, file)
-    except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:
         partial.unlink(missing_ok=True)
-        raise OSError(f"{file}: cannot be written: {error}") from error
+        reason = error if raw is None or raw.error is None else raw.error
+        text = getattr(reason, "strerror", None) or reason
+        raise OSError(f"{file}: cannot be written: {text}") from error
+    except BaseException:  # such as Ctrl-C
+        partial.unlink(missing_ok=True)
+        raise
+
+
+class _Raw(io.FileIO):
+    """Keeps the error of a write: torch.save raises another, which does not name it."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+
+@contextmanager
+def locked(argument: str, folder: Path) -> Iterator[None]:
+    """Hold a folder, so that no other process writes to it at the same time.
+
+    The lock ends with the process, however that ends. A file system without locks has none.
+
+    Args:
+        argument: names the folder in errors.
+        folder: gets a file ``.lock``.
+
+    Raises:
+        OSError: another process holds it.
+    """
+    with open(folder / ".lock", "a+") as f:
+        try:
+            _lock(f.fileno())
+        except (BlockingIOError, PermissionError) as error:
+            f.seek(0)
+            raise OSError(
+                f"{argument}: expected a folder without a running training, got {str(folder)!r}, "
+                f"in which process {f.read().strip()} trains; wait for it, or choose another folder"
+            ) from error
+        except OSError:  # no locks here
+            pass
+        f.truncate(0)
+        f.write(str(os.getpid()))
+        f.flush()
+        yield
+
+
+def _lock(number: int) -> None:
+    """Lock an open file, or raise BlockingIOError or PermissionError."""
+    if os.name == "nt":
+        import msvcrt
+
+        os.lseek(number, 2**20, os.SEEK_SET)  # the text at the start stays readable
+        msvcrt.locking(number, msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+    else:
+        import fcntl
+
+        fcntl.lockf(number, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -26,9 +26,8 @@ from typing import Any
 import torch
 
 from deform_attn.detr import cache, coco, yolo
-from deform_attn.detr.boxes import from_corners
-from deform_attn.detr.data import Sample
-from deform_attn.detr.images import RESIZE, as_tensor, read_image
+from deform_attn.detr.data import Original, Sample, resized
+from deform_attn.detr.images import RESIZE, read_image
 from deform_attn.detr.progress import mapped
 
 HELD_OUT = "hold_out"  # folder of the files that `data --hold-out` writes
@@ -332,15 +331,17 @@ class AnnotatedFolder:
 
     def __getitem__(self, index: int) -> Sample:
         """Image, and labels and boxes ``(cx, cy, w, h)`` as fractions of it, without crowds."""
+        return resized(self.original(index), self.size, self.resize)
+
+    def original(self, index: int) -> Original:
+        """Image in the file's size, and labels and corners in its pixels, without crowds."""
         facts = self._content["images"][index]
         objects = [one for one in self._objects.get(facts["id"], []) if not one["iscrowd"]]
         boxes = torch.tensor(
             [_clipped(one["bbox"], facts["width"], facts["height"]) for one in objects]
         ).reshape(-1, 4)
-        sides = torch.tensor([facts["width"], facts["height"]]).repeat(2)
         labels = torch.tensor([one["category_id"] for one in objects]).long()
-        image = as_tensor(read_image(self.root / facts["file_name"]), self.size, self.resize)
-        return image, {"labels": labels, "boxes": from_corners(boxes) / sides}
+        return read_image(self.root / facts["file_name"]), {"labels": labels, "boxes": boxes}
 
     def ground_truth(self) -> dict[str, Any]:
         """What was read, in COCO's format, with labels as ids of categories."""

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from deform_attn.detr.arguments import check_number
 from deform_attn.detr.files import make_folder, write
 from deform_attn.detr.folders import HELD_OUT, Source, find_splits, validated
 
@@ -85,10 +86,11 @@ def hold_out(folder: Path, fraction: float, seed: int = 0, layout: str = "") -> 
 
     Raises:
         OSError: they cannot be written.
+        TypeError: the fraction is no number.
         ValueError: an invalid fraction; a folder with several splits, with a single image, with
             faults, or which was divided before.
     """
-    if not 0 < fraction < 1:
+    if not 0 < check_number("hold_out", fraction) < 1:
         raise ValueError(f"hold_out: expected a fraction above 0 and below 1, got {fraction}")
     root = folder if folder.is_dir() else folder.parent
     parts = root / HELD_OUT / "train.json", root / HELD_OUT / "val.json"

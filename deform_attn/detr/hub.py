@@ -15,6 +15,7 @@ from deform_attn.detr.backbones import LibraryBackbone
 from deform_attn.detr.checkpoints import Rules, load_renamed
 from deform_attn.detr.layers import Size
 from deform_attn.detr.models import System
+from deform_attn.extras import needs_transformers
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -112,8 +113,9 @@ def from_transformers(
         ModuleNotFoundError: transformers is not installed.
         ValueError: a model of another type, or with options that the system here does not have.
     """
-    from transformers import AutoConfig, AutoModelForObjectDetection
-    from transformers.image_processing_base import ImageProcessingMixin
+    with needs_transformers():
+        from transformers import AutoConfig, AutoModelForObjectDetection
+        from transformers.image_processing_base import ImageProcessingMixin
 
     name = str(name_or_folder)
     config = AutoConfig.from_pretrained(name, **options)

@@ -68,7 +68,11 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
         else:
             files = [path] if path.exists() else [Path(f) for f in sorted(glob.glob(str(name)))]
         if not files:
-            raise FileNotFoundError(f"images: expected a file, a folder or a pattern, got {name!r}")
+            expected, got = "a file, a folder or a pattern", repr(str(name))
+            if path.is_dir():
+                expected = f"images ({', '.join(SUFFIXES)})"
+                got = f"the folder {got} without any"
+            raise FileNotFoundError(f"images: expected {expected}, got {got}")
         found += files
     return found
 

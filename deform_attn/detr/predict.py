@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deform_attn.detr.arguments import check_integer, check_threshold, find_device
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
 from deform_attn.detr.images import as_tensor, pad, read_image
 from deform_attn.detr.models import System
@@ -69,7 +70,7 @@ class Predictor:
 
         Raises:
             FileNotFoundError: no such file.
-            TypeError: a single image instead of a list, or an image of another type.
+            TypeError: a single image instead of a list, or an argument of another type.
             ValueError: not an image, or an invalid threshold or batch.
 
         Example:
@@ -82,10 +83,8 @@ class Predictor:
         single = not isinstance(images, Iterable) or isinstance(images, str | bytes | Mapping)
         if single or (isinstance(images, np.ndarray | Tensor) and images.ndim < 4):
             raise TypeError(f"images: expected a list of images, got {type(images).__name__}")
-        if not 0 <= threshold <= 1:
-            raise ValueError(f"threshold: expected a number from 0 to 1, got {threshold}")
-        if batch < 1:
-            raise ValueError(f"batch: expected at least 1, got {batch}")
+        check_threshold("threshold", threshold)
+        check_integer("batch", batch, 1)
         found: list[dict[str, Any]] = []
         waiting = iter(images)
         while part := list(itertools.islice(waiting, batch)):
@@ -119,19 +118,20 @@ def load(
     """Open a trained detector.
 
     Args:
-        name_or_path: ``digits``, which is part of the package; ``model.pt`` of a training; an
-            official checkpoint, of DETR, Deformable DETR, DAB-DETR, DN-DETR, DINO, RT-DETR,
-            RT-DETRv2, D-FINE, DEIM or Mr. DETR; or a folder or a name on the Hugging Face hub of a
-            detr, deformable_detr, dab-detr, rt_detr, rt_detr_v2 or d_fine of transformers.
+        name_or_path: ``digits``, which is part of the package; ``model.pt`` of a training, or its
+            folder; an official checkpoint, of DETR, Deformable DETR, DAB-DETR, DN-DETR, DINO,
+            RT-DETR, RT-DETRv2, D-FINE, DEIM or Mr. DETR; or a folder or a name on the Hugging Face
+            hub of a detr, deformable_detr, dab-detr, rt_detr, rt_detr_v2 or d_fine of transformers.
         device: where it runs.
         model: one of :data:`~deform_attn.detr.zoo.CONFIGURATIONS`, for an official checkpoint; by
             default it is found out from names and shapes.
 
     Raises:
         FileNotFoundError: neither the name of a shipped detector, nor a file or folder.
+        TypeError: an argument of another type.
         ModuleNotFoundError: official models need transformers, the extra ``backbones``.
-        ValueError: the file is damaged, or its model is not known; or a folder without a model of
-            transformers.
+        ValueError: the file is damaged, or its model is not known; a folder without a model; or no
+            such device.
         RuntimeError: ``model`` does not fit the file.
 
     Example:
@@ -139,22 +139,43 @@ def load(
         >>> load("digits").classes
         ['0', '1', '2', '3', '4', '5', '6', '7', '8', '9']
     """
+    return open_detector("name_or_path", name_or_path, device, model)
+
+
+def open_detector(
+    argument: str,
+    name_or_path: str | Path,
+    device: str | torch.device = "cpu",
+    model: str | None = None,
+) -> Predictor:
+    """As :func:`load`.
+
+    Args:
+        argument: names ``name_or_path`` in errors.
+        name_or_path: of :func:`load`.
+        device: likewise.
+        model: likewise.
+    """
+    if not isinstance(name_or_path, str | Path):
+        raise TypeError(f"{argument}: expected a name or a path, got {name_or_path!r}")
+    device = find_device(device)
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
     name = str(name_or_path)
     file = shipped.get(name, Path(name))
     on_hub = isinstance(name_or_path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
     exists = name != "" and "\0" not in name and file.exists()
     if exists and file.is_dir() and not (file / "config.json").exists():
-        step = f"; of a training give {file / 'model.pt'}" * (file / "model.pt").exists()
-        raise ValueError(
-            f"name_or_path: expected config.json of a model of transformers in {str(file)!r}, "
-            f"got none{step}"
-        )
+        if not (file / "model.pt").is_file():
+            raise ValueError(
+                f"{argument}: expected config.json of a model of transformers or model.pt of a "
+                f"training in the folder {name!r}, got neither"
+            )
+        file = file / "model.pt"
     if (exists and file.is_dir()) or (on_hub and not exists and not file.suffix):
         return _from_transformers(name, device)
     if not exists:
         raise FileNotFoundError(
-            f"name_or_path: expected one of {sorted(shipped)}, a file, a folder or a name on the "
+            f"{argument}: expected one of {sorted(shipped)}, a file, a folder or a name on the "
             f"hub, got {name!r}"
         )
     content = read_checkpoint(file)

@@ -10,6 +10,7 @@ continues it with other settings. Under ``torchrun --nproc-per-node N -m deform_
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -17,9 +18,9 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,15 +31,22 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.detr.augment import AUGMENTATIONS, Augmented, Batch, batches
+from deform_attn.detr.arguments import check_integer, check_number, default_device, find_device
+from deform_attn.detr.augment import (
+    AUGMENTATIONS,
+    Augmented,
+    Batch,
+    batches,
+    check_augmentation,
+)
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
-from deform_attn.detr.files import make_folder, write
+from deform_attn.detr.files import locked, make_folder, write
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
-from deform_attn.detr.predict import Predictor, load
+from deform_attn.detr.predict import Predictor, open_detector
 from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.recompute import recompute
 from deform_attn.detr.zoo import CONFIGURATIONS
@@ -115,7 +123,10 @@ class Settings:
     freeze: str = ""  # parameters whose names start so keep their values: "backbone"
     weight_decay: float = 1e-4  # of weights; biases and norms have none
     clip: float = 0.1  # largest norm of the gradients
-    augment: str = ""  # none, flip, crop or dense; by default that of the recipe
+    # none, flip, or with torchvision: detr (flip, crop), crop (flip, colours, zoom, crop) or dense
+    # (DEIM: mosaic and mixup too); by default that of the recipe or of the official model, or flip
+    # without torchvision
+    augment: str = ""
     amp: str = "none"  # none, bfloat16, or float16 with scaled losses
     freeze_norms: int = 0  # 1: batch norms keep their statistics, as in DETR's backbone
     seed: int = 0  # of weights, order, augmentation and drawn images
@@ -128,8 +139,17 @@ class Settings:
         """Check the settings, apart from the data.
 
         Raises:
+            TypeError: a setting has another type; the message names it.
             ValueError: a setting has an invalid value; the message names it.
         """
+        for field in fields(self):
+            got, kind = getattr(self, field.name), type(field.default)
+            if kind is int:
+                check_integer(field.name, got)
+            elif kind is float:
+                check_number(field.name, got)
+            elif not isinstance(got, str):
+                raise TypeError(f"{field.name}: expected text, got {got!r}")
         if bool(self.recipe) == bool(self.model) and not self.init:
             raise ValueError("recipe, model: expected one of them, or init alone")
         choices: dict[str, Iterable[str]] = {
@@ -145,8 +165,7 @@ class Settings:
                 raise ValueError(f"{name}: expected one of {listed}; got {got!r}")
         counts = ("steps", "batch", "accumulate", "layers", "queries")
         for name in (*counts, "evaluate_every", "save_every"):
-            if (got := getattr(self, name)) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {got}")
+            check_integer(name, getattr(self, name), 1)
         for name in ("lr", "clip"):
             if not 0 < (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number above 0, got {got}")
@@ -180,7 +199,8 @@ def _recipe(settings: Settings) -> Recipe:
         return RECIPES[settings.recipe]
     system = CONFIGURATIONS[settings.model].system
     name = {"deim_rtdetrv2": "deim", "dn_detr": "dab_detr"}.get(system.__name__, system.__name__)
-    return replace(RECIPES[name], augment="dense" if name == "deim" else "crop")
+    augment = "detr" if CONFIGURATIONS[settings.model].resize == "shortest" else "crop"
+    return replace(RECIPES[name], augment="dense" if name == "deim" else augment)
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
@@ -212,6 +232,35 @@ def resolved(settings: Settings, source: Predictor | None) -> Settings:
         raise ValueError(f"model: expected one of {', '.join(CONFIGURATIONS)} for {settings.init}")
     trained = source.facts["settings"]
     return replace(settings, **{name: trained[name] for name in ARCHITECTURE if name in trained})
+
+
+def with_augmentation(
+    settings: Settings, checkpoint: dict[str, Any] | None, observe: Callable[[str], object]
+) -> Settings:
+    """Settings with an augmentation, where they name none.
+
+    That is the one of the checkpoint, the recipe's, or "flip" where the recipe's needs torchvision
+    and there is none.
+
+    Args:
+        settings: valid ones, with a recipe or a model.
+        checkpoint: to resume.
+        observe: called with the reason where "flip" replaces another.
+
+    Raises:
+        ImportError: the augmentation that is named, or that of the checkpoint, needs torchvision.
+    """
+    chosen = settings.augment or ("" if checkpoint is None else checkpoint["settings"]["augment"])
+    if chosen:
+        check_augmentation(chosen)
+        return replace(settings, augment=chosen)
+    chosen = _recipe(settings).augment
+    try:
+        check_augmentation(chosen)
+    except ImportError as error:
+        observe(f"augment: flip instead of {chosen}, which needs torchvision: {error}")
+        chosen = "flip"
+    return replace(settings, augment=chosen)
 
 
 # Tensors with a row per class: then one more, of "no object" or padding, in some systems.
@@ -283,34 +332,13 @@ def parameter_groups(model: nn.Module, settings: Settings) -> list[dict[str, Any
     return found
 
 
-def find_device(name: str = "") -> torch.device:
-    """A device by name; by default a GPU, if there is one.
-
-    Raises:
-        ValueError: it is not there.
-    """
-    name = name or _default_device()
-    try:
-        device = torch.empty(0, device=name).device
-        if device.type != "meta":
-            return device
-        reason = "it keeps no values"
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-    raise ValueError(f"device: expected cpu, cuda or another of PyTorch, got {name!r}: {reason}")
-
-
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def _own_device(name: str) -> torch.device:
     """Of several processes, each has the GPU of its number.
 
     Raises:
         ValueError: it is not there, or all processes would have the same GPU.
     """
-    name = name or _default_device()
+    name = name or default_device()
     processes = _torchrun("WORLD_SIZE", 1)
     if processes > 1 and name != "cpu":
         if ":" in name:
@@ -374,14 +402,16 @@ def train(
         and their sum as ``loss``; ``ap``, COCO's numbers. And ``cpu_seconds`` of this process.
 
     Raises:
+        TypeError: a setting of another type.
         ValueError: an invalid setting, or another than in the checkpoint; or no such device.
-        ModuleNotFoundError: TensorBoard is not installed.
+        OSError: another process trains in the folder, or a file cannot be written.
+        ImportError: TensorBoard, or torchvision for the augmentation, is not installed.
         FileNotFoundError: there is no checkpoint to resume.
         FloatingPointError: the loss or a gradient is not finite; the checkpoint is older.
     """
     settings.check()
-    if workers < 0:
-        raise ValueError(f"workers: expected a number from 0, got {workers}")
+    out, resume = Path(out), None if resume is None else Path(resume)
+    check_integer("workers", workers, 0)
     if tensorboard:
         summary_writer()
     where = _own_device(device)
@@ -391,7 +421,9 @@ def train(
     if makes_group:
         distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
-        return _Run(settings, out, resume, where, workers, tensorboard=tensorboard).go()
+        run = _Run(settings, out, resume, where, workers, tensorboard=tensorboard)
+        with locked("out", out) if run.rank == 0 else nullcontext():
+            return run.go()
     finally:
         if makes_group:
             distributed.destroy_process_group()
@@ -413,27 +445,28 @@ class _Run:
         file, checkpoint = _checkpoint(out, resume)
         source = None
         if checkpoint is None:
-            source = load(settings.init) if settings.init else None
+            source = open_detector("init", settings.init) if settings.init else None
             settings = resolved(settings, source)
         elif not (settings.recipe or settings.model):
             then = checkpoint["settings"]
             settings = replace(settings, **{name: then[name] for name in ARCHITECTURE})
         settings.check()
-        self.settings, self.out = settings, out
         rank, world = _torchrun("RANK"), _torchrun("WORLD_SIZE", 1)
         device = device or torch.device("cpu")
         self.rank, self.world, self.device = rank, world, device
         self.workers, self.tensorboard = workers, tensorboard
         self.console = Console(quiet=rank > 0, highlight=False)
+        wrap = functools.partial(self.console.print, soft_wrap=True)
+        self.settings = settings = with_augmentation(settings, checkpoint, wrap)
+        self.out = out
         official = CONFIGURATIONS.get(settings.model)
         size = settings.size or (0 if official is None else official.image_size)
         self.resize = settings.resize or ("stretch" if official is None else official.resize)
         options = (size, settings.seed, self.resize)
         self.data = open_dataset(settings.data, "train", *options)
         self.test = open_dataset(settings.data, "val", *options, self.data.classes)
-        augment = settings.augment or _recipe(settings).augment
-        seeded = (settings.steps, settings.seed)
-        self.augmented = Augmented(self.data, augment, *seeded, settings.multi_scale, self.resize)
+        of_images = (settings.steps, settings.seed, settings.multi_scale, self.resize)
+        self.augmented = Augmented(self.data, settings.augment, *of_images)
         torch.manual_seed(settings.seed)
         if official is None:
             sizes = (settings.width, settings.layers, settings.queries)
@@ -510,7 +543,7 @@ class _Run:
         Raises:
             ValueError: they have fewer than queries.
         """
-        if self.settings.multi_scale:
+        if len(self.augmented.sizes) > 1:
             side = min(self.augmented.sizes)
             try:
                 with torch.no_grad():
@@ -621,6 +654,11 @@ class _Run:
                 module.set_rng_state(states[self.device.type])
         done = f"step {self.step} of {self.settings.steps}"
         self.console.print(f"resumes {file} after {done}", soft_wrap=True)
+        if self.step == self.settings.steps:
+            self.console.print(
+                f"nothing remains to do; --resume {file} with a larger --steps continues",
+                soft_wrap=True,
+            )
 
     # The loop
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deform_attn.detr import models
+from deform_attn.detr.arguments import check_integer
 from deform_attn.detr.backbones import hgnetv2, resnet, resnet_vd, swin_large
 from deform_attn.detr.checkpoints import load_official, renamed
 from deform_attn.detr.layers import Size
@@ -192,7 +193,8 @@ def create(name: str, num_classes: int | None = None) -> System:
         num_classes: number of classes; by default COCO's, as in the official weights.
 
     Raises:
-        ValueError: an unknown name, or an invalid number.
+        ValueError: an unknown name, or a number below 1.
+        TypeError: the number is no integer.
         ModuleNotFoundError: transformers, which has the backbones, is not installed.
 
     Example:
@@ -202,8 +204,8 @@ def create(name: str, num_classes: int | None = None) -> System:
         20
     """
     one = configuration(name)
-    if num_classes is not None and not (isinstance(num_classes, int) and num_classes >= 1):
-        raise ValueError(f"num_classes: expected an integer from 1, got {num_classes!r}")
+    if num_classes is not None:
+        check_integer("num_classes", num_classes, 1)
     return one.build(num_classes)
 
 

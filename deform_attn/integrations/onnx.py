@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import functools
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def export(
             sizes as numbers and the model has them in a tensor: pass ``spatial_shapes`` as a list,
             or choose ``"gather"`` or ``"tensorrt"``.
         RuntimeError: the exported model is not valid ONNX.
+        OSError: the file cannot be written; the message names it.
         ModuleNotFoundError: ``onnx`` or ``onnxscript`` is not installed.
 
     Example:
@@ -121,8 +123,24 @@ def export(
             f"optimizer; try optimize=False, or another version of onnxscript: {error}"
         ) from error
     if path is not None:
-        program.save(Path(path))
+        _save(program, Path(path))
     return program
+
+
+def _save(program: torch.onnx.ONNXProgram, file: Path) -> None:
+    """Write beside the file, then rename: what was there stays until all is written.
+
+    Raises:
+        OSError: it cannot be written; the message names it.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"{file.name}.", dir=file.parent) as folder:
+            program.save(Path(folder) / file.name)
+            # Large weights are in another file, which must be there before the one that names it.
+            for part in sorted(Path(folder).iterdir(), key=lambda part: part.name == file.name):
+                os.replace(part, file.with_name(part.name))
+    except OSError as error:
+        raise OSError(f"{file}: cannot be written: {error.strerror or error}") from error
 
 
 def decompose(

@@ -76,7 +76,7 @@ def test_evaluate(
     assert {"image_id", "category_id", "bbox", "score"} == set(boxes[0])
     assert {one["category_id"] for one in boxes} <= {one["id"] for one in coco["categories"]}
     for wrong, message in (
-        (("letters", "shapes"), "error: name_or_path: expected one of"),
+        (("letters", "shapes"), "error: model: expected one of"),
         (("digits", "shapes"), r"data: expected the classes \['0', .*, got \('disc'"),
         (("digits", f"coco:{folder}", "--batch", 0), "batch: expected at least 1, got 0"),
         (("digits", "shapes", "--device", "tpu"), "device: expected cpu, .*, got 'tpu'"),
@@ -112,6 +112,16 @@ def test_predict(
     monkeypatch.undo()
     with pytest.raises(SystemExit, match="expected a file, a folder or a pattern, got 'none'"):
         run(monkeypatch, "predict", "--model", "digits", "--images", "none", "--out", tmp_path)
+    (tmp_path / "empty").mkdir()
+    message = r"images: expected images \(\.jpg, .*\), got the folder '.*empty' without any"
+    with pytest.raises(SystemExit, match=message):
+        run(
+            monkeypatch,
+            *("predict", "--model", "digits", "--images", tmp_path / "empty", "--out", tmp_path),
+        )
+    trained = ("train", "--init", "letters", "--data", "shapes", "--out", tmp_path)
+    with pytest.raises(SystemExit, match="error: init: expected one of"):
+        run(monkeypatch, *trained)
 
 
 def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
@@ -173,8 +183,10 @@ def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) ->
     assert file.stat().st_size > 1000
     with pytest.raises(ValueError, match=r"expected a suffix of \.onnx, .*, got 'a\.bin'"):
         export(model, postprocess, "a.bin", 64)
-    with pytest.raises(ValueError, match=r"size: expected at least 1, got \(-3, -3\)"):
+    with pytest.raises(ValueError, match="size: expected at least 1, got -3"):
         export(model, postprocess, file, -3)
+    with pytest.raises(TypeError, match=r"size: expected an integer or .*, got '64'"):
+        export(model, postprocess, file, "64")  # type: ignore[arg-type]
 
 
 def test_detections_are_compared_by_pairs() -> None:

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from deform_attn.detr.augment import Augmented, Item, batches, collate, mixup, mosaic, warp
+from deform_attn.detr.augment import batches, collate
 from deform_attn.detr.data import Digits, Shapes, open_dataset
 from deform_attn.detr.evaluate import average_precision, score
 from deform_attn.detr.folders import AnnotatedFolder
@@ -286,6 +285,10 @@ def test_a_broken_image_and_a_missing_file_are_named(tmp_path: Path) -> None:
     file.write_text(file.read_text(encoding="utf-8")[:-9], encoding="utf-8")
     with pytest.raises(ValueError, match="Invalid JSON: EOF"):
         AnnotatedFolder(folder, "train", 32)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(OSError, match=r"train2017\.json: expected a file with annotations"):
+        AnnotatedFolder(folder, "train", 32)
     with pytest.raises(
         ValueError, match="expected one that starts with 'val', got train2017; .* --hold"
     ):
@@ -367,81 +370,7 @@ def test_images_keep_their_ratio_where_asked(tmp_path: Path) -> None:
         AnnotatedFolder(tmp_path, "train", 32, resize="crop")
 
 
-# Augmentation
-
-
-def white_box(box: tuple[float, float, float, float]) -> Any:
-    """A black image with one white box (x1, y1, x2, y2 in [0, 1]) and its target."""
-    image = torch.zeros(3, 64, 64)
-    x1, y1, x2, y2 = (round(64 * side) for side in box)
-    image[:, y1:y2, x1:x2] = 1
-    center = torch.tensor([[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1]]) / 64
-    return image, {"labels": torch.tensor([2]), "boxes": center}
-
-
-def extent_of_white(image: torch.Tensor) -> torch.Tensor:
-    """The box (cx, cy, w, h) round the pixels that are more white than black and gray."""
-    ys, xs = torch.where(image[0] > 0.75)
-    low, high = torch.stack([xs.min(), ys.min()]), torch.stack([xs.max(), ys.max()]) + 1
-    return torch.cat([(low + high) / 2, high - low]) / 64
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_boxes_go_where_their_pixels_go(seed: int) -> None:
-    """Flip, zoom, crop and mosaic of a white box: the box is round the white pixels."""
-    rng = np.random.default_rng(seed)
-    sample = white_box((0.25, 0.375, 0.625, 0.5))
-    maps = [[[-1, 0, 0], [0, 1, 0]], [[1.6, 0, 0.3], [0, 1.6, -0.2]], [[0.7, 0, 0.1], [0, 0.9, 0]]]
-    moved = [warp(sample, np.array(one)) for one in maps]
-    black = (torch.zeros(3, 64, 64), {"labels": torch.empty(0), "boxes": torch.empty(0, 4)})
-    moved.append(mosaic([black, sample, black, black], rng))
-    for image, target in moved:
-        assert target["labels"].tolist() == [2]
-        at_edge = (target["boxes"][0, :2] - target["boxes"][0, 2:] / 2 <= 0).any()
-        tolerance = 3 / 64 if not at_edge else 6 / 64
-        torch.testing.assert_close(
-            target["boxes"][0], extent_of_white(image), atol=tolerance, rtol=0
-        )
-
-
-def test_a_box_out_of_sight_is_dropped_and_a_clipped_one_is_not() -> None:
-    sample = white_box((0.25, 0.25, 0.5, 0.5))
-    left_half_of_it = warp(sample, np.array([[1, 0, -0.75], [0, 1, 0]]))
-    torch.testing.assert_close(
-        left_half_of_it[1]["boxes"], torch.tensor([[0.75, 0.375, 0.25, 0.25]])
-    )
-    torch.testing.assert_close(
-        warp(sample, np.array([[1, 0, -1.25], [0, 1, 0]]))[1]["boxes"],
-        torch.tensor([[0.9375, 0.375, 0.125, 0.25]]),
-    )
-    assert warp(sample, np.array([[1, 0, -1.4], [0, 1, 0]]))[1]["boxes"].shape == (0, 4)
-    with pytest.raises(ValueError, match="expected 4 of them, got 3"):
-        mosaic([sample] * 3, np.random.default_rng(0))
-
-
-def test_mixup_keeps_the_objects_of_both() -> None:
-    images = torch.stack([torch.zeros(3, 4, 4), torch.ones(3, 4, 4)])
-    targets = [{"labels": torch.tensor([i]), "boxes": torch.full((1, 4), i / 10)} for i in range(2)]
-    mixup(images, targets, np.random.default_rng(0))
-    assert 0.45 <= images[0].max() <= 0.55
-    torch.testing.assert_close(images[0] + images[1], torch.ones(3, 4, 4))
-    assert [target["labels"].tolist() for target in targets] == [[0, 1], [1, 0]]
-    assert targets[0]["boxes"][:, 0].tolist() == pytest.approx([0, 0.1])
-
-
-def test_mosaic_and_mixup_multiply_objects_and_stop_half_way() -> None:
-    data = Augmented(Shapes("train"), "dense", steps=58, seed=0)
-    assert [step for step in range(58) if data.is_on("mosaic", step)] == list(range(4, 29))
-    assert [step for step in range(58) if data.is_on("mixup", step)] == list(range(4, 29))
-    assert [step for step in range(58) if data.is_on("crop", step)] == list(range(4, 50))
-
-    def objects(step: int) -> int:
-        drawn = [data[Item(step + i % 5, i, i)] for i in range(64)]
-        return sum(len(target["boxes"]) for target in data.batch(drawn)[2])
-
-    assert objects(12) > 1.5 * objects(50)
-    with pytest.raises(ValueError, match="augment: expected one of"):
-        Augmented(Shapes("train"), "more", steps=58, seed=0)
+# Batches
 
 
 def test_batches_are_the_same_wherever_training_starts_and_however_it_is_shared() -> None:
@@ -454,9 +383,5 @@ def test_batches_are_the_same_wherever_training_starts_and_however_it_is_shared(
     assert all(sorted(epoch) == list(range(50)) for epoch in epochs)  # none is left out
     assert epochs[0] != epochs[1]
     assert len(next(batches(5, 8, range(1), seed=1))) == 8  # more than there are
-    data = Augmented(Shapes("train"), "dense", steps=20, seed=1)
-    one, two = (data.batch([data[item] for item in whole[5]]) for _ in range(2))
-    assert torch.equal(one[0], two[0])
-    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(one[2], two[2]))
     with pytest.raises(ValueError, match="multiple of 3 processes, got 8"):
         next(batches(50, 8, range(20), seed=1, part=(0, 3)))

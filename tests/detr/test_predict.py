@@ -112,13 +112,19 @@ def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
         load(tmp_path / "odd.pt")
     with pytest.raises(FileNotFoundError, match="a file, a folder or a name on the hub, got ''"):
         load("")
-    for step in ("", f"; of a training give {re.escape(str(tmp_path / 'model.pt'))}"):
-        with pytest.raises(ValueError, match=rf"name_or_path: expected config\.json .*none{step}$"):
-            load(tmp_path)
-        (tmp_path / "model.pt").write_text("# text")
-    with pytest.raises(ValueError, match=r"model\.pt: expected a checkpoint, got a file that"):
-        load(tmp_path / "model.pt")
-    with pytest.raises(ValueError, match=r"num_classes: expected an integer from 1, got \['a'\]"):
+    with pytest.raises(ValueError, match=r"name_or_path: expected config\.json .* got neither$"):
+        load(tmp_path)
+    (tmp_path / "model.pt").write_text("# text")
+    for one in (tmp_path, tmp_path / "model.pt"):  # the folder of a training, and its file
+        with pytest.raises(ValueError, match=r"model\.pt: expected a checkpoint, got a file that"):
+            load(one)
+    with pytest.raises(TypeError, match="name_or_path: expected a name or a path, got None"):
+        load(None)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="device: expected cpu, cuda or .*, got 'gpu': Expected"):
+        load("digits", device="gpu")
+    with pytest.raises(TypeError, match="device: expected a name such as cpu or cuda, got 0"):
+        load("digits", device=0)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"num_classes: expected an integer, got \['a'\]"):
         create("rtdetr_r18", ["a"])  # type: ignore[arg-type]
     detector, image = load("digits"), Image.new("RGB", (9, 9))
     single: tuple[Any, ...] = (image, "a.png", np.zeros((9, 9, 3)), None, {"image": image})
@@ -131,6 +137,11 @@ def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
         detector.predict([image], threshold=math.nan)
     with pytest.raises(ValueError, match="batch: expected at least 1, got 0"):
         detector.predict([image], batch=0)
+    with pytest.raises(TypeError, match="threshold: expected a number, got '0.5'"):
+        detector.predict([image], threshold="0.5")  # type: ignore[arg-type]
+    for batch in (1.5, "2", True, None):
+        with pytest.raises(TypeError, match=f"batch: expected an integer, got {batch!r}"):
+            detector.predict([image], batch=batch)  # type: ignore[arg-type]
 
 
 def test_files_are_closed_as_they_are_read(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import errno
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -26,15 +28,17 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from deform_attn.detr import load
+from deform_attn.detr.arguments import find_device
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
 from deform_attn.detr.evaluate import NAMES, evaluate
-from deform_attn.detr.files import write
+from deform_attn.detr.files import locked, write
 from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.recompute import recompute
-from deform_attn.detr.train import Settings, _Run, find_device, parameter_groups, train
+from deform_attn.detr.train import Settings, _Run, parameter_groups, train
+from tests import vision
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +57,13 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def command(out: Path, **settings: Any) -> list[str]:
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     return ["-m", "deform_attn.detr", "train", "--out", str(out), *options]
+
+
+@pytest.fixture
+def dense() -> Iterator[str]:
+    """The augmentation with all transforms, or "flip" without torchvision."""
+    with vision.enabled():
+        yield "flip" if vision.why_not() else "dense"
 
 
 @pytest.fixture
@@ -95,6 +106,7 @@ def differing(one: Any, two: Any, path: str = "") -> list[str]:
 KILLED = """
 import os, signal
 from deform_attn.detr import __main__, train
+from tests import vision
 
 write = train.write
 
@@ -106,19 +118,25 @@ def written(file, to):
     write(file, half if file.name == "checkpoint.pt" and file.exists() else to)
 
 train.write = written
-__main__.main()
+with vision.enabled():
+    __main__.main()
 """
 
 
 def test_a_killed_training_resumes_to_the_bit(
-    short: dict[str, Any], tmp_path: Path, one_thread: None, monkeypatch: pytest.MonkeyPatch
+    short: dict[str, Any],
+    tmp_path: Path,
+    one_thread: None,
+    dense: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """With random denoising and augmentation; killed while saving.
 
     Ctrl-C and SIGTERM end it after the current step, which is saved.
     """
-    settings = short | {"recipe": "deim", "amp": "bfloat16", "steps": 10, "batch": 2}
-    settings |= {"accumulate": 2, "recompute": 1, "multi_scale": 0.5, "patience": 9, "width": 32}
+    settings = short | {"recipe": "deim", "augment": dense, "amp": "bfloat16", "steps": 10}
+    settings |= {"batch": 2, "accumulate": 2, "recompute": 1, "multi_scale": 0.5, "patience": 9}
+    settings |= {"width": 32}
     train(Settings(**settings), tmp_path / "whole")
     killed = [sys.executable, "-c", KILLED, *command(tmp_path / "cut", **settings)[2:]]
     assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
@@ -165,7 +183,68 @@ def test_a_full_disk_is_named_and_leaves_no_partial_file(tmp_path: Path) -> None
     with pytest.raises(OSError, match=r"model\.pt: cannot be written: .*No space left"):
         write(tmp_path / "model.pt", full)
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path / "model.pt", Mock(side_effect=KeyboardInterrupt))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
+    # torch.save reports a full disk as "unexpected pos"
+    (tmp_path / "model.pt.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"model\.pt: cannot be written: No space left on device$"):
+        write(tmp_path / "model.pt", lambda f: torch.save({"x": torch.zeros(9999)}, f))
+    assert [file.name for file in tmp_path.iterdir()] == ["model.pt"]
     assert (tmp_path / "model.pt").read_bytes() == b"old"
+
+
+def test_one_process_at_a_time_trains_in_a_folder(
+    short: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = Settings(**short | {"recipe": "detr", "steps": 1, "batch": 2, "width": 32})
+    fork = multiprocessing.get_context("fork")
+    held, done = fork.Event(), fork.Event()
+
+    def hold() -> None:
+        with locked("out", tmp_path):
+            held.set()
+            done.wait()
+
+    other = fork.Process(target=hold)
+    other.start()
+    held.wait()
+    message = rf"out: expected a folder without a running training, .* process {other.pid} trains"
+    with pytest.raises(OSError, match=message):
+        train(settings, tmp_path)
+    done.set()
+    other.join()
+    train(settings, tmp_path)
+    assert "nothing remains" not in capsys.readouterr().out
+    train(settings, tmp_path)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"nothing remains to do; --resume {tmp_path}/checkpoint.pt with a larger --st" in shown
+
+
+@pytest.mark.parametrize("recipe", ["detr", "dn_deformable_detr", "dfine"])
+def test_one_class_is_trained_evaluated_and_found(
+    recipe: str, short: dict[str, Any], tmp_path: Path
+) -> None:
+    """From the weights of three classes, given as the folder of their training."""
+    folder = Path(short["data"].removeprefix("coco:"))
+    (tmp_path / "data/annotations").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "data" / split).symlink_to(folder / split)
+        coco = json.loads((folder / f"annotations/instances_{split}.json").read_text())
+        coco["categories"] = coco["categories"][1:2]
+        label = coco["categories"][0]["id"]
+        coco["annotations"] = [one for one in coco["annotations"] if one["category_id"] == label]
+        (tmp_path / f"data/annotations/instances_{split}.json").write_text(json.dumps(coco))
+    settings = short | {"steps": 1, "batch": 2}
+    sizes = {"recipe": recipe, "width": 32, "layers": 1, "queries": 10}
+    train(Settings(**settings | sizes), tmp_path / "three")
+    settings |= {"init": str(tmp_path / "three"), "data": f"coco:{tmp_path / 'data'}"}
+    history = train(Settings(**settings), tmp_path / "one")
+    assert 0 <= history["ap"][-1]["AP"] <= 1
+    detector = load(tmp_path / "one")
+    assert detector.classes == ["square"]
+    found = detector.predict([Image.new("RGB", (64, 64))], threshold=0)[0]
+    assert found["names"] == ["square"] * 10
 
 
 def test_two_processes_train_as_one_with_the_doubled_batch(
@@ -417,7 +496,7 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"amp": "int8"}, "amp: expected one of none, bfloat16, float16; got 'int8'"),
         ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"data": "voc"}, "data: expected 'shapes'"),
-        ({"augment": "more"}, "augment: expected one of none, flip, crop, dense; got 'more'"),
+        ({"augment": "more"}, "augment: expected one of none, flip, detr, .*; got 'more'"),
         ({"resize": "crop"}, "resize: expected one of stretch, fit, shortest; got 'crop'"),
         ({"queries": 0}, "queries: expected at least 1, got 0"),
         ({"layers": 0}, "layers: expected at least 1, got 0"),
@@ -439,6 +518,14 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"save_every": 4, "keep_every": 6}, "keep_every: expected a multiple of save_every"),
     ):
         with pytest.raises(ValueError, match=message):
+            train(Settings(**settings | wrong), tmp_path)
+    for wrong, message in (
+        ({"steps": 1.5}, r"steps: expected an integer, got 1\.5"),
+        ({"batch": "2"}, "batch: expected an integer, got '2'"),
+        ({"lr": "1e-4"}, "lr: expected a number, got '1e-4'"),
+        ({"data": tmp_path}, "data: expected text, got PosixPath"),
+    ):
+        with pytest.raises(TypeError, match=message):
             train(Settings(**settings | wrong), tmp_path)
     with pytest.raises(ValueError, match="workers: expected a number from 0, got -1"):
         train(Settings(**settings), tmp_path, workers=-1)
@@ -574,7 +661,7 @@ def test_more_objects_than_queries_are_warned_of(
 
 
 def test_images_of_different_sizes_are_padded_and_masked(
-    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    short: dict[str, Any], tmp_path: Path, dense: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "data"
     shutil.copytree(short["data"].removeprefix("coco:"), folder)
@@ -595,7 +682,7 @@ def test_images_of_different_sizes_are_padded_and_masked(
         return forward(self, images, padding_mask, targets)
 
     monkeypatch.setattr(Detector, "forward", seen)
-    settings = {"data": f"coco:{folder}", "resize": "fit", "recipe": "dino", "augment": "dense"}
+    settings = {"data": f"coco:{folder}", "resize": "fit", "recipe": "dino", "augment": dense}
     train(Settings(**short | settings | {"steps": 6, "size": 128}), tmp_path / "out")
     padded = [mask for mask in masks if mask is not None]
     assert padded
