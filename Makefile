@@ -21,7 +21,7 @@ BUILD := DEFORM_ATTN_REQUIRE_EXT=1 $(PY) setup.py --quiet build_ext --inplace
 CXX_FILES := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.inc' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := setup
-.PHONY: setup build wheels smoke hub workflows lint types format test headers abi demo bench peers clients kernels emulator emulate traffic gpu rehearse versions docs clean help
+.PHONY: setup build wheels smoke hub workflows lint types format test headers abi demo bench peers clients kernels emulator emulate traffic cycles gpu rehearse versions docs clean help
 
 setup: .venv/dev .venv/torchvision .venv/cuda build  ## Environment, dependencies and an editable install (what `make` alone does)
 
@@ -109,6 +109,9 @@ emulate: setup  ## The CUDA kernels on the CPU: every test that the emulator run
 
 traffic: .venv/dev .venv/cuda  ## Sectors that the CUDA kernels move, counted, against the committed table
 	$(PY) -m benchmarks.gates.traffic --check tests/simt/traffic.json
+
+cycles: .venv/dev .venv/cuda  ## Cycles of the CUDA kernels on a model of a multiprocessor, against the committed ones
+	$(PY) -m benchmarks.gates.cycles --check benchmarks/results/simulated-h100/cycles.json
 
 gpu:  ## On a machine with a GPU, with its own torch and without a network: build, check, time, test, sanitize
 	PYTHON=$(PYTHON) .ci/gpu $(OUT) $(STEPS)

@@ -4,7 +4,7 @@
 // Built with one file of csrc/cpu/kernels_*.cpp; DEFORM_ATTN_KERNELS is the name of its Kernels.
 //
 //   cpu_kernels          small hostile calls. One thread: compared with a loop in double. Several
-//                        threads, and with streaming stores: the same bits as one thread
+//                        threads, with streaming stores, and one head after the other: the same bits
 //   cpu_kernels short    a value that lacks a row: AddressSanitizer must report it
 //   cpu_kernels twice    two threads with the same share: ThreadSanitizer must report it
 //
@@ -433,6 +433,30 @@ class Call {
     expect(one == run(kThreads, false), name + "several threads");
     expect(one == run(1, true), name + "past the caches");
     expect(one == run(kThreads, true), name + "several threads past the caches");
+    for (const int threads : {1, kThreads}) {
+      expect(one.same_bits(one.output, output_by_heads(threads)),
+             name + "one head after the other");
+    }
+  }
+
+  // The output of forward passes over one head after the other.
+  std::vector<T> output_by_heads(int threads) const {
+    const Problem& p = in_.problem;
+    std::vector<T> output(grad_.size()), pixels(static_cast<size_t>(p.rows * p.head_dim));
+    Inputs in = in_;
+    in.head_pixels = pixels.data();
+    const int64_t blocks_of_image = kernels_.blocks(in);
+    for (int64_t b = 0; b < p.batch; ++b) {
+      for (in.head = 0; in.head < p.heads; ++in.head) {
+        kernels_.copy_head(in, b, in.head, p.rows / 2, p.rows, pixels.data());
+        kernels_.copy_head(in, b, in.head, 0, p.rows / 2, pixels.data());
+        Blocks blocks{{b * blocks_of_image}, (b + 1) * blocks_of_image, 2};
+        side_by_side(threads, [&](int) {
+          kernels_.forward(in, output.data(), blocks, scratch_of(kernels_, in).data());
+        });
+      }
+    }
+    return output;
   }
 
   Results<T, Acc, Weight> run(int threads, bool past_caches) const {

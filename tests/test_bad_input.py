@@ -391,8 +391,26 @@ def test_largest_image_on_a_cpu() -> None:
             value, [(2, 2)], [start], locations, weights, backend="compiled"
         )
 
-    with pytest.raises(
+    refused = pytest.raises(
         RuntimeError, match=r"^value: expected fewer than 2\*\*31 numbers .* 2147483648"
-    ):
+    )
+    with refused:
         call(value, rows - 5)
+    grad = torch.zeros(1, 3, heads * head_dim).half()
+    levels = (None, torch.tensor([rows - 5]))
+    sizes = ([2, 2], None)
+    points = (torch.rand(1, 3, 1, 2), locations.half(), weights.half())
+    ops = torch.ops.deform_attn
+    with refused:
+        ops.ms_deform_attn(value, *levels, locations, weights, *sizes)
+    with refused:
+        ops.ms_deform_attn_backward(
+            grad, value, *levels, locations, weights, *sizes, False, [True] * 3
+        )
+    with refused:
+        ops.ms_deform_attn_fused(value, *levels, *points, *sizes, 0.5)
+    with refused:
+        ops.ms_deform_attn_fused_backward(
+            grad, value, *levels, *points, *sizes, 0.5, False, [True] * 4
+        )
     assert torch.equal(call(value[:, :-1], rows - 5), call(pixels, 0))

@@ -161,17 +161,28 @@ def test_kernels_on_an_emulated_arm_processor(tmp_path: Path) -> None:
 
 # The choice of the instruction set ----------------------------------------------------------------
 
+# The second call is an encoder whose value is larger than a cache.
 CALL = """
 import sys, torch, deform_attn
 from deform_attn.backends import compiled
 torch.manual_seed(0)
-value, locations = torch.randn(2, 50, 2, 20), torch.rand(2, 7, 2, 2, 3, 2)
-weights = torch.rand(2, 7, 2, 2, 3)
-inputs = [tensor.requires_grad_() for tensor in (value, locations, weights)]
-shapes, starts = torch.tensor([[5, 6], [4, 5]]), torch.tensor([0, 30])
-output = deform_attn.ms_deform_attn(value, shapes, starts, locations, weights, backend="compiled")
-output.square().sum().backward()
-torch.save([output.detach(), *(tensor.grad for tensor in inputs)], sys.argv[1])
+results = []
+for heads, head_dim, points, sizes, queries in (
+    (2, 20, 3, [(5, 6), (4, 5)], 7),
+    (8, 32, 4, [(32, 33), (9, 10)], 1146),
+):
+    starts = [0, sizes[0][0] * sizes[0][1]]
+    rows = starts[1] + sizes[1][0] * sizes[1][1]
+    inputs = [
+        torch.randn(2, rows, heads, head_dim),
+        torch.rand(2, queries, heads, 2, points, 2),
+        torch.rand(2, queries, heads, 2, points),
+    ]
+    leaves = [tensor.requires_grad_() for tensor in inputs]
+    output = deform_attn.ms_deform_attn(leaves[0], sizes, starts, *leaves[1:], backend="compiled")
+    output.square().sum().backward()
+    results += [output.detach(), *(tensor.grad for tensor in leaves)]
+torch.save(results, sys.argv[1])
 print(compiled.build_facts("cpu")["instruction_set"])
 """
 

@@ -10,18 +10,26 @@ After a change of the kernels:
 
 from __future__ import annotations
 
+import copy
+import json
+import re
 import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from benchmarks.gates.cycles import build
-from build_tools.toolchain import NotFound, find_cxx
+from benchmarks.gates.cycles.cases import CASES, Bar, bars, faults, raised
+from build_tools.toolchain import CudaToolkit, NotFound, find_cxx
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "simulated-h100" / "cycles.json"
+NOTEBOOK = ROOT / "docs" / "design-gpu.md"
+# Tiles take as many instructions in 16 bits as in float32.
+NOT_MET = {"backward bf16, encoder, of f32"}
 LANES = 32
 
 # The kernel's two parameters at R2 (input) and R4 (output), its thread at R0.
@@ -174,6 +182,7 @@ def test_instructions(execute: Callable[..., tuple[np.ndarray, int]], floats: bo
     random = np.random.default_rng(0)
     if floats:
         given = (8 * random.standard_normal((3, LANES))).astype(np.float32)
+        given[0, :4] = [1 + 2**-11, 1 + 3 * 2**-11, 3 * 2**-25, 65519]  # roundings to 16 bits
     else:
         given = random.integers(0, 2**32, (3, LANES), np.uint32)
         given[:, :4] = [0, 1, 2**31 + 1, 2**32 - 1]
@@ -290,7 +299,7 @@ def test_cycles(execute: Callable[..., tuple[np.ndarray, int]]) -> None:
     assert loads("R0.X16+0x400") == 20 * 4
     code = ["IMAD.WIDE.U32 R4, R0, 0x4, R4"]
     code += ["REDG.E.ADD.F32.FTZ.RN.STRONG.GPU desc[UR4][R4.64], R0"] * 200
-    assert execute(code, words=LANES)[1] == pytest.approx(200 * 4 * 2.62, rel=0.05)
+    assert execute(code, words=LANES)[1] == pytest.approx(200 * 4 * 1.31, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -312,3 +321,69 @@ def test_what_is_not_modelled_is_an_error(
     assert "kernel k: " in str(failure.value)
     assert message in str(failure.value)
     assert f"in the instruction `{instruction}`" in str(failure.value)
+
+
+def test_missing_nvdisasm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "find_cuda", lambda: CudaToolkit(tmp_path, "13.0"))
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path))
+    with pytest.raises(NotFound, match="pip install nvidia-cuda-nvdisasm"):
+        build.find_nvdisasm()
+    wheel = tmp_path / "nvidia" / "cu13" / "bin" / "nvdisasm"
+    wheel.parent.mkdir(parents=True)
+    wheel.touch()
+    assert build.find_nvdisasm() == wheel
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict[str, Any]:
+    calls: dict[str, Any] = json.loads(COMMITTED.read_text())["calls"]
+    return calls
+
+
+def test_committed_values_and_bars(committed: dict[str, Any]) -> None:
+    assert set(committed) == {case.name for case in CASES}
+    assert not [fault for case in CASES for fault in faults(case, committed[case.name])]
+    assert {bar.row for bar in bars(committed) if not bar.met} == NOT_MET
+
+
+def state_table() -> list[list[str]]:
+    """The cells of each row of the notebook's table "State", without its two headings."""
+    section = NOTEBOOK.read_text().split("## State\n")[1].split("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_notebook_states_the_committed_figures(committed: dict[str, Any]) -> None:
+    table, found = state_table(), bars(committed)
+    assert len(table) == len(found)
+    for cells, bar in zip(table, found):
+        assert cells[0].startswith(bar.row)
+        assert cells[-1] == ("met" if bar.met else "not met"), bar.row
+        now = cells[-2]
+        figures = [int(text.replace(",", "")) for text in re.findall(r"\d+(?:,\d{3})+", now)]
+        assert tuple(figures[: len(bar.figures)]) == bar.figures, bar.row
+        for share in re.findall(r"([\d.]+)x", now):
+            digits = len(share.split(".")[1])
+            assert float(share) == pytest.approx(bar.share, abs=0.51 * 10**-digits), bar.row
+
+
+def test_growth_and_missed_bars_are_reported(committed: dict[str, Any]) -> None:
+    assert not raised(committed, committed)
+    name = "forward f32, encoder"
+    slower = copy.deepcopy({name: committed[name]})
+    (report,) = slower[name]["kernels"][0]["reports"]
+    report["cycles"] *= 2
+    assert raised(slower, committed) == [
+        f"bar not met: {name}",
+        f"{name}, 1.31 cycles a reduced sector: {report['cycles'] // 2:,} -> {report['cycles']:,}",
+    ]
+    slower[name]["errors"]["output"] = 1e-3
+    (fault,) = (
+        fault for case in CASES if case.name == name for fault in faults(case, slower[name])
+    )
+    assert "output differs from float64 by 1.0e-03" in fault
+    assert raised({"new": committed[name]}, committed) == [
+        "new: not simulated before; --json writes a new file"
+    ]
+    assert Bar("", 0.5, (1, 3), 4).share == 0.75

@@ -17,32 +17,41 @@ namespace {  // compiled once for each instruction set, so never shared between 
 // elements from pixel 0 of the image. Without flags, all of them count as reached.
 struct Reached {
   uint8_t* flags = nullptr;
-  int64_t count = 0;  // of flags, a multiple of 8
-  int shift = 0;      // 2^shift <= head_dim: no two heads or rows share a flag
+  int shift = 0;  // 2^shift <= head_dim: no two heads or rows share a flag
 
   Reached(Arena& arena, const Inputs& in, bool used) {
     // in an encoder nearly all are reached
     if (!used || in.queries_are_pixels) return;
     while (in.problem.head_dim >> (shift + 1)) ++shift;
-    count = (((in.problem.rows * in.problem.row_stride()) >> shift) / 8 + 1) * 8;
+    const int64_t count = flag_of(in.problem.rows * in.problem.row_stride()) + 1;
     flags = arena.take<uint8_t>(count);
     if (flags) std::memset(flags, 0, static_cast<size_t>(count));
   }
 
-  DEFORM_ATTN_INLINE void add(int64_t place) const { flags[place >> shift] = 1; }
+  DEFORM_ATTN_INLINE void add(int64_t place) const { flags[flag_of(place)] = 1; }
 
-  // Writes the places of flags first .. first + 7 that are set, and returns their number.
-  DEFORM_ATTN_INLINE int eight(int64_t first, int64_t head_dim, int64_t* places) const {
-    uint64_t word;
-    std::memcpy(&word, flags + first, sizeof(word));
-    if (word == 0) return 0;
+  DEFORM_ATTN_INLINE int64_t flag_of(int64_t place) const { return place >> shift; }
+
+  // Writes the places of those of flags first .. first + 7 that are set and before `end`, and returns
+  // their number.
+  DEFORM_ATTN_INLINE int eight(int64_t first, int64_t end, int64_t head_dim,
+                               int64_t* places) const {
+    uint8_t set[8] = {};
+    if (end - first >= 8) {
+      std::memcpy(set, flags + first, 8);
+    } else {
+      std::memcpy(set, flags + first, static_cast<size_t>(end - first));
+    }
+    uint64_t any;
+    std::memcpy(&any, set, 8);
+    if (any == 0) return 0;
     int found = 0;
     for (int i = 0; i < 8; ++i) {
       // the only multiple of head_dim that has this flag
       const int64_t least = (first + i) << shift;
       places[found] =
           (int64_t{1} << shift) == head_dim ? least : (least + head_dim - 1) / head_dim * head_dim;
-      found += flags[first + i];
+      found += set[i];
     }
     return found;
   }
@@ -123,17 +132,21 @@ struct PointGradients {
   template <typename Weight>
   DEFORM_ATTN_INLINE void write(Acc* to_locations, Weight* to_weights, const int32_t* reach,
                                 int count, bool streams) const {
+    if (count == 0) return;
+    const auto numbers = static_cast<size_t>(count);
     if (streams) {
-      const auto numbers = static_cast<size_t>(count);
       stream(to_locations, locations, 2 * numbers * sizeof(Acc));
       stream(to_weights, rounded<Weight>(count), numbers * sizeof(Weight));
-      return;
-    }
-    for (int k = 0; k < count; ++k) {
-      if (reach && !(reach[k] & kOwned)) continue;
-      to_locations[2 * k] = locations[2 * k];
-      to_locations[2 * k + 1] = locations[2 * k + 1];
-      from_acc(weights[k], to_weights[k]);
+    } else if (!reach) {
+      std::memcpy(to_locations, locations, 2 * numbers * sizeof(Acc));
+      std::memcpy(to_weights, rounded<Weight>(count), numbers * sizeof(Weight));
+    } else {
+      for (int k = 0; k < count; ++k) {
+        if (!(reach[k] & kOwned)) continue;
+        to_locations[2 * k] = locations[2 * k];
+        to_locations[2 * k + 1] = locations[2 * k + 1];
+        from_acc(weights[k], to_weights[k]);
+      }
     }
   }
 
@@ -162,14 +175,6 @@ inline bool fills_lines(const Problem& p, const Gradients& grads, const Share& o
   };
   return starts_one(grads.locations) && starts_one(grads.weights) && ends_one(p.heads) &&
          ends_one(own.first_head) && ends_one(own.last_head);
-}
-
-// Prefetches numbers first .. first + count - 1 of `size` bytes each, for reading or for writing.
-template <bool kWrite>
-DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t first, int64_t count) {
-  const char* at = static_cast<const char*>(numbers) + first * static_cast<int64_t>(size);
-  const char* end = at + count * static_cast<int64_t>(size);
-  for (; at < end; at += kCacheLine) __builtin_prefetch(at, kWrite, 3);
 }
 
 // Calls `use(first, last)` with ranges of the rows of value that together belong to a share: its band of
@@ -216,36 +221,49 @@ template <typename T>
 void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccOf<T>* sums, T* to) {
   const int64_t stride = in.problem.row_stride(), head_dim = in.problem.head_dim;
   const int64_t channels = (own.last_head - own.first_head) * head_dim;
-  each_range(in, own, [&](int64_t first, int64_t last) {
-    if (reached.flags && channels == stride) {
-      std::memset(to + first * stride, 0, sizeof(T) * static_cast<size_t>((last - first) * stride));
-      return;
-    }
-    for (int64_t row = first; row < last; ++row) {
-      if (reached.flags) {
-        std::memset(to + row * stride, 0, sizeof(T) * static_cast<size_t>(channels));
-      } else {
+  if (!reached.flags) {
+    return each_range(in, own, [&](int64_t first, int64_t last) {
+      for (int64_t row = first; row < last; ++row) {
         round_and_clear(sums + row * stride, to + row * stride, channels);
+      }
+    });
+  }
+  // Some rows at a time, so that they are still in a cache after they have been cleared. Places that were
+  // reached are collected first, so that their memory can be prefetched.
+  constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 1024, kAhead = 16;  // kAtOnce: elements
+  const int64_t rows = kAtOnce / stride > 0 ? kAtOnce / stride : 1;
+  int64_t places[kMost];
+  each_range(in, own, [&](int64_t first, int64_t end) {
+    for (int64_t last; first < end; first = last) {
+      last = first + rows < end ? first + rows : end;
+      const auto bytes = [&](int64_t elements) {
+        return sizeof(T) * static_cast<size_t>(elements);
+      };
+      if (channels == stride) {
+        std::memset(to + first * stride, 0, bytes((last - first) * stride));
+      } else {
+        for (int64_t row = first; row < last; ++row) {
+          std::memset(to + row * stride, 0, bytes(channels));
+        }
+      }
+      const int64_t last_flag = reached.flag_of(last * stride);
+      for (int64_t flag = reached.flag_of(first * stride); flag < last_flag;) {
+        int64_t found = 0;
+        for (; flag < last_flag && found + 8 <= kMost; flag += 8) {
+          found += reached.eight(flag, last_flag, head_dim, places + found);
+        }
+        for (int64_t i = -kAhead; i < found; ++i) {
+          if (i + kAhead < found) {
+            const AccOf<T>* ahead = sums + places[i + kAhead];
+            for (int64_t c = 0; c < head_dim; c += int64_t{kCacheLine / sizeof(AccOf<T>)}) {
+              __builtin_prefetch(ahead + c, 1, 3);
+            }
+          }
+          if (i >= 0) round_and_clear(sums + places[i], to + places[i], head_dim);
+        }
       }
     }
   });
-  // Places that were reached are collected first, so that their memory can be prefetched.
-  constexpr int kMost = 256, kAhead = 16;
-  int64_t places[kMost];
-  for (int64_t flag = 0; flag < reached.count;) {
-    int found = 0;
-    for (; flag < reached.count && found + 8 <= kMost; flag += 8) {
-      found += reached.eight(flag, head_dim, places + found);
-    }
-    for (int i = 0; i < found; ++i) {
-      const int64_t ahead = places[i + kAhead < found ? i + kAhead : i];
-      for (int64_t c = 0; c < head_dim; c += int64_t{kCacheLine / sizeof(AccOf<T>)}) {
-        __builtin_prefetch(sums + ahead + c, 1, 3);
-      }
-      __builtin_prefetch(to + ahead, 1, 3);
-      round_and_clear(sums + places[i], to + places[i], head_dim);
-    }
-  }
 }
 
 template <typename T, typename Weight>
@@ -256,7 +274,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   const int count = heads * p.points;
   const bool is_fused = in.fused.reference != nullptr;
   Arena arena(scratch);
-  PointLevels levels(arena, in, heads);
+  PointLevels<Acc> levels(arena, in, heads);
   levels.enter(own.batch);
   PointSource<Acc> source(arena, in, heads);
   Pair<Acc> pair(arena, count, true);

@@ -6,6 +6,8 @@
 //   sum_points                       the innermost loop: weighted sum of pixels, in registers
 //   for_channels                     divides the channels of a head into vectors
 //   Pair                             iterates over queries, with the next one placed ahead
+//   fetch_all                        prefetches an array
+//   copy_rows                        the pixels of a head without those of others
 //   forward_blocks                   the pass
 #pragma once
 
@@ -161,14 +163,45 @@ struct Pair {
   }
 };
 
+// Prefetches numbers first .. first + count - 1 of `size` bytes each, for reading or for writing.
+template <bool kWrite>
+DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t first, int64_t count) {
+  const char* at = static_cast<const char*>(numbers) + first * static_cast<int64_t>(size);
+  const char* end = at + count * static_cast<int64_t>(size);
+  for (; at < end; at += kCacheLine) __builtin_prefetch(at, kWrite, 3);
+}
+
+// Copies rows first .. last - 1 of a head's pixels to the same rows of `to`, [rows, head_dim].
+template <typename T>
+void copy_rows(const Inputs& in, int64_t batch, int head, int64_t first, int64_t last, T* to) {
+  constexpr int64_t kAhead = 16;  // rows
+  const Problem& p = in.problem;
+  const T* from = static_cast<const T*>(in.value) + p.value_at(batch, 0, head);
+  for (int64_t row = first; row < last; ++row) {
+    const int64_t ahead = row + kAhead < last ? row + kAhead : row;
+    fetch_all<false>(from, sizeof(T), ahead * p.row_stride(), p.head_dim);
+    const T* pixel = from + row * p.row_stride();
+    T* copy = to + row * p.head_dim;
+    constexpr int kPart = kVectorBytes / static_cast<int>(sizeof(T));
+    int c = 0;
+    for (; c + kPart <= p.head_dim; c += kPart) {
+      Vec<char, kVectorBytes> part;
+      std::memcpy(&part, pixel + c, sizeof(part));
+      std::memcpy(copy + c, &part, sizeof(part));
+    }
+    for (; c < p.head_dim; ++c) copy[c] = pixel[c];
+  }
+}
+
 template <typename T, typename Weight>
 void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratch) {
   using Acc = AccOf<T>;
   const Problem& p = in.problem;
-  const int count = p.heads * p.points;
+  const int first_head = in.head_pixels ? in.head : 0, heads = in.head_pixels ? 1 : p.heads;
+  const int count = heads * p.points;
   Arena arena(scratch);
-  PointLevels levels(arena, in, p.heads);
-  PointSource<Acc> source(arena, in, p.heads);
+  PointLevels<Acc> levels(arena, in, heads);
+  PointSource<Acc> source(arena, in, heads);
   Pair<Acc> pair(arena, count, false);
 
   Visits visits(in);
@@ -177,26 +210,46 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     if (block == last) last = blocks.take(block);
     return block < last ? block++ : -1;
   };
-  const auto place = [&](auto& placed) {
+  // Advances to the next query. The operands of one head are pieces that hardware prefetchers do not
+  // follow.
+  const auto advance = [&] {
     if (!visits.next(take)) return false;
-    placed.batch = visits.batch;
-    placed.query = visits.query;
-    levels.enter(placed.batch);
-    source.template points<Weight>(
-        in, placed.batch, placed.query, 0, p.heads, [&](const Acc* locations, const auto* weights) {
-          placed.points.template place<false>(levels, locations, weights, count);
-        });
+    if (!in.head_pixels) return true;
+    const int64_t at = p.point_at(visits.batch, visits.query, first_head);
+    fetch_all<false>(in.locations, in.fused.reference ? sizeof(Weight) : sizeof(Acc), 2 * at,
+                     2 * count);
+    fetch_all<false>(in.weights, sizeof(Weight), at, count);
+    fetch_all<true>(output, sizeof(T), p.output_at(visits.batch, visits.query, first_head),
+                    p.head_dim);
     return true;
   };
+  bool more = advance();
+  const auto place = [&](auto& placed) {
+    if (!more) return false;
+    placed.batch = visits.batch;
+    placed.query = visits.query;
+    more = advance();
+    levels.enter(placed.batch);
+    source.template points<Weight>(in, placed.batch, placed.query, first_head, heads,
+                                   [&](const Acc* locations, const auto* weights) {
+                                     placed.points.template place<false>(levels, locations, weights,
+                                                                         count);
+                                   });
+    return true;
+  };
+  const auto pixels_of = [&](int64_t batch) {
+    if (in.head_pixels) return static_cast<const T*>(in.head_pixels);
+    return static_cast<const T*>(in.value) + p.value_at(batch, 0, 0);
+  };
   pair.run(place, [&](const auto& now, const auto& next) {
-    const T* value = static_cast<const T*>(in.value) + p.value_at(now.batch, 0, 0);
-    const T* next_value = static_cast<const T*>(in.value) + p.value_at(next.batch, 0, 0);
-    T* sums = static_cast<T*>(output) + p.output_at(now.batch, now.query, 0);
-    for (int head = 0; head < p.heads; ++head) {
+    const T* value = pixels_of(now.batch);
+    const T* next_value = pixels_of(next.batch);
+    T* sums = static_cast<T*>(output) + p.output_at(now.batch, now.query, first_head);
+    for (int head = 0; head < heads; ++head) {
       const int channel = head * p.head_dim;
-      const bool is_last = head + 1 == p.heads;
+      const bool is_last = head + 1 == heads;
       const T* following = is_last ? next_value : value + channel + p.head_dim;
-      const Run<Acc> run = run_of(in, now.points, next.points, head, p.heads);
+      const Run<Acc> run = run_of(in, now.points, next.points, head, heads);
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         sum_points<lanes.value, vecs.value, T, Acc>(value + channel + c, following + c, run,
                                                     sums + channel + c, some);

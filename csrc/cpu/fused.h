@@ -35,30 +35,48 @@ DEFORM_ATTN_INLINE Vec<double, kLanes> exponential(Vec<double, kLanes> x) {
   return x;
 }
 
+// The same, of a NaN a NaN.
+template <typename Acc, int kLanes>
+DEFORM_ATTN_INLINE Vec<Acc, kLanes> power_of(Vec<Acc, kLanes> x) {
+  return x == x ? exponential<kLanes>(x) : x;
+}
+
 // weights[0 .. count - 1] = softmax of logits. A NaN among the logits makes all weights NaN.
 template <typename Acc, typename T>
 DEFORM_ATTN_INLINE void softmax(const T* logits, Acc* weights, int count) {
   constexpr int kLanes = kNativeLanes<Acc>;
   using V = Vec<Acc, kLanes>;
   if (count == 0) return;
+  const int whole = count / kLanes * kLanes;
   Acc largest = to_acc(logits[0]);
-  for (int i = 0; i < count; ++i) {
+  if (whole > 0) {
+    V most = load<kLanes>(logits);
+    for (int i = 0; i < whole; i += kLanes) {
+      const V x = load<kLanes>(logits + i);
+      store<kLanes>(weights + i, x);
+      most = x > most ? x : most;  // a NaN appears in the powers
+    }
+    for (int lane = 0; lane < kLanes; ++lane) largest = most[lane] > largest ? most[lane] : largest;
+  }
+  for (int i = whole; i < count; ++i) {
     weights[i] = to_acc(logits[i]);
-    largest = weights[i] > largest || weights[i] != weights[i] ? weights[i] : largest;
+    largest = weights[i] > largest ? weights[i] : largest;
   }
   Acc sum = 0;
-  for (int i = 0; i < count; i += kLanes) {
-    const int left = count - i;
-    V power = left < kLanes ? load_some<kLanes>(weights + i, left) : load<kLanes>(weights + i);
-    power = power - largest;
-    // exponential() would lose a NaN
-    power = power == power ? exponential<kLanes>(power) : power;
-    if (left < kLanes) {
-      store_some<kLanes>(weights + i, power, left);
-    } else {
+  if (whole > 0) {
+    V sums = {};
+    for (int i = 0; i < whole; i += kLanes) {
+      const V power = power_of<Acc, kLanes>(load<kLanes>(weights + i) - largest);
       store<kLanes>(weights + i, power);
+      sums += power;
     }
-    for (int lane = 0; lane < kLanes && lane < left; ++lane) sum += power[lane];
+    for (int lane = 0; lane < kLanes; ++lane) sum += sums[lane];
+  }
+  if (whole < count) {
+    const V power =
+        power_of<Acc, kLanes>(load_some<kLanes>(weights + whole, count - whole) - largest);
+    store_some<kLanes>(weights + whole, power, count - whole);
+    for (int lane = 0; lane < count - whole; ++lane) sum += power[lane];
   }
   for (int i = 0; i < count; ++i) weights[i] /= sum;
 }
@@ -83,6 +101,13 @@ struct Steps {
     origin = arena.take<Acc>(count);
     extent = arena.take<Acc>(count);
     across = arena.take<Acc>(rotated ? count : 0);
+    if (extent == nullptr || in.fused.reference == nullptr || from_box) return;
+    for (int l = 0; l < in.problem.levels; ++l) {  // of points, the same for all queries
+      for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
+        extent[2 * k] = static_cast<Acc>(in.levels[l].width);
+        extent[2 * k + 1] = static_cast<Acc>(in.levels[l].height);
+      }
+    }
   }
 
   // The query's reference point or box of a level.
@@ -101,13 +126,14 @@ struct Steps {
   void of_query(const Inputs& in, int64_t batch, int64_t query) {
     for (int l = 0; l < in.problem.levels; ++l) {
       const Acc* from = reference(in, batch, query, l);
-      Acc x_step = static_cast<Acc>(in.levels[l].width);
-      Acc y_step = static_cast<Acc>(in.levels[l].height);
-      Acc cos = 1, sin = 0;
-      if (from_box) {
-        x_step = from[2] * portion(in, l);
-        y_step = from[3] * portion(in, l);
+      if (!from_box) {
+        for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k) {
+          std::memcpy(origin + 2 * k, from, 2 * sizeof(Acc));
+        }
+        continue;
       }
+      const Acc x_step = from[2] * portion(in, l), y_step = from[3] * portion(in, l);
+      Acc cos = 1, sin = 0;
       if (rotated) {
         cos = std::cos(from[4]);
         sin = std::sin(from[4]);

@@ -26,6 +26,9 @@ struct Inputs {
   const void* weights;    // a fused call: logits
   Fused fused;
   const int32_t* order;  // [batch, queries]: each image's queries in the order of visits; or null
+  // Of a forward pass over one head of an image: its pixels, [rows, head_dim]; else null.
+  const void* head_pixels;
+  int head;
   const uint8_t* mask;  // [batch, rows]: 1 for a row of value that reads as zero; null: no such row
 };
 
@@ -77,6 +80,10 @@ struct Kernels {
   int64_t (*blocks)(const Inputs&);
   // order[0 .. queries - 1] = the queries of an image, neighbours close to each other.
   void (*sort)(const Inputs&, int64_t batch, int32_t* order);
+  // Whether a forward pass over one head after the other is faster, each with a copy of its pixels.
+  bool (*by_heads)(const Inputs&);
+  // Copies rows first .. last - 1 of a head's pixels to the same rows of `to`.
+  void (*copy_head)(const Inputs&, int64_t batch, int head, int64_t first, int64_t last, void* to);
   // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);

@@ -14,6 +14,7 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -146,6 +147,8 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.mask = call.mask ? static_cast<const uint8_t*>(call.mask->const_data_ptr()) : nullptr;
   in.fused = {};
   in.order = nullptr;
+  in.head_pixels = nullptr;
+  in.head = 0;
   if (call.reference) {
     in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};
@@ -153,19 +156,45 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   return in;
 }
 
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+// Maps those of pages first .. last - 1 that are not mapped yet in one step: a page fault takes longer than
+// clearing a page. An allocator grows at the end, so if the last page is mapped, all of them are.
+void map_pages(uintptr_t first, uintptr_t last, uintptr_t page) {
+  unsigned char is_mapped = 1;
+  if (first >= last || mincore(reinterpret_cast<void*>(last - page), page, &is_mapped) != 0) return;
+  if (is_mapped & 1) return;
+  std::vector<unsigned char> mapped((last - first) / page);
+  if (mincore(reinterpret_cast<void*>(first), last - first, mapped.data()) != 0) return;
+  size_t known = 0;
+  while (mapped[known] & 1) ++known;
+  first += known * page;
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
+}
+#endif
+
 // The system maps fresh memory page by page when it is first written. For large tensors this asks for
-// pages of 2 MB instead of 4 kB: fewer page faults and TLB misses. With several threads, each maps a
-// part in advance: two threads that fault on the same page both clear a page, and one is discarded.
+// pages of 2 MB instead of 4 kB: fewer page faults and TLB misses. What lies before and after them is
+// mapped in advance. With several threads, each maps a part: two threads that fault on the same page
+// both clear a page, and one is discarded.
 void ask_for_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
-  if (first >= last) return;
-  // a hint: its failure changes nothing
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  constexpr size_t kLeast = size_t{1} << 16;
+  if (bytes < kLeast) return;
+  const auto start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge,
+                  last = (start + bytes) / kHuge * kHuge;
+  // hints: their failure changes nothing
+  if (first < last) {
+    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+  }
 #if defined(MADV_POPULATE_WRITE)
-  if (torch::stable::get_num_threads() == 1) return;
+  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t begin = start / page * page, end = (start + bytes + page - 1) / page * page;
+  if (first >= last) return map_pages(begin, end, page);
+  map_pages(begin, first, page);
+  map_pages(last, end, page);
+  if (torch::stable::get_num_threads() == 1) return map_pages(first, last, page);
   const auto pages = static_cast<int64_t>((last - first) / kHuge);
   torch::stable::parallel_for(0, pages, 1, [&](int64_t from, int64_t to) {
     madvise(reinterpret_cast<void*>(first + static_cast<uintptr_t>(from) * kHuge),
@@ -221,15 +250,31 @@ void run_forward(const Call& call, cpu::Inputs in, const Tensor& output) {
   sort_queries(in, call.value, order);
   const Kernels& kernels = chosen_kernels();
   void* to = output.mutable_data_ptr();
-  const int64_t count = kernels.blocks(in) * call.problem.batch;
-  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
-  // Neighbouring blocks share pixels, so a thread takes several at a time: a sixteenth of an equal
-  // part, so that threads finish at about the same time.
-  cpu::Blocks blocks{{0}, count, std::max<int64_t>(1, count / (16 * threads))};
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-    const Scratch scratch(kernels.scratch_bytes(in));
-    kernels.forward(in, to, blocks, scratch.get());
-  });
+  // Computes the blocks of images first .. last - 1.
+  const auto run = [&](int64_t first, int64_t last) {
+    const int64_t per_image = kernels.blocks(in), count = (last - first) * per_image;
+    const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), count);
+    // Neighbouring blocks share pixels, so a thread takes several at a time: a sixteenth of an equal
+    // part, so that threads finish at about the same time.
+    cpu::Blocks blocks{
+        {first * per_image}, last * per_image, std::max<int64_t>(1, count / (16 * threads))};
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+      const Scratch scratch(kernels.scratch_bytes(in));
+      kernels.forward(in, to, blocks, scratch.get());
+    });
+  };
+  const Problem& p = call.problem;
+  if (!kernels.by_heads(in)) return run(0, p.batch);
+  const Tensor pixels = empty(std::vector<int64_t>{p.rows, p.head_dim}, call.type);
+  in.head_pixels = pixels.const_data_ptr();
+  for (int64_t b = 0; b < p.batch; ++b) {
+    for (in.head = 0; in.head < p.heads; ++in.head) {
+      torch::stable::parallel_for(0, p.rows, 1024, [&](int64_t first, int64_t last) {
+        kernels.copy_head(in, b, in.head, first, last, pixels.mutable_data_ptr());
+      });
+      run(b, b + 1);
+    }
+  }
 }
 
 // On all threads: the first write to a page maps it.

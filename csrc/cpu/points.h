@@ -51,36 +51,72 @@ DEFORM_ATTN_INLINE void store_lanes(int32_t* to, I from) {
   std::memcpy(to, &lanes, sizeof(lanes));
 }
 
+// The first point of vector `index` of a query's points: the last vector begins earlier where it would
+// exceed the points.
+template <int kLanes>
+DEFORM_ATTN_INLINE int first_of_vector(int index, int count) {
+  const int first = index * kLanes;
+  return count >= kLanes && count - first < kLanes ? count - kLanes : first;
+}
+
 // The level of each point of a query; the same for all queries.
+template <typename Acc>
 struct PointLevels {
-  int32_t *height, *width, *start;  // [heads * points]
-  int32_t* pitch;                   // elements from one row of pixels to the next
+  static constexpr int kLanes = kNativeLanes<Acc>;
+  using Int = typename VectorNumbers<Acc, kLanes>::IntLane;
+
+  // Of a vector of points. Points of an empty level have a NaN as their location.
+  struct Lanes {
+    Acc width[kLanes], height[kLanes];  // NaN: the level is empty
+    Int last_column[kLanes], last_row[kLanes];
+    int32_t pitch[kLanes];  // elements from one row of pixels to the next
+    int32_t start[kLanes];  // elements from pixel 0 of the image to the level's
+  };
+  Lanes* lanes;
   int32_t stride;                   // elements from one pixel to the next
+  int32_t *height, *width, *start;  // [heads * points]; of value, `start` in rows
   // Of a call with a mask, for the current image: its rows of the mask, and the size of the rectangle at
   // the top left of each level that holds no masked pixel. Padding is usually to the right and below.
   const uint8_t* mask = nullptr;
   int32_t *clear_height, *clear_width;
 
   PointLevels(Arena& arena, const Inputs& in, int heads)
-      : stride(static_cast<int32_t>(in.problem.row_stride())), in_(in), heads_(heads) {
-    const int64_t count = padded<float>(int64_t{heads} * in.problem.points);
+      : stride(
+            static_cast<int32_t>(in.head_pixels ? in.problem.head_dim : in.problem.row_stride())),
+        in_(in),
+        heads_(heads) {
+    const int points = heads * in.problem.points;
+    const int64_t count = padded<float>(points);
+    const int vectors = (points + kLanes - 1) / kLanes;
+    lanes = arena.take<Lanes>(vectors);
     height = arena.take<int32_t>(count);
     width = arena.take<int32_t>(count);
     start = arena.take<int32_t>(count);
-    pitch = arena.take<int32_t>(count);
     clear_height = arena.take<int32_t>(in.mask ? count : 0);
     clear_width = arena.take<int32_t>(in.mask ? count : 0);
     if (height == nullptr) return;
     for (int64_t i = 0; i < count && in.mask; ++i) clear_height[i] = clear_width[i] = 0;
-    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = pitch[i] = 0;
+    for (int64_t i = 0; i < count; ++i) height[i] = width[i] = start[i] = 0;
     for (int head = 0, i = 0; head < heads; ++head) {
       for (int l = 0; l < in.problem.levels; ++l) {
         for (int k = in.first_point[l]; k < in.first_point[l + 1]; ++k, ++i) {
           height[i] = in.levels[l].height;
           width[i] = in.levels[l].width;
           start[i] = static_cast<int32_t>(in.levels[l].start);
-          pitch[i] = width[i] * stride;
         }
+      }
+    }
+    for (int vector = 0; vector < vectors; ++vector) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        const int i = first_of_vector<kLanes>(vector, points) + lane;
+        const bool empty = height[i] == 0 || width[i] == 0;
+        Lanes& to = lanes[vector];
+        to.width[lane] = empty ? static_cast<Acc>(NAN) : static_cast<Acc>(width[i]);
+        to.height[lane] = empty ? static_cast<Acc>(NAN) : static_cast<Acc>(height[i]);
+        to.last_column[lane] = empty ? 0 : width[i] - 1;
+        to.last_row[lane] = empty ? 0 : height[i] - 1;
+        to.pitch[lane] = width[i] * stride;
+        to.start[lane] = start[i] * stride;
       }
     }
   }
@@ -160,7 +196,7 @@ struct Points {
 
   // Sets `reach` for a band of rows. A point is owned by the band of its upper pixels; without a
   // pixel on the map, by band 0. `adds`: whether the gradient of value is requested.
-  DEFORM_ATTN_INLINE void reach_of(const PointLevels& levels, int band, int bands, bool adds,
+  DEFORM_ATTN_INLINE void reach_of(const PointLevels<Acc>& levels, int band, int bands, bool adds,
                                    int count) {
     for (int i = 0; i < count; ++i) {
       const int32_t height = levels.height[i];
@@ -184,78 +220,73 @@ struct Points {
 
   // Computes the arrays above from `count` locations (x, y) and weights.
   template <bool kBackward, typename Weight>
-  DEFORM_ATTN_INLINE void place(const PointLevels& levels, const Acc* locations,
+  DEFORM_ATTN_INLINE void place(const PointLevels<Acc>& levels, const Acc* locations,
                                 const Weight* weights, int count) {
     constexpr int kLanes = kNativeLanes<Acc>;
-    constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
-    using Lanes = VectorNumbers<Acc, kLanes>;
-    using V = typename Lanes::Acc;
-    using I = typename Lanes::Int;
-    for (int done = 0; done < count; done += kLanes) {
-      // the last vector begins earlier where it would exceed the points
-      const int i = count >= kLanes && count - done < kLanes ? count - kLanes : done;
+    using N = VectorNumbers<Acc, kLanes>;
+    using V = typename N::Acc;
+    using I = typename N::Int;
+    using Rows = Vec<int32_t, kLanes>;
+    const auto rows_of = [](I lanes)
+                             DEFORM_ATTN_INLINED { return __builtin_convertvector(lanes, Rows); };
+    const auto* level = levels.lanes;
+    for (int vector = 0; vector * kLanes < count; ++vector, ++level) {
+      const int i = first_of_vector<kLanes>(vector, count);
       const int left = count - i;
-      V first, second, attention;  // x0 y0 x1 y1 ...
+      V x_location, y_location, attention;
       if (left >= kLanes) {
-        first = load<kLanes>(locations + 2 * i);
-        second = load<kLanes>(locations + 2 * i + kLanes);
+        load_xy<kLanes>(locations + 2 * i, x_location, y_location);
         attention = load<kLanes>(weights + i);
       } else {
-        first = load_some<kLanes>(locations + 2 * i, 2 * left < kLanes ? 2 * left : kLanes);
-        second = load_some<kLanes>(locations + 2 * i + kLanes,
-                                   2 * left < kLanes ? 0 : 2 * left - kLanes);
+        Acc xy[2 * kLanes] = {};
+        std::memcpy(xy, locations + 2 * i, 2 * sizeof(Acc) * static_cast<size_t>(left));
+        load_xy<kLanes>(xy, x_location, y_location);
         attention = load_some<kLanes>(weights + i, left);
       }
-      const I height = load_lanes<I, kLanes>(levels.height + i);
-      const I width = load_lanes<I, kLanes>(levels.width + i);
-      const I start = load_lanes<I, kLanes>(levels.start + i);
-      I x, y;
-      V across, along;
-      const V places[2] = {every_second<0, Acc, kLanes>(first, second, kIndices),
-                           every_second<1, Acc, kLanes>(first, second, kIndices)};
-      const I hit = pixel_of<Lanes>(places[0], width, x, across) &
-                    pixel_of<Lanes>(places[1], height, y, along);
-      const I zero{};
-      const I left_on = Lanes::mask(x >= zero), right_on = Lanes::mask(x + 1 < width);
-      const I upper_on = Lanes::mask(y >= zero), lower_on = Lanes::mask(y + 1 < height);
-      const V before = Lanes::where(left_on, 1 - across), after = Lanes::where(right_on, across);
-      const V above = Lanes::where(upper_on, (1 - along) * attention);
-      const V below = Lanes::where(lower_on, along * attention);
+      const auto x = N::axis(x_location, load<kLanes>(level->width),
+                             load_lanes<I, kLanes>(level->last_column));
+      const auto y =
+          N::axis(y_location, load<kLanes>(level->height), load_lanes<I, kLanes>(level->last_row));
+      const V before = N::where(x.on, 1 - x.fraction), after = N::where(x.next_on, x.fraction);
+      const V above = N::where(y.on, (1 - y.fraction) * attention);
+      const V below = N::where(y.next_on, y.fraction * attention);
       const V shares[4] = {before * above, after * above, before * below, after * below};
       store_quads<kLanes, Acc>(share[i], shares);
 
-      using Rows = Vec<int32_t, kLanes>;
-      const auto rows_of = [](I lanes)
-                               DEFORM_ATTN_INLINED { return __builtin_convertvector(lanes, Rows); };
-      const Rows row =
-          rows_of(((y & upper_on) * width + start + (x & left_on)) | ~hit);  // -1: none
+      const I hit_x = x.on | x.next_on, hit = hit_x & (y.on | y.next_on);
+      const Rows column = rows_of(x.pixel & x.on), row = rows_of(y.pixel & y.on);
       // to the neighbours, where both pixels along the axis are on the map
-      const Rows both_across = rows_of(left_on & right_on),
-                 both_along = rows_of(upper_on & lower_on);
-      const Rows to_right = both_across & levels.stride;
-      const Rows to_lower = both_along & load_lanes<Rows, kLanes>(levels.pitch + i);
-      const Rows corner = row * levels.stride, lower = corner + to_lower;
+      const Rows both_across = rows_of(x.on & x.next_on), both_along = rows_of(y.on & y.next_on);
+      const Rows pitch = load_lanes<Rows, kLanes>(level->pitch);
+      const Rows to_right = both_across & levels.stride, to_lower = both_along & pitch;
+      const Rows corner =
+          (column * levels.stride + load_lanes<Rows, kLanes>(level->start) + row * pitch) |
+          rows_of(~hit);  // -1: none
+      const Rows lower = corner + to_lower;
       const Rows offsets[4] = {corner, corner + to_right, lower, lower + to_right};
       store_quads<kLanes, int32_t>(offset[i], offsets);
       if constexpr (kBackward) {
-        store<kLanes>(right + i, across);
-        store<kLanes>(down + i, along);
+        store<kLanes>(right + i, N::where(hit_x, x.fraction));
+        store<kLanes>(down + i, N::where(hit, y.fraction));
         store<kLanes>(weight + i, attention);
-        store_lanes<kLanes>(on[0] + i, hit & upper_on & left_on);
-        store_lanes<kLanes>(on[1] + i, hit & upper_on & right_on);
-        store_lanes<kLanes>(on[2] + i, hit & lower_on & left_on);
-        store_lanes<kLanes>(on[3] + i, hit & lower_on & right_on);
-        store_lanes<kLanes>(top + i, y);
+        store_lanes<kLanes>(on[0] + i, y.on & x.on);
+        store_lanes<kLanes>(on[1] + i, y.on & x.next_on);
+        store_lanes<kLanes>(on[2] + i, y.next_on & x.on);
+        store_lanes<kLanes>(on[3] + i, y.next_on & x.next_on);
+        store_lanes<kLanes>(top + i, hit & y.pixel);
       }
       if (levels.mask) {
         int32_t suspect[kLanes];
         store_lanes<kLanes>(
-            suspect, hit & (Lanes::mask(x + 1 >= load_lanes<I, kLanes>(levels.clear_width + i)) |
-                            Lanes::mask(y + 1 >= load_lanes<I, kLanes>(levels.clear_height + i))));
+            suspect,
+            hit & (N::mask(x.pixel >= load_lanes<I, kLanes>(levels.clear_width + i) - 1) |
+                   N::mask(y.pixel >= load_lanes<I, kLanes>(levels.clear_height + i) - 1)));
         for (int lane = 0; lane < kLanes && lane < left; ++lane) {
           if (!suspect[lane]) continue;
-          drop_masked<kBackward>(levels.mask + row[lane], i + lane, both_across[lane] & 1,
-                                 both_along[lane] & levels.width[i + lane]);
+          const int k = i + lane;
+          const int32_t pixel = levels.start[k] + row[lane] * levels.width[k] + column[lane];
+          drop_masked<kBackward>(levels.mask + pixel, k, both_across[lane] & 1,
+                                 both_along[lane] & levels.width[k]);
         }
       }
     }
@@ -285,7 +316,7 @@ struct Points {
 
   // products[k][i]: dot product of the output's gradient with pixel i of point k. Computes the
   // gradients of `count` locations (x, y) and weights. All arrays have room for whole vectors.
-  DEFORM_ATTN_INLINE void pull_back(const PointLevels& levels, const Quad<Acc>* products,
+  DEFORM_ATTN_INLINE void pull_back(const PointLevels<Acc>& levels, const Quad<Acc>* products,
                                     Acc* grad_locations, Acc* grad_weights, int count) const {
     constexpr int kLanes = kNativeLanes<Acc>;
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();

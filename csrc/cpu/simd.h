@@ -14,7 +14,7 @@
 //   load_some, store_some     the first `count` of them
 //   load_pair, store_pair     2 * kLanes of them as two vectors, in the cheapest order
 //   store_quads, load_quads   four vectors to and from memory, transposed
-//   VectorNumbers             the interface of Numbers (bilinear.h) for vectors
+//   VectorNumbers             Numbers and pixel_of (bilinear.h) for vectors
 //   four_sums                 the horizontal sums of four vectors
 //   stream, finish_streams    whole cache lines to memory, bypassing the caches
 #pragma once
@@ -295,6 +295,27 @@ DEFORM_ATTN_INLINE V zipped(V a, V b, std::integer_sequence<int, kIndex...>) {
                                  (kIndex / 2 + (kUpper ? kLanes / 2 : 0) + kIndex % 2 * kLanes)...);
 }
 
+// x and y of kLanes locations, which hold them alternately.
+template <int kLanes, typename Acc>
+DEFORM_ATTN_INLINE void load_xy(const Acc* from, Vec<Acc, kLanes>& x, Vec<Acc, kLanes>& y) {
+#if defined(__AVX__)
+  if constexpr (kLanes == 8 && sizeof(x) == 32) {  // from memory to the upper half: no shuffle
+    const auto halves = [](const Acc* lower, const Acc* upper) DEFORM_ATTN_INLINED {
+      return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(lower)), _mm_loadu_ps(upper),
+                                  1);
+    };
+    const __m256 even = halves(from, from + 8), odd = halves(from + 4, from + 12);
+    x = _mm256_shuffle_ps(even, odd, 0x88);
+    y = _mm256_shuffle_ps(even, odd, 0xdd);
+    return;
+  }
+#endif
+  constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
+  const auto first = load<kLanes>(from), second = load<kLanes>(from + kLanes);
+  x = every_second<0, Acc, kLanes>(first, second, kIndices);
+  y = every_second<1, Acc, kLanes>(first, second, kIndices);
+}
+
 // 2 * kLanes elements as two vectors. bfloat16: a 32-bit number holds two elements, which a shift
 // and a mask separate; elements 0, 2, 4 .. are in the first vector and 1, 3, 5 .. in the second.
 template <int kLanes, typename T>
@@ -482,8 +503,45 @@ struct VectorNumbers {
   static DEFORM_ATTN_INLINE Acc where(Mask mask, Acc x) {
     return bits_as<Acc>(bits_as<Mask>(x) & mask);
   }
-  static DEFORM_ATTN_INLINE Acc minus_where(Mask compared, Acc x, Acc y) {
-    return x - where(compared, y);  // a blend takes three steps on x86
+
+  // Of locations along one axis.
+  struct Axis {
+    Int pixel;     // at or before the location; its lowest numbers and NaN: off every map
+    Acc fraction;  // towards the next pixel; any number, or NaN, where neither pixel is on the map
+    Mask on, next_on;
+  };
+  // As pixel_of (bilinear.h), with integers instead of floating-point numbers. `last`: size - 1.
+  static DEFORM_ATTN_INLINE Axis axis(Acc location, Acc size, Int last) {
+    using Bits = Vec<std::make_unsigned_t<IntLane>, kLanes>;
+    const Acc half = Acc{} + Lane(0.5);
+    // Towards zero is down wherever a pixel is on the map. Rounding can make this one too large.
+    Int next = to_index(multiply_add(location, size, half));
+    Acc fraction = multiply_add(location, size, half - to_acc(next));
+    const auto before = fraction < Acc{};
+    fraction += where(before, Acc{} + 1);
+    // unsigned: the lowest integer minus one is off every map, too
+    const Bits end = bits_as<Bits>(last), after = bits_as<Bits>(next) + bits_as<Bits>(before);
+    const Bits pixel = after - 1;
+    return {bits_as<Int>(pixel), fraction, mask(pixel <= end), mask(after <= end)};
+  }
+
+ private:
+  // An integer that is off every map for NaN, and beyond the range of integers.
+  static DEFORM_ATTN_INLINE Int to_index(Acc x) {
+#if defined(__AVX512F__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 16) {
+      return bits_as<Int>(_mm512_maskz_cvttps_epi32(0xffff, x));  // the lowest integer
+    }
+#elif defined(__AVX__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 8) {
+      return bits_as<Int>(_mm256_cvttps_epi32(x));
+    }
+#elif defined(__SSE2__)
+    if constexpr (std::is_same_v<Lane, float> && kLanes == 4) {
+      return bits_as<Int>(_mm_cvttps_epi32(x));
+    }
+#endif
+    return to_int(x) | ~(x == x);
   }
 };
 

@@ -39,11 +39,12 @@ inline int cell_of(Acc x, Acc y) {
     return place > 0 ? place < 1 ? static_cast<int>(place * kSide) : kSide - 1 : 0;
   };
   const int column = along(x), row = along(y);
-  int cell = 0;
-  for (int bit = 0; bit < kSideBits; ++bit) {
-    cell |= (column >> bit & 1) << 2 * bit | (row >> bit & 1) << (2 * bit + 1);
-  }
-  return cell;
+  const auto spread = [](int bits) {  // bit i to bit 2 * i
+    bits = (bits | bits << 4) & 0x10f;
+    bits = (bits | bits << 2) & 0x133;
+    return (bits | bits << 1) & 0x155;
+  };
+  return spread(column) | spread(row) << 1;
 }
 
 // order[0 .. queries - 1] = the queries of an image, sorted by the cell of their reference point or,

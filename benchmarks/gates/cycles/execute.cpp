@@ -32,17 +32,19 @@ uint32_t bits_of(float number) {
 }
 
 float float_of_half(uint32_t bits) {
-  const uint16_t low = static_cast<uint16_t>(bits);
-  _Float16 number;
-  std::memcpy(&number, &low, sizeof(number));
-  return static_cast<float>(number);
+  const uint32_t sign = (bits & 0x8000) << 16, magnitude = bits & 0x7fff;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000u | (magnitude & 0x3ff) << 13);
+  return float_of(sign | bits_of(float_of(magnitude << 13) * 0x1p112f));
 }
 
 uint32_t half_bits(float number) {
-  const _Float16 half = static_cast<_Float16>(number);
-  uint16_t bits;
-  std::memcpy(&bits, &half, sizeof(bits));
-  return bits;
+  const uint32_t sign = bits_of(number) >> 16 & 0x8000;
+  const float magnitude = std::fabs(number);
+  if (std::isnan(number)) return 0x7fff;
+  if (magnitude >= 65520) return sign | 0x7c00;
+  if (magnitude < 0x1p-14f) return sign | static_cast<uint32_t>(std::rint(magnitude * 0x1p24f));
+  const uint32_t bits = bits_of(magnitude);
+  return sign | (((bits + 0xfff + (bits >> 13 & 1)) >> 13) - (112 << 10));
 }
 
 uint32_t bfloat_bits(float number) {
@@ -1162,19 +1164,20 @@ void Executor::multiply_matrices(const Instruction& instruction, Warp& warp, uin
 void Executor::special_register(const Instruction& instruction, const Block& block, Warp& warp,
                                 uint32_t active) {
   const std::string& name = instruction.operands[1].name;
-  const uint32_t first = static_cast<uint32_t>(warp.index * kLanes);
-  const bool is_zero = name == "SR_TID.Y" || name == "SR_TID.Z" || name == "SR_CTAID.Y" ||
-                       name == "SR_CTAID.Z" || name == "SR_CgaCtaId";
-  if (name != "SR_TID.X" && name != "SR_CTAID.X" && name != "SR_LANEID" && name != "SR_LTMASK" &&
-      !is_zero) {
+  Row row = {};
+  if (name == "SR_TID.X") {
+    row = row_of([&](int lane) { return static_cast<uint32_t>(warp.index * kLanes + lane); });
+  } else if (name == "SR_CTAID.X") {
+    row = row_of([&](int) { return block.index; });
+  } else if (name == "SR_LANEID") {
+    row = row_of([&](int lane) { return static_cast<uint32_t>(lane); });
+  } else if (name == "SR_LTMASK") {
+    row = row_of([&](int lane) { return (1u << lane) - 1; });
+  } else if (name != "SR_TID.Y" && name != "SR_TID.Z" && name != "SR_CTAID.Y" &&
+             name != "SR_CTAID.Z" && name != "SR_CgaCtaId") {  // which are 0
     throw fail("no model of the special register");
   }
-  set(warp, instruction.operands[0], active, row_of([&](int lane) -> uint32_t {
-        if (is_zero) return 0;
-        if (name == "SR_TID.X") return first + static_cast<uint32_t>(lane);
-        if (name == "SR_CTAID.X") return block.index;
-        return name == "SR_LANEID" ? static_cast<uint32_t>(lane) : (1u << lane) - 1;
-      }));
+  set(warp, instruction.operands[0], active, row);
 }
 
 // Shuffles, votes and reductions among the lanes of a warp.
@@ -1251,98 +1254,118 @@ void Executor::access_memory(const Instruction& instruction, Block& block, Warp&
   const bool is_local = opcode == Opcode::kLoadLocal || opcode == Opcode::kStoreLocal;
   const bool is_global = opcode == Opcode::kLoadGlobal || opcode == Opcode::kStoreGlobal ||
                          opcode == Opcode::kReduceGlobal;
+  const int bytes = instruction.bytes, words = (bytes + 3) / 4;
   size_t at = 0;
   while (at < o.size() && o[at].kind != Kind::kAddress) ++at;
   if (at == o.size()) throw fail("no address");
+  for (size_t i = 0; i < o.size(); ++i) {
+    if (i != at && o[i].kind != Kind::kRegister && !o[i].is_predicate()) {
+      throw fail("an operand that is not a register");
+    }
+  }
   if (is_local && warp.local.empty()) warp.local.resize(kLanes * kLocalBytes);
-  const int bytes = instruction.bytes, words = (bytes + 3) / 4, word_bytes = std::min(bytes, 4);
 
-  each(active, [&](int lane) {
+  const auto place_of = [&](int lane) -> uint8_t* {
     const uint64_t where = address(warp, o[at], lane, is_global);
     access_.addresses[lane] = where;
-    uint8_t* place;
-    if (is_local) {
-      if (where + static_cast<uint64_t>(bytes) > kLocalBytes) throw fail("outside of local memory");
-      place = warp.local.data() + lane * kLocalBytes + where;
-    } else if (is_global) {
-      place = memory_.find(where, bytes);
+    if (is_global) {
+      uint8_t* const place = memory_.find(where, bytes);
       if (!place) throw fail("an access outside of every tensor");
-    } else {
-      place = shared_at(block, where, bytes);
+      return place;
     }
-    // Word `word` of an operand that is a register.
-    const auto word_of = [&](const Operand& operand, int word) -> uint32_t {
-      if (operand.kind != Kind::kRegister) throw fail("no register");
-      if (operand.index == kZeroRegister) return 0;
-      return warp.registers[static_cast<size_t>(operand.index + word)].at[lane];
-    };
-    const auto set_word = [&](int word, uint32_t number) {
-      if (o[0].index == kZeroRegister) return;
-      warp.registers[static_cast<size_t>(o[0].index + word)].at[lane] = number;
-    };
-    switch (opcode) {
-      case Opcode::kLoadGlobal:
-      case Opcode::kLoadShared:
-      case Opcode::kLoadLocal:
-        for (int word = 0; word < words; ++word) {
-          uint32_t number = 0;
-          std::memcpy(&number, place + 4 * word, static_cast<size_t>(word_bytes));
-          set_word(word, number);
+    if (!is_local) return shared_at(block, where, bytes);
+    if (where + static_cast<uint64_t>(bytes) > kLocalBytes) throw fail("outside of local memory");
+    return warp.local.data() + lane * kLocalBytes + where;
+  };
+  // Word `word` of a register operand.
+  const auto word_of = [&](const Operand& operand, int word, int lane) -> uint32_t {
+    if (operand.index == kZeroRegister) return 0;
+    return warp.registers[static_cast<size_t>(operand.index + word)].at[lane];
+  };
+  const auto set_word = [&](const Operand& operand, int word, int lane, uint32_t number) {
+    if (operand.index == kZeroRegister) return;
+    warp.registers[static_cast<size_t>(operand.index + word)].at[lane] = number;
+  };
+  // Replaces each T at the addresses of a lane by what `body` makes of it and of the word's number.
+  const auto change = [&](auto type, const auto& body) {
+    using T = decltype(type);
+    each(active, [&](int lane) {
+      uint8_t* const place = place_of(lane);
+      for (int i = 0; i < bytes / static_cast<int>(sizeof(T)); ++i) {
+        T number;
+        std::memcpy(&number, place + i * static_cast<int>(sizeof(T)), sizeof(T));
+        number = body(number, i, lane);
+        std::memcpy(place + i * static_cast<int>(sizeof(T)), &number, sizeof(T));
+      }
+    });
+  };
+
+  switch (opcode) {
+    case Opcode::kLoadGlobal:
+    case Opcode::kLoadShared:
+    case Opcode::kLoadLocal:
+      return each(active, [&](int lane) {
+        const uint8_t* const place = place_of(lane);
+        if (bytes < 4) {
+          return set_word(o[0], 0, lane,
+                          bytes == 1 ? place[0] : place[0] | uint32_t{place[1]} << 8);
         }
-        return;
-      case Opcode::kStoreGlobal:
-      case Opcode::kStoreShared:
-      case Opcode::kStoreLocal:
         for (int word = 0; word < words; ++word) {
-          const uint32_t number = word_of(o[at + 1], word);
-          std::memcpy(place + 4 * word, &number, static_cast<size_t>(word_bytes));
-        }
-        return;
-      case Opcode::kReduceGlobal: {
-        const Operand& term = o[at + 1];
-        if (instruction.has(kMAX) && bytes == 4 && !instruction.has(kF32)) {
           uint32_t number;
-          std::memcpy(&number, place, sizeof(number));
-          number = std::max(number, word_of(term, 0));
-          std::memcpy(place, &number, sizeof(number));
-        } else if (instruction.has(kADD) && instruction.has(k64)) {
-          uint64_t number;
-          std::memcpy(&number, place, sizeof(number));
-          number += word_of(term, 0) | uint64_t{word_of(term, 1)} << 32;
-          std::memcpy(place, &number, sizeof(number));
-        } else if (instruction.has(kADD) && (instruction.has(kF32) || instruction.has(kF32x4))) {
-          for (int word = 0; word < words; ++word) {
-            float number;
-            std::memcpy(&number, place + 4 * word, sizeof(number));
-            number += float_of(word_of(term, word));
+          std::memcpy(&number, place + 4 * word, sizeof(number));
+          set_word(o[0], word, lane, number);
+        }
+      });
+    case Opcode::kStoreGlobal:
+    case Opcode::kStoreShared:
+    case Opcode::kStoreLocal:
+      return each(active, [&](int lane) {
+        uint8_t* const place = place_of(lane);
+        for (int word = 0; word < words; ++word) {
+          const uint32_t number = word_of(o[at + 1], word, lane);
+          if (bytes >= 4) {
             std::memcpy(place + 4 * word, &number, sizeof(number));
+          } else {
+            std::memcpy(place, &number, static_cast<size_t>(bytes));
           }
-        } else {
-          throw fail("no model of the reduction");
         }
-        return;
+      });
+    case Opcode::kReduceGlobal: {
+      const Operand& term = o[at + 1];
+      const bool of_floats = instruction.has(kF32) || instruction.has(kF32x4);
+      if (instruction.has(kMAX) && bytes == 4 && !of_floats) {
+        return change(uint32_t(), [&](uint32_t number, int, int lane) {
+          return std::max(number, word_of(term, 0, lane));
+        });
       }
-      case Opcode::kAtomicShared: {  // R, address [, a [, b]]
-        uint32_t old;
-        std::memcpy(&old, place, sizeof(old));
-        uint32_t number = old;
-        if (instruction.has(kCAS)) {
-          if (old == word_of(o[at + 1], 0)) number = word_of(o[at + 2], 0);
-        } else if (instruction.has(kPOPC) && instruction.has(kINC)) {
-          ++number;
-        } else if (instruction.has(kADD)) {
-          number += word_of(o[at + 1], 0);
-        } else {
-          throw fail("no model of the atomic");
-        }
-        std::memcpy(place, &number, sizeof(number));
-        set_word(0, old);
-        return;
+      if (instruction.has(kADD) && bytes == 8 && !of_floats) {
+        return change(uint64_t(), [&](uint64_t number, int, int lane) {
+          return number + (word_of(term, 0, lane) | uint64_t{word_of(term, 1, lane)} << 32);
+        });
       }
-      default:
-        throw fail("no model of the access");
+      if (instruction.has(kADD) && of_floats) {
+        return change(float(), [&](float number, int word, int lane) {
+          return number + float_of(word_of(term, word, lane));
+        });
+      }
+      throw fail("no model of the reduction");
     }
-  });
+    case Opcode::kAtomicShared: {  // R, address [, a [, b]]
+      const bool swaps = instruction.has(kCAS);
+      const bool counts = instruction.has(kPOPC) && instruction.has(kINC);
+      if (!swaps && !counts && !instruction.has(kADD)) throw fail("no model of the atomic");
+      return change(uint32_t(), [&](uint32_t old, int, int lane) {
+        uint32_t number = old + (counts ? 1 : word_of(o[at + 1], 0, lane));
+        if (swaps) {
+          number = old == word_of(o[at + 1], 0, lane) ? word_of(o[at + 2], 0, lane) : old;
+        }
+        set_word(o[0], 0, lane, old);
+        return number;
+      });
+    }
+    default:
+      throw fail("no model of the access");
+  }
 }
 
 }  // namespace cycles

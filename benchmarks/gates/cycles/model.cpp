@@ -64,8 +64,9 @@ std::string kernel_in(const std::string& name) {
   for (size_t i = at; i < name.size(); ++i) {
     depth += name[i] == '<';
     depth -= name[i] == '>';
-    if (depth == 0 && name[i] == '>')
+    if (depth == 0 && name[i] == '>') {
       return name.substr(at + space.size(), i + 1 - at - space.size());
+    }
   }
   return "";
 }

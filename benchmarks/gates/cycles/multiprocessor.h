@@ -29,7 +29,8 @@ namespace cycles {
 // The project has measured none of them.
 struct Machine {
   int capability = 90;
-  int processors = 132;  // multiprocessors of an H100
+  int processors =
+      132;  // multiprocessors of an H100; of an A100 too, so that shares of the work are equal
 
   // Limits of a multiprocessor [1].
   int registers = 65536;
@@ -70,10 +71,10 @@ struct Machine {
   // 5.6 TB/s for 132 of them at 1.75 GHz. Not measured.
   double sector = 1.31;
   // The same for a sector that an atomic reduces. Not measured; 0.66 to 2.62 are plausible.
-  double reduced_sector = 2.62;
+  double reduced_sector = 1.31;
 
-  int queued_accesses =
-      12;                 // cycles of work in the path to memory at which warps wait; not measured
+  // Cycles of work in the path to memory beyond which warps wait. Not measured.
+  int queued_accesses = 12;
   int block_launch = 60;  // between two blocks; not measured
   int block_start = 10;   // until its warps may issue; not measured
   int barrier = 8;        // until warps continue behind a barrier; not measured
