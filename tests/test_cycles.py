@@ -23,7 +23,7 @@ import pytest
 
 from benchmarks.gates.cycles import build
 from benchmarks.gates.cycles.cases import CASES, Bar, bars, faults, raised
-from build_tools.toolchain import NotFound, find_cxx
+from build_tools.toolchain import CudaToolkit, NotFound, find_cxx
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "simulated-h100" / "cycles.json"
@@ -321,6 +321,18 @@ def test_what_is_not_modelled_is_an_error(
     assert "kernel k: " in str(failure.value)
     assert message in str(failure.value)
     assert f"in the instruction `{instruction}`" in str(failure.value)
+
+
+def test_missing_nvdisasm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(build, "find_cuda", lambda: CudaToolkit(tmp_path, "13.0"))
+    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(build.sysconfig, "get_path", lambda kind: str(tmp_path))
+    with pytest.raises(NotFound, match="pip install nvidia-cuda-nvdisasm"):
+        build.find_nvdisasm()
+    wheel = tmp_path / "nvidia" / "cu13" / "bin" / "nvdisasm"
+    wheel.parent.mkdir(parents=True)
+    wheel.touch()
+    assert build.find_nvdisasm() == wheel
 
 
 @pytest.fixture(scope="module")

@@ -57,7 +57,11 @@ def simulate(cases: list[Case], console: Console) -> dict[str, Result]:
             return result
 
         jobs = [pool.submit(one, case) for case in cases]
-        return {case.name: job.result() for case, job in zip(cases, jobs)}
+        try:
+            return {case.name: job.result() for case, job in zip(cases, jobs)}
+        except RuntimeError:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def table_of(results: dict[str, Result]) -> Table:
@@ -134,6 +138,9 @@ def main() -> int:
     except NotFound as error:
         console.print(f"[red]{error}[/red]")
         return 2
+    except RuntimeError as error:  # a message of nvcc, of the C++ compiler or of the model
+        console.print(str(error), style="red", markup=False)
+        return 1
     console.print(table_of(results))
     console.print(bars_table(bars(results)))
     if options.json:

@@ -5,12 +5,13 @@ What was compiled or simulated is kept in build/cycles until something that it i
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import hashlib
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from build_tools.toolchain import NotFound, find_cuda, find_cxx
@@ -70,19 +71,36 @@ def _sources_of_kernels() -> list[Path]:
     return [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cu*")]
 
 
+def _made(target: Path, make: Callable[[Path], None]) -> Path:
+    """The file, made where it is not there yet, by one of several processes that ask for it.
+
+    `make` writes to the path that it gets.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if not target.exists():
+        with target.with_name(f"{target.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                unfinished = target.with_name(f"{target.name}.unfinished")
+                make(unfinished)
+                unfinished.replace(target)  # atomic: an unfinished file is never used
+    return target
+
+
 def machine_code(source: str, capability: int) -> Path:
     """The text of nvdisasm for a source of csrc/cuda, such as forward_float.cu."""
     cuda = find_cuda()
     command = [cuda.nvcc, *NVCC_FLAGS, f"-arch=sm_{capability}"]
     key = _digest(_sources_of_kernels(), *command, *versions().values())
     target = FOLDER / key / f"{source}.{capability}.txt"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
+
+    def make(path: Path) -> None:
         cubin = target.with_suffix(".cubin")
         run([*command, "-o", str(cubin), str(ROOT / "csrc" / "cuda" / source)])
-        _write(target, run([str(find_nvdisasm()), "-hex", str(cubin)]))
+        path.write_text(run([str(find_nvdisasm()), "-hex", str(cubin)]))
         cubin.unlink()
-    return target
+
+    return _made(target, make)
 
 
 def program(source: Path, *flags: str, cuda: bool = False) -> Path:
@@ -98,24 +116,18 @@ def program(source: Path, *flags: str, cuda: bool = False) -> Path:
     if cuda:
         files += [*_sources_of_kernels(), *(ROOT / "tests" / "simt").glob("*.h")]
     target = FOLDER / _digest(files, *command) / source.stem
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_suffix(".unfinished")
-        run([*command, "-o", str(unfinished), *map(str, parts), "-ldl"])
-        unfinished.replace(target)
-    return target
+
+    def make(path: Path) -> None:
+        run([*command, "-o", str(path), *map(str, parts), "-ldl"])
+
+    return _made(target, make)
 
 
 def simulated(model: Path, arguments: list[str], code: Path) -> str:
     """What the model prints."""
     target = FOLDER / "calls" / f"{_digest([model, code], *arguments)}.json"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _write(target, run([str(model), *arguments, str(code)]))
-    return target.read_text()
 
+    def make(path: Path) -> None:
+        path.write_text(run([str(model), *arguments, str(code)]))
 
-def _write(path: Path, text: str) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(text)
-    unfinished.replace(path)
+    return _made(target, make).read_text()
