@@ -14,7 +14,6 @@
 
 #if defined(__linux__)
 #include <sys/mman.h>
-#include <unistd.h>
 #endif
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -156,45 +155,19 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   return in;
 }
 
-#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
-// Maps those of pages first .. last - 1 that are not mapped yet in one step: a page fault takes longer than
-// clearing a page. An allocator grows at the end, so if the last page is mapped, all of them are.
-void map_pages(uintptr_t first, uintptr_t last, uintptr_t page) {
-  unsigned char is_mapped = 1;
-  if (first >= last || mincore(reinterpret_cast<void*>(last - page), page, &is_mapped) != 0) return;
-  if (is_mapped & 1) return;
-  std::vector<unsigned char> mapped((last - first) / page);
-  if (mincore(reinterpret_cast<void*>(first), last - first, mapped.data()) != 0) return;
-  size_t known = 0;
-  while (mapped[known] & 1) ++known;
-  first += known * page;
-  madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
-}
-#endif
-
 // The system maps fresh memory page by page when it is first written. For large tensors this asks for
-// pages of 2 MB instead of 4 kB: fewer page faults and TLB misses. What lies before and after them is
-// mapped in advance. With several threads, each maps a part: two threads that fault on the same page
-// both clear a page, and one is discarded.
+// pages of 2 MB instead of 4 kB: fewer page faults and TLB misses. With several threads, each maps a
+// part in advance: two threads that fault on the same page both clear a page, and one is discarded.
 void ask_for_pages(void* data, size_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = uintptr_t{1} << 21;
-  constexpr size_t kLeast = size_t{1} << 16;
-  if (bytes < kLeast) return;
-  const auto start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + kHuge - 1) / kHuge * kHuge,
-                  last = (start + bytes) / kHuge * kHuge;
-  // hints: their failure changes nothing
-  if (first < last) {
-    madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
-  }
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / kHuge * kHuge;
+  if (first >= last) return;
+  // a hint: its failure changes nothing
+  madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #if defined(MADV_POPULATE_WRITE)
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = start / page * page, end = (start + bytes + page - 1) / page * page;
-  if (first >= last) return map_pages(begin, end, page);
-  map_pages(begin, first, page);
-  map_pages(last, end, page);
-  if (torch::stable::get_num_threads() == 1) return map_pages(first, last, page);
+  if (torch::stable::get_num_threads() == 1) return;
   const auto pages = static_cast<int64_t>((last - first) / kHuge);
   torch::stable::parallel_for(0, pages, 1, [&](int64_t from, int64_t to) {
     madvise(reinterpret_cast<void*>(first + static_cast<uintptr_t>(from) * kHuge),

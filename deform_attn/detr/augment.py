@@ -43,6 +43,7 @@ AUGMENTATIONS: dict[str, dict[str, tuple[float, float]]] = {
 }
 WITHOUT_TORCHVISION = ("none", "flip")
 SMALLEST_CROP = 0.3  # of an image's side
+LARGEST_RATIO = 4  # of the sides of an image that is not reduced further
 OF_SIZE, OF_MIXUP = 2**32 - 1, 2**32 - 2  # in the place of an item's place in the batch
 
 
@@ -250,10 +251,15 @@ class Augmented(Dataset[tuple[Item, Sample]]):
         return transforms.transformed(original, chosen)
 
     def _reduced(self, original: Original) -> Original:
-        """A large image reduced so far that the smallest crop has the size of the training."""
+        """A large image reduced so far that the smallest crop has the size of the training.
+
+        One of other than usual ratios is reduced further: zooming out makes 16 times its pixels.
+        """
         image, target = original
         side = max(image.size) if self.resize == "fit" else min(image.size)
-        scale = max(self.sizes) / SMALLEST_CROP / side
+        enough = max(self.sizes) / SMALLEST_CROP
+        most_pixels = LARGEST_RATIO * enough**2
+        scale = min(enough / side, math.sqrt(most_pixels / image.width / image.height))
         if scale >= 1:
             return original
         width, height = (math.ceil(length * scale) for length in image.size)

@@ -24,6 +24,7 @@ IOU_CROP = v2.RandomApply([v2.RandomIoUCrop()], p=0.8)
 # DEIM, of a mosaic.
 AFFINE = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.5, 1.5), fill=0)
 SANITIZE = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
+LONGEST_RATIO = 4  # of the sides of a resized image; the memory of a 3000 x 2 image stays small
 
 
 def transformed(original: Original, transforms: Sequence[Any]) -> Original:
@@ -54,14 +55,15 @@ def mosaic(originals: Sequence[Original], size: int) -> Original:
 
     Args:
         originals: four.
-        size: of the images in training; shorter sides become half of it.
+        size: of the images in training; shorter sides become half of it, or less where the longer
+            side would be more than LONGEST_RATIO times that.
 
     Raises:
         ValueError: not four images.
     """
     if len(originals) != 4:
         raise ValueError(f"originals: expected 4 of them, got {len(originals)}")
-    small = [transformed(one, [v2.Resize(size // 2)]) for one in originals]
+    small = [_with_shorter_side(one, size // 2) for one in originals]
     width, height = (max(image.size[i] for image, _ in small) for i in (0, 1))
     whole = Image.new("RGB", (2 * width, 2 * height))
     boxes = []
@@ -82,10 +84,22 @@ def size_crop(original: Original, size: int) -> Original:
         size: of the images in training.
     """
     shorter = round(size * (4 + _integer(0, 2)) / 8)
-    original = transformed(original, [v2.Resize(shorter)])
+    original = _with_shorter_side(original, shorter)
     low, high = round(0.48 * size), round(0.75 * size)
-    height, width = (_integer(low, min(side, high)) for side in reversed(original[0].size))
+    height, width = (
+        _integer(min(side, low), min(side, high)) for side in reversed(original[0].size)
+    )
     return transformed(original, [v2.RandomCrop((height, width))])
+
+
+def _with_shorter_side(original: Original, side: int) -> Original:
+    """Resized with its ratio; an image longer than LONGEST_RATIO times the side is made smaller."""
+    shorter, longer = sorted(original[0].size)
+    scaled = side, side * longer // shorter
+    if scaled[1] > LONGEST_RATIO * side:
+        scaled = max(1, LONGEST_RATIO * side * shorter // longer), LONGEST_RATIO * side
+    wide = original[0].width == longer
+    return transformed(original, [v2.Resize(scaled if wide else scaled[::-1])])
 
 
 def _integer(low: int, high: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,8 @@ def test_images_of_any_size_and_without_objects(torchvision: None) -> None:
         (nothing[:2, :3], [[1.0, 0, 3, 2]]),
         (nothing, []),
         (large, [[5.0, 5, 9, 9]]),
+        (np.zeros((2, 3000, 3), np.uint8), [[5.0, 0, 900, 2]]),
+        (np.zeros((3000, 1, 3), np.uint8), [[0.0, 5, 1, 2000]]),
     ):
         for name, resize in itertools.product(AUGMENTATIONS, ("stretch", "fit", "shortest")):
             augmented = Augmented(Images(pixels, boxes), name, 58, 0, resize=resize)
@@ -218,6 +221,17 @@ def test_a_large_image_is_reduced_to_what_the_smallest_crop_needs() -> None:
         torch.testing.assert_close(target["boxes"], original[1]["boxes"] * scale)
         small = image.resize((200, 60)), target
         assert augmented._reduced(small) is small
+
+
+def test_memory_is_bounded_for_images_of_any_ratio(torchvision: None) -> None:
+    from deform_attn.detr import transforms
+
+    narrow = Image.new("RGB", (3, 20000)), {"labels": torch.ones(1), "boxes": torch.ones(1, 4)}
+    for image in (transforms.mosaic([narrow] * 4, 64)[0], transforms.size_crop(narrow, 64)[0]):
+        assert max(image.size) <= 2 * 32 * transforms.LONGEST_RATIO
+    reduced = Augmented(Images(np.zeros((2, 2, 3), np.uint8), []), "none", 10, 0)._reduced
+    huge = Image.new("RGB", (200_000, 220)), {"boxes": torch.ones(1, 4)}
+    assert math.prod(reduced(huge)[0].size) < 4.5 * (64 / 0.3) ** 2  # ceil of each side
 
 
 def test_mixup_keeps_the_objects_of_both() -> None:
