@@ -22,14 +22,15 @@ JOBS = 2
 
 
 def commit_of_kernels() -> str:
-    """The last commit that changed csrc, marked where the tree differs from it."""
+    """The last commit that changed the kernels, marked where the tree differs from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(build.ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
-    changed = git("status", "--porcelain", "--", "csrc")
-    return git("log", "-1", "--format=%h", "--", "csrc") + ("+changes" if changed else "")
+    paths = ("--", "csrc/cuda", ":(glob)csrc/*.h")
+    changed = git("status", "--porcelain", *paths)
+    return git("log", "-1", "--format=%h", *paths) + ("+changes" if changed else "")
 
 
 def simulate(cases: list[Case], console: Console) -> dict[str, Result]:
