@@ -158,9 +158,11 @@ def scales(size: int, multi_scale: float, resize: str = "stretch") -> list[int]:
     low, high = size * (1 - multi_scale), size * (1 if shortest else 1 + multi_scale)
     others = [s for s in range(32, round(high) + 1, 32) if s >= round(low) and s != size]
     if not others:
+        fraction = math.ceil(3200 / size) / 100
+        reached = f"such as {fraction}" if fraction < 1 else "which needs larger images"
         raise ValueError(
             f"multi_scale: expected a fraction of {size} pixels that reaches another multiple of "
-            f"32, such as {math.ceil(3200 / size) / 100}, got {multi_scale}"
+            f"32, {reached}, got {multi_scale}"
         )
     return others + [size] * (1 if shortest else 3)
 

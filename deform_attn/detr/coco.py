@@ -172,10 +172,12 @@ def image_size(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     Pixels are not decoded, but for PNG files, whose EXIF data may follow them.
 
     Raises:
-        ValueError: it is no image; the message names it.
+        ValueError: it is no image, or one of floats; the message names it.
     """
     try:
         with Image.open(file) as image:
+            if image.mode == "F":
+                raise ValueError("floats; scale them to 8 or 16 bits per channel")
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             width, height = image.size
             return (height, width) if turned else image.size, image.size

@@ -188,7 +188,9 @@ def coco_results(
 def _judged(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
     from faster_coco_eval import COCO, COCOeval_faster
 
-    reference = COCO(ground_truth)
+    # Ids from 1: COCO's evaluation takes an object with the id 0 for one that is not matched.
+    annotations = [{**one, "id": i} for i, one in enumerate(ground_truth["annotations"], 1)]
+    reference = COCO({**ground_truth, "annotations": annotations})
     results = reference.loadRes(rows)
     judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
     judge.run()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> None:
 
     Raises:
         ValueError: another suffix.
-        OSError: it is a folder, or its folder cannot be made.
+        OSError: it is a folder, or its folder cannot be made or written to.
 
     Example:
         >>> from pathlib import Path
@@ -56,6 +57,14 @@ def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> None:
     if file.is_dir():
         raise OSError(f"{argument}: expected a file to write, got the folder {str(file)!r}")
     make_folder(argument, file.parent)
+    try:
+        with tempfile.NamedTemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{argument}: expected a file in a folder that can be written to, got {str(file)!r}: "
+            f"{error.strerror}"
+        ) from error
 
 
 def write(file: Path, write_to: Callable[[BinaryIO], Any], *, sync: bool = True) -> None:

@@ -58,8 +58,10 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
     """Files by name, by a pattern such as ``photos/*.jpg``, or all images in a folder.
 
     Raises:
-        FileNotFoundError: a name has no such file.
+        FileNotFoundError: no names, or a name has no such file.
     """
+    if not names:
+        raise FileNotFoundError("images: expected files, folders or patterns, got none")
     found: list[Path] = []
     for name in names:
         path = Path(name)

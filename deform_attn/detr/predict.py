@@ -179,6 +179,11 @@ def open_detector(
             f"hub, got {name!r}"
         )
     content = read_checkpoint(file)
+    if "settings" in content and "random" in content:
+        raise ValueError(
+            f"{file}: expected model.pt of a training, got its checkpoint, with which --resume "
+            f"continues it: load the folder, {str(file.parent)!r}"
+        )
     if "settings" in content and "classes" in content:
         try:
             trained = _from_training(content)

@@ -172,6 +172,8 @@ class Settings:
         for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every", "patience"):
             if not 0 <= (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number from 0, got {got}")
+        if self.seed >= 2**62:
+            raise ValueError(f"seed: expected a number below 2**62, got {self.seed}")
         if self.width < 32 or self.width % 32:
             raise ValueError(f"width: expected a multiple of 32, got {self.width}")
         if self.model:

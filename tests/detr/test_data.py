@@ -104,6 +104,8 @@ def test_average_precision_of_a_case_by_hand() -> None:
     assert result["AP50"] == pytest.approx(51 / 101 / 2)
     assert result["AP"] == pytest.approx(51 / 101 / 2 * 3 / 10)
     assert result["AP75"] == 0
+    counted_from_0 = [{**one, "id": one["id"] - 1} for one in coco["annotations"]]
+    assert average_precision({**coco, "annotations": counted_from_0}, [found]) == result
     coco["categories"].append({"id": 12, "name": "other"})
     scores = score(coco, [found])
     assert scores.of_class(0) == {name: result[name] for name in scores.of_class(0)}
@@ -280,6 +282,9 @@ def test_a_broken_image_and_a_missing_file_are_named(tmp_path: Path) -> None:
     folder = coco_folder(tmp_path)
     (folder / "train2017" / "gray.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"image 3: expected an image in .*gray\.png"):
+        AnnotatedFolder(folder, "train", 32)
+    Image.new("F", (40, 30)).save(folder / "train2017" / "gray.png", "TIFF")
+    with pytest.raises(ValueError, match=r"image 3: expected an image in .*gray\.png', got floats"):
         AnnotatedFolder(folder, "train", 32)
     file = folder / "annotations" / "instances_train2017.json"
     file.write_text(file.read_text(encoding="utf-8")[:-9], encoding="utf-8")

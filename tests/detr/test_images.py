@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from deform_attn.detr.images import as_tensor, draw, read_image
+from deform_attn.detr import files
+from deform_attn.detr.images import as_tensor, draw, find_images, read_image
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
 COLOUR = np.stack([GRAY, GRAY.T, 255 - GRAY], -1)
@@ -128,3 +129,22 @@ def test_names_with_accents_are_drawn() -> None:
         for name in "\u00fc\u00f6\u00f1\u0416"
     }
     assert len(pictures) == 4
+
+
+def test_files_that_cannot_be_written_are_found_before_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.check_file("sheet", tmp_path / "sheet.png")
+    assert not list(tmp_path.iterdir())
+
+    def refuse(**_: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", refuse)
+    with pytest.raises(OSError, match=r"sheet: expected .* written to, got .*: Permission denied"):
+        files.check_file("sheet", tmp_path / "sheet.png")
+
+
+def test_no_images_to_find_is_an_error() -> None:
+    with pytest.raises(FileNotFoundError, match="images: expected files, .*, got none"):
+        find_images([])

@@ -126,6 +126,11 @@ def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
         load("digits", device=0)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"num_classes: expected an integer, got \['a'\]"):
         create("rtdetr_r18", ["a"])  # type: ignore[arg-type]
+    torch.save({"settings": {}, "classes": ["a"], "random": []}, tmp_path / "checkpoint.pt")
+    with pytest.raises(
+        ValueError, match=r"expected model\.pt of a training, got its checkpoint, .*"
+    ):
+        load(tmp_path / "checkpoint.pt")
     detector, image = load("digits"), Image.new("RGB", (9, 9))
     single: tuple[Any, ...] = (image, "a.png", np.zeros((9, 9, 3)), None, {"image": image})
     for one in single:
