@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from numbers import Integral, Real
 
 import torch
@@ -61,7 +60,7 @@ def check_threshold(name: str, value: object) -> None:
         ValueError: outside of that range, or NaN.
     """
     number = check_number(name, value)
-    if math.isnan(number) or not 0 <= number <= 1:
+    if not 0 <= number <= 1:  # true of NaN too
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
 
 

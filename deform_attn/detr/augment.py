@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deform_attn.detr.data import Detection, Original, Sample, resized
-from deform_attn.detr.images import pad
+from deform_attn.detr.images import LARGEST_RATIO, pad
 from deform_attn.extras import needs_torchvision
 
 # Begin and end of each transform, as fractions of the training:
@@ -43,7 +43,6 @@ AUGMENTATIONS: dict[str, dict[str, tuple[float, float]]] = {
 }
 WITHOUT_TORCHVISION = ("none", "flip")
 SMALLEST_CROP = 0.3  # of an image's side
-LARGEST_RATIO = 4  # of the sides of an image that is not reduced further
 OF_SIZE, OF_MIXUP = 2**32 - 1, 2**32 - 2  # in the place of an item's place in the batch
 
 

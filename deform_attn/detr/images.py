@@ -19,6 +19,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 RESIZE = ("stretch", "fit", "shortest")
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17a2b8", "#b8860b")
 LONGEST = 1333 / 800  # of the longer side to the shorter one
+LARGEST_RATIO = 4  # of sides that augmentation keeps, so that 3000 x 2 pixels take little memory
 
 
 def read_image(source: Any) -> Image.Image:

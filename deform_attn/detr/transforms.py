@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
 from deform_attn.detr.data import Original
+from deform_attn.detr.images import LARGEST_RATIO
 
 # RT-DETR, D-FINE and DEIM. Zooming out has torchvision's probability of 0.5 and sides of up to 4.
 DISTORT = v2.RandomPhotometricDistort(p=0.5)
@@ -24,7 +25,6 @@ IOU_CROP = v2.RandomApply([v2.RandomIoUCrop()], p=0.8)
 # DEIM, of a mosaic.
 AFFINE = v2.RandomAffine(degrees=10, translate=(0.1, 0.1), scale=(0.5, 1.5), fill=0)
 SANITIZE = v2.Compose([v2.ClampBoundingBoxes(), v2.SanitizeBoundingBoxes(min_size=1)])
-LONGEST_RATIO = 4  # of the sides of a resized image; the memory of a 3000 x 2 image stays small
 
 
 def transformed(original: Original, transforms: Sequence[Any]) -> Original:
@@ -56,7 +56,7 @@ def mosaic(originals: Sequence[Original], size: int) -> Original:
     Args:
         originals: four.
         size: of the images in training; shorter sides become half of it, or less where the longer
-            side would be more than LONGEST_RATIO times that.
+            side would be more than LARGEST_RATIO times that.
 
     Raises:
         ValueError: not four images.
@@ -93,11 +93,11 @@ def size_crop(original: Original, size: int) -> Original:
 
 
 def _with_shorter_side(original: Original, side: int) -> Original:
-    """Resized with its ratio; an image longer than LONGEST_RATIO times the side is made smaller."""
+    """Resized with its ratio; an image longer than LARGEST_RATIO times the side is made smaller."""
     shorter, longer = sorted(original[0].size)
     scaled = side, side * longer // shorter
-    if scaled[1] > LONGEST_RATIO * side:
-        scaled = max(1, LONGEST_RATIO * side * shorter // longer), LONGEST_RATIO * side
+    if scaled[1] > LARGEST_RATIO * side:
+        scaled = max(1, LARGEST_RATIO * side * shorter // longer), LARGEST_RATIO * side
     wide = original[0].width == longer
     return transformed(original, [v2.Resize(scaled if wide else scaled[::-1])])
 

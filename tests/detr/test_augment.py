@@ -228,7 +228,7 @@ def test_memory_is_bounded_for_images_of_any_ratio(torchvision: None) -> None:
 
     narrow = Image.new("RGB", (3, 20000)), {"labels": torch.ones(1), "boxes": torch.ones(1, 4)}
     for image in (transforms.mosaic([narrow] * 4, 64)[0], transforms.size_crop(narrow, 64)[0]):
-        assert max(image.size) <= 2 * 32 * transforms.LONGEST_RATIO
+        assert max(image.size) <= 2 * 32 * transforms.LARGEST_RATIO
     reduced = Augmented(Images(np.zeros((2, 2, 3), np.uint8), []), "none", 10, 0)._reduced
     huge = Image.new("RGB", (200_000, 220)), {"boxes": torch.ones(1, 4)}
     assert math.prod(reduced(huge)[0].size) < 4.5 * (64 / 0.3) ** 2  # ceil of each side
