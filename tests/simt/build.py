@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import importlib.util
 import os
 import re
 import shutil
-import subprocess
 import sysconfig
 from pathlib import Path
 from types import ModuleType
 
+from build_tools.made import made, run
 from build_tools.toolchain import NotFound, find_cuda
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,12 +54,6 @@ def _sources_digest() -> str:
     return digest.hexdigest()
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-
-
 def compiled(source: str, output: str, *flags: str, link: tuple[str, ...] | None = None) -> Path:
     """The file made of a source of this folder; compiled only where it is not there yet.
 
@@ -70,26 +63,17 @@ def compiled(source: str, output: str, *flags: str, link: tuple[str, ...] | None
     command = [COMPILER, *FLAGS, *flags, *includes]
     key = hashlib.sha256((_sources_digest() + " ".join(command)).encode()).hexdigest()[:16]
     target = FOLDER / key / output
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f"{output}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one of several test processes compiles it
-        if not target.exists():
-            _compile(source, target, command, link)
-    return target
 
-
-def _compile(source: str, target: Path, command: list[str], link: tuple[str, ...] | None) -> None:
-    unfinished = target.with_name(f"unfinished.{target.name}")
-    if link is None:
-        _run([*command, str(HERE / source), "-o", str(unfinished), "-ldl"])
-    else:
+    def make(unfinished: Path) -> None:
+        if link is None:
+            run([*command, str(HERE / source), "-o", str(unfinished), "-ldl"])
+            return
         objects = unfinished.with_suffix(".o")
-        _run([*command, "-c", str(HERE / source), "-o", str(objects)])
-        _run([COMPILER, *link, str(objects), "-o", str(unfinished), "-ldl"])
+        run([*command, "-c", str(HERE / source), "-o", str(objects)])
+        run([COMPILER, *link, str(objects), "-o", str(unfinished), "-ldl"])
         objects.unlink()
-    unfinished.replace(target)  # atomic: an unfinished file is never used
+
+    return made(target, make)
 
 
 @functools.cache

@@ -5,15 +5,14 @@ What was compiled or simulated is kept in build/cycles until something that it i
 
 from __future__ import annotations
 
-import fcntl
 import functools
 import hashlib
 import shutil
-import subprocess
 import sysconfig
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
+from build_tools.made import made, run
 from build_tools.toolchain import NotFound, find_cuda, find_cxx
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -23,14 +22,6 @@ FOLDER = ROOT / "build" / "cycles"
 # No contraction of a * b + c: it would change the inputs. See model.cpp for the emulator's folder.
 CXX_FLAGS = ("-std=c++17", "-ffp-contract=off", "-frounding-math", "-Wall", "-Wextra")
 NVCC_FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
-
-
-def run(command: list[str]) -> str:
-    """The command's output; an error shows its messages."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
-    return done.stdout
 
 
 def find_nvdisasm() -> Path:
@@ -71,22 +62,6 @@ def _sources_of_kernels() -> list[Path]:
     return [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.cu*")]
 
 
-def _made(target: Path, make: Callable[[Path], None]) -> Path:
-    """The file, made where it is not there yet, by one of several processes that ask for it.
-
-    `make` writes to the path that it gets.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if not target.exists():
-        with target.with_name(f"{target.name}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not target.exists():
-                unfinished = target.with_name(f"{target.name}.unfinished")
-                make(unfinished)
-                unfinished.replace(target)  # atomic: an unfinished file is never used
-    return target
-
-
 def machine_code(source: str, capability: int) -> Path:
     """The text of nvdisasm for a source of csrc/cuda, such as forward_float.cu."""
     cuda = find_cuda()
@@ -100,7 +75,7 @@ def machine_code(source: str, capability: int) -> Path:
         path.write_text(run([str(find_nvdisasm()), "-hex", str(cubin)]))
         cubin.unlink()
 
-    return _made(target, make)
+    return made(target, make)
 
 
 def program(source: Path, *flags: str, cuda: bool = False) -> Path:
@@ -120,7 +95,7 @@ def program(source: Path, *flags: str, cuda: bool = False) -> Path:
     def make(path: Path) -> None:
         run([*command, "-o", str(path), *map(str, parts), "-ldl"])
 
-    return _made(target, make)
+    return made(target, make)
 
 
 def simulated(model: Path, arguments: list[str], code: Path) -> str:
@@ -130,4 +105,4 @@ def simulated(model: Path, arguments: list[str], code: Path) -> str:
     def make(path: Path) -> None:
         path.write_text(run([str(model), *arguments, str(code)]))
 
-    return _made(target, make).read_text()
+    return made(target, make).read_text()
