@@ -507,6 +507,7 @@ class _Run:
         self.parts = {name: getattr(self, name) for name in parts}
         self.step = 0
         self.log: Log | None = None
+        self.watch, self.began = Stopwatch(self.console.print), time.process_time()
         self.signal = 0  # the signal that ends the training
         self.handlers: dict[int, Any] = {signal.SIGINT: None, signal.SIGTERM: None}
         self.history: dict[str, Any] = {name: [] for name in (*OF_STEPS, *OF_EVALUATIONS)}
@@ -573,24 +574,26 @@ class _Run:
     # Checkpoints. Learning rates, order and augmentation of the images follow from seed and step.
 
     def _save(self) -> None:
+        self.history["cpu_seconds"] = time.process_time() - self.began
+        if self.rank == 0:
+            name = self.settings.recipe or self.settings.model
+            title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
+            write(self.out / "model.pt", lambda f: torch.save(self._trained(), f))
+            write(self.out / "history.json", lambda f: f.write(json.dumps(self.history).encode()))
+            write(self.out / "curves.png", lambda f: draw_curves(self.history, title, f))
+        keep = self.settings.keep_every
+        self._save_checkpoint(keep=keep > 0 and self.step % keep == 0)
+
+    def _save_checkpoint(self, *, keep: bool = False) -> None:
+        """What a training is resumed from; ``keep``: also as a file of this step."""
         random = self._gathered(self._random_state())
         if self.rank > 0:
             return
         checkpoint = {"settings": asdict(self.settings), "step": self.step}
         checkpoint |= {"history": self.history, "random": random, "data": self._data()}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
-        name = self.settings.recipe or self.settings.model
-        title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
-        for name, write_to in {
-            "model.pt": lambda f: torch.save(self._trained(), f),
-            "history.json": lambda f: f.write(json.dumps(self.history).encode()),
-            "curves.png": lambda f: draw_curves(self.history, title, f),
-            "checkpoint.pt": lambda f: torch.save(checkpoint, f),
-        }.items():
-            write(self.out / name, write_to)
-        keep = self.settings.keep_every
-        if keep and self.step % keep == 0:
-            write(self.out / f"checkpoint_{self.step}.pt", lambda f: torch.save(checkpoint, f))
+        for name in ("checkpoint.pt", *([f"checkpoint_{self.step}.pt"] if keep else [])):
+            write(self.out / name, lambda f: torch.save(checkpoint, f))
 
     def _trained(self) -> dict[str, Any]:
         """Content of a file for `load`."""
@@ -638,7 +641,7 @@ class _Run:
                 except (RuntimeError, ValueError) as error:
                     raise ValueError(f"{file}: {name}: {error}") from error
         for group, own in zip(self.optimizer.param_groups, groups):
-            group |= {name: own[name] for name in ("lr", "peak", "weight_decay")}
+            group |= {name: own[name] for name in ("peak", "weight_decay")}
         self.step = checkpoint["step"]
         # Histories of earlier versions have fewer numbers.
         self.history |= {name: [None] * self.step for name in OF_STEPS} | checkpoint["history"]
@@ -656,7 +659,7 @@ class _Run:
                 module.set_rng_state(states[self.device.type])
         done = f"step {self.step} of {self.settings.steps}"
         self.console.print(f"resumes {file} after {done}", soft_wrap=True)
-        if self.step == self.settings.steps:
+        if self.step == self.settings.steps and not self._evaluation_is_awaited():
             self.console.print(
                 f"nothing remains to do; --resume {file} with a larger --steps continues",
                 soft_wrap=True,
@@ -695,46 +698,75 @@ class _Run:
         for module in self.model.modules() if settings.freeze_norms else ():
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
-        if remaining and self._ended_early():
+        awaited = self._evaluation_is_awaited()  # a process ended before it or during it
+        if remaining and not awaited and self._ended_early():
             return self.history
-        began = time.process_time() - self.history["cpu_seconds"]
+        self.began = time.process_time() - self.history["cpu_seconds"]
         if self.rank == 0:
-            self.log = Log(self.out, self.history, tensorboard=self.tensorboard)
-        watch, passes = Stopwatch(self.console.print), zip(*[iter(loader)] * settings.accumulate)
-        every = settings.evaluate_every
+            logged = self.step - awaited
+            self.log = Log(self.out, self.history, logged, tensorboard=self.tensorboard)
+        if awaited and self._finish_step(save=True):
+            remaining = range(0)
+        passes = zip(*[iter(loader)] * settings.accumulate)
         layers = getattr(self.model.get_submodule("decoder"), "eval_layers", 1)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         no_bar = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=no_bar) as bar:
             task = bar.add_task("", total=settings.steps, completed=self.step)
             for left in reversed(range(len(remaining))):
-                with watch.time("step", left):
+                with self.watch.time("step", left):
                     losses = self._step(model, next(passes))
                 matched = sum(loss for name, loss in losses.items() if in_evaluation(name, layers))
                 lr = settings.lr * learning_rate_factor(self.step - 1, settings.steps)
                 row = sum(losses.values()), matched, lr
                 for name, value in zip(OF_STEPS, row):
                     self.history[name].append(value)
-                stopped = max(self._gathered(self.signal))  # processes get it in other steps
-                last = left == 0
-                if last or self.step % every == 0:
-                    others = 0 if last else -(-settings.steps // every) - self.step // every
-                    with watch.time("evaluation", others):
-                        self._evaluate(losses)
-                    last = last or self._ended_early()
-                if self.log is not None:
-                    self.log.add(self.history)
-                self.history["cpu_seconds"] = time.process_time() - began
-                if last or stopped or self.step % settings.save_every == 0:
-                    self._save()
+                if left == 0 or self.step % settings.evaluate_every == 0:
+                    self.history["parts"].append({"step": self.step, **losses})
+                ended = self._finish_step(save=left == 0 or self.step % settings.save_every == 0)
                 bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
-                if last:
+                if ended:
                     break
-                if stopped:
-                    self._stop(stopped)
         if self.world > 1:  # gloo's threads may still use tensors when Python ends: wait
             distributed.barrier()
         return self.history
+
+    def _evaluation_is_awaited(self) -> bool:
+        """Whether an evaluation after the current step is due, and not in the history yet."""
+        due, done = ([one["step"] for one in self.history[name][-1:]] for name in ("parts", "ap"))
+        return due == [self.step] != done
+
+    def _finish_step(self, *, save: bool) -> bool:
+        """Save, evaluate where that is due, and log the step; whether the training has ended.
+
+        The state is saved before the evaluation, and again with its numbers.
+        """
+        ended = self.step == self.settings.steps
+        stopped = self._stopped()
+        if self._evaluation_is_awaited():
+            if stopped:  # the evaluation follows when the training is resumed
+                self._save()
+                self._stop(stopped)
+            self.history["cpu_seconds"] = time.process_time() - self.began
+            if save:
+                self._save_checkpoint()
+            every = self.settings.evaluate_every
+            others = 0 if ended else -(-self.settings.steps // every) - self.step // every
+            with self.watch.time("evaluation", others):
+                self._evaluate()
+            ended = ended or self._ended_early()
+            stopped = self._stopped()
+        if self.log is not None:
+            self.log.add(self.history)
+        if save or ended or stopped:
+            self._save()
+        if stopped and not ended:
+            self._stop(stopped)
+        return ended
+
+    def _stopped(self) -> int:
+        """The signal that ends the training, or 0; processes get it in different steps."""
+        return max(self._gathered(self.signal))
 
     def _ended_early(self) -> bool:
         """Whether the last evaluations had no better AP than one before them."""
@@ -825,9 +857,8 @@ class _Run:
             for mean, now in zip(averages, current):
                 mean.copy_(mean.lerp(now, 1 / span) if mean.is_floating_point() else now)
 
-    def _evaluate(self, losses: dict[str, float]) -> None:
+    def _evaluate(self) -> None:
         """Loss and AP of the averaged weights on the test images."""
-        self.history["parts"].append({"step": self.step, **losses})
         weighted: list[tuple[int, dict[str, Tensor]]] = []
 
         def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
