@@ -3,8 +3,8 @@
 The folder of a run holds ``model.pt`` and ``best.pt``, that of the best AP, for
 `deform_attn.detr.load`; ``log.csv`` and ``curves.png``; ``history.json``; and ``checkpoint.pt``.
 The same command resumes a training that was stopped, with the same result to the bit; ``--resume``
-continues it with other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train
-...`` N processes share each batch.
+continues it with the settings of the run, apart from those that are given. Under
+``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes share each batch.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.recompute import recompute
 from deform_attn.detr.zoo import CONFIGURATIONS
 
-# Settings that --resume lets change.
+# Settings that may differ from those of the run that --resume continues.
 CHANGEABLE = frozenset(
     [
         "steps",
@@ -150,8 +150,12 @@ class Settings:
                 check_number(field.name, got)
             elif not isinstance(got, str):
                 raise TypeError(f"{field.name}: expected text, got {got!r}")
-        if bool(self.recipe) == bool(self.model) and not self.init:
-            raise ValueError("recipe, model: expected one of them, or init alone")
+        if self.recipe and self.model:
+            raise ValueError(
+                f"recipe, model: expected one of them, got {self.recipe!r} and {self.model!r}"
+            )
+        if not (self.recipe or self.model or self.init):
+            raise ValueError("recipe, model: expected one of them, or init alone, got none")
         choices: dict[str, Iterable[str]] = {
             "recipe": ("", *RECIPES),
             "model": ("", *CONFIGURATIONS),
@@ -367,9 +371,11 @@ def train(
 ) -> dict[str, Any]:
     """Train or fine-tune a detector; resumes from the checkpoint in the folder, if there is one.
 
-    With a checkpoint to resume, its training is continued with other settings: steps, batch,
-    rates, augmentation, sizes, precision, seed, patience, saving, the device, the place of the data
-    and the number of processes. What decides the model and its data must be the same.
+    With a checkpoint to resume, its training is continued. On the command line, options that are
+    not given have the values of that run; in Python, ``settings_of(RUN)`` gives them. Other values
+    may be given of steps, batch, rates, augmentation, random sizes, precision, seed, patience,
+    saving, the device, the place of the data and the number of processes. What decides the model
+    and its data must be the same.
 
     Under torchrun it makes a process group, if there is none, and destroys it at the end. A script
     that trains several times makes one group for all: PyTorch's store keeps the addresses of a
@@ -384,15 +390,15 @@ def train(
     python -m deform_attn.detr train --init FILE.pth --data FOLDER --lr 1e-4 --backbone-lr 0.1
     --multi-scale 0.25 --batch 4 --accumulate 4 --recompute 1 --patience 5 --out RUN
 
-    python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out NEXT
+    python -m deform_attn.detr train --resume RUN --steps 1600 --lr 1e-4 --out NEXT
 
     Args:
         settings: of the training.
-        out: folder of the run.
+        out: folder of the run; with resume, by default that of the checkpoint.
         workers: processes that prepare batches, of training and evaluation; they do not change the
             result.
-        resume: a checkpoint, or the folder of a run, to continue with other settings. The folder of
-            the run is the same, or one that has no other training.
+        resume: a checkpoint, or the folder of a run, to continue. ``out`` is the same folder, or
+            one that has no other training.
         device: cpu, cuda, cuda:1, mps, ...; by default a GPU, if there is one. Under torchrun each
             process has its own.
         tensorboard: write events for TensorBoard too, in ``tensorboard/`` of the folder.
@@ -445,7 +451,7 @@ class _Run:
         tensorboard: bool = False,
     ) -> None:
         file, checkpoint = _checkpoint(out, resume)
-        source = None
+        change, source = resume is not None, None
         if checkpoint is None:
             source = open_detector("init", settings.init) if settings.init else None
             settings = resolved(settings, source)
@@ -460,6 +466,8 @@ class _Run:
         self.console = Console(quiet=rank > 0, highlight=False)
         wrap = functools.partial(self.console.print, soft_wrap=True)
         self.settings = settings = with_augmentation(settings, checkpoint, wrap)
+        if checkpoint is not None:
+            _check_settings(settings, checkpoint["settings"], file, change=change)
         self.out = out
         official = CONFIGURATIONS.get(settings.model)
         size = settings.size or (0 if official is None else official.image_size)
@@ -517,7 +525,7 @@ class _Run:
         torch.manual_seed(settings.seed + 1000 * rank)  # processes draw different noise
         make_folder("out", out)
         if checkpoint is not None:
-            self._load(file, checkpoint, change=resume is not None)
+            self._load(file, checkpoint, change=change)
 
     def _check_objects(self) -> None:
         """Warn of images with more objects than queries can find.
@@ -607,17 +615,8 @@ class _Run:
         return {"classes": classes, "train": self.data.identity, "val": self.test.identity}
 
     def _load(self, file: Path, checkpoint: dict[str, Any], *, change: bool) -> None:
-        """Continue from a checkpoint; ``change``: with other settings."""
-        settings, then, data = asdict(self.settings), checkpoint["settings"], checkpoint["data"]
-        for name, now in settings.items():
-            # The data is compared by its content; initial weights are not needed any more.
-            free = name in ("data", "init") or (change and name in CHANGEABLE)
-            if free or name not in then or then[name] == now:
-                continue
-            step = "--init starts another training from its weights"
-            if name in CHANGEABLE:
-                step = "--resume continues it with other settings"
-            raise ValueError(f"{name}: expected {then[name]!r} as in {file}, got {now!r}; {step}")
+        """Continue from a checkpoint; ``change``: settings may be others."""
+        then, data = checkpoint["settings"], checkpoint["data"]
         for part, now in self._data().items():
             if part not in data or data[part] == now:
                 continue
@@ -890,6 +889,26 @@ class _Run:
         self.console.print(f"step {self.step:5}  {loss_now}  {ap_now}", soft_wrap=True)
 
 
+def settings_of(run: str | Path) -> Settings:
+    """The settings of a training, to continue it with some of them changed.
+
+    Args:
+        run: its folder, or a checkpoint in it.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: damaged, or no training.
+
+    Example::
+
+        settings = dataclasses.replace(settings_of("RUN"), lr=1e-4, steps=2000)
+        train(settings, Path("NEXT"), resume=Path("RUN"))
+    """
+    then = _read(_file_of(Path(run)))["settings"]
+    known = {field.name for field in fields(Settings)}  # of the checkpoint's version: perhaps more
+    return Settings(**{name: value for name, value in then.items() if name in known})
+
+
 def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | None]:
     """The checkpoint that a training starts from, with its content; None where it is new.
 
@@ -899,19 +918,55 @@ def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | 
     """
     file = out / "checkpoint.pt"
     if resume is not None:
-        given = resume / "checkpoint.pt" if resume.is_dir() else resume
-        if not given.exists():
-            raise FileNotFoundError(f"resume: expected a checkpoint or its folder, got {given}")
+        given = _file_of(resume)
         if file.exists() and not file.samefile(given):
             raise ValueError(
-                f"out: expected a folder without another training, got {file}; the same command "
-                "without --resume continues that one"
+                f"out: expected a folder without another training, got {file}; choose another "
+                f"folder, or continue that one with --resume {out}"
             )
         file = given
+    return file, _read(file) if file.exists() else None
+
+
+def _file_of(resume: Path) -> Path:
+    """The checkpoint of a folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = resume / "checkpoint.pt" if resume.is_dir() else resume
     if not file.exists():
-        return file, None
+        raise FileNotFoundError(f"resume: expected a checkpoint or its folder, got {file}")
+    return file
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Content of a checkpoint of a training.
+
+    Raises:
+        ValueError: damaged, or no training.
+    """
     content = read_checkpoint(file)
     needed = ("settings", "step", "history", "random", "data", "model", "average", "optimizer")
     if missing := [name for name in (*needed, "scaler") if name not in content]:
-        raise ValueError(f"{file}: expected a training, got none of {', '.join(missing)}")
-    return file, content
+        raise ValueError(
+            f"{file}: expected checkpoint.pt of a training, got a file without {', '.join(missing)}"
+        )
+    return content
+
+
+def _check_settings(settings: Settings, then: dict[str, Any], file: Path, *, change: bool) -> None:
+    """Compare settings with those of a checkpoint; ``change``: those of CHANGEABLE may differ.
+
+    Raises:
+        ValueError: another value.
+    """
+    for name, now in asdict(settings).items():
+        # The data is compared by its content; initial weights are not needed any more.
+        free = name in ("data", "init") or (change and name in CHANGEABLE)
+        if free or name not in then or then[name] == now:
+            continue
+        step = "--init starts another training from its weights"
+        if name in CHANGEABLE:
+            step = "--resume continues it with other settings"
+        raise ValueError(f"{name}: expected {then[name]!r} as in {file}, got {now!r}; {step}")

@@ -37,7 +37,7 @@ from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.recompute import recompute
-from deform_attn.detr.train import Settings, _Run, parameter_groups, train
+from deform_attn.detr.train import Settings, _Run, parameter_groups, settings_of, train
 from tests import vision
 
 
@@ -590,6 +590,7 @@ def test_a_training_is_continued_with_other_settings(
         train(Settings(**other), run, resume=early)
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint or its folder"):
         train(Settings(**other), next_run, resume=tmp_path / "none")
+    assert settings_of(early) == Settings(**settings | {"augment": "flip"})
     with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
         train(Settings(**other | {"steps": 1}), next_run, resume=early)
     old = torch.load(early, weights_only=True)
@@ -658,7 +659,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_pa
     with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a checkpoint, got"):
         train(settings, tmp_path)
     torch.save({"model": {}}, file)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a training, got none of set"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint\.pt: expected checkpoint\.pt of a training, got a file without set",
+    ):
         train(settings, tmp_path)
 
 
