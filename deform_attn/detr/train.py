@@ -42,7 +42,7 @@ from deform_attn.detr.augment import (
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
-from deform_attn.detr.files import locked, make_folder, write
+from deform_attn.detr.files import locked, make_folder, nearby, write
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
@@ -936,7 +936,9 @@ def _file_of(resume: Path) -> Path:
     """
     file = resume / "checkpoint.pt" if resume.is_dir() else resume
     if not file.exists():
-        raise FileNotFoundError(f"resume: expected a checkpoint or its folder, got {file}")
+        raise FileNotFoundError(
+            f"resume: expected a checkpoint or its folder, got {str(resume)!r}: {nearby(file)}"
+        )
     return file
 
 
