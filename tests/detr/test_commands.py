@@ -274,7 +274,7 @@ def test_a_resumed_training_repeats_no_options(
     ):
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, "train", "--resume", run_folder, *given)
-    with pytest.raises(SystemExit, match="resume: expected a checkpoint or its folder, got none"):
+    with pytest.raises(SystemExit, match="resume: expected a checkpoint or its folder, got 'none'"):
         run(monkeypatch, "train", "--resume", "none")
     with pytest.raises(SystemExit, match=r"model\.pt: expected checkpoint\.pt of a training, got"):
         run(monkeypatch, "train", "--resume", run_folder / "model.pt")
