@@ -20,7 +20,7 @@ void expect(bool right, const char* what) {
   ++failures;
 }
 
-constexpr size_t kMega = size_t{1} << 20;
+constexpr size_t kMega = size_t{1} << 20, kMost = 64 * kMega;
 
 void* take(KeptBlocks& blocks, size_t bytes, bool expected_fresh, const char* what) {
   bool fresh = false;
@@ -31,7 +31,7 @@ void* take(KeptBlocks& blocks, size_t bytes, bool expected_fresh, const char* wh
 }
 
 void sizes() {
-  KeptBlocks blocks;
+  KeptBlocks blocks(kMost);
   void* four = take(blocks, 4 * kMega, true, "nothing is kept at the start");
   void* five = take(blocks, 5 * kMega, true, "a block in use is not given again");
   blocks.give(four);
@@ -47,12 +47,12 @@ void sizes() {
 }
 
 void limit() {
-  KeptBlocks blocks;
-  constexpr size_t kThird = KeptBlocks::kMost / 3;
+  KeptBlocks blocks(kMost);
+  constexpr size_t kThird = kMost / 3;
   void* first = take(blocks, kThird, true, "a new block");
   void* second = take(blocks, 2 * kThird, true, "a new block");
   void* third = take(blocks, kThird / 2, true, "a new block");
-  void* huge = take(blocks, KeptBlocks::kMost + 1, true, "a new block");
+  void* huge = take(blocks, kMost + 1, true, "a new block");
   blocks.give(first);
   blocks.give(second);
   blocks.give(third);  // more than kMost with the two before it
@@ -60,18 +60,18 @@ void limit() {
   void* new_first = take(blocks, kThird, true, "the oldest is freed");
   void* old_second = take(blocks, 2 * kThird, false, "the second is kept");
   void* old_third = take(blocks, kThird / 2, false, "the newest is kept");
-  void* new_huge = take(blocks, KeptBlocks::kMost + 1, true, "the largest is not kept");
+  void* new_huge = take(blocks, kMost + 1, true, "the largest is not kept");
   for (void* data : {new_first, old_second, old_third, new_huge}) blocks.give(data);
 }
 
 void without_memory() {
-  KeptBlocks blocks;
+  KeptBlocks blocks(kMost);
   bool fresh = false;
   expect(blocks.take(PTRDIFF_MAX - 2 * kMega, fresh) == nullptr, "null, no exception");
 }
 
 void threads() {
-  KeptBlocks blocks;
+  KeptBlocks blocks(kMost);
   std::vector<std::thread> all;
   std::vector<int> wrong(4, 0);
   for (int i = 0; i < 4; ++i) {

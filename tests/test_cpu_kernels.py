@@ -23,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 import deform_attn
 from deform_attn.backends import compiled as backend
@@ -200,29 +201,40 @@ def test_results_that_are_in_use_are_not_overwritten() -> None:
     assert len({tensor.data_ptr() for tensor in results}) == len(results)
 
 
-def test_the_memory_of_a_freed_result_is_used_again() -> None:
+# Prints whether the second result has the memory of the first, which no other tensor got.
+KEPT = """
+import torch, deform_attn
+value = torch.rand(1, 5720, 4, 16)
+locations, weights = torch.rand(1, 5720, 4, 1, 1, 2), torch.ones(1, 5720, 4, 1, 1)
+
+def call():
+    arguments = value, [(65, 88)], [0], locations, weights
+    return deform_attn.ms_deform_attn(*arguments, backend="compiled")
+
+output = call()
+place, part, expected = output.data_ptr(), output[0, 1], output[0, 1].clone()
+del output
+assert call().data_ptr() != place  # a view holds it
+call().zero_()
+assert torch.equal(part, expected)
+del part
+others = [torch.empty_like(value) for _ in range(4)]
+print(call().data_ptr() == place)
+"""
+
+
+@pytest.mark.parametrize("megabytes", ["", "2", "0", "-1", "1 GB"])
+def test_the_memory_of_a_freed_result_is_used_again(megabytes: str) -> None:
     """With torch 2.11 or later on Linux; elsewhere results are torch's allocations."""
-    value = torch.rand(1, 5720, 4, 16)
-    locations = torch.rand(1, 5720, 4, 1, 1, 2)
-    weights = torch.ones(1, 5720, 4, 1, 1)
-
-    def call() -> torch.Tensor:
-        return deform_attn.ms_deform_attn(
-            value, [(65, 88)], [0], locations, weights, backend="compiled"
-        )
-
-    output = call()
-    place = output.data_ptr()
-    part = output[0, 1]
-    del output
-    assert call().data_ptr() != place  # a view holds it
-    expected = part.clone()
-    call().zero_()
-    assert torch.equal(part, expected)
-    del part
-    again = {call().data_ptr() for _ in range(4)}
-    kept = sys.platform == "linux" and torch.torch_version.TorchVersion(torch.__version__) >= "2.11"
-    assert (place in again and len(again) <= 2) == kept
+    environment = os.environ | {"DEFORM_ATTN_KEEP_MB": megabytes}
+    command = [sys.executable, "-c", KEPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    keeps = sys.platform == "linux" and TorchVersion(torch.__version__) >= "2.11"
+    if keeps and megabytes in ("-1", "1 GB"):
+        assert "DEFORM_ATTN_KEEP_MB: expected a number from 0" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{keeps and megabytes != '0'}\n"
 
 
 # The choice of the instruction set ----------------------------------------------------------------

@@ -15,11 +15,15 @@ namespace deform_attn::cpu {
 class KeptBlocks {
  public:
   static constexpr size_t kSmallest = size_t{1} << 20;  // bytes; smaller ones are cheap to map
-  static constexpr size_t kMost = size_t{128} << 20;    // bytes of all blocks that are kept
 
+  // Keeps at most `most` bytes.
+  explicit KeptBlocks(size_t most) : most_(most) {}
   ~KeptBlocks() {
     for (void* data : kept_) free(data);
   }
+
+  // Whether a block of this size is kept when it is given back.
+  bool keeps(size_t bytes) const { return bytes >= kSmallest && bytes <= most_; }
 
   // A block of `bytes` or more, of unknown contents; null where there is no memory. `fresh`: it is new.
   void* take(size_t bytes, bool& fresh) {
@@ -67,14 +71,14 @@ class KeptBlocks {
 
   bool keep(void* data) noexcept {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock || size_of(data) > kMost) return false;
+    if (!lock || !keeps(size_of(data))) return false;
     try {
       kept_.push_back(data);
     } catch (const std::bad_alloc&) {
       return false;
     }
     bytes_ += size_of(data);
-    while (bytes_ > kMost) {
+    while (bytes_ > most_) {
       bytes_ -= size_of(kept_.front());
       free(kept_.front());
       kept_.erase(kept_.begin());
@@ -82,6 +86,7 @@ class KeptBlocks {
     return true;
   }
 
+  const size_t most_;
   std::mutex mutex_;
   std::vector<void*> kept_;  // the newest last
   size_t bytes_ = 0;         // of all that are kept

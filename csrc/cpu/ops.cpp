@@ -181,9 +181,20 @@ void ask_for_pages(void* data, size_t bytes) {
 #endif
 }
 
+// Bytes of freed results that are kept for later calls; DEFORM_ATTN_KEEP_MB is in units of 2^20 bytes.
+size_t bytes_to_keep() {
+  const char* given = std::getenv("DEFORM_ATTN_KEEP_MB");
+  if (given == nullptr || *given == '\0') return size_t{128} << 20;
+  char* end = nullptr;
+  const long count = std::strtol(given, &end, 10);
+  DEFORM_ATTN_REQUIRE(*end == '\0' && count >= 0 && count < 1 << 20,
+                      "DEFORM_ATTN_KEEP_MB: expected a number from 0 to 1048575, got ", given);
+  return static_cast<size_t>(count) << 20;
+}
+
 // Never destroyed: tensors may live longer than this library's variables.
 cpu::KeptBlocks& kept_blocks() {
-  static auto& blocks = *new cpu::KeptBlocks;
+  static auto& blocks = *new cpu::KeptBlocks(bytes_to_keep());
   return blocks;
 }
 
@@ -223,7 +234,7 @@ Tensor empty(const Shape& shape, ScalarType type) {
   AtenTensorHandle handle;
   bool fresh = true;
   void* block = nullptr;
-  if (bytes >= cpu::KeptBlocks::kSmallest && tensor_of_block()) {
+  if (tensor_of_block() != nullptr && kept_blocks().keeps(bytes)) {
     block = kept_blocks().take(bytes, fresh);
   }
   if (block != nullptr) {
