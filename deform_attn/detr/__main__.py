@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ with needs("detr"):
     from deform_attn.detr.pictures import draw_sheet, precision_recall
     from deform_attn.detr.predict import open_detector
     from deform_attn.detr.progress import progress
-    from deform_attn.detr.train import train
+    from deform_attn.detr.train import settings_of, train
 
 PROG = "python -m deform_attn.detr"
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -214,6 +216,22 @@ def _order(split: str) -> tuple[int, str]:
     return starts.index(True) if any(starts) else 3, split
 
 
+def _train_command(arguments: Sequence[str]) -> Callable[..., Any]:
+    """``train``; with ``--resume``, options that are not given have the values of that run.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: damaged, or no training.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path, nargs="?")
+    run = parser.parse_known_args(arguments)[0].resume
+    if run is None:
+        return train
+    folder = run if run.is_dir() else run.parent
+    return functools.partial(train, settings=settings_of(run), out=folder)
+
+
 def main() -> None:
     """Read the command line and run a command."""
     commands: dict[str, Any] = {
@@ -224,6 +242,8 @@ def main() -> None:
         "data": data,
     }
     try:
+        if sys.argv[1:2] == ["train"]:
+            commands["train"] = _train_command(sys.argv[2:])
         tyro.extras.subcommand_cli_from_dict(
             commands, prog=PROG, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
         )

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from deform_attn.detr.arguments import check_integer
 from deform_attn.detr.boxes import from_corners
+from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -137,10 +138,12 @@ def folder_of(name: str) -> tuple[Path, str]:
     if layout in LAYOUTS and folder:
         return Path(folder).expanduser(), layout
     path = Path(name).expanduser()
-    if not name or "\0" in name or not path.exists():
+    valid = name != "" and "\0" not in name
+    if not valid or not path.exists():
+        why = f": {nearby(path, list(DRAWN))}" if valid else ""
         raise ValueError(
             "data: expected 'shapes', 'digits', a folder, or 'coco:FOLDER', 'roboflow:FOLDER' or "
-            f"'yolo:FOLDER', got {name!r}"
+            f"'yolo:FOLDER', got {name!r}{why}"
         )
     return path, ""
 

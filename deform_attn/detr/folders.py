@@ -27,6 +27,7 @@ import torch
 
 from deform_attn.detr import cache, coco, yolo
 from deform_attn.detr.data import Original, Sample, resized
+from deform_attn.detr.files import nearby
 from deform_attn.detr.images import RESIZE, read_image
 from deform_attn.detr.progress import mapped
 
@@ -167,14 +168,16 @@ def find_splits(folder: Path, layout: str = "") -> Splits:
     Raises:
         ValueError: no folder, no layout, or several of them.
     """
-    if "\0" in str(folder) or not folder.exists():
-        raise ValueError(f"{str(folder)!r}: expected a folder")
+    if "\0" in str(folder):
+        raise ValueError(f"data: expected a folder, got {str(folder)!r}")
+    if not folder.exists():
+        raise ValueError(f"data: expected a folder, got {str(folder)!r}: {nearby(folder)}")
     if folder.is_dir():
         splits = _recognised(folder, layout)
     elif layout in ("", "yolo") and folder.suffix in (".yaml", ".yml"):
         folder, splits = folder.parent, _yolo(folder.parent, folder.name)
     else:
-        raise ValueError(f"{str(folder)!r}: expected a folder, got a file")
+        raise ValueError(f"data: expected a folder, got the file {str(folder)!r}")
     parts = sorted((folder / HELD_OUT).glob("*.json"))
     if parts and len(splits) == 1:
         whole = next(iter(splits.values()))

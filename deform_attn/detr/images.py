@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from deform_attn.detr.files import nearby
 from deform_attn.extras import needs
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
@@ -72,6 +73,8 @@ def find_images(names: Sequence[str | Path]) -> list[Path]:
             files = [path] if path.exists() else [Path(f) for f in sorted(glob.glob(str(name)))]
         if not files:
             expected, got = "a file, a folder or a pattern", repr(str(name))
+            if not path.exists() and glob.escape(str(name)) == str(name):
+                got += f": {nearby(path)}"
             if path.is_dir():
                 expected = f"images ({', '.join(SUFFIXES)})"
                 got = f"the folder {got} without any"

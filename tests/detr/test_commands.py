@@ -6,6 +6,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -22,7 +23,7 @@ from deform_attn.detr.export import difference, export
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.models import Detections
 from deform_attn.detr.recipes import RECIPES, build
-from deform_attn.detr.train import AMP, Settings, train, transfer
+from deform_attn.detr.train import AMP, Settings, settings_of, train, transfer
 
 from .official import official_state
 
@@ -249,6 +250,34 @@ def test_an_invalid_setting_is_named(monkeypatch: Patch, tmp_path: Path, capsys:
     with pytest.raises(SystemExit, match="^python -m .*: error: steps: expected at least 1, got 0"):
         run(monkeypatch, "train", *wrong)
     assert capsys.readouterr() == ("", "")  # the parser of the command line prints nothing
+
+
+def test_a_resumed_training_repeats_no_options(
+    folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """A value that contradicts the run is an error before the data is read."""
+    run_folder = tmp_path / "run"
+    sizes = {"steps": 1, "batch": 2, "width": 32, "layers": 1, "queries": 10, "size": 64}
+    settings = Settings(data=f"coco:{folder}", recipe="detr", lr=1e-5, **sizes)
+    train(settings, run_folder)
+    run(monkeypatch, "train", "--resume", run_folder, "--steps", 2)
+    assert "resumes" in capsys.readouterr().out
+    assert settings_of(run_folder) == replace(settings, steps=2, augment="flip")
+    more = ["--lr=2e-5", "--steps=3", "--out", tmp_path / "next"]
+    run(monkeypatch, "train", f"--resume={run_folder}", *more)
+    assert settings_of(tmp_path / "next") == replace(settings, steps=3, lr=2e-5, augment="flip")
+    monkeypatch.setattr("deform_attn.detr.train.open_dataset", Mock(side_effect=AssertionError))
+    for given, message in (
+        (("--recipe", "dino"), "recipe: expected 'detr' as in .*, got 'dino'; --init starts"),
+        (("--model", "dfine_n"), "recipe, model: expected one of them, got 'detr' and 'dfine_n'"),
+        (("--layers", 2), "layers: expected 1 as in .*, got 2; --init starts"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "train", "--resume", run_folder, *given)
+    with pytest.raises(SystemExit, match="resume: expected a checkpoint or its folder, got none"):
+        run(monkeypatch, "train", "--resume", "none")
+    with pytest.raises(SystemExit, match=r"model\.pt: expected checkpoint\.pt of a training, got"):
+        run(monkeypatch, "train", "--resume", run_folder / "model.pt")
 
 
 def test_help_has_examples_and_names_the_choices(monkeypatch: Patch, capsys: Capture) -> None:

@@ -122,9 +122,12 @@ def test_a_folder_of_no_layout_or_of_two_is_named(tmp_path: Path) -> None:
     for name, message in (
         ("coco:", "data: expected 'shapes', .*, got 'coco:'"),
         ("a\0b", r"data: expected .*, got 'a\\x00b'"),
-        ("yolo:a\0b", r"'a\\x00b': expected a folder"),
-        ("yolo:none", "'none': expected a folder"),
-        (str(tmp_path / "two/labels/train/a.txt"), r"a\.txt': expected a folder, got a file"),
+        ("yolo:a\0b", r"data: expected a folder, got 'a\\x00b'"),
+        ("yolo:none", "data: expected a folder, got 'none': '.' has no 'none'"),
+        (
+            str(tmp_path / "two/labels/train/a.txt"),
+            r"data: expected a folder, got the file .*a\.txt'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             open_dataset(name, "train")
