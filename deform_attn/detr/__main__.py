@@ -20,9 +20,10 @@ with needs("detr"):
     from rich.console import Console
     from rich.table import Table
 
-    from deform_attn.detr.arguments import check_integer, check_threshold, find_device
+    from deform_attn.checks import check_integer, check_threshold
     from deform_attn.detr.coco import raise_faults
     from deform_attn.detr.data import folder_of, open_dataset, splits_of
+    from deform_attn.detr.device import find_device
     from deform_attn.detr.evaluate import as_text, coco_results, detect, score
     from deform_attn.detr.export import SUFFIXES
     from deform_attn.detr.export import export as export_detector

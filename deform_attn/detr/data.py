@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from deform_attn.detr.arguments import check_integer
+from deform_attn.checks import check_integer
 from deform_attn.detr.boxes import from_corners
 from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deform_attn.detr.arguments import check_integer
+from deform_attn.checks import check_integer
 from deform_attn.detr.files import write
 from deform_attn.detr.matching import assign
 from deform_attn.detr.models import BestScores, Detections, Postprocess

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deform_attn.detr.arguments import check_number
+from deform_attn.checks import check_number
 from deform_attn.detr.files import make_folder, write
 from deform_attn.detr.folders import HELD_OUT, Source, find_splits, validated
 

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deform_attn.detr.arguments import check_integer, check_threshold, find_device
+from deform_attn.checks import check_integer, check_threshold
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
+from deform_attn.detr.device import find_device
 from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor, pad, read_image
 from deform_attn.detr.models import System

@@ -31,7 +31,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.detr.arguments import check_integer, check_number, default_device, find_device
+from deform_attn.checks import check_integer, check_number
 from deform_attn.detr.augment import (
     AUGMENTATIONS,
     Augmented,
@@ -41,6 +41,7 @@ from deform_attn.detr.augment import (
 )
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
+from deform_attn.detr.device import default_device, find_device
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
 from deform_attn.detr.files import locked, make_folder, nearby, write
 from deform_attn.detr.images import RESIZE

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from deform_attn.detr import load
-from deform_attn.detr.arguments import find_device
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
+from deform_attn.detr.device import find_device
 from deform_attn.detr.evaluate import NAMES, detect, evaluate
 from deform_attn.detr.files import locked, write
 from deform_attn.detr.losses import in_evaluation
