@@ -344,7 +344,16 @@ class AnnotatedFolder:
             [_clipped(one["bbox"], facts["width"], facts["height"]) for one in objects]
         ).reshape(-1, 4)
         labels = torch.tensor([one["category_id"] for one in objects]).long()
-        return read_image(self.root / facts["file_name"]), {"labels": labels, "boxes": boxes}
+        try:
+            image = read_image(self.root / facts["file_name"])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}; `data --data {self.root}` lists all such images") from error
+        return image, {"labels": labels, "boxes": boxes}
+
+    def pixel_faults(self) -> Iterator[str]:
+        """The images whose pixels cannot be read, and why."""
+        files = [self.root / facts["file_name"] for facts in self._content["images"]]
+        yield from filter(None, mapped(_pixel_fault, files, "reads images"))
 
     def ground_truth(self) -> dict[str, Any]:
         """What was read, in COCO's format, with labels as ids of categories."""
@@ -358,6 +367,14 @@ class AnnotatedFolder:
         ids = self._file_ids
         known = [row for row in rows if row["category_id"] in ids]
         return [{**row, "category_id": ids[row["category_id"]]} for row in known]
+
+
+def _pixel_fault(file: Path) -> str:
+    try:
+        read_image(file)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def _clipped(bbox: list[float], width: int, height: int) -> list[float]:

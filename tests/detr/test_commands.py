@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
@@ -123,6 +124,69 @@ def test_predict(
     trained = ("train", "--init", "letters", "--data", "shapes", "--out", tmp_path)
     with pytest.raises(SystemExit, match="error: init: expected one of"):
         run(monkeypatch, *trained)
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """A YOLO data set of two images, an image that is cut, and a val split of the good ones."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg", "cut.jpg"):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(folder / name)
+        (folder / name).with_suffix(".txt").write_text("0 .5 .5 .5 .5")
+    whole = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "val.txt").write_text("a.jpg\nb.jpg\n")
+    names = ", ".join(map(str, range(10)))
+    (folder / "data.yaml").write_text(f"{{train: ., val: val.txt, names: [{names}]}}")
+    return folder
+
+
+def test_predict_leaves_out_images_that_cannot_be_read(
+    bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """They are listed, with the reasons, and the others written; so are those before Ctrl-C."""
+    (bad / "folder.png").mkdir()
+    (bad / ".hidden.jpg").touch()
+    (bad / f"{'n' * 250}.jpg").symlink_to(bad / "a.jpg")
+    command = ("predict", "--model", "digits", "--images", bad, "--out", tmp_path, "--batch", 2)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *command)
+    assert re.search(
+        r"images: expected 5, got 3: 2 faults\n  '.*cut\.jpg': expected an image, got .*truncated"
+        r".*\n  '.*folder\.png': expected an image, got .*Is a directory",
+        str(ended.value.code),
+    )
+    assert f" in 3 images: {tmp_path}" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "detections.json").read_text())
+    assert [Path(row["file"]).name[:2] for row in rows] == ["a.", "b.", "nn"]
+    assert all((tmp_path / row["picture"]).is_file() for row in rows)
+    predict = Mock(side_effect=[load("digits").predict([bad / "a.jpg"]), KeyboardInterrupt])
+    monkeypatch.setattr("deform_attn.detr.predict.Predictor.predict", predict)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *command[:-1], 1)
+    assert len(json.loads((tmp_path / "detections.json").read_text())) == 1
+
+
+def test_data_lists_images_that_cannot_be_read(
+    bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Other commands stop at the first, with the step that lists all."""
+    sheet = tmp_path / "sheet.png"
+    message = r"data: expected images that can be read: 1 fault\n  train: '.*cut\.jpg': expected an"
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "data", "--data", bad, "--sheet", sheet)
+    assert "train: 3 images, 0 without objects" in capsys.readouterr().out
+    assert sheet.stat().st_size > 0
+    run(monkeypatch, "data", "--data", bad, "--split", "val")
+    evaluated = ("evaluate", "--model", "digits", "--data", bad, "--split", "train")
+    for workers in (0, 1):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, *evaluated, "--workers", workers)
+        text = str(ended.value.code)
+        assert re.fullmatch(r".*: error: '.*cut\.jpg': .*; `data --data .*bad` lists all .*", text)
+        del ended
+        gc.collect()  # ends the process that prepared batches
 
 
 def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(

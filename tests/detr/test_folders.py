@@ -143,6 +143,11 @@ def yaml_with(**keys: str) -> Callable[[Path], Any]:
     return edit("data.yaml", "".join(f"{key}: {value}\n" for key, value in keys.items()))
 
 
+def replace_image(folder: Path, mode: str, value: float) -> None:
+    (folder / "images/train/c.png").unlink()
+    Image.new(mode, (40, 30), value).save(folder / "images/train/c.tif")
+
+
 LINE = r"labels/train/a\.txt:2: expected "
 YOLO_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "class out of range": (
@@ -174,6 +179,14 @@ YOLO_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "image broken": (
         edit("images/train/c.png", "no image"),
         r"expected an image in .*c\.png', got cannot identify",
+    ),
+    "image of floats": (
+        lambda f: replace_image(f, "F", 0.5),
+        r"expected an image in .*c\.tif', got floats; scale them to 8 or 16 bits",
+    ),
+    "image of 32 bits": (
+        lambda f: replace_image(f, "I", 70000),
+        r"expected an image in .*c\.tif', got integers from 70000 to 70000; scale them",
     ),
     "no labels": (
         lambda f: (f / "labels").rename(f / "texts"),
