@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +23,9 @@ from deform_attn.levels import (
 from deform_attn.operands import AnyOperands, FusedOperands, acc_dtype
 
 __all__ = [
+    "as_path",
     "check",
+    "check_choice",
     "check_flag",
     "check_gradient",
     "check_integer",
@@ -85,6 +88,24 @@ def check_number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {value!r}")
     return float(value)
+
+
+def as_path(name: str, path: object) -> Path:
+    """A path, whose start ``~`` is the user's folder.
+
+    Raises:
+        TypeError: no text or path.
+    """
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{name}: expected a path, got {path!r}")
+    return Path(path).expanduser()
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raise a ValueError for anything but one of the known names."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
 
 
 def check_flag(name: str, value: object) -> None:

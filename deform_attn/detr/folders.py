@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr import cache, coco, yolo
 from deform_attn.detr.data import Original, Sample, resized
 from deform_attn.detr.files import nearby
@@ -168,6 +169,8 @@ def find_splits(folder: Path, layout: str = "") -> Splits:
     Raises:
         ValueError: no folder, no layout, or several of them.
     """
+    if layout:
+        check_choice("layout", layout, LAYOUTS)
     if "\0" in str(folder):
         raise ValueError(f"data: expected a folder, got {str(folder)!r}")
     if not folder.exists():
@@ -212,6 +215,8 @@ def find_source(folder: Path, split: str, layout: str = "") -> tuple[str, Source
         ValueError: there is none, or there are several.
     """
     splits = find_splits(folder, layout)
+    if not isinstance(split, str):
+        raise TypeError(f"split: expected a name, got {split!r}")
     names = [split] if split in splits else [n for n in splits if split and n.startswith(split)]
     if len(names) != 1:
         step = ""
@@ -275,6 +280,7 @@ class AnnotatedFolder:
         layout: "coco", "roboflow" or "yolo"; by default that which the folder has.
 
     Raises:
+        TypeError: an argument has another type.
         OSError: a file cannot be read.
         ValueError: no such split, or faults in it: one line for each, with its file, place or id,
             what was expected and what came.
@@ -304,10 +310,10 @@ class AnnotatedFolder:
         classes: Sequence[str] | None = None,
         layout: str = "",
     ) -> None:
-        if resize not in RESIZE:
-            raise ValueError(f"resize: expected one of {', '.join(RESIZE)}, got {resize!r}")
+        check_choice("resize", resize, RESIZE)
+        check_integer("size", size, 1)
         self.size, self.resize = size, resize
-        name, source = find_source(Path(folder), split, layout)
+        name, source = find_source(as_path("folder", folder), split, layout)
         self.root = source.root
         content, self.identity = validated(name, source)
         categories = sorted(content["categories"], key=lambda category: category["id"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deform_attn.checks import as_path
 from deform_attn.detr import models
 from deform_attn.detr.backbones import LibraryBackbone
 from deform_attn.detr.checkpoints import Rules, load_renamed
@@ -113,6 +115,7 @@ def from_transformers(
         as :func:`~deform_attn.detr.images.as_tensor` takes them.
 
     Raises:
+        TypeError: no name or path.
         ModuleNotFoundError: transformers is not installed.
         FileNotFoundError: no such folder, and the hub has no such model or cannot be reached.
         ValueError: a model of another type, or with options that the system here does not have.
@@ -121,6 +124,7 @@ def from_transformers(
         from transformers import AutoConfig, AutoModelForObjectDetection
         from transformers.image_processing_base import ImageProcessingMixin
 
+    as_path("name_or_folder", name_or_folder)
     name = str(name_or_folder)
     if not Path(name).is_dir() and not options.get("local_files_only"):
         options["local_files_only"] = not _find_on_hub(name, options)
@@ -166,8 +170,9 @@ def _find_on_hub(name: str, options: dict[str, Any]) -> bool:
     except Exception as error:  # of huggingface_hub, of its HTTP client, or of the system
         cache = {"cache_dir": options.get("cache_dir"), "revision": options.get("revision")}
         file = str(Path(options.get("subfolder", "")) / "config.json")
-        if isinstance(hub.try_to_load_from_cache(name, file, **cache), str):
-            return False
+        with suppress(ValueError):  # no valid name
+            if isinstance(hub.try_to_load_from_cache(name, file, **cache), str):
+                return False
         raise FileNotFoundError(
             f"expected a folder, or the name of a model on the hub, got {name!r}: "
             f"{nearby(Path(name))}; the hub, which has {TIME_LIMIT:g} s to answer "

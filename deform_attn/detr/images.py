@@ -50,8 +50,9 @@ def read_image(source: Any) -> Image.Image:
         with Image.open(source) as image:
             if not (fault := range_fault(image)):
                 return _rgb(image)
-    except FileNotFoundError:
-        raise
+    except FileNotFoundError as error:
+        why = nearby(Path(source))
+        raise FileNotFoundError(f"images: expected a file, got {str(source)!r}: {why}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{source}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS to allow it"
@@ -61,12 +62,16 @@ def read_image(source: Any) -> Image.Image:
     raise ValueError(f"{str(source)!r}: expected {_KINDS}, got {fault}")
 
 
-def find_images(names: Sequence[str | Path]) -> list[Path]:
+def find_images(names: str | Path | Sequence[str | Path]) -> list[Path]:
     """Files by name, by a pattern such as ``photos/*.jpg``, or all images in a folder.
 
     Raises:
+        TypeError: another type than a name or a list of names.
         FileNotFoundError: no names, or a name has no such file.
     """
+    names = [names] if isinstance(names, str | Path) else names
+    if not isinstance(names, Sequence) or not all(isinstance(one, str | Path) for one in names):
+        raise TypeError(f"images: expected files, folders or patterns, got {names!r}")
     if not names:
         raise FileNotFoundError("images: expected files, folders or patterns, got none")
     found: list[Path] = []

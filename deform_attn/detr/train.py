@@ -31,7 +31,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.checks import check_integer, check_number
+from deform_attn.checks import as_path, check_choice, check_integer, check_number
 from deform_attn.detr.augment import (
     AUGMENTATIONS,
     Augmented,
@@ -158,16 +158,15 @@ class Settings:
         if not (self.recipe or self.model or self.init):
             raise ValueError("recipe, model: expected one of them, or init alone, got none")
         choices: dict[str, Iterable[str]] = {
-            "recipe": ("", *RECIPES),
-            "model": ("", *CONFIGURATIONS),
-            "amp": AMP,
-            "resize": ("", *RESIZE),
-            "augment": ("", *AUGMENTATIONS),
+            "recipe": RECIPES,
+            "model": CONFIGURATIONS,
+            "resize": RESIZE,
+            "augment": AUGMENTATIONS,
         }
+        check_choice("amp", self.amp, AMP)
         for name, known in choices.items():
-            if (got := getattr(self, name)) not in known:
-                listed = ", ".join(filter(None, known))
-                raise ValueError(f"{name}: expected one of {listed}; got {got!r}")
+            if got := getattr(self, name):
+                check_choice(name, got, known)
         counts = ("steps", "batch", "accumulate", "layers", "queries")
         for name in (*counts, "evaluate_every", "save_every"):
             check_integer(name, getattr(self, name), 1)
@@ -418,8 +417,10 @@ def train(
         FileNotFoundError: there is no checkpoint to resume.
         FloatingPointError: the loss or a gradient is not finite; the checkpoint is older.
     """
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings: expected deform_attn.detr.train.Settings, got {settings!r}")
     settings.check()
-    out, resume = Path(out), None if resume is None else Path(resume)
+    out, resume = as_path("out", out), None if resume is None else as_path("resume", resume)
     check_integer("workers", workers, 0)
     if tensorboard:
         summary_writer()
@@ -897,6 +898,7 @@ def settings_of(run: str | Path) -> Settings:
         run: its folder, or a checkpoint in it.
 
     Raises:
+        TypeError: no path.
         FileNotFoundError: there is no such checkpoint.
         ValueError: damaged, or no training.
 
@@ -905,7 +907,7 @@ def settings_of(run: str | Path) -> Settings:
         settings = dataclasses.replace(settings_of("RUN"), lr=1e-4, steps=2000)
         train(settings, Path("NEXT"), resume=Path("RUN"))
     """
-    then = _read(_file_of(Path(run)))["settings"]
+    then = _read(_file_of(as_path("resume", run)))["settings"]
     known = {field.name for field in fields(Settings)}  # of the checkpoint's version: perhaps more
     return Settings(**{name: value for name, value in then.items() if name in known})
 

@@ -17,11 +17,14 @@ import torch
 from PIL import Image
 
 from deform_attn.detr import __main__ as commands
-from deform_attn.detr import load
+from deform_attn.detr import create, load
 from deform_attn.detr.augment import AUGMENTATIONS
-from deform_attn.detr.data import Digits, Shapes, write_coco
+from deform_attn.detr.data import Digits, Shapes, open_dataset, write_coco
 from deform_attn.detr.export import difference, export
-from deform_attn.detr.images import RESIZE
+from deform_attn.detr.folders import AnnotatedFolder
+from deform_attn.detr.hold_out import hold_out
+from deform_attn.detr.hub import from_transformers
+from deform_attn.detr.images import RESIZE, find_images
 from deform_attn.detr.models import Detections
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.train import AMP, Settings, settings_of, train, transfer
@@ -307,6 +310,37 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
         Settings(data="shapes", model="dfine_n", queries=7).check()
     with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
+
+
+def test_arguments_of_another_type_are_named(folder: Path, tmp_path: Path) -> None:
+    settings = Settings(data="shapes", recipe="detr")
+    digits, known = load("digits"), {"out": tmp_path / "run"}
+    calls: list[tuple[Any, Any, str]] = [
+        (train, ({"data": "shapes"}, tmp_path), "settings: expected .*Settings, got {'data': 'sha"),
+        (train, (settings, None), "out: expected a path, got None"),
+        (train, (settings, tmp_path, 0, 3), "resume: expected a path, got 3"),
+        (settings_of, (known,), "resume: expected a path, got {'out': "),
+        (create, (["detr_r50"],), r"name: expected one of .*; got \['detr_r50'\]"),
+        (build, ("yolo", 3, 32, 1, 10), "recipe: expected one of .*; got 'yolo'"),
+        (open_dataset, (3, "train"), "data: expected the name of a data set or a folder, got 3"),
+        (open_dataset, ("shapes", ["val"]), r"split: expected one of train, val; got \['val'\]"),
+        (open_dataset, ("shapes", "val", 0, "x"), "seed: expected an integer, got 'x'"),
+        (AnnotatedFolder, (None, "train", 32), "folder: expected a path, got None"),
+        (AnnotatedFolder, (folder, None, 32), "split: expected a name, got None"),
+        (AnnotatedFolder, (folder, "train", 1.5), "size: expected an integer, got 1.5"),
+        (AnnotatedFolder, (folder, "train", 32, "fit", None, 3), "layout: expected one of coco, "),
+        (hold_out, (3, 0.2), "folder: expected a path, got 3"),
+        (hold_out, (str(folder), 0.2, "x"), "seed: expected an integer, got 'x'"),
+        (export, (digits.model, digits.postprocess, None, 64), "file: expected a path, got None"),
+        (export, (None, digits.postprocess, "a.onnx", 64), "model: expected a module, got None"),
+        (from_transformers, (3,), "name_or_folder: expected a path, got 3"),
+        (find_images, (3,), "images: expected files, folders or patterns, got 3"),
+        (digits.predict, (["none.png"],), "images: expected a file, got 'none.png': '.' has no '"),
+    ]
+    for function, arguments, message in calls:
+        with pytest.raises((TypeError, ValueError, OSError), match=f"^{message}"):
+            function(*arguments)
+    assert find_images(folder / "val")[0].name == "0.png"
 
 
 def test_an_invalid_setting_is_named(monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
