@@ -132,7 +132,7 @@ def _plan_cpu(scratch: Path, version: str) -> tuple[list[Step], list[str], str]:
     steps = cpu_steps(torch, cxx, scratch, version)
     # An undefined symbol is an error of the build, not of a user's import.
     link = [*cxx, "-shared", *(str(s.object) for s in steps), *_link_flags(torch, target)]
-    link += ["-ltorch_cpu", *(["-Wl,-z,defs"] if target.system == "linux" else [])]
+    link += ["-ltorch_cpu", *(["-ldl", "-Wl,-z,defs"] if target.system == "linux" else [])]
     kernels = [s.source.name for s in steps if s.source.name in _kernel_files()]
     return steps, link, f"torch {torch.version}, {' '.join(cxx)}, {' '.join(kernels)}"
 

@@ -75,6 +75,11 @@ inline Type type_of(ScalarType type) {
   }
 }
 
+// Of one number of a dtype of value.
+inline size_t bytes_of(ScalarType type) {
+  return type == ScalarType::Double ? 8 : type == ScalarType::Float ? 4 : 2;
+}
+
 // The arguments of a call as in the operator's schema, checked.
 struct Call {
   Tensor value, locations, weights;  // contiguous; in a fused call: offsets and logits

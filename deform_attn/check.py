@@ -3,13 +3,14 @@
 Every backend that can run here, with every dtype: forward, backward, deterministic backward, the
 fused operator and ``method="discrete"``, compared with a float64 oracle by the rule of
 `deform_attn.testing.tolerances`. Exit status 0: all results are right; 1: a result is wrong, a call
-failed, or nothing could be run on a device that was asked for.
+failed, or nothing could be run on a device that was asked for; 130: interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -375,11 +376,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     devices = None if arguments.device is None else [arguments.device]
-    with unannounced():
-        report = run(
-            devices, quick=arguments.quick, progress=lambda text: _progress(f"checking {text}")
-        )
-    _progress("")
+    try:
+        with unannounced():
+            report = run(
+                devices, quick=arguments.quick, progress=lambda text: _progress(f"checking {text}")
+            )
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    finally:
+        _progress("")
     print(json.dumps(report.as_dict(), indent=2) if arguments.json else as_text(report))
     return 0 if report.passed else 1
 

@@ -1,9 +1,12 @@
-"""Checks of the operands of a call, with the error messages for callers."""
+"""Checks of arguments and of the operands of a call, with the error messages for callers."""
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from numbers import Integral, Real
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,11 +23,19 @@ from deform_attn.levels import (
 from deform_attn.operands import AnyOperands, FusedOperands, acc_dtype
 
 __all__ = [
+    "as_path",
     "check",
+    "check_choice",
+    "check_flag",
     "check_gradient",
+    "check_integer",
     "check_method",
+    "check_number",
     "check_operands",
+    "check_scale",
+    "check_spatial_shapes",
     "check_tensor",
+    "check_threshold",
     "converted",
     "explained",
     "masked",
@@ -36,6 +47,95 @@ VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Whether level sizes on a GPU are read back and checked: every call then waits for the GPU.
 CHECK_DEVICE_METADATA = os.environ.get("DEFORM_ATTN_CHECK_METADATA", "0") == "1"
+
+
+def check_integer(name: str, value: object, low: int | None = None) -> None:
+    """Check an integer.
+
+    Args:
+        name: of the argument.
+        value: given.
+        low: lowest valid value; None: any.
+
+    Raises:
+        TypeError: no integer.
+        ValueError: below ``low``.
+
+    Example:
+        >>> from deform_attn.checks import check_integer
+        >>> check_integer("batch", 1.5, 1)
+        Traceback (most recent call last):
+            ...
+        TypeError: batch: expected an integer, got 1.5
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name}: expected an integer, got {value!r}")
+    if low is not None and value < low:
+        expected = "at least 1" if low == 1 else f"a number from {low}"
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def check_number(name: str, value: object) -> float:
+    """A number; NaN and infinity are numbers.
+
+    Args:
+        name: of the argument.
+        value: given.
+
+    Raises:
+        TypeError: no number.
+    """
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    return float(value)
+
+
+def as_path(name: str, path: object) -> Path:
+    """A path, whose start ``~`` is the user's folder.
+
+    Raises:
+        TypeError: no text or path.
+    """
+    if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{name}: expected a path, got {path!r}")
+    return Path(path).expanduser()
+
+
+def check_choice(name: str, value: object, known: Iterable[str]) -> None:
+    """Raise a ValueError for anything but one of the known names."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raise a TypeError for anything but True and False, or 0 and 1 as in configuration files."""
+    if not isinstance(value, Integral) or value not in (0, 1):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def check_threshold(name: str, value: object) -> None:
+    """Check a number from 0 to 1.
+
+    Args:
+        name: of the argument.
+        value: given.
+
+    Raises:
+        TypeError: no number.
+        ValueError: outside of that range, or NaN.
+    """
+    number = check_number(name, value)
+    if not 0 <= number <= 1:  # true of NaN too
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {value}")
+
+
+def check_scale(offset_scale: object) -> None:
+    """Check an ``offset_scale``: a finite number, or what stands for one in a traced call."""
+    if isinstance(offset_scale, Tensor | torch.SymFloat):
+        return
+    if not math.isfinite(check_number("offset_scale", offset_scale)):
+        raise ValueError(f"offset_scale: expected a finite number, got {offset_scale}")
 
 
 def check(operands: AnyOperands) -> None:
@@ -57,6 +157,12 @@ def check(operands: AnyOperands) -> None:
     for name, tensor in {"value": value, **points}.items():
         check_tensor(name, tensor)
     _check_value(value)
+    devices = {tensor.device for tensor in points.values()}
+    if len(devices) == 1 and value.device not in devices:
+        raise ValueError(
+            f"value: expected on the device of {' and '.join(points)} ({devices.pop()}), "
+            f"got {value.device}"
+        )
     num_levels = _check_levels(value, levels, starts)
     _check_points(value, points, num_levels, operands.num_points)
     _check_level_sizes(value.shape[1], levels, starts)
@@ -154,9 +260,18 @@ def _levels_of(operands: AnyOperands) -> Levels:
 
 
 def check_tensor(name: str, tensor: object) -> None:
-    """Raise a TypeError for anything but a tensor."""
+    """Raise a TypeError for anything but a tensor, a ValueError for one that is not dense."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        kind, step = "a nested tensor", "to_padded_tensor()"
+    elif tensor.layout is not torch.strided:
+        kind, step = f"the layout {tensor.layout}", "to_dense()"
+    elif tensor.is_quantized:
+        kind, step = "a quantized tensor", "dequantize()"
+    else:
+        return
+    raise ValueError(f"{name}: expected a dense tensor, got {kind}; convert it with {step}")
 
 
 def _check_floating(name: str, tensor: Tensor) -> None:
@@ -225,6 +340,7 @@ def _check_value_mask(mask: Tensor, value: Tensor) -> None:
 
 
 def _check_metadata_tensor(name: str, tensor: Tensor, value: Tensor) -> None:
+    check_tensor(name, tensor)
     if tensor.dtype not in METADATA_DTYPES:
         raise ValueError(f"{name}: expected an integer dtype, got {tensor.dtype}")
     if tensor.device != value.device and tensor.device.type != "cpu":
@@ -233,16 +349,23 @@ def _check_metadata_tensor(name: str, tensor: Tensor, value: Tensor) -> None:
         )
 
 
-def _check_levels(
-    value: Tensor,
-    spatial_shapes: Levels,
-    level_start_index: Tensor | Sequence[int] | None,
-) -> int:
+def check_spatial_shapes(name: str, spatial_shapes: Levels, value: Tensor) -> int:
+    """Check the types and the layout of level sizes; their number.
+
+    Args:
+        name: of the argument.
+        spatial_shapes: given.
+        value: for its device.
+
+    Raises:
+        TypeError: no tensor or list of pairs.
+        ValueError: another shape, dtype or device.
+    """
     if isinstance(spatial_shapes, Tensor):
-        _check_metadata_tensor("spatial_shapes", spatial_shapes, value)
+        _check_metadata_tensor(name, spatial_shapes, value)
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             raise ValueError(
-                "spatial_shapes: expected shape [num_levels, 2] of (height, width), "
+                f"{name}: expected shape [num_levels, 2] of (height, width), "
                 f"got {tuple(spatial_shapes.shape)}"
             )
     else:
@@ -250,18 +373,24 @@ def _check_levels(
             pairs = [tuple(pair) for pair in spatial_shapes]
         except TypeError:
             raise TypeError(
-                "spatial_shapes: expected a tensor [num_levels, 2] or a list of (height, width), "
-                f"got {type(spatial_shapes).__name__}"
+                f"{name}: expected a tensor [num_levels, 2] or a list of (height, width), "
+                f"got {type(spatial_shapes).__name__} {str(spatial_shapes)[:80]}"
             ) from None
         for pair in pairs:
             if len(pair) != 2 or not all(is_integer(side) for side in pair):
-                raise ValueError(
-                    f"spatial_shapes: expected pairs of integers (height, width), got {pair}"
-                )
+                raise ValueError(f"{name}: expected pairs of integers (height, width), got {pair}")
     num_levels = len(spatial_shapes)
     if num_levels == 0:
-        raise ValueError("spatial_shapes: expected at least one level, got none")
+        raise ValueError(f"{name}: expected at least one level, got none")
+    return num_levels
 
+
+def _check_levels(
+    value: Tensor,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+) -> int:
+    num_levels = check_spatial_shapes("spatial_shapes", spatial_shapes, value)
     if isinstance(level_start_index, Tensor):
         _check_metadata_tensor("level_start_index", level_start_index, value)
         if level_start_index.dim() != 1:

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from deform_attn.backends import choose_backend
-from deform_attn.checks import check, check_method, converted, explained
+from deform_attn.checks import (
+    check,
+    check_flag,
+    check_method,
+    check_scale,
+    converted,
+    explained,
+)
 from deform_attn.composite import unfused
 from deform_attn.levels import Levels, level_operands
 from deform_attn.operands import FusedOperands, Operands, acc_dtype
@@ -175,10 +182,10 @@ def ms_deform_attn_fused(
         sampling_offsets,
         attention_logits,
         num_points,
+        offset_scale,
         value_mask,
     )
-    options = offset_scale, method, official_clamp, backend
-    return explained(_fused, _check_fused, arguments, *options)
+    return explained(_fused, _check_fused, arguments, method, official_clamp, backend)
 
 
 def gradients(
@@ -226,6 +233,7 @@ def _device_type(value: Tensor) -> str:
 
 
 def _discrete(operands: tuple[Any, ...], official_clamp: bool) -> Tensor:
+    check_flag("official_clamp", official_clamp)
     *others, value_mask = operands
     return call_discrete(*others, official_clamp, value_mask)
 
@@ -271,13 +279,9 @@ def _as_operands(
 
 
 def _fused(
-    arguments: tuple[Any, ...],
-    offset_scale: float,
-    method: str,
-    official_clamp: bool,
-    backend: str | None,
+    arguments: tuple[Any, ...], method: str, official_clamp: bool, backend: str | None
 ) -> Tensor:
-    value, shapes, starts, reference, offsets, logits, num_points, value_mask = arguments
+    value, shapes, starts, reference, offsets, logits, num_points, offset_scale, mask = arguments
     chosen = choose_backend(_device_type(value), value.dtype, backend)
     check_method(method)
     kernel = chosen.call_fused if method == "default" else None
@@ -301,7 +305,7 @@ def _fused(
         level_sizes,
         counts,
         offset_scale,
-        value_mask,
+        mask,
     )
     if kernel is not None:
         return kernel(*operands)
@@ -317,5 +321,6 @@ def _check_attention(arguments: tuple[Any, ...]) -> None:
 
 
 def _check_fused(arguments: tuple[Any, ...]) -> None:
-    *tensors, num_points, value_mask = arguments
+    *tensors, num_points, offset_scale, value_mask = arguments
+    check_scale(offset_scale)
     check(FusedOperands(*tensors)._replace(num_points=num_points, value_mask=value_mask))

@@ -15,9 +15,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from deform_attn.checks import check_method, check_tensor, explained
+from deform_attn.checks import (
+    check_flag,
+    check_integer,
+    check_method,
+    check_number,
+    check_scale,
+    check_spatial_shapes,
+    check_tensor,
+    check_threshold,
+    explained,
+)
 from deform_attn.functional import ms_deform_attn_fused
-from deform_attn.levels import Levels, readable
+from deform_attn.levels import Levels, is_integer, readable
 
 __all__ = ["MSDeformAttn", "MSDeformableAttention", "MultiScaleDeformableAttention"]
 
@@ -124,11 +134,13 @@ class _Attention(nn.Module):
 
     def _check(self, arguments: _Arguments) -> None:
         """Check what the operator does not check or names differently; called after a failure."""
-        query, reference_points, value, spatial_shapes, _, _ = arguments
+        query, reference_points, value, spatial_shapes, _, mask = arguments
         channels, levels = self._channels, len(self._points)
         tensors = {self.value_name: value, "query": query, "reference_points": reference_points}
         for name, tensor in tensors.items():
             check_tensor(name, tensor)
+        if mask is not None:
+            check_tensor(self.mask_name, mask)
         if value.dim() != 3 or value.shape[-1] != channels:
             raise ValueError(
                 f"{self.value_name}: expected shape [batch, rows, {channels}]{self.layout}, "
@@ -140,10 +152,10 @@ class _Attention(nn.Module):
                 f"query: expected shape [{B}, queries, {channels}]{self.layout}, "
                 f"got {tuple(query.shape)}"
             )
-        if len(spatial_shapes) != levels:
+        if (given := check_spatial_shapes(self.shapes_name, spatial_shapes, value)) != levels:
             raise ValueError(
                 f"{self.shapes_name}: expected {levels} levels, the number that the module was "
-                f"created with, got {len(spatial_shapes)}"
+                f"created with, got {given}"
             )
         # offloaded parameters are on "meta" until they are used; quantized layers have none
         devices = {parameter.device for parameter in self.parameters()} - {torch.device("meta")}
@@ -152,6 +164,15 @@ class _Attention(nn.Module):
                 expected = " or ".join(map(str, devices))
                 raise ValueError(
                     f"{name}: expected on the module's device ({expected}), got {tensor.device}"
+                )
+        if torch.is_autocast_enabled(value.device.type):
+            return
+        dtypes = {x.dtype for x in self.parameters() if x.is_floating_point()}
+        for name in (self.value_name, "query"):
+            if dtypes and tensors[name].dtype not in dtypes:
+                expected = " or ".join(map(str, dtypes))
+                raise ValueError(
+                    f"{name}: expected the module's dtype ({expected}), got {tensors[name].dtype}"
                 )
 
     def _padding(self, mask: Tensor, value: Tensor) -> Tensor:
@@ -219,8 +240,7 @@ def _reset_projection(layer: nn.Linear) -> None:
 
 def _check_sizes(channels: str, heads: str, **sizes: int) -> None:
     for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1, got {size}")
+        check_integer(name, size, 1)
     if sizes[channels] % sizes[heads]:
         raise ValueError(
             f"{channels}: expected a multiple of {heads} ({sizes[heads]}), got {sizes[channels]}"
@@ -242,6 +262,7 @@ class MSDeformAttn(_Attention):
         n_points: points that a query samples in each level and head.
 
     Raises:
+        TypeError: a size is no integer.
         ValueError: a size is less than 1, or ``d_model`` is not a multiple of ``n_heads``.
 
     Example:
@@ -333,8 +354,9 @@ class MultiScaleDeformableAttention(_Attention):
         img2col_step: detrex's name for ``im2col_step``.
 
     Raises:
-        ValueError: a size is less than 1, or a number of channels is not a multiple of
-            ``num_heads``.
+        TypeError: an argument has another type.
+        ValueError: a size is less than 1, a number is out of its range, or a number of channels is
+            not a multiple of ``num_heads``.
 
     Example:
         >>> import torch
@@ -368,6 +390,11 @@ class MultiScaleDeformableAttention(_Attention):
         img2col_step: int | None = None,
     ) -> None:
         embed_dims = embed_dims if embed_dim is None else embed_dim
+        check_integer("embed_dims", embed_dims, 1)
+        if not 0 < check_number("value_proj_ratio", value_proj_ratio) < math.inf:
+            raise ValueError(f"value_proj_ratio: expected a number above 0, got {value_proj_ratio}")
+        check_threshold("dropout", dropout)
+        check_flag("batch_first", batch_first)
         value_channels = int(embed_dims * value_proj_ratio)
         sizes = {
             "embed_dims": embed_dims,
@@ -445,17 +472,45 @@ class MultiScaleDeformableAttention(_Attention):
             identity = residual if identity is None else identity
         value = query if value is None else value
         identity = query if identity is None else identity
-        if query_pos is not None:
-            query = query + query_pos
-        if not self.batch_first:
-            query, value = query.transpose(0, 1), value.transpose(0, 1)
-        output = self._attend(
-            query, reference_points, value, spatial_shapes, level_start_index, key_padding_mask
-        )
-        if not self.batch_first:
-            output = output.transpose(0, 1)
-        dropped: Tensor = self.dropout(output)
-        return dropped + identity
+        attended = query
+        try:
+            if query_pos is not None:
+                attended = query + query_pos
+            if not self.batch_first:
+                attended, value = attended.transpose(0, 1), value.transpose(0, 1)
+            output = self._attend(
+                attended,
+                reference_points,
+                value,
+                spatial_shapes,
+                level_start_index,
+                key_padding_mask,
+            )
+            if not self.batch_first:
+                output = output.transpose(0, 1)
+            dropped: Tensor = self.dropout(output)
+            return dropped + identity
+        except (AttributeError, RuntimeError, TypeError):
+            self._check_added(query, {"query_pos": query_pos, "identity": identity}, value)
+            raise
+
+    def _check_added(self, query: Tensor, added: dict[str, Tensor | None], value: Tensor) -> None:
+        """Check what ``_attend`` does not get; called after a failure."""
+        check_tensor("query", query)
+        check_tensor("value", value)
+        for name, tensor in added.items():
+            if tensor is None:
+                continue
+            check_tensor(name, tensor)
+            try:
+                fits = torch.broadcast_shapes(tensor.shape, query.shape) == query.shape
+            except RuntimeError:
+                fits = False
+            if not fits or tensor.device != query.device:
+                raise ValueError(
+                    f"{name}: expected query's shape {tuple(query.shape)} on {query.device}, got "
+                    f"{tuple(tensor.shape)} on {tensor.device}"
+                )
 
 
 VARIANTS = ("rtdetr", "rtdetrv2", "dfine")
@@ -482,6 +537,7 @@ class MSDeformableAttention(_Attention):
         official_clamp: for ``"discrete"``, see :func:`deform_attn.ms_deform_attn`.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: a size is less than 1, ``embed_dim`` is not a multiple of ``num_heads``, the
             length of ``num_points`` is not ``num_levels``, or ``method`` or ``variant`` is unknown.
 
@@ -508,15 +564,21 @@ class MSDeformableAttention(_Attention):
         variant: str = "rtdetrv2",
         official_clamp: bool = False,
     ) -> None:
-        counts = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_levels": num_levels}
         _check_sizes("embed_dim", "num_heads", **sizes)
+        counts: list[Any]
+        try:
+            counts = [num_points] * num_levels if is_integer(num_points) else list(num_points)  # type: ignore[arg-type]
+        except TypeError:
+            counts = [num_points]
+        expected = f"num_points: expected a count, or one for each of {num_levels} levels"
+        if not all(is_integer(count) and not isinstance(count, Tensor) for count in counts):
+            raise TypeError(f"{expected}, got {num_points!r}")
         if len(counts) != num_levels or min(counts) < 0 or sum(counts) == 0:
-            raise ValueError(
-                f"num_points: expected a count, or one for each of {num_levels} levels, "
-                f"got {num_points}"
-            )
+            raise ValueError(f"{expected}, got {num_points}")
         check_method(method)
+        check_scale(offset_scale)
+        check_flag("official_clamp", official_clamp)
         if variant not in VARIANTS:
             raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
         super().__init__(embed_dim, num_heads, counts, None if variant == "dfine" else embed_dim)
@@ -592,11 +654,25 @@ class MSDeformableAttention(_Attention):
             ValueError: a shape, device or mask does not fit; the message names the argument.
         """
         if not isinstance(value, Tensor):
-            value = self._joined(value, value_spatial_shapes)
+            listed = value, value_spatial_shapes
+            value = explained(self._joined, self._check_listed, listed)
         return self._attend(query, reference_points, value, value_spatial_shapes, None, value_mask)
 
-    def _joined(self, levels: Sequence[Tensor], spatial_shapes: Levels) -> Tensor:
+    def _check_listed(self, arguments: tuple[Any, Any]) -> None:
+        """Check the types of the official form; called after a failure."""
+        levels, spatial_shapes = arguments
+        if not isinstance(levels, list | tuple) or not levels:
+            raise TypeError(
+                "value: expected a tensor, or a list of tensors, one for each level, "
+                f"got {type(levels).__name__} {str(levels)[:80]}"
+            )
+        for level in levels:
+            check_tensor("value", level)
+        check_spatial_shapes(self.shapes_name, spatial_shapes, levels[0])
+
+    def _joined(self, arguments: tuple[Sequence[Tensor], Levels]) -> Tensor:
         """``[batch, rows, embed_dim]`` from a list of ``[batch, heads, head_dim, rows]``."""
+        levels, spatial_shapes = arguments
         shape = [self.num_heads, self.embed_dim // self.num_heads]
         listed = not isinstance(spatial_shapes, Tensor) and not torch.compiler.is_compiling()
         for i, level in enumerate(levels):

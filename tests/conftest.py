@@ -12,11 +12,13 @@ The marker `only` restricts the choice, and further for slow runners (interprete
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
 import itertools
 import json
 import os
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,19 @@ if importlib.util.find_spec("hypothesis"):  # tests of the operator run without 
     settings.register_profile("repeatable", derandomize=True, **quiet)
     settings.register_profile("explore", derandomize=False, print_blob=True, **quiet)
     settings.load_profile("repeatable")
+
+
+def separate_compiled_code(environment: MutableMapping[str, str]) -> None:
+    """Give torch.compile a cache for each forced instruction set.
+
+    The keys of its cache do not contain the forced one.
+    """
+    if forced := environment.get("ATEN_CPU_CAPABILITY"):
+        folder = os.path.join(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}_{forced}")
+        environment.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
+
+
+separate_compiled_code(os.environ)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

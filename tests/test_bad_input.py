@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import deform_attn
-from deform_attn.testing import CASES, DTYPES, Dtypes, OpInputs, grad_output_for
+from deform_attn.testing import CASES, DTYPES, Dtypes, FusedInputs, OpInputs, grad_output_for
 from tests.runners import Runner, operators, package
 
 Edit = Callable[[OpInputs], dict[str, Any]]  # what of a good call to replace
@@ -131,7 +131,7 @@ TENSORS = [
         "attention_weights",
         ("floating", "int64"),
     ),
-    Bad("value on another device", value(lambda t: t.to("meta")), "", ("meta", "cpu")),
+    Bad("value on another device", value(lambda t: t.to("meta")), "value", ("meta", "cpu")),
     Bad(
         "locations on another device",
         locations(lambda t: t.to("meta")),
@@ -257,6 +257,15 @@ PYTHON = [
     Bad("listed start past 2**63", const(level_start_index=[0, 35, 10**30]), "level_start_index", ("level 2",)),
     Bad("counts a number", const(num_points=2), "num_points", ("list", "2")),
     Bad("counts of floats", const(num_points=[3.0, 6.0, 3.0]), "num_points", ("3.0",), case="listed_points"),
+    Bad("value sparse", value(torch.Tensor.to_sparse), "value", ("dense", "torch.sparse_coo", "to_dense()")),
+    Bad("weights of rows", weights(lambda t: t.flatten(1).to_sparse_csr()), "attention_weights", ("dense", "torch.sparse_csr")),
+    Bad("locations nested", locations(lambda t: torch.nested.nested_tensor(list(t))), "sampling_locations", ("dense", "nested")),
+    Bad("value jagged", value(lambda t: torch.nested.nested_tensor(list(t), layout=torch.jagged)), "value", ("dense", "nested")),
+    Bad("value quantized", value(lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8)), "value", ("dense", "quantized", "dequantize()")),
+    Bad("shapes sparse", lambda i: {"spatial_shapes": i.spatial_shapes.to_sparse()}, "spatial_shapes", ("dense", "sparse")),
+    Bad("starts sparse", lambda i: {"level_start_index": i.level_start_index.to_sparse()}, "level_start_index", ("dense", "sparse")),
+    Bad("mask sparse", lambda i: {"value_mask": torch.ones(i.value.shape[:2]).bool().to_sparse()}, "value_mask", ("dense", "sparse")),
+    Bad("mask of another device", lambda i: {"value_mask": torch.ones(i.value.shape[:2], device="meta").bool()}, "value_mask", ("cpu", "meta")),
     Bad("numpy value", value(torch.Tensor.numpy), "value", ("tensor", "ndarray"), TypeError),
 ]  # fmt: skip
 
@@ -288,6 +297,28 @@ def test_error_names_the_argument(
     assert message.startswith(f"{bad.argument}:" if bad.argument else "")
     for words in bad.contains:
         assert words in message
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"offset_scale": "half"}, TypeError, "offset_scale: expected a number, got 'half'"),
+        ({"offset_scale": None}, TypeError, "offset_scale: expected a number, got None"),
+        (
+            {"method": "discrete", "official_clamp": "yes"},
+            TypeError,
+            "official_clamp: expected True or False, got 'yes'",
+        ),
+        ({"method": "nearest"}, ValueError, "method: expected 'default' or 'discrete', got 'nea"),
+    ],
+)
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_an_option_of_another_type_is_named(
+    options: dict[str, Any], error: type[Exception], message: str, backend: str | None
+) -> None:
+    fused = FusedInputs.draw(torch.float32, size=4)
+    with pytest.raises(error, match=f"^{message}"):
+        deform_attn.ms_deform_attn_fused(*fused.arguments, backend=backend, **options)
 
 
 @pytest.mark.only(runners=package, dtypes=["f32"])

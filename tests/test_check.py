@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -58,6 +59,11 @@ def test_planted_faults_are_found(
     printed = capsys.readouterr().out
     assert "WRONG reference on cpu, f32, forward, case non_square: output: error" in printed
     assert "python -m deform_attn.check --json" in printed
+
+
+def test_an_interrupted_check_has_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "run", Mock(side_effect=KeyboardInterrupt))
+    assert check.main([]) == 130
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without a GPU")

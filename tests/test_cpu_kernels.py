@@ -23,7 +23,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
+import deform_attn
 from deform_attn.backends import compiled as backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,6 +159,82 @@ def test_kernels_on_an_emulated_arm_processor(tmp_path: Path) -> None:
         done = subprocess.run([*command, program], capture_output=True, text=True, timeout=1800)
         assert (done.returncode, done.stderr) == (0, ""), command
         assert done.stdout.endswith("10 cases\n")
+
+
+# Kept memory --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+def test_kept_blocks_under_sanitizers(tmp_path: Path, sanitizer: str) -> None:
+    program = tmp_path / "blocks"
+    flags = (*SANITIZERS[sanitizer].split(), "-g", "-O1", "-pthread")
+    compile_with(find_cxx(), *flags, "tests/cpu_blocks.cpp", "-o", str(program))
+    environment = os.environ | {
+        "ASAN_OPTIONS": "allocator_may_return_null=1",
+        "TSAN_OPTIONS": "allocator_may_return_null=1",
+    }
+    done = subprocess.run([program], env=environment, capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr
+
+
+def test_results_that_are_in_use_are_not_overwritten() -> None:
+    """Large results are in blocks of memory that later calls get again; here all stay in use."""
+    torch.manual_seed(0)
+    sizes, starts = [(64, 80), (20, 30)], [0, 5120]
+    value = torch.randn(1, 5720, 4, 16).requires_grad_()  # 1.4 MB
+    locations = torch.rand(1, 5720, 4, 2, 1, 2)
+    weights = torch.rand(1, 5720, 4, 2, 1)
+    results, expected = [], []
+    for scale in range(1, 5):
+        output = deform_attn.ms_deform_attn(
+            value, sizes, starts, locations, weights * scale, backend="compiled"
+        )
+        (gradient,) = torch.autograd.grad(output.sum(), value)
+        if scale == 1:
+            first = [output.detach().clone(), gradient.clone()]
+        if scale < 4:
+            results += [output.detach(), gradient]
+            expected += [tensor * scale for tensor in first]
+        del output, gradient  # the blocks of the last round are free
+    for tensor, right in zip(results, expected, strict=True):
+        torch.testing.assert_close(tensor, right)
+    assert len({tensor.data_ptr() for tensor in results}) == len(results)
+
+
+# Prints whether the second result has the memory of the first, which no other tensor got.
+KEPT = """
+import torch, deform_attn
+value = torch.rand(1, 5720, 4, 16)
+locations, weights = torch.rand(1, 5720, 4, 1, 1, 2), torch.ones(1, 5720, 4, 1, 1)
+
+def call():
+    arguments = value, [(65, 88)], [0], locations, weights
+    return deform_attn.ms_deform_attn(*arguments, backend="compiled")
+
+output = call()
+place, part, expected = output.data_ptr(), output[0, 1], output[0, 1].clone()
+del output
+assert call().data_ptr() != place  # a view holds it
+call().zero_()
+assert torch.equal(part, expected)
+del part
+others = [torch.empty_like(value) for _ in range(4)]
+print(call().data_ptr() == place)
+"""
+
+
+@pytest.mark.parametrize("megabytes", ["", "2", "0", "-1", "1 GB"])
+def test_the_memory_of_a_freed_result_is_used_again(megabytes: str) -> None:
+    """With torch 2.11 or later on Linux; elsewhere results are torch's allocations."""
+    environment = os.environ | {"DEFORM_ATTN_KEEP_MB": megabytes}
+    command = [sys.executable, "-c", KEPT]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    keeps = sys.platform == "linux" and TorchVersion(torch.__version__) >= "2.11"
+    if keeps and megabytes in ("-1", "1 GB"):
+        assert "DEFORM_ATTN_KEEP_MB: expected a number from 0" in done.stderr
+    else:
+        assert done.returncode == 0, done.stderr
+        assert done.stdout == f"{keeps and megabytes != '0'}\n"
 
 
 # The choice of the instruction set ----------------------------------------------------------------

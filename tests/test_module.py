@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -558,20 +560,46 @@ MASK_NAMES = {"official": "input_padding_mask", "mmcv": "key_padding_mask"}
         ("reference_points", lambda t: torch.cat([t, t, t, t], 2), "(2, 5, "),
         ("query", lambda t: t[..., :31], "31)"),
         ("query", lambda t: t.to("meta"), "meta"),
-        ("query", lambda t: t.double(), ""),
+        ("query", lambda t: t.double(), "torch.float64"),
+        ("query", lambda t: t.long(), "torch.int64"),
+        ("query", lambda t: t.to_sparse(), "sparse"),
     ],
-    ids=["width", "queries", "device", "levels", "channels", "query_device", "query_dtype"],
+    ids=[
+        "width",
+        "queries",
+        "device",
+        "levels",
+        "channels",
+        "query_device",
+        "query_dtype",
+        "query_integers",
+        "query_sparse",
+    ],
 )
 def test_bad_tensors_are_named(
     name: str, argument: str, change: Callable[[Tensor], Tensor], says: str
 ) -> None:
     module, call = FAMILY[name].make(), FAMILY[name].arguments()
     assert module(**call).shape == call["query"].shape
-    with pytest.raises((ValueError, RuntimeError)) as caught:
+    with pytest.raises(ValueError, match=f"^{argument}: expected") as caught:
         module(**(call | {argument: change(call[argument])}))
-    if says:  # a wrong dtype is refused by the projection
-        assert str(caught.value).startswith(f"{argument}: expected")
-        assert says in str(caught.value)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize("name", FAMILY)
+@pytest.mark.parametrize("wrong", [3, "x", ["x"], None])
+def test_arguments_of_another_type_are_named(name: str, wrong: Any) -> None:
+    module, call = FAMILY[name].make(), FAMILY[name].arguments()
+    names = [*call, MASK_NAMES.get(name, "value_mask")]
+    names += ["query_pos", "identity"] if name == "mmcv" else []
+    optional = {"mask", "start", "identity", "query_pos", *(["value"] if name == "mmcv" else [])}
+    for argument in names:
+        number = argument in ("query_pos", "identity") and wrong == 3  # is added
+        if number or (wrong is None and any(part in argument for part in optional)):
+            continue
+        kinds = ValueError if "shapes" in argument and isinstance(wrong, str | list) else TypeError
+        with pytest.raises(kinds, match=f"^(input_)?{argument.removeprefix('input_')}: expected"):
+            module(**(call | {argument: wrong}))
 
 
 @pytest.mark.parametrize("name", FAMILY)
@@ -654,6 +682,42 @@ def test_mmcv_names_what_is_missing_and_says_what_is_first() -> None:
 def test_bad_sizes(make: Callable[[], nn.Module], name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: expected"):
         make()
+
+
+@pytest.mark.parametrize("wrong", ["4", 4.0, True, None, [4.0], torch.tensor(4)], ids=repr)
+@pytest.mark.parametrize(
+    "make", [MSDeformAttn, MultiScaleDeformableAttention, MSDeformableAttention]
+)
+def test_sizes_of_another_type_are_named(make: type[nn.Module], wrong: Any) -> None:
+    for name, parameter in inspect.signature(make).parameters.items():
+        if type(parameter.default) is int and "2col" not in name:
+            with pytest.raises(
+                TypeError, match=rf"^{name}: expected .*, got {re.escape(repr(wrong))}$"
+            ):
+                make(**{name: wrong})
+
+
+@pytest.mark.parametrize(
+    ("make", "options", "message"),
+    [
+        (MultiScaleDeformableAttention, {"dropout": "0.1"}, "dropout: expected a number, got '0"),
+        (MultiScaleDeformableAttention, {"dropout": 2}, "dropout: expected a number from 0 to 1"),
+        (MultiScaleDeformableAttention, {"batch_first": "no"}, "batch_first: expected True or F"),
+        (
+            MultiScaleDeformableAttention,
+            {"value_proj_ratio": math.nan},
+            "value_proj_ratio: expected a number above 0, got nan",
+        ),
+        (MSDeformableAttention, {"offset_scale": "1"}, "offset_scale: expected a number, got '1'"),
+        (MSDeformableAttention, {"offset_scale": math.inf}, "offset_scale: expected a finite"),
+        (MSDeformableAttention, {"official_clamp": 2}, "official_clamp: expected True or False"),
+    ],
+)
+def test_options_of_another_type_are_named(
+    make: type[nn.Module], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        make(**options)
 
 
 @all_backends

@@ -34,6 +34,7 @@ from deform_attn.testing import (
     grad_output_for,
     results,
 )
+from tests.conftest import separate_compiled_code
 from tests.family import FAMILY, lively, tensors_of, with_tensors
 from tests.runners import Recorder, Runner, operators, package
 
@@ -149,6 +150,17 @@ def test_compile_with_inductor(runner: Runner, dtypes: Dtypes) -> None:
     torch.testing.assert_close(found, expected)
     for one, other in zip(grads, expected_grads):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_a_forced_instruction_set_has_compiled_code_of_its_own() -> None:
+    forced = {"ATEN_CPU_CAPABILITY": "avx2"}
+    separate_compiled_code(forced)
+    assert forced["TORCHINDUCTOR_CACHE_DIR"].endswith("_avx2")
+    chosen = {"ATEN_CPU_CAPABILITY": "avx2", "TORCHINDUCTOR_CACHE_DIR": "chosen"}
+    for environment in ({}, chosen):
+        before = dict(environment)
+        separate_compiled_code(environment)
+        assert environment == before
 
 
 def module_arguments(module: MSDeformAttn, device: str = "cpu") -> tuple[torch.Tensor, ...]:

@@ -3,7 +3,7 @@
 //   usable_kernels, chosen_kernels   the kernels for this processor (X86 reads its features)
 //   Scratch                          a thread's working memory
 //   inputs_of                        from a Call to the kernels' Inputs
-//   empty, clear                     new tensors, and zeros
+//   kept_blocks, empty, clear        memory kept between calls, new tensors, zeros
 //   KeptZeros                        zeros that are kept between calls
 //   sort_queries                     the order of visits of queries that are not pixels
 //   run_forward                      a forward pass on all threads
@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/library.h>
 
 #if defined(__linux__)
+#include <dlfcn.h>
 #include <sys/mman.h>
 #endif
 #if defined(__x86_64__)
@@ -30,6 +31,7 @@
 
 #include "../boxed.h"
 #include "../checks.h"
+#include "blocks.h"
 #include "kernels.h"
 
 namespace deform_attn {
@@ -179,22 +181,75 @@ void ask_for_pages(void* data, size_t bytes) {
 #endif
 }
 
+// Bytes of freed results that are kept for later calls; DEFORM_ATTN_KEEP_MB is in units of 2^20 bytes.
+size_t bytes_to_keep() {
+  const char* given = std::getenv("DEFORM_ATTN_KEEP_MB");
+  if (given == nullptr || *given == '\0') return size_t{128} << 20;
+  char* end = nullptr;
+  const long count = std::strtol(given, &end, 10);
+  DEFORM_ATTN_REQUIRE(*end == '\0' && count >= 0 && count < 1 << 20,
+                      "DEFORM_ATTN_KEEP_MB: expected a number from 0 to 1048575, got ", given);
+  return static_cast<size_t>(count) << 20;
+}
+
+// Never destroyed: tensors may live longer than this library's variables.
+cpu::KeptBlocks& kept_blocks() {
+  static auto& blocks = *new cpu::KeptBlocks(bytes_to_keep());
+  return blocks;
+}
+
+// Makes a tensor of a block and calls `deleter` when the tensor is freed: a function of torch 2.11 and
+// later, hence looked up by its name.
+using TensorOfBlock = AOTITorchError (*)(void* data, int64_t dimensions, const int64_t* sizes,
+                                         const int64_t* strides, int64_t offset, int32_t dtype,
+                                         int32_t device_type, int32_t device_index,
+                                         AtenTensorHandle* tensor, int32_t layout,
+                                         const uint8_t* metadata, int64_t metadata_size,
+                                         void (*deleter)(void* data, void* context), void* context);
+
+// Null where torch lacks it, and where blocks are not kept: that was measured on Linux alone.
+TensorOfBlock tensor_of_block() {
+#if defined(__linux__)
+  static const auto function =
+      reinterpret_cast<TensorOfBlock>(dlsym(RTLD_DEFAULT, "torch_from_blob"));
+  return function;
+#else
+  return nullptr;
+#endif
+}
+
 // An uninitialised tensor, straight from the allocator: torch's dispatched at::empty takes longer
-// than a small forward pass.
+// than a small forward pass. Large ones take their memory from the kept blocks.
 template <typename Shape>
 Tensor empty(const Shape& shape, ScalarType type) {
   std::vector<int64_t> sizes(shape.begin(), shape.end()), strides(sizes.size(), 1);
   for (size_t i = sizes.size(); i-- > 1;) {
     strides[i - 1] = strides[i] * std::max<int64_t>(sizes[i], 1);
   }
-  AtenTensorHandle handle;
+  const auto dimensions = static_cast<int64_t>(sizes.size());
+  const size_t numbers = static_cast<size_t>(dimensions > 0 ? sizes[0] * strides[0] : 1);
+  const size_t bytes = numbers * bytes_of(type);
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
-                                                  strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  const auto device = aoti_torch_device_type_cpu();
+  AtenTensorHandle handle;
+  bool fresh = true;
+  void* block = nullptr;
+  if (tensor_of_block() != nullptr && kept_blocks().keeps(bytes)) {
+    block = kept_blocks().take(bytes, fresh);
+  }
+  if (block != nullptr) {
+    const auto give_back = [](void* data, void*) { kept_blocks().give(data); };
+    const AOTITorchError error =
+        tensor_of_block()(block, dimensions, sizes.data(), strides.data(), 0, dtype, device, -1,
+                          &handle, aoti_torch_layout_strided(), nullptr, 0, give_back, nullptr);
+    if (error != AOTI_TORCH_SUCCESS) kept_blocks().give(block);
+    TORCH_ERROR_CODE_CHECK(error);
+  } else {  // without memory this raises torch's error
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dimensions, sizes.data(), strides.data(), dtype,
+                                                    device, 0, &handle));
+  }
   const Tensor tensor(handle);
-  ask_for_pages(tensor.mutable_data_ptr(),
-                static_cast<size_t>(tensor.numel()) * tensor.element_size());
+  if (fresh) ask_for_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 

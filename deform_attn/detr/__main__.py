@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
+import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,10 @@ with needs("detr"):
     from rich.console import Console
     from rich.table import Table
 
-    from deform_attn.detr.arguments import check_integer, find_device
+    from deform_attn.checks import check_integer, check_threshold
+    from deform_attn.detr.coco import raise_faults
     from deform_attn.detr.data import folder_of, open_dataset, splits_of
+    from deform_attn.detr.device import find_device
     from deform_attn.detr.evaluate import as_text, coco_results, detect, score
     from deform_attn.detr.export import SUFFIXES
     from deform_attn.detr.export import export as export_detector
@@ -29,7 +34,7 @@ with needs("detr"):
     from deform_attn.detr.pictures import draw_sheet, precision_recall
     from deform_attn.detr.predict import open_detector
     from deform_attn.detr.progress import progress
-    from deform_attn.detr.train import train
+    from deform_attn.detr.train import settings_of, train
 
 PROG = "python -m deform_attn.detr"
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
@@ -108,6 +113,8 @@ def predict(
 ) -> None:
     """Detect in images; write pictures with boxes, and detections.json.
 
+    Images that cannot be read are listed at the end; the exit status is then 1.
+
     Example: python -m deform_attn.detr predict --model digits --images photos/ --out found/
 
     Args:
@@ -119,23 +126,50 @@ def predict(
         device: cpu, cuda, ...; by default a GPU, if there is one.
     """
     check_integer("batch", batch, 1)
+    check_threshold("threshold", threshold)
     detector = open_detector("model", model, find_device(device))
     files = find_images(images)
     make_folder("out", out)
-    rows = []
-    with progress("predicts images", len(files)) as advance:
-        for first in range(0, len(files), batch):
-            part = files[first : first + batch]
-            for i, (file, found) in enumerate(zip(part, detector.predict(part, threshold, batch))):
-                picture = f"{first + i:05d}_{file.stem}.png"
-                drawn = draw(read_image(file), found)
-                write(out / picture, functools.partial(drawn.save, format="PNG"), sync=False)
-                numbers = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
-                one = {"file": str(file), "picture": picture, **numbers}
-                rows.append({**one, "names": found["names"]})
-            advance(len(part))
-    write(out / "detections.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
-    print(f"{sum(len(row['names']) for row in rows)} detections in {len(files)} images: {out}")
+    rows: list[dict[str, Any]] = []
+    faults: list[str] = []
+    try:
+        with progress("predicts images", len(files)) as advance:
+            for first in range(0, len(files), batch):
+                numbered = dict(enumerate(files[first : first + batch], first))
+                try:
+                    found = detector.predict(numbered.values(), threshold, batch)
+                except (OSError, ValueError):
+                    numbered = _readable(numbered, faults)
+                    found = detector.predict(numbered.values(), threshold, batch)
+                for (number, file), one in zip(numbered.items(), found):
+                    rows.append(_drawn(number, file, one, out))
+                advance(batch)
+    finally:  # after Ctrl-C too
+        write(out / "detections.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
+    print(f"{sum(len(row['names']) for row in rows)} detections in {len(rows)} images: {out}")
+    raise_faults(f"images: expected {len(files)}, got {len(rows)}", faults)
+
+
+def _readable(files: dict[int, Path], faults: list[str]) -> dict[int, Path]:
+    """The files that are images; adds the reasons why others are not to ``faults``."""
+    good = {}
+    for number, file in files.items():
+        try:
+            read_image(file)
+            good[number] = file
+        except (OSError, ValueError) as error:
+            faults.append(str(error))
+    return good
+
+
+def _drawn(number: int, file: Path, found: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write a picture with the boxes; the entry of ``detections.json``."""
+    stem = os.fsencode(file.stem)[:200].decode(errors="ignore")  # names have at most 255 bytes
+    picture = f"{number:05d}_{stem}.png"
+    drawn = draw(read_image(file), found)
+    write(out / picture, functools.partial(drawn.save, format="PNG"), sync=False)
+    numbers = {key: found[key].tolist() for key in ("boxes", "scores", "labels")}
+    return {"file": str(file), "picture": picture, **numbers, "names": found["names"]}
 
 
 def export(model: str, file: Path, size: int = 0) -> None:
@@ -164,6 +198,8 @@ def data(
 ) -> None:
     """Check a data set, count its objects, draw a sheet of samples, or divide its images.
 
+    The images of a folder are read to the last pixel. Other commands read them when they need them.
+
     With hold_out, a folder with annotations of one split gets hold_out/train.json and
     hold_out/val.json, which later commands use instead. Nothing is overwritten.
 
@@ -190,6 +226,7 @@ def data(
     for name in names:
         sets[name] = open_dataset(data, name, resize="fit", classes=classes)
         classes = sets[name].classes
+    folders = {name: one for name, one in sets.items() if isinstance(one, AnnotatedFolder)}
     for name, one in sets.items():
         objects = [row["image_id"] for row in one.ground_truth()["annotations"]]
         empty = len(one) - len(set(objects))
@@ -206,12 +243,30 @@ def data(
     if sheet is not None:
         draw_sheet(next(iter(sets.values())), sheet, samples)
         print(sheet)
+    faults = [f"{name}: {fault}" for name, one in folders.items() for fault in one.pixel_faults()]
+    raise_faults("data: expected images that can be read", faults)
 
 
 def _order(split: str) -> tuple[int, str]:
     """Training images first: their classes number those of the others."""
     starts = [split.startswith(name) for name in ("train", "val", "test")]
     return starts.index(True) if any(starts) else 3, split
+
+
+def _train_command(arguments: Sequence[str]) -> Callable[..., Any]:
+    """``train``; with ``--resume``, options that are not given have the values of that run.
+
+    Raises:
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: damaged, or no training.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--resume", type=Path, nargs="?")
+    run = parser.parse_known_args(arguments)[0].resume
+    if run is None:
+        return train
+    folder = run if run.is_dir() else run.parent
+    return functools.partial(train, settings=settings_of(run), out=folder)
 
 
 def main() -> None:
@@ -224,13 +279,18 @@ def main() -> None:
         "data": data,
     }
     try:
+        if sys.argv[1:2] == ["train"]:
+            commands["train"] = _train_command(sys.argv[2:])
         tyro.extras.subcommand_cli_from_dict(
             commands, prog=PROG, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
         )
     except KeyboardInterrupt:
         sys.exit(128 + signal.SIGINT)
     except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
-        sys.exit(f"{PROG}: error: {error}")
+        text = str(error)
+        if "\nOriginal Traceback" in text:  # of a process of the data loader
+            text = text.rpartition(f"\n{type(error).__name__}: ")[2]
+        sys.exit(f"{PROG}: error: {text.strip()}")
 
 
 if __name__ == "__main__":

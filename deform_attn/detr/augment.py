@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from deform_attn.checks import check_choice
 from deform_attn.detr.data import Detection, Original, Sample, resized
 from deform_attn.detr.images import LARGEST_RATIO, pad
 from deform_attn.extras import needs_torchvision
@@ -53,8 +54,7 @@ def check_augmentation(name: str) -> None:
         ValueError: an unknown name.
         ImportError: it needs torchvision, which is not installed; the message names the command.
     """
-    if name not in AUGMENTATIONS:
-        raise ValueError(f"augment: expected one of {list(AUGMENTATIONS)}, got {name!r}")
+    check_choice("augment", name, AUGMENTATIONS)
     if name not in WITHOUT_TORCHVISION:
         with needs_torchvision():
             import deform_attn.detr.transforms  # noqa: F401

@@ -21,6 +21,8 @@ from pydantic import (
 )
 from typing_extensions import NotRequired, TypedDict
 
+from deform_attn.detr.images import range_fault
+
 _KEYS = ConfigDict(strict=True, extra="ignore")  # outlines of objects would take gigabytes
 
 
@@ -68,12 +70,17 @@ class Content(TypedDict):
 _SCHEMA = TypeAdapter(Content)
 
 
-def raise_faults(file: Path, faults: Iterable[str]) -> None:
-    """Raise a ValueError with the file and a line for each of the first 20 faults, if any."""
+def raise_faults(place: object, faults: Iterable[str]) -> None:
+    """Raise a ValueError with the place and a line for each of the first 20 faults, if any.
+
+    Args:
+        place: a file, or an argument with what was expected.
+        faults: each a line.
+    """
     if found := list(faults):
         shown = found[:20] + ([f"... and {len(found) - 20} more"] if found[20:] else [])
         number = f"{len(found)} fault{'s' if len(found) > 1 else ''}"
-        raise ValueError("\n  ".join([f"{file}: {number}", *shown]))
+        raise ValueError("\n  ".join([f"{place}: {number}", *shown]))
 
 
 def parse(file: Path) -> Content:
@@ -169,15 +176,16 @@ def box_fault(box: list[float], width: float, height: float) -> str:
 def image_size(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
     """(width, height) of an image file as shown, and as stored.
 
-    Pixels are not decoded, but for PNG files, whose EXIF data may follow them.
+    Pixels are not decoded, but for PNG files, whose EXIF data may follow them, and for images of
+    more than 8 bits, whose range is checked.
 
     Raises:
-        ValueError: it is no image, or one of floats; the message names it.
+        ValueError: it is no image, or one whose values have no known range; the message names it.
     """
     try:
         with Image.open(file) as image:
-            if image.mode == "F":
-                raise ValueError("floats; scale them to 8 or 16 bits per channel")
+            if fault := range_fault(image):
+                raise ValueError(fault)
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
             width, height = image.size
             return (height, width) if turned else image.size, image.size

@@ -20,8 +20,9 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from deform_attn.detr.arguments import check_integer
+from deform_attn.checks import check_choice, check_integer
 from deform_attn.detr.boxes import from_corners
+from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor
 
 Sample = tuple[Tensor, dict[str, Tensor]]
@@ -71,7 +72,7 @@ def resized(original: Original, size: int, resize: str = "stretch") -> Sample:
 
 
 def open_dataset(
-    name: str,
+    name: str | Path,
     split: str,
     size: int = 0,
     seed: int = 0,
@@ -93,7 +94,7 @@ def open_dataset(
             evaluation.
 
     Raises:
-        TypeError: the size is no integer.
+        TypeError: an argument has another type.
         ValueError: an unknown name or split, or an invalid folder; the message names each fault.
         OSError: a file of the folder cannot be read.
 
@@ -105,10 +106,11 @@ def open_dataset(
     """
     from deform_attn.detr.folders import AnnotatedFolder
 
+    name = _as_name(name)
     check_integer("size", size, 0)
+    check_integer("seed", seed, 0)
     if name in DRAWN:
-        if split not in _Drawn.lengths:
-            raise ValueError(f"split: expected 'train' or 'val', got {split!r}")
+        check_choice("split", split, _Drawn.lengths)
         return DRAWN[name](split, size, seed)
     folder, layout = folder_of(name)
     return AnnotatedFolder(folder, split, size or 640, resize, classes, layout)
@@ -125,6 +127,12 @@ def splits_of(name: str) -> list[str]:
     return list(_Drawn.lengths if name in DRAWN else find_splits(*folder_of(name)))
 
 
+def _as_name(name: object) -> str:
+    if not isinstance(name, str | Path):
+        raise TypeError(f"data: expected the name of a data set or a folder, got {name!r}")
+    return str(name)
+
+
 def folder_of(name: str) -> tuple[Path, str]:
     """Folder and layout, empty if not given, of a name on the command line.
 
@@ -133,14 +141,16 @@ def folder_of(name: str) -> tuple[Path, str]:
     """
     from deform_attn.detr.folders import LAYOUTS
 
-    layout, _, folder = name.partition(":")
+    layout, _, folder = _as_name(name).partition(":")
     if layout in LAYOUTS and folder:
         return Path(folder).expanduser(), layout
     path = Path(name).expanduser()
-    if not name or "\0" in name or not path.exists():
+    valid = name != "" and "\0" not in name
+    if not valid or not path.exists():
+        why = f": {nearby(path, list(DRAWN))}" if valid else ""
         raise ValueError(
             "data: expected 'shapes', 'digits', a folder, or 'coco:FOLDER', 'roboflow:FOLDER' or "
-            f"'yolo:FOLDER', got {name!r}"
+            f"'yolo:FOLDER', got {name!r}{why}"
         )
     return path, ""
 

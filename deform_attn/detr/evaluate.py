@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from deform_attn.detr.arguments import check_integer
+from deform_attn.checks import check_integer
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess

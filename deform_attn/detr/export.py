@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deform_attn.detr.arguments import check_integer
+from deform_attn.checks import as_path, check_integer
 from deform_attn.detr.files import write
 from deform_attn.detr.matching import assign
 from deform_attn.detr.models import BestScores, Detections, Postprocess
@@ -63,11 +63,13 @@ def export(
 
     Raises:
         ValueError: another suffix, or an invalid size.
-        TypeError: a size of another type.
+        TypeError: an argument has another type.
         OSError: the file cannot be written; the message names it.
         ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
     """
-    file = Path(file)
+    file = as_path("file", file)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a module, got {model!r}")
     if file.suffix not in SUFFIXES:
         raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
     height, width = (size, size) if isinstance(size, Integral) else _pair(size)

@@ -1,7 +1,8 @@
-"""Files and folders that commands write: checked before the work, and written in one step."""
+"""Files and folders of commands: checked before the work, and written in one step."""
 
 from __future__ import annotations
 
+import difflib
 import io
 import os
 import tempfile
@@ -9,6 +10,41 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+
+def nearby(path: Path, names: Sequence[str] = ()) -> str:
+    """What exists in the place of a path that does not exist, for errors.
+
+    Args:
+        path: does not exist.
+        names: that could be meant instead of a path.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from deform_attn.detr.files import nearby
+        >>> with TemporaryDirectory() as folder:
+        ...     Path(folder, "photos").mkdir()
+        ...     text = nearby(Path(folder, "fotos", "train"))
+        >>> text.replace(folder, "DATA")
+        "'DATA' has no 'fotos'; similar: 'photos'"
+    """
+    missing, folder = path.name, path.parent
+    while not folder.exists():
+        missing, folder = folder.name, folder.parent
+    if not folder.is_dir():
+        return f"{str(folder)!r} is a file"
+    try:
+        found = sorted(os.listdir(folder))
+    except OSError as error:
+        return f"{str(folder)!r} cannot be read: {error.strerror}"
+    place = f"{str(folder)!r} has no {missing!r}"
+    names = names if folder == path.parent == Path() else ()
+    if close := difflib.get_close_matches(missing, {*names, *found}):
+        return f"{place}; similar: {', '.join(map(repr, close))}"
+    shown = [repr(name) for name in found if name[0] != "."]
+    more = f" and {len(shown) - 8} more" if shown[8:] else ""
+    return f"{place}; it has {', '.join(shown[:8]) or 'nothing'}{more}"
 
 
 def make_folder(argument: str, folder: Path) -> None:

@@ -25,8 +25,10 @@ from typing import Any
 
 import torch
 
+from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr import cache, coco, yolo
 from deform_attn.detr.data import Original, Sample, resized
+from deform_attn.detr.files import nearby
 from deform_attn.detr.images import RESIZE, read_image
 from deform_attn.detr.progress import mapped
 
@@ -167,14 +169,18 @@ def find_splits(folder: Path, layout: str = "") -> Splits:
     Raises:
         ValueError: no folder, no layout, or several of them.
     """
-    if "\0" in str(folder) or not folder.exists():
-        raise ValueError(f"{str(folder)!r}: expected a folder")
+    if layout:
+        check_choice("layout", layout, LAYOUTS)
+    if "\0" in str(folder):
+        raise ValueError(f"data: expected a folder, got {str(folder)!r}")
+    if not folder.exists():
+        raise ValueError(f"data: expected a folder, got {str(folder)!r}: {nearby(folder)}")
     if folder.is_dir():
         splits = _recognised(folder, layout)
     elif layout in ("", "yolo") and folder.suffix in (".yaml", ".yml"):
         folder, splits = folder.parent, _yolo(folder.parent, folder.name)
     else:
-        raise ValueError(f"{str(folder)!r}: expected a folder, got a file")
+        raise ValueError(f"data: expected a folder, got the file {str(folder)!r}")
     parts = sorted((folder / HELD_OUT).glob("*.json"))
     if parts and len(splits) == 1:
         whole = next(iter(splits.values()))
@@ -209,6 +215,8 @@ def find_source(folder: Path, split: str, layout: str = "") -> tuple[str, Source
         ValueError: there is none, or there are several.
     """
     splits = find_splits(folder, layout)
+    if not isinstance(split, str):
+        raise TypeError(f"split: expected a name, got {split!r}")
     names = [split] if split in splits else [n for n in splits if split and n.startswith(split)]
     if len(names) != 1:
         step = ""
@@ -272,6 +280,7 @@ class AnnotatedFolder:
         layout: "coco", "roboflow" or "yolo"; by default that which the folder has.
 
     Raises:
+        TypeError: an argument has another type.
         OSError: a file cannot be read.
         ValueError: no such split, or faults in it: one line for each, with its file, place or id,
             what was expected and what came.
@@ -301,10 +310,10 @@ class AnnotatedFolder:
         classes: Sequence[str] | None = None,
         layout: str = "",
     ) -> None:
-        if resize not in RESIZE:
-            raise ValueError(f"resize: expected one of {', '.join(RESIZE)}, got {resize!r}")
+        check_choice("resize", resize, RESIZE)
+        check_integer("size", size, 1)
         self.size, self.resize = size, resize
-        name, source = find_source(Path(folder), split, layout)
+        name, source = find_source(as_path("folder", folder), split, layout)
         self.root = source.root
         content, self.identity = validated(name, source)
         categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -341,7 +350,16 @@ class AnnotatedFolder:
             [_clipped(one["bbox"], facts["width"], facts["height"]) for one in objects]
         ).reshape(-1, 4)
         labels = torch.tensor([one["category_id"] for one in objects]).long()
-        return read_image(self.root / facts["file_name"]), {"labels": labels, "boxes": boxes}
+        try:
+            image = read_image(self.root / facts["file_name"])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{error}; `data --data {self.root}` lists all such images") from error
+        return image, {"labels": labels, "boxes": boxes}
+
+    def pixel_faults(self) -> Iterator[str]:
+        """The images whose pixels cannot be read, and why."""
+        files = [self.root / facts["file_name"] for facts in self._content["images"]]
+        yield from filter(None, mapped(_pixel_fault, files, "reads images"))
 
     def ground_truth(self) -> dict[str, Any]:
         """What was read, in COCO's format, with labels as ids of categories."""
@@ -355,6 +373,14 @@ class AnnotatedFolder:
         ids = self._file_ids
         known = [row for row in rows if row["category_id"] in ids]
         return [{**row, "category_id": ids[row["category_id"]]} for row in known]
+
+
+def _pixel_fault(file: Path) -> str:
+    try:
+        read_image(file)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
 
 
 def _clipped(bbox: list[float], width: int, height: int) -> list[float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from deform_attn.detr.arguments import check_number
+from deform_attn.checks import as_path, check_integer, check_number
 from deform_attn.detr.files import make_folder, write
 from deform_attn.detr.folders import HELD_OUT, Source, find_splits, validated
 
@@ -72,7 +72,9 @@ def _divided(classes: Sequence[set[int]], fraction: float, order: list[int]) -> 
     return sorted(image for image, is_held in held.items() if is_held)
 
 
-def hold_out(folder: Path, fraction: float, seed: int = 0, layout: str = "") -> tuple[Path, Path]:
+def hold_out(
+    folder: str | Path, fraction: float, seed: int = 0, layout: str = ""
+) -> tuple[Path, Path]:
     """Divide the images of a folder; later commands use the two files instead of its own.
 
     Args:
@@ -86,12 +88,14 @@ def hold_out(folder: Path, fraction: float, seed: int = 0, layout: str = "") -> 
 
     Raises:
         OSError: they cannot be written.
-        TypeError: the fraction is no number.
+        TypeError: an argument has another type.
         ValueError: an invalid fraction; a folder with several splits, with a single image, with
             faults, or which was divided before.
     """
     if not 0 < check_number("hold_out", fraction) < 1:
         raise ValueError(f"hold_out: expected a fraction above 0 and below 1, got {fraction}")
+    check_integer("seed", seed, 0)
+    folder = as_path("folder", folder)
     root = folder if folder.is_dir() else folder.parent
     parts = root / HELD_OUT / "train.json", root / HELD_OUT / "val.json"
     for part in parts:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,13 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deform_attn.checks import as_path
 from deform_attn.detr import models
 from deform_attn.detr.backbones import LibraryBackbone
 from deform_attn.detr.checkpoints import Rules, load_renamed
+from deform_attn.detr.files import nearby
 from deform_attn.detr.layers import Size
 from deform_attn.detr.models import System
 from deform_attn.extras import needs_transformers
 
+TIME_LIMIT = float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "5"))  # seconds until the hub answers
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
 # Names of transformers 5, in those used here.
@@ -110,14 +115,19 @@ def from_transformers(
         as :func:`~deform_attn.detr.images.as_tensor` takes them.
 
     Raises:
+        TypeError: no name or path.
         ModuleNotFoundError: transformers is not installed.
+        FileNotFoundError: no such folder, and the hub has no such model or cannot be reached.
         ValueError: a model of another type, or with options that the system here does not have.
     """
     with needs_transformers():
         from transformers import AutoConfig, AutoModelForObjectDetection
         from transformers.image_processing_base import ImageProcessingMixin
 
+    as_path("name_or_folder", name_or_folder)
     name = str(name_or_folder)
+    if not Path(name).is_dir() and not options.get("local_files_only"):
+        options["local_files_only"] = not _find_on_hub(name, options)
     config = AutoConfig.from_pretrained(name, **options)
     if config.model_type not in _SYSTEMS:
         known = ", ".join(_SYSTEMS)
@@ -141,6 +151,34 @@ def from_transformers(
     if "shortest_edge" in size or (line and not size):
         return system, classes, size.get("shortest_edge", 800), "shortest"
     return system, classes, size.get("height", 640), "stretch"
+
+
+def _find_on_hub(name: str, options: dict[str, Any]) -> bool:
+    """Whether the hub has a model, asked with a time limit; False: only the local cache has it.
+
+    Without this, transformers repeats its requests for minutes where there is no network.
+
+    Raises:
+        FileNotFoundError: the hub has none, or it cannot be reached and the cache has none.
+    """
+    import huggingface_hub as hub
+
+    place = {key: options[key] for key in ("revision", "subfolder") if key in options}
+    try:
+        url = hub.hf_hub_url(name, "config.json", **place)
+        hub.get_hf_file_metadata(url, token=options.get("token"), timeout=TIME_LIMIT)
+    except Exception as error:  # of huggingface_hub, of its HTTP client, or of the system
+        cache = {"cache_dir": options.get("cache_dir"), "revision": options.get("revision")}
+        file = str(Path(options.get("subfolder", "")) / "config.json")
+        with suppress(ValueError):  # no valid name
+            if isinstance(hub.try_to_load_from_cache(name, file, **cache), str):
+                return False
+        raise FileNotFoundError(
+            f"expected a folder, or the name of a model on the hub, got {name!r}: "
+            f"{nearby(Path(name))}; the hub, which has {TIME_LIMIT:g} s to answer "
+            f"(HF_HUB_ETAG_TIMEOUT): {' '.join(str(error).split())[:300] or type(error).__name__}"
+        ) from error
+    return True
 
 
 def _renamed(state: dict[str, Tensor], config: Any, model: nn.Module) -> dict[str, Tensor]:

@@ -13,11 +13,13 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from deform_attn.detr.files import nearby
 from deform_attn.extras import needs
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm")
 RESIZE = ("stretch", "fit", "shortest")
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17a2b8", "#b8860b")
+_KINDS = "8 or 16 bits per channel"
 LONGEST = 1333 / 800  # of the longer side to the shorter one
 LARGEST_RATIO = 4  # of sides that augmentation keeps, so that 3000 x 2 pixels take little memory
 
@@ -35,6 +37,8 @@ def read_image(source: Any) -> Image.Image:
         TypeError: another type.
     """
     if isinstance(source, Image.Image):
+        if fault := range_fault(source):
+            raise ValueError(f"images: expected {_KINDS}, got {fault}")
         return _rgb(source)
     if isinstance(source, np.ndarray | Tensor):
         return _rgb(Image.fromarray(_bytes(source)))
@@ -44,34 +48,45 @@ def read_image(source: Any) -> Image.Image:
         )
     try:
         with Image.open(source) as image:
-            return _rgb(image)
-    except FileNotFoundError:
-        raise
+            if not (fault := range_fault(image)):
+                return _rgb(image)
+    except FileNotFoundError as error:
+        why = nearby(Path(source))
+        raise FileNotFoundError(f"images: expected a file, got {str(source)!r}: {why}") from error
     except Image.DecompressionBombError as error:
         raise ValueError(
             f"{source}: {error} Raise PIL.Image.MAX_IMAGE_PIXELS to allow it"
         ) from error
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{str(source)!r}: expected an image, got {error}") from error
+    raise ValueError(f"{str(source)!r}: expected {_KINDS}, got {fault}")
 
 
-def find_images(names: Sequence[str | Path]) -> list[Path]:
+def find_images(names: str | Path | Sequence[str | Path]) -> list[Path]:
     """Files by name, by a pattern such as ``photos/*.jpg``, or all images in a folder.
 
     Raises:
+        TypeError: another type than a name or a list of names.
         FileNotFoundError: no names, or a name has no such file.
     """
+    names = [names] if isinstance(names, str | Path) else names
+    if not isinstance(names, Sequence) or not all(isinstance(one, str | Path) for one in names):
+        raise TypeError(f"images: expected files, folders or patterns, got {names!r}")
     if not names:
         raise FileNotFoundError("images: expected files, folders or patterns, got none")
     found: list[Path] = []
     for name in names:
         path = Path(name)
         if path.is_dir():
-            files = sorted(f for f in path.iterdir() if f.suffix.lower() in SUFFIXES)
+            files = sorted(
+                f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "."
+            )
         else:
             files = [path] if path.exists() else [Path(f) for f in sorted(glob.glob(str(name)))]
         if not files:
             expected, got = "a file, a folder or a pattern", repr(str(name))
+            if not path.exists() and glob.escape(str(name)) == str(name):
+                got += f": {nearby(path)}"
             if path.is_dir():
                 expected = f"images ({', '.join(SUFFIXES)})"
                 got = f"the folder {got} without any"
@@ -108,29 +123,38 @@ def _font() -> str:
     return os.path.join(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
 
 
+def range_fault(image: Image.Image) -> str:
+    """Why the values of an image have no known range; else nothing.
+
+    Values have 8 bits per channel, or 16 bits, which must be used. Images of 8 bits are not read.
+    """
+    if image.mode == "F":
+        return "floats; scale them to 8 or 16 bits"
+    if image.mode.startswith("I"):  # 16 bits, which Pillow also stores as 32
+        return _integer_fault(np.asarray(image))
+    return ""
+
+
+def _integer_fault(values: np.ndarray) -> str:
+    """As :func:`range_fault`, for values of more than 8 bits."""
+    low, high = (int(values.min()), int(values.max())) if values.size else (0, 0)
+    if low < 0 or high > 65535:
+        return f"integers from {low} to {high}; scale them to 8 or 16 bits"
+    if 0 < high < 256:
+        return f"16 bits with values up to {high}, almost black; convert them to 8 bits"
+    return ""
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     """Upright, with 8 bits per channel."""
     image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError("expected 8 or 16 bits per channel, got floats; scale them to bytes")
-    if image.mode.startswith("I"):  # 16 bits, which Pillow also stores as 32
-        values = np.asarray(image).astype(np.int64)
-        if values.size and not 0 <= values.min() <= values.max() < 65536:
-            raise ValueError(
-                "expected 8 or 16 bits per channel, got integers from "
-                f"{values.min()} to {values.max()}; scale them to bytes"
-            )
-        image = Image.fromarray(_eight_bits(values))
+    if image.mode.startswith("I"):
+        image = Image.fromarray(_eight_bits(np.asarray(image)))
     return image.convert("RGB")
 
 
 def _eight_bits(values: np.ndarray) -> np.ndarray:
     """From 16 bits."""
-    if 0 < values.max(initial=0) < 256:
-        raise ValueError(
-            f"images: expected 16 bits of up to 65535, got values up to {values.max()}, which "
-            "would become black; convert them to unsigned bytes"
-        )
     return (values // 257).astype(np.uint8)
 
 
@@ -151,6 +175,8 @@ def _bytes(array: np.ndarray | Tensor) -> np.ndarray:
     if array.size == 0:
         raise ValueError(f"images: expected pixels, got an {kind} of {list(array.shape)}")
     if array.dtype == np.uint16:
+        if fault := _integer_fault(array):
+            raise ValueError(f"images: expected {_KINDS}, got {fault}")
         array = _eight_bits(array)
     if np.issubdtype(array.dtype, np.floating):
         if not ((array >= 0) & (array <= 1)).all():

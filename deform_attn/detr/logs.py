@@ -25,16 +25,19 @@ class Log:
     Args:
         folder: of the run.
         history: of the training until now.
-        tensorboard: also write events for TensorBoard, in ``tensorboard/``. Those of later steps
-            than the last one of ``history`` are marked as invalid.
+        steps: of the history that are logged; the next one is added.
+        tensorboard: also write events for TensorBoard, in ``tensorboard/``. Those of steps after
+            ``steps`` are marked as invalid.
 
     Raises:
         ModuleNotFoundError: TensorBoard is not installed.
         OSError: the file cannot be written; the message names it.
     """
 
-    def __init__(self, folder: Path, history: dict[str, Any], *, tensorboard: bool = False) -> None:
-        self.file, steps = folder / "log.csv", len(history["loss"])
+    def __init__(
+        self, folder: Path, history: dict[str, Any], steps: int, *, tensorboard: bool = False
+    ) -> None:
+        self.file = folder / "log.csv"
         evaluated = {one["step"]: one for one in _evaluations(history)}
         rows = [_row(history, step, evaluated.get(step, {})) for step in range(1, steps + 1)]
         self._write("w", [dict(zip(COLUMNS, COLUMNS)), *rows])

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 
 def draw_sheet(dataset: Detection, file: Path, samples: int = 12) -> None:
-    """Write a PNG with some images of a data set, evenly spaced, with boxes and class names."""
+    """Write a PNG with some images of a data set, evenly spaced, with boxes and class names.
+
+    A panel stays empty where the image cannot be read.
+    """
     from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
@@ -29,7 +32,11 @@ def draw_sheet(dataset: Detection, file: Path, samples: int = 12) -> None:
     for panel in panels:
         panel.set_axis_off()
     for place, panel in enumerate(panels[:number]):
-        image, target = dataset[place * len(dataset) // number]
+        try:
+            image, target = dataset[place * len(dataset) // number]
+        except ValueError:
+            panel.set_title("cannot be read", fontsize=7, color="#d62728")
+            continue
         height, width = image.shape[1:]
         panel.imshow(image.permute(1, 2, 0).numpy(), extent=(0, width, height, 0))
         for (cx, cy, w, h), label in zip(target["boxes"].tolist(), target["labels"].tolist()):

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deform_attn.detr.arguments import check_integer, check_threshold, find_device
+from deform_attn.checks import check_integer, check_threshold
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
+from deform_attn.detr.device import find_device
+from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor, pad, read_image
 from deform_attn.detr.models import System
 from deform_attn.detr.recipes import build
 from deform_attn.detr.zoo import configuration, create, from_official
 
 SHIPPED = Path(__file__).parent / "weights"
+WEIGHTS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors", ".onnx", ".tar", ".zip")
 
 
 class Predictor:
@@ -161,9 +164,9 @@ def open_detector(
     device = find_device(device)
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
     name = str(name_or_path)
-    file = shipped.get(name, Path(name))
-    on_hub = isinstance(name_or_path, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
-    exists = name != "" and "\0" not in name and file.exists()
+    file = shipped.get(name, Path(name).expanduser())
+    valid = name != "" and "\0" not in name
+    exists = valid and file.exists()
     if exists and file.is_dir() and not (file / "config.json").exists():
         if not (file / "model.pt").is_file():
             raise ValueError(
@@ -171,12 +174,15 @@ def open_detector(
                 f"training in the folder {name!r}, got neither"
             )
         file = file / "model.pt"
-    if (exists and file.is_dir()) or (on_hub and not exists and not file.suffix):
-        return _from_transformers(name, device)
+    if exists and file.is_dir():
+        return _from_transformers(argument, str(file), device)
+    if isinstance(name_or_path, str) and not exists and _may_be_on_hub(name):
+        return _from_transformers(argument, name, device)
     if not exists:
+        why = f": {nearby(file, list(shipped))}" if valid else ""
         raise FileNotFoundError(
             f"{argument}: expected one of {sorted(shipped)}, a file, a folder or a name on the "
-            f"hub, got {name!r}"
+            f"hub (ORGANIZATION/MODEL), got {name!r}{why}"
         )
     content = read_checkpoint(file)
     if "settings" in content and "random" in content:
@@ -222,8 +228,18 @@ def _from_training(content: dict[str, Any]) -> Predictor:
     )
 
 
-def _from_transformers(name: str, device: str | torch.device) -> Predictor:
+def _may_be_on_hub(name: str) -> bool:
+    """Whether a name that is no path can be ORGANIZATION/MODEL, decided without the network."""
+    start = r"[A-Za-z0-9][\w.-]*"
+    one = re.fullmatch(f"({start})/{start}", name, re.ASCII)
+    return one is not None and not name.endswith(WEIGHTS) and not Path(one[1]).exists()
+
+
+def _from_transformers(argument: str, name: str, device: str | torch.device) -> Predictor:
     from deform_attn.detr.hub import from_transformers
 
-    system, classes, size, resize = from_transformers(name)
+    try:
+        system, classes, size, resize = from_transformers(name)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{argument}: {error}") from error
     return Predictor(system, classes, size, resize, facts={"model": name}, device=device)

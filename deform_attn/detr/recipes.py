@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 
+from deform_attn.checks import check_choice
 from deform_attn.detr import models
 from deform_attn.detr.backbones import SmallBackbone
 from deform_attn.detr.layers import Size
@@ -65,7 +66,11 @@ def build(recipe: str, num_classes: int, width: int, layers: int, queries: int) 
         width: channels of queries and memory, a multiple of 32.
         layers: of the decoder; the encoder has one.
         queries: number of queries.
+
+    Raises:
+        ValueError: an unknown recipe.
     """
+    check_choice("recipe", recipe, RECIPES)
     chosen = RECIPES[recipe]
     size = replace(
         SMALL,

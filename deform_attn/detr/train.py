@@ -3,8 +3,8 @@
 The folder of a run holds ``model.pt`` and ``best.pt``, that of the best AP, for
 `deform_attn.detr.load`; ``log.csv`` and ``curves.png``; ``history.json``; and ``checkpoint.pt``.
 The same command resumes a training that was stopped, with the same result to the bit; ``--resume``
-continues it with other settings. Under ``torchrun --nproc-per-node N -m deform_attn.detr train
-...`` N processes share each batch.
+continues it with the settings of the run, apart from those that are given. Under
+``torchrun --nproc-per-node N -m deform_attn.detr train ...`` N processes share each batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.detr.arguments import check_integer, check_number, default_device, find_device
+from deform_attn.checks import as_path, check_choice, check_integer, check_number
 from deform_attn.detr.augment import (
     AUGMENTATIONS,
     Augmented,
@@ -41,8 +41,9 @@ from deform_attn.detr.augment import (
 )
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
+from deform_attn.detr.device import default_device, find_device
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
-from deform_attn.detr.files import locked, make_folder, write
+from deform_attn.detr.files import locked, make_folder, nearby, write
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
@@ -51,7 +52,7 @@ from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.recompute import recompute
 from deform_attn.detr.zoo import CONFIGURATIONS
 
-# Settings that --resume lets change.
+# Settings that may differ from those of the run that --resume continues.
 CHANGEABLE = frozenset(
     [
         "steps",
@@ -150,19 +151,22 @@ class Settings:
                 check_number(field.name, got)
             elif not isinstance(got, str):
                 raise TypeError(f"{field.name}: expected text, got {got!r}")
-        if bool(self.recipe) == bool(self.model) and not self.init:
-            raise ValueError("recipe, model: expected one of them, or init alone")
+        if self.recipe and self.model:
+            raise ValueError(
+                f"recipe, model: expected one of them, got {self.recipe!r} and {self.model!r}"
+            )
+        if not (self.recipe or self.model or self.init):
+            raise ValueError("recipe, model: expected one of them, or init alone, got none")
         choices: dict[str, Iterable[str]] = {
-            "recipe": ("", *RECIPES),
-            "model": ("", *CONFIGURATIONS),
-            "amp": AMP,
-            "resize": ("", *RESIZE),
-            "augment": ("", *AUGMENTATIONS),
+            "recipe": RECIPES,
+            "model": CONFIGURATIONS,
+            "resize": RESIZE,
+            "augment": AUGMENTATIONS,
         }
+        check_choice("amp", self.amp, AMP)
         for name, known in choices.items():
-            if (got := getattr(self, name)) not in known:
-                listed = ", ".join(filter(None, known))
-                raise ValueError(f"{name}: expected one of {listed}; got {got!r}")
+            if got := getattr(self, name):
+                check_choice(name, got, known)
         counts = ("steps", "batch", "accumulate", "layers", "queries")
         for name in (*counts, "evaluate_every", "save_every"):
             check_integer(name, getattr(self, name), 1)
@@ -367,9 +371,11 @@ def train(
 ) -> dict[str, Any]:
     """Train or fine-tune a detector; resumes from the checkpoint in the folder, if there is one.
 
-    With a checkpoint to resume, its training is continued with other settings: steps, batch,
-    rates, augmentation, sizes, precision, seed, patience, saving, the device, the place of the data
-    and the number of processes. What decides the model and its data must be the same.
+    With a checkpoint to resume, its training is continued. On the command line, options that are
+    not given have the values of that run; in Python, ``settings_of(RUN)`` gives them. Other values
+    may be given of steps, batch, rates, augmentation, random sizes, precision, seed, patience,
+    saving, the device, the place of the data and the number of processes. What decides the model
+    and its data must be the same.
 
     Under torchrun it makes a process group, if there is none, and destroys it at the end. A script
     that trains several times makes one group for all: PyTorch's store keeps the addresses of a
@@ -384,15 +390,15 @@ def train(
     python -m deform_attn.detr train --init FILE.pth --data FOLDER --lr 1e-4 --backbone-lr 0.1
     --multi-scale 0.25 --batch 4 --accumulate 4 --recompute 1 --patience 5 --out RUN
 
-    python -m deform_attn.detr train --recipe rtdetr --data shapes --lr 1e-4 --resume RUN --out NEXT
+    python -m deform_attn.detr train --resume RUN --steps 1600 --lr 1e-4 --out NEXT
 
     Args:
         settings: of the training.
-        out: folder of the run.
+        out: folder of the run; with resume, by default that of the checkpoint.
         workers: processes that prepare batches, of training and evaluation; they do not change the
             result.
-        resume: a checkpoint, or the folder of a run, to continue with other settings. The folder of
-            the run is the same, or one that has no other training.
+        resume: a checkpoint, or the folder of a run, to continue. ``out`` is the same folder, or
+            one that has no other training.
         device: cpu, cuda, cuda:1, mps, ...; by default a GPU, if there is one. Under torchrun each
             process has its own.
         tensorboard: write events for TensorBoard too, in ``tensorboard/`` of the folder.
@@ -411,8 +417,10 @@ def train(
         FileNotFoundError: there is no checkpoint to resume.
         FloatingPointError: the loss or a gradient is not finite; the checkpoint is older.
     """
+    if not isinstance(settings, Settings):
+        raise TypeError(f"settings: expected deform_attn.detr.train.Settings, got {settings!r}")
     settings.check()
-    out, resume = Path(out), None if resume is None else Path(resume)
+    out, resume = as_path("out", out), None if resume is None else as_path("resume", resume)
     check_integer("workers", workers, 0)
     if tensorboard:
         summary_writer()
@@ -445,7 +453,7 @@ class _Run:
         tensorboard: bool = False,
     ) -> None:
         file, checkpoint = _checkpoint(out, resume)
-        source = None
+        change, source = resume is not None, None
         if checkpoint is None:
             source = open_detector("init", settings.init) if settings.init else None
             settings = resolved(settings, source)
@@ -460,6 +468,8 @@ class _Run:
         self.console = Console(quiet=rank > 0, highlight=False)
         wrap = functools.partial(self.console.print, soft_wrap=True)
         self.settings = settings = with_augmentation(settings, checkpoint, wrap)
+        if checkpoint is not None:
+            _check_settings(settings, checkpoint["settings"], file, change=change)
         self.out = out
         official = CONFIGURATIONS.get(settings.model)
         size = settings.size or (0 if official is None else official.image_size)
@@ -507,6 +517,7 @@ class _Run:
         self.parts = {name: getattr(self, name) for name in parts}
         self.step = 0
         self.log: Log | None = None
+        self.watch, self.began = Stopwatch(self.console.print), time.process_time()
         self.signal = 0  # the signal that ends the training
         self.handlers: dict[int, Any] = {signal.SIGINT: None, signal.SIGTERM: None}
         self.history: dict[str, Any] = {name: [] for name in (*OF_STEPS, *OF_EVALUATIONS)}
@@ -516,7 +527,7 @@ class _Run:
         torch.manual_seed(settings.seed + 1000 * rank)  # processes draw different noise
         make_folder("out", out)
         if checkpoint is not None:
-            self._load(file, checkpoint, change=resume is not None)
+            self._load(file, checkpoint, change=change)
 
     def _check_objects(self) -> None:
         """Warn of images with more objects than queries can find.
@@ -573,24 +584,26 @@ class _Run:
     # Checkpoints. Learning rates, order and augmentation of the images follow from seed and step.
 
     def _save(self) -> None:
+        self.history["cpu_seconds"] = time.process_time() - self.began
+        if self.rank == 0:
+            name = self.settings.recipe or self.settings.model
+            title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
+            write(self.out / "model.pt", lambda f: torch.save(self._trained(), f))
+            write(self.out / "history.json", lambda f: f.write(json.dumps(self.history).encode()))
+            write(self.out / "curves.png", lambda f: draw_curves(self.history, title, f))
+        keep = self.settings.keep_every
+        self._save_checkpoint(keep=keep > 0 and self.step % keep == 0)
+
+    def _save_checkpoint(self, *, keep: bool = False) -> None:
+        """What a training is resumed from; ``keep``: also as a file of this step."""
         random = self._gathered(self._random_state())
         if self.rank > 0:
             return
         checkpoint = {"settings": asdict(self.settings), "step": self.step}
         checkpoint |= {"history": self.history, "random": random, "data": self._data()}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
-        name = self.settings.recipe or self.settings.model
-        title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
-        for name, write_to in {
-            "model.pt": lambda f: torch.save(self._trained(), f),
-            "history.json": lambda f: f.write(json.dumps(self.history).encode()),
-            "curves.png": lambda f: draw_curves(self.history, title, f),
-            "checkpoint.pt": lambda f: torch.save(checkpoint, f),
-        }.items():
-            write(self.out / name, write_to)
-        keep = self.settings.keep_every
-        if keep and self.step % keep == 0:
-            write(self.out / f"checkpoint_{self.step}.pt", lambda f: torch.save(checkpoint, f))
+        for name in ("checkpoint.pt", *([f"checkpoint_{self.step}.pt"] if keep else [])):
+            write(self.out / name, lambda f: torch.save(checkpoint, f))
 
     def _trained(self) -> dict[str, Any]:
         """Content of a file for `load`."""
@@ -604,17 +617,8 @@ class _Run:
         return {"classes": classes, "train": self.data.identity, "val": self.test.identity}
 
     def _load(self, file: Path, checkpoint: dict[str, Any], *, change: bool) -> None:
-        """Continue from a checkpoint; ``change``: with other settings."""
-        settings, then, data = asdict(self.settings), checkpoint["settings"], checkpoint["data"]
-        for name, now in settings.items():
-            # The data is compared by its content; initial weights are not needed any more.
-            free = name in ("data", "init") or (change and name in CHANGEABLE)
-            if free or name not in then or then[name] == now:
-                continue
-            step = "--init starts another training from its weights"
-            if name in CHANGEABLE:
-                step = "--resume continues it with other settings"
-            raise ValueError(f"{name}: expected {then[name]!r} as in {file}, got {now!r}; {step}")
+        """Continue from a checkpoint; ``change``: settings may be others."""
+        then, data = checkpoint["settings"], checkpoint["data"]
         for part, now in self._data().items():
             if part not in data or data[part] == now:
                 continue
@@ -638,7 +642,7 @@ class _Run:
                 except (RuntimeError, ValueError) as error:
                     raise ValueError(f"{file}: {name}: {error}") from error
         for group, own in zip(self.optimizer.param_groups, groups):
-            group |= {name: own[name] for name in ("lr", "peak", "weight_decay")}
+            group |= {name: own[name] for name in ("peak", "weight_decay")}
         self.step = checkpoint["step"]
         # Histories of earlier versions have fewer numbers.
         self.history |= {name: [None] * self.step for name in OF_STEPS} | checkpoint["history"]
@@ -656,7 +660,7 @@ class _Run:
                 module.set_rng_state(states[self.device.type])
         done = f"step {self.step} of {self.settings.steps}"
         self.console.print(f"resumes {file} after {done}", soft_wrap=True)
-        if self.step == self.settings.steps:
+        if self.step == self.settings.steps and not self._evaluation_is_awaited():
             self.console.print(
                 f"nothing remains to do; --resume {file} with a larger --steps continues",
                 soft_wrap=True,
@@ -695,46 +699,75 @@ class _Run:
         for module in self.model.modules() if settings.freeze_norms else ():
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm):
                 module.eval()
-        if remaining and self._ended_early():
+        awaited = self._evaluation_is_awaited()  # a process ended before it or during it
+        if remaining and not awaited and self._ended_early():
             return self.history
-        began = time.process_time() - self.history["cpu_seconds"]
+        self.began = time.process_time() - self.history["cpu_seconds"]
         if self.rank == 0:
-            self.log = Log(self.out, self.history, tensorboard=self.tensorboard)
-        watch, passes = Stopwatch(self.console.print), zip(*[iter(loader)] * settings.accumulate)
-        every = settings.evaluate_every
+            logged = self.step - awaited
+            self.log = Log(self.out, self.history, logged, tensorboard=self.tensorboard)
+        if awaited and self._finish_step(save=True):
+            remaining = range(0)
+        passes = zip(*[iter(loader)] * settings.accumulate)
         layers = getattr(self.model.get_submodule("decoder"), "eval_layers", 1)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         no_bar = not self.console.is_terminal
         with Progress(*columns, console=self.console, disable=no_bar) as bar:
             task = bar.add_task("", total=settings.steps, completed=self.step)
             for left in reversed(range(len(remaining))):
-                with watch.time("step", left):
+                with self.watch.time("step", left):
                     losses = self._step(model, next(passes))
                 matched = sum(loss for name, loss in losses.items() if in_evaluation(name, layers))
                 lr = settings.lr * learning_rate_factor(self.step - 1, settings.steps)
                 row = sum(losses.values()), matched, lr
                 for name, value in zip(OF_STEPS, row):
                     self.history[name].append(value)
-                stopped = max(self._gathered(self.signal))  # processes get it in other steps
-                last = left == 0
-                if last or self.step % every == 0:
-                    others = 0 if last else -(-settings.steps // every) - self.step // every
-                    with watch.time("evaluation", others):
-                        self._evaluate(losses)
-                    last = last or self._ended_early()
-                if self.log is not None:
-                    self.log.add(self.history)
-                self.history["cpu_seconds"] = time.process_time() - began
-                if last or stopped or self.step % settings.save_every == 0:
-                    self._save()
+                if left == 0 or self.step % settings.evaluate_every == 0:
+                    self.history["parts"].append({"step": self.step, **losses})
+                ended = self._finish_step(save=left == 0 or self.step % settings.save_every == 0)
                 bar.update(task, advance=1, description=f"loss {self.history['loss'][-1]:.3f}")
-                if last:
+                if ended:
                     break
-                if stopped:
-                    self._stop(stopped)
         if self.world > 1:  # gloo's threads may still use tensors when Python ends: wait
             distributed.barrier()
         return self.history
+
+    def _evaluation_is_awaited(self) -> bool:
+        """Whether an evaluation after the current step is due, and not in the history yet."""
+        due, done = ([one["step"] for one in self.history[name][-1:]] for name in ("parts", "ap"))
+        return due == [self.step] != done
+
+    def _finish_step(self, *, save: bool) -> bool:
+        """Save, evaluate where that is due, and log the step; whether the training has ended.
+
+        The state is saved before the evaluation, and again with its numbers.
+        """
+        ended = self.step == self.settings.steps
+        stopped = self._stopped()
+        if self._evaluation_is_awaited():
+            if stopped:  # the evaluation follows when the training is resumed
+                self._save()
+                self._stop(stopped)
+            self.history["cpu_seconds"] = time.process_time() - self.began
+            if save:
+                self._save_checkpoint()
+            every = self.settings.evaluate_every
+            others = 0 if ended else -(-self.settings.steps // every) - self.step // every
+            with self.watch.time("evaluation", others):
+                self._evaluate()
+            ended = ended or self._ended_early()
+            stopped = self._stopped()
+        if self.log is not None:
+            self.log.add(self.history)
+        if save or ended or stopped:
+            self._save()
+        if stopped and not ended:
+            self._stop(stopped)
+        return ended
+
+    def _stopped(self) -> int:
+        """The signal that ends the training, or 0; processes get it in different steps."""
+        return max(self._gathered(self.signal))
 
     def _ended_early(self) -> bool:
         """Whether the last evaluations had no better AP than one before them."""
@@ -825,9 +858,8 @@ class _Run:
             for mean, now in zip(averages, current):
                 mean.copy_(mean.lerp(now, 1 / span) if mean.is_floating_point() else now)
 
-    def _evaluate(self, losses: dict[str, float]) -> None:
+    def _evaluate(self) -> None:
         """Loss and AP of the averaged weights on the test images."""
-        self.history["parts"].append({"step": self.step, **losses})
         weighted: list[tuple[int, dict[str, Tensor]]] = []
 
         def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
@@ -859,6 +891,27 @@ class _Run:
         self.console.print(f"step {self.step:5}  {loss_now}  {ap_now}", soft_wrap=True)
 
 
+def settings_of(run: str | Path) -> Settings:
+    """The settings of a training, to continue it with some of them changed.
+
+    Args:
+        run: its folder, or a checkpoint in it.
+
+    Raises:
+        TypeError: no path.
+        FileNotFoundError: there is no such checkpoint.
+        ValueError: damaged, or no training.
+
+    Example::
+
+        settings = dataclasses.replace(settings_of("RUN"), lr=1e-4, steps=2000)
+        train(settings, Path("NEXT"), resume=Path("RUN"))
+    """
+    then = _read(_file_of(as_path("resume", run)))["settings"]
+    known = {field.name for field in fields(Settings)}  # of the checkpoint's version: perhaps more
+    return Settings(**{name: value for name, value in then.items() if name in known})
+
+
 def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | None]:
     """The checkpoint that a training starts from, with its content; None where it is new.
 
@@ -868,19 +921,57 @@ def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | 
     """
     file = out / "checkpoint.pt"
     if resume is not None:
-        given = resume / "checkpoint.pt" if resume.is_dir() else resume
-        if not given.exists():
-            raise FileNotFoundError(f"resume: expected a checkpoint or its folder, got {given}")
+        given = _file_of(resume)
         if file.exists() and not file.samefile(given):
             raise ValueError(
-                f"out: expected a folder without another training, got {file}; the same command "
-                "without --resume continues that one"
+                f"out: expected a folder without another training, got {file}; choose another "
+                f"folder, or continue that one with --resume {out}"
             )
         file = given
+    return file, _read(file) if file.exists() else None
+
+
+def _file_of(resume: Path) -> Path:
+    """The checkpoint of a folder, or the file itself.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    file = resume / "checkpoint.pt" if resume.is_dir() else resume
     if not file.exists():
-        return file, None
+        raise FileNotFoundError(
+            f"resume: expected a checkpoint or its folder, got {str(resume)!r}: {nearby(file)}"
+        )
+    return file
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Content of a checkpoint of a training.
+
+    Raises:
+        ValueError: damaged, or no training.
+    """
     content = read_checkpoint(file)
     needed = ("settings", "step", "history", "random", "data", "model", "average", "optimizer")
     if missing := [name for name in (*needed, "scaler") if name not in content]:
-        raise ValueError(f"{file}: expected a training, got none of {', '.join(missing)}")
-    return file, content
+        raise ValueError(
+            f"{file}: expected checkpoint.pt of a training, got a file without {', '.join(missing)}"
+        )
+    return content
+
+
+def _check_settings(settings: Settings, then: dict[str, Any], file: Path, *, change: bool) -> None:
+    """Compare settings with those of a checkpoint; ``change``: those of CHANGEABLE may differ.
+
+    Raises:
+        ValueError: another value.
+    """
+    for name, now in asdict(settings).items():
+        # The data is compared by its content; initial weights are not needed any more.
+        free = name in ("data", "init") or (change and name in CHANGEABLE)
+        if free or name not in then or then[name] == now:
+            continue
+        step = "--init starts another training from its weights"
+        if name in CHANGEABLE:
+            step = "--resume continues it with other settings"
+        raise ValueError(f"{name}: expected {then[name]!r} as in {file}, got {now!r}; {step}")

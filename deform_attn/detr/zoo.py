@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deform_attn.checks import check_choice, check_integer
 from deform_attn.detr import models
-from deform_attn.detr.arguments import check_integer
 from deform_attn.detr.backbones import hgnetv2, resnet, resnet_vd, swin_large
 from deform_attn.detr.checkpoints import load_official, renamed
 from deform_attn.detr.layers import Size
@@ -180,8 +180,7 @@ def configuration(name: str) -> Configuration:
     Raises:
         ValueError: an unknown name; the message lists all.
     """
-    if name not in CONFIGURATIONS:
-        raise ValueError(f"name: expected one of {', '.join(CONFIGURATIONS)}; got {name!r}")
+    check_choice("name", name, CONFIGURATIONS)
     return CONFIGURATIONS[name]
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -15,14 +17,17 @@ import torch
 from PIL import Image
 
 from deform_attn.detr import __main__ as commands
-from deform_attn.detr import load
+from deform_attn.detr import create, load
 from deform_attn.detr.augment import AUGMENTATIONS
-from deform_attn.detr.data import Digits, Shapes, write_coco
+from deform_attn.detr.data import Digits, Shapes, open_dataset, write_coco
 from deform_attn.detr.export import difference, export
-from deform_attn.detr.images import RESIZE
+from deform_attn.detr.folders import AnnotatedFolder
+from deform_attn.detr.hold_out import hold_out
+from deform_attn.detr.hub import from_transformers
+from deform_attn.detr.images import RESIZE, find_images
 from deform_attn.detr.models import Detections
 from deform_attn.detr.recipes import RECIPES, build
-from deform_attn.detr.train import AMP, Settings, train, transfer
+from deform_attn.detr.train import AMP, Settings, settings_of, train, transfer
 
 from .official import official_state
 
@@ -122,6 +127,69 @@ def test_predict(
     trained = ("train", "--init", "letters", "--data", "shapes", "--out", tmp_path)
     with pytest.raises(SystemExit, match="error: init: expected one of"):
         run(monkeypatch, *trained)
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """A YOLO data set of two images, an image that is cut, and a val split of the good ones."""
+    folder = tmp_path / "bad"
+    folder.mkdir()
+    for name in ("a.jpg", "b.jpg", "cut.jpg"):
+        Image.effect_noise((64, 64), 50).convert("RGB").save(folder / name)
+        (folder / name).with_suffix(".txt").write_text("0 .5 .5 .5 .5")
+    whole = (folder / "cut.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    (folder / "val.txt").write_text("a.jpg\nb.jpg\n")
+    names = ", ".join(map(str, range(10)))
+    (folder / "data.yaml").write_text(f"{{train: ., val: val.txt, names: [{names}]}}")
+    return folder
+
+
+def test_predict_leaves_out_images_that_cannot_be_read(
+    bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """They are listed, with the reasons, and the others written; so are those before Ctrl-C."""
+    (bad / "folder.png").mkdir()
+    (bad / ".hidden.jpg").touch()
+    (bad / f"{'n' * 250}.jpg").symlink_to(bad / "a.jpg")
+    command = ("predict", "--model", "digits", "--images", bad, "--out", tmp_path, "--batch", 2)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, *command)
+    assert re.search(
+        r"images: expected 5, got 3: 2 faults\n  '.*cut\.jpg': expected an image, got .*truncated"
+        r".*\n  '.*folder\.png': expected an image, got .*Is a directory",
+        str(ended.value.code),
+    )
+    assert f" in 3 images: {tmp_path}" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "detections.json").read_text())
+    assert [Path(row["file"]).name[:2] for row in rows] == ["a.", "b.", "nn"]
+    assert all((tmp_path / row["picture"]).is_file() for row in rows)
+    predict = Mock(side_effect=[load("digits").predict([bad / "a.jpg"]), KeyboardInterrupt])
+    monkeypatch.setattr("deform_attn.detr.predict.Predictor.predict", predict)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, *command[:-1], 1)
+    assert len(json.loads((tmp_path / "detections.json").read_text())) == 1
+
+
+def test_data_lists_images_that_cannot_be_read(
+    bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Other commands stop at the first, with the step that lists all."""
+    sheet = tmp_path / "sheet.png"
+    message = r"data: expected images that can be read: 1 fault\n  train: '.*cut\.jpg': expected an"
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, "data", "--data", bad, "--sheet", sheet)
+    assert "train: 3 images, 0 without objects" in capsys.readouterr().out
+    assert sheet.stat().st_size > 0
+    run(monkeypatch, "data", "--data", bad, "--split", "val")
+    evaluated = ("evaluate", "--model", "digits", "--data", bad, "--split", "train")
+    for workers in (0, 1):
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, *evaluated, "--workers", workers)
+        text = str(ended.value.code)
+        assert re.fullmatch(r".*: error: '.*cut\.jpg': .*; `data --data .*bad` lists all .*", text)
+        del ended
+        gc.collect()  # ends the process that prepared batches
 
 
 def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
@@ -244,11 +312,70 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
 
 
+def test_arguments_of_another_type_are_named(folder: Path, tmp_path: Path) -> None:
+    settings = Settings(data="shapes", recipe="detr")
+    digits, known = load("digits"), {"out": tmp_path / "run"}
+    calls: list[tuple[Any, Any, str]] = [
+        (train, ({"data": "shapes"}, tmp_path), "settings: expected .*Settings, got {'data': 'sha"),
+        (train, (settings, None), "out: expected a path, got None"),
+        (train, (settings, tmp_path, 0, 3), "resume: expected a path, got 3"),
+        (settings_of, (known,), "resume: expected a path, got {'out': "),
+        (create, (["detr_r50"],), r"name: expected one of .*; got \['detr_r50'\]"),
+        (build, ("yolo", 3, 32, 1, 10), "recipe: expected one of .*; got 'yolo'"),
+        (open_dataset, (3, "train"), "data: expected the name of a data set or a folder, got 3"),
+        (open_dataset, ("shapes", ["val"]), r"split: expected one of train, val; got \['val'\]"),
+        (open_dataset, ("shapes", "val", 0, "x"), "seed: expected an integer, got 'x'"),
+        (AnnotatedFolder, (None, "train", 32), "folder: expected a path, got None"),
+        (AnnotatedFolder, (folder, None, 32), "split: expected a name, got None"),
+        (AnnotatedFolder, (folder, "train", 1.5), "size: expected an integer, got 1.5"),
+        (AnnotatedFolder, (folder, "train", 32, "fit", None, 3), "layout: expected one of coco, "),
+        (hold_out, (3, 0.2), "folder: expected a path, got 3"),
+        (hold_out, (str(folder), 0.2, "x"), "seed: expected an integer, got 'x'"),
+        (export, (digits.model, digits.postprocess, None, 64), "file: expected a path, got None"),
+        (export, (None, digits.postprocess, "a.onnx", 64), "model: expected a module, got None"),
+        (from_transformers, (3,), "name_or_folder: expected a path, got 3"),
+        (find_images, (3,), "images: expected files, folders or patterns, got 3"),
+        (digits.predict, (["none.png"],), "images: expected a file, got 'none.png': '.' has no '"),
+    ]
+    for function, arguments, message in calls:
+        with pytest.raises((TypeError, ValueError, OSError), match=f"^{message}"):
+            function(*arguments)
+    assert find_images(folder / "val")[0].name == "0.png"
+
+
 def test_an_invalid_setting_is_named(monkeypatch: Patch, tmp_path: Path, capsys: Capture) -> None:
     wrong = ["--recipe", "rtdetr", "--data", "shapes", "--out", tmp_path, "--steps", 0]
     with pytest.raises(SystemExit, match="^python -m .*: error: steps: expected at least 1, got 0"):
         run(monkeypatch, "train", *wrong)
     assert capsys.readouterr() == ("", "")  # the parser of the command line prints nothing
+
+
+def test_a_resumed_training_repeats_no_options(
+    folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """A value that contradicts the run is an error before the data is read."""
+    run_folder = tmp_path / "run"
+    sizes = {"steps": 1, "batch": 2, "width": 32, "layers": 1, "queries": 10, "size": 64}
+    settings = Settings(data=f"coco:{folder}", recipe="detr", lr=1e-5, **sizes)
+    train(settings, run_folder)
+    run(monkeypatch, "train", "--resume", run_folder, "--steps", 2)
+    assert "resumes" in capsys.readouterr().out
+    assert settings_of(run_folder) == replace(settings, steps=2, augment="flip")
+    more = ["--lr=2e-5", "--steps=3", "--out", tmp_path / "next"]
+    run(monkeypatch, "train", f"--resume={run_folder}", *more)
+    assert settings_of(tmp_path / "next") == replace(settings, steps=3, lr=2e-5, augment="flip")
+    monkeypatch.setattr("deform_attn.detr.train.open_dataset", Mock(side_effect=AssertionError))
+    for given, message in (
+        (("--recipe", "dino"), "recipe: expected 'detr' as in .*, got 'dino'; --init starts"),
+        (("--model", "dfine_n"), "recipe, model: expected one of them, got 'detr' and 'dfine_n'"),
+        (("--layers", 2), "layers: expected 1 as in .*, got 2; --init starts"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, "train", "--resume", run_folder, *given)
+    with pytest.raises(SystemExit, match="resume: expected a checkpoint or its folder, got 'none'"):
+        run(monkeypatch, "train", "--resume", "none")
+    with pytest.raises(SystemExit, match=r"model\.pt: expected checkpoint\.pt of a training, got"):
+        run(monkeypatch, "train", "--resume", run_folder / "model.pt")
 
 
 def test_help_has_examples_and_names_the_choices(monkeypatch: Patch, capsys: Capture) -> None:

@@ -300,7 +300,7 @@ def test_a_broken_image_and_a_missing_file_are_named(tmp_path: Path) -> None:
         AnnotatedFolder(folder, "val", 32)
     with pytest.raises(ValueError, match="'yolo:FOLDER', got 'voc'"):
         open_dataset("voc", "train")
-    with pytest.raises(ValueError, match="split: expected 'train' or 'val', got 'test'"):
+    with pytest.raises(ValueError, match="split: expected one of train, val; got 'test'"):
         open_dataset("shapes", "test")
 
 
@@ -371,7 +371,7 @@ def test_images_keep_their_ratio_where_asked(tmp_path: Path) -> None:
     assert not images[mask[:, None].expand_as(images)].any()
     assert targets[0]["boxes"][1].tolist() == [0.5, 0.5, 1, 1]
     assert collate([dataset[0], dataset[0]])[1] is None
-    with pytest.raises(ValueError, match="resize: expected one of stretch, .*, got 'crop'"):
+    with pytest.raises(ValueError, match="resize: expected one of stretch, .*; got 'crop'"):
         AnnotatedFolder(tmp_path, "train", 32, resize="crop")
 
 

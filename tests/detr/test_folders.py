@@ -122,9 +122,12 @@ def test_a_folder_of_no_layout_or_of_two_is_named(tmp_path: Path) -> None:
     for name, message in (
         ("coco:", "data: expected 'shapes', .*, got 'coco:'"),
         ("a\0b", r"data: expected .*, got 'a\\x00b'"),
-        ("yolo:a\0b", r"'a\\x00b': expected a folder"),
-        ("yolo:none", "'none': expected a folder"),
-        (str(tmp_path / "two/labels/train/a.txt"), r"a\.txt': expected a folder, got a file"),
+        ("yolo:a\0b", r"data: expected a folder, got 'a\\x00b'"),
+        ("yolo:none", "data: expected a folder, got 'none': '.' has no 'none'"),
+        (
+            str(tmp_path / "two/labels/train/a.txt"),
+            r"data: expected a folder, got the file .*a\.txt'",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             open_dataset(name, "train")
@@ -138,6 +141,11 @@ def yaml_with(**keys: str) -> Callable[[Path], Any]:
     """``data.yaml`` with other values, written as they are."""
     keys = {"train": "images/train", "names": "[ant, bee]"} | keys
     return edit("data.yaml", "".join(f"{key}: {value}\n" for key, value in keys.items()))
+
+
+def replace_image(folder: Path, mode: str, value: float) -> None:
+    (folder / "images/train/c.png").unlink()
+    Image.new(mode, (40, 30), value).save(folder / "images/train/c.tif")
 
 
 LINE = r"labels/train/a\.txt:2: expected "
@@ -171,6 +179,14 @@ YOLO_FAULTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "image broken": (
         edit("images/train/c.png", "no image"),
         r"expected an image in .*c\.png', got cannot identify",
+    ),
+    "image of floats": (
+        lambda f: replace_image(f, "F", 0.5),
+        r"expected an image in .*c\.tif', got floats; scale them to 8 or 16 bits",
+    ),
+    "image of 32 bits": (
+        lambda f: replace_image(f, "I", 70000),
+        r"expected an image in .*c\.tif', got integers from 70000 to 70000; scale them",
     ),
     "no labels": (
         lambda f: (f / "labels").rename(f / "texts"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from deform_attn.detr import load
 from deform_attn.detr.hub import from_transformers
+from deform_attn.detr.predict import open_detector
 
 from .official import weight
 from .recorded import relative_error
@@ -147,3 +149,39 @@ def test_another_type_is_named(tmp_path: Path) -> None:
     transformers.ResNetConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="expected a model of type detr, .*, got resnet"):
         from_transformers(tmp_path)
+
+
+def test_a_name_that_is_no_path_and_not_on_the_hub_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only ORGANIZATION/MODEL asks the hub, with a time limit."""
+    asked = Mock(side_effect=TimeoutError("timed out"))
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", asked)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/first").mkdir(parents=True)
+    (tmp_path / "runs/first/model.pt").touch()
+    for name, message in (
+        ("runs/frist", "'runs' has no 'frist'; similar: 'first'"),
+        ("./rnus/first", "'.' has no 'rnus'; similar: 'runs'"),
+        ("other/model.pt", "'.' has no 'other'; it has 'runs'"),
+        ("other/model/", "'.' has no 'other'; it has 'runs'"),
+        ("a/b/c", "'.' has no 'a'; it has 'runs'"),
+        ("a\\b", r"'.' has no 'a\\\\b'; it has 'runs'"),
+        ("runs/first/model.pt/x", "'runs/first/model.pt' is a file"),
+        (str(tmp_path / "rnus"), f"'{tmp_path}' has no 'rnus'; similar: 'runs'"),
+        ("digist", "'.' has no 'digist'; similar: 'digits'"),
+        ("", "got ''$"),
+    ):
+        with pytest.raises(FileNotFoundError, match=f"^init: expected .*{message}"):
+            open_detector("init", name)
+    assert asked.call_count == 0
+    with pytest.raises(FileNotFoundError, match=r"^init: .* got 'runz/it': .*: 'runs'; .* timed o"):
+        open_detector("init", "runz/it")
+    assert 0 < asked.call_args.kwargs["timeout"] < 30
+    cached = Mock(return_value="config.json")
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", cached)
+    read = Mock(side_effect=OSError("not cached"))
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", read)
+    with pytest.raises(OSError, match="not cached"):
+        from_transformers("runz/it")
+    assert read.call_args.kwargs["local_files_only"]

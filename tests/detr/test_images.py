@@ -60,12 +60,12 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "8 bits in 32": (
         Image.fromarray(GRAY.astype(np.int32)),
         ValueError,
-        "expected 16 bits of up to 65535, got values up to 255",
+        "expected 8 or 16 bits per channel, got 16 bits with values up to 255, almost black",
     ),
     "8 bits in 16": (
         GRAY.astype(np.uint16),
         ValueError,
-        "got values up to 255, which would become",
+        "expected 8 or 16 bits per channel, got 16 bits with values up to 255, almost black",
     ),
     "bright floats": (COLOUR * 1.0, ValueError, r"expected floats in \[0, 1\], got 0 to 255"),
     "four channels": (

@@ -28,16 +28,16 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from deform_attn.detr import load
-from deform_attn.detr.arguments import find_device
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import Shapes, open_dataset, write_coco
-from deform_attn.detr.evaluate import NAMES, evaluate
+from deform_attn.detr.device import find_device
+from deform_attn.detr.evaluate import NAMES, detect, evaluate
 from deform_attn.detr.files import locked, write
 from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.recompute import recompute
-from deform_attn.detr.train import Settings, _Run, parameter_groups, train
+from deform_attn.detr.train import Settings, _Run, parameter_groups, settings_of, train
 from tests import vision
 
 
@@ -130,9 +130,9 @@ def test_a_killed_training_resumes_to_the_bit(
     dense: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """With random denoising and augmentation; killed while saving.
+    """With random denoising and augmentation; killed while saving, and during an evaluation.
 
-    Ctrl-C and SIGTERM end it after the current step, which is saved.
+    Ctrl-C and SIGTERM end it after the current step, which is saved, and evaluated later.
     """
     settings = short | {"recipe": "deim", "augment": dense, "amp": "bfloat16", "steps": 10}
     settings |= {"batch": 2, "accumulate": 2, "recompute": 1, "multi_scale": 0.5, "patience": 9}
@@ -142,11 +142,12 @@ def test_a_killed_training_resumes_to_the_bit(
     assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
     assert checkpoint(tmp_path / "cut")["step"] == 3  # that of the last complete save
     step = _Run._step
-    for number, error in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+    stops = (signal.SIGTERM, SystemExit, 5), (signal.SIGINT, KeyboardInterrupt, 8)
+    for number, error, last in stops:
         out = tmp_path / number.name
 
-        def signalled(run: Any, *batch: Any, number: int = number) -> Any:
-            if run.step == 4:
+        def signalled(run: Any, *batch: Any, number: int = number, last: int = last) -> Any:
+            if run.step == last - 1:
                 signal.raise_signal(number)
             return step(run, *batch)
 
@@ -154,8 +155,15 @@ def test_a_killed_training_resumes_to_the_bit(
         with monkeypatch.context() as patch, pytest.raises(error):
             patch.setattr(_Run, "_step", signalled)
             train(Settings(**settings), out)
-        assert checkpoint(out)["step"] == 5
+        assert checkpoint(out)["step"] == last
+        assert checkpoint(out)["history"]["ap"] == []
     shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
+    evaluations = Mock(side_effect=[detect, MemoryError])  # of step 8, and of step 10
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr("deform_attn.detr.train.detect", lambda *x: evaluations()(*x))
+        train(Settings(**settings), tmp_path / "cut")
+    saved = checkpoint(tmp_path / "cut")
+    assert (saved["step"], [one["step"] for one in saved["history"]["ap"]]) == (10, [8])
     train(Settings(**settings), tmp_path / "cut", workers=1)
     whole, cut = checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut")
     for one in (whole, cut):
@@ -582,6 +590,7 @@ def test_a_training_is_continued_with_other_settings(
         train(Settings(**other), run, resume=early)
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint or its folder"):
         train(Settings(**other), next_run, resume=tmp_path / "none")
+    assert settings_of(early) == Settings(**settings | {"augment": "flip"})
     with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
         train(Settings(**other | {"steps": 1}), next_run, resume=early)
     old = torch.load(early, weights_only=True)
@@ -650,7 +659,10 @@ def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_pa
     with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a checkpoint, got"):
         train(settings, tmp_path)
     torch.save({"model": {}}, file)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a training, got none of set"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint\.pt: expected checkpoint\.pt of a training, got a file without set",
+    ):
         train(settings, tmp_path)
 
 

@@ -1,0 +1,95 @@
+// Memory of large results that is kept from one call to the next.
+//
+// Linux maps fresh memory page by page when it is first written, which can take longer than the pass that
+// writes it, and the C library returns freed memory to the system. Blocks are kept instead.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <new>
+#include <vector>
+
+namespace deform_attn::cpu {
+
+class KeptBlocks {
+ public:
+  static constexpr size_t kSmallest = size_t{1} << 20;  // bytes; smaller ones are cheap to map
+
+  // Keeps at most `most` bytes.
+  explicit KeptBlocks(size_t most) : most_(most) {}
+  ~KeptBlocks() {
+    for (void* data : kept_) free(data);
+  }
+
+  // Whether a block of this size is kept when it is given back.
+  bool keeps(size_t bytes) const { return bytes >= kSmallest && bytes <= most_; }
+
+  // A block of `bytes` or more, of unknown contents; null where there is no memory. `fresh`: it is new.
+  void* take(size_t bytes, bool& fresh) {
+    fresh = false;
+    {
+      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+      size_t best = kept_.size();
+      for (size_t i = kept_.size(); lock && i-- > 0;) {  // the newest of the smallest
+        const size_t size = size_of(kept_[i]);
+        if (size < bytes || size > bytes + bytes / 4) continue;
+        if (best == kept_.size() || size < size_of(kept_[best])) best = i;
+      }
+      if (best < kept_.size()) {
+        void* data = kept_[best];
+        kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(best));
+        bytes_ -= size_of(data);
+        return data;
+      }
+    }
+    fresh = true;
+    void* memory = ::operator new(kOffset + bytes, std::align_val_t{kPage}, std::nothrow);
+    if (memory == nullptr) return nullptr;
+    ::new (memory) size_t{bytes};
+    return static_cast<char*>(memory) + kOffset;
+  }
+
+  // A block that is not used any more. It is kept, and the oldest are freed. Where another thread is
+  // in here, it is freed: a lock that was held when the process was forked stays locked.
+  void give(void* data) noexcept {
+    if (!keep(data)) free(data);
+  }
+
+ private:
+  // Arrays of the same place within a page are slow to read and write in turn. Those of torch begin at
+  // the start of a page or 64 bytes after it.
+  static constexpr size_t kPage = 4096, kOffset = kPage / 2;
+
+  static size_t& size_of(void* data) {
+    return *reinterpret_cast<size_t*>(static_cast<char*>(data) - kOffset);
+  }
+
+  static void free(void* data) {
+    ::operator delete(static_cast<char*>(data) - kOffset, std::align_val_t{kPage});
+  }
+
+  bool keep(void* data) noexcept {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock || !keeps(size_of(data))) return false;
+    try {
+      kept_.push_back(data);
+    } catch (const std::bad_alloc&) {
+      return false;
+    }
+    bytes_ += size_of(data);
+    while (bytes_ > most_) {
+      bytes_ -= size_of(kept_.front());
+      free(kept_.front());
+      kept_.erase(kept_.begin());
+    }
+    return true;
+  }
+
+  const size_t most_;
+  std::mutex mutex_;
+  std::vector<void*> kept_;  // the newest last
+  size_t bytes_ = 0;         // of all that are kept
+};
+
+}  // namespace deform_attn::cpu

@@ -1,0 +1,102 @@
+// csrc/cpu/blocks.h without torch, for the sanitizers.
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#include "cpu/blocks.h"
+
+namespace {
+
+using deform_attn::cpu::KeptBlocks;
+
+int failures = 0;
+
+void expect(bool right, const char* what) {
+  if (right) return;
+  std::printf("expected: %s\n", what);
+  ++failures;
+}
+
+constexpr size_t kMega = size_t{1} << 20, kMost = 64 * kMega;
+
+void* take(KeptBlocks& blocks, size_t bytes, bool expected_fresh, const char* what) {
+  bool fresh = false;
+  void* data = blocks.take(bytes, fresh);
+  expect(fresh == expected_fresh, what);
+  std::memset(data, 1, bytes);  // a sanitizer finds what is too small or freed
+  return data;
+}
+
+void sizes() {
+  KeptBlocks blocks(kMost);
+  void* four = take(blocks, 4 * kMega, true, "nothing is kept at the start");
+  void* five = take(blocks, 5 * kMega, true, "a block in use is not given again");
+  blocks.give(four);
+  blocks.give(five);
+  void* again = take(blocks, 4 * kMega, false, "a kept block of this size");
+  expect(again == four, "the smallest that suffices");
+  void* larger = take(blocks, 4 * kMega + 1, false, "a larger block that suffices");
+  expect(larger == five, "the block of 5 MB");
+  blocks.give(four);
+  void* small = take(blocks, 3 * kMega, true, "no block that is larger than 5/4");
+  void* large = take(blocks, 4 * kMega + 1, true, "no block that is too small");
+  for (void* data : {five, small, large}) blocks.give(data);
+}
+
+void limit() {
+  KeptBlocks blocks(kMost);
+  constexpr size_t kThird = kMost / 3;
+  void* first = take(blocks, kThird, true, "a new block");
+  void* second = take(blocks, 2 * kThird, true, "a new block");
+  void* third = take(blocks, kThird / 2, true, "a new block");
+  void* huge = take(blocks, kMost + 1, true, "a new block");
+  blocks.give(first);
+  blocks.give(second);
+  blocks.give(third);  // more than kMost with the two before it
+  blocks.give(huge);   // more than kMost alone
+  void* new_first = take(blocks, kThird, true, "the oldest is freed");
+  void* old_second = take(blocks, 2 * kThird, false, "the second is kept");
+  void* old_third = take(blocks, kThird / 2, false, "the newest is kept");
+  void* new_huge = take(blocks, kMost + 1, true, "the largest is not kept");
+  for (void* data : {new_first, old_second, old_third, new_huge}) blocks.give(data);
+}
+
+void without_memory() {
+  KeptBlocks blocks(kMost);
+  bool fresh = false;
+  expect(blocks.take(PTRDIFF_MAX - 2 * kMega, fresh) == nullptr, "null, no exception");
+}
+
+void threads() {
+  KeptBlocks blocks(kMost);
+  std::vector<std::thread> all;
+  std::vector<int> wrong(4, 0);
+  for (int i = 0; i < 4; ++i) {
+    all.emplace_back([&blocks, &wrong, i] {
+      for (int round = 0; round < 200; ++round) {
+        const size_t bytes = kMega + static_cast<size_t>(round % 3) * 1000;
+        bool fresh = false;
+        auto* data = static_cast<unsigned char*>(blocks.take(bytes, fresh));
+        std::memset(data, i, 64);
+        data[bytes - 1] = static_cast<unsigned char>(i);
+        wrong[static_cast<size_t>(i)] += data[63] != i || data[bytes - 1] != i;
+        blocks.give(data);
+      }
+    });
+  }
+  for (std::thread& thread : all) thread.join();
+  for (const int count : wrong) expect(count == 0, "each thread has a block of its own");
+}
+
+}  // namespace
+
+int main() {
+  sizes();
+  limit();
+  without_memory();
+  threads();
+  return failures ? 1 : 0;
+}
