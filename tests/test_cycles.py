@@ -28,8 +28,6 @@ from build_tools.toolchain import CudaToolkit, NotFound, find_cxx
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "benchmarks" / "results" / "simulated-h100" / "cycles.json"
 NOTEBOOK = ROOT / "docs" / "design-gpu.md"
-# Tiles take as many instructions in 16 bits as in float32.
-NOT_MET = {"backward bf16, encoder, of f32"}
 LANES = 32
 
 # The kernel's two parameters at R2 (input) and R4 (output), its thread at R0.
@@ -344,7 +342,7 @@ def committed() -> dict[str, Any]:
 def test_committed_values_and_bars(committed: dict[str, Any]) -> None:
     assert set(committed) == {case.name for case in CASES}
     assert not [fault for case in CASES for fault in faults(case, committed[case.name])]
-    assert {bar.row for bar in bars(committed) if not bar.met} == NOT_MET
+    assert [bar.row for bar in bars(committed) if not bar.met] == []
 
 
 def state_table() -> list[list[str]]:

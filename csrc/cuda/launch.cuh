@@ -77,12 +77,14 @@ struct Access {
 };
 
 // Calls body with an Access: 16 bytes at a time where channels and addresses allow it (`aligned`) and
-// unsigned offsets in that unit suffice; else one element at a time with int64_t offsets.
+// unsigned offsets in that unit suffice, and rows have 28 bits (PixelOffsets); else one element at a time with
+// int64_t offsets.
 template <typename T, typename Body>
 void with_access(const Problem& problem, bool aligned, bool long_offsets, const Body& body) {
   constexpr int kVec = kWidest<T>;
   const int64_t packs = problem.rows * problem.row_stride() / kVec;
-  if (long_offsets || !aligned || problem.head_dim % kVec != 0 || packs > UINT32_MAX - 1) {
+  if (long_offsets || !aligned || problem.head_dim % kVec != 0 || packs > UINT32_MAX - 1 ||
+      problem.rows >> 28 != 0) {
     return body(Access<1, int64_t>());
   }
   body(Access<kVec, unsigned>());

@@ -146,6 +146,10 @@ struct GivenPoints {
                         const Teams&) const {
     return {part.first_point(problem) + int64_t{query} * (problem.heads * problem.points)};
   }
+  // The same, given the first point of the first query of the block.
+  __device__ Query open_at(const Problem& problem, int64_t first_point, int query) const {
+    return {first_point + wide_product(query, problem.heads * problem.points)};
+  }
   __device__ Query reopen(const Problem& problem, int64_t batch, int64_t query, int head) const {
     return find(problem, batch, query, head);
   }
@@ -396,6 +400,22 @@ __device__ void find_pixels(Footprint<Acc>& foot, Acc x, Acc y, const Level& lev
   for (int i = 0; i < 4; ++i) {
     foot.on[i] = foot.on[i] && !masked[first + (i & 1) + (i & 2 ? level.width : 0)];
   }
+}
+
+// Of a point that has pixels on the map: bit i where pixel i is on the map, and not masked. Fewer instructions
+// than Footprint::on.
+template <typename Acc>
+__device__ unsigned pixels_on(const Footprint<Acc>& foot, const Level& level,
+                              const ImageMask& mask) {
+  const unsigned columns = (foot.x >= 0 ? 1u : 0) | (foot.x + 1 < level.width ? 2u : 0);
+  unsigned on = (foot.y >= 0 ? columns : 0) | (foot.y + 1 < level.height ? columns << 2 : 0);
+  if (!mask) return on;
+  const int64_t first = level.start + int64_t{foot.y} * level.width + foot.x;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (on >> i & 1 && mask[first + (i & 1) + (i & 2 ? level.width : 0)]) on &= ~(1u << i);
+  }
+  return on;
 }
 
 // Points that a warp stages in shared memory at a time.

@@ -70,22 +70,37 @@ constexpr bool kStagesTwo = kDotsByMatrices<T, kVec> && !Points::kFused;
 // different banks of shared memory.
 constexpr int kSecond = kWarp + 4;
 
-// The lane's part of its column of `b`, given what its group has of the query's gradient. Columns 2 j and 2 j + 1
-// are of the j-th query and channels that groups of the warp have.
-template <typename T>
-__device__ Pack<uint32_t, 2> matrix_column(const Loaded<T, 8>& own, const Teams& teams,
-                                           const Blocks& blocks) {
-  const int column = teams.lane >> 2, j = column >> 1, chunk_bits = blocks.lane_bits - 2;
-  const int chunk = j & ((1 << chunk_bits) - 1);
-  const int group = (j >> chunk_bits << (chunk_bits + blocks.split_bits)) + chunk;
-  Pack<uint32_t, 4> words;
-#pragma unroll
-  for (int w = 0; w < 4; ++w) {
-    words.at[w] = __shfl_sync(kAllLanes, own.words.at[w], 4 * group + (teams.lane & 3));
+// The offsets of a point's four pixels, in units of a load.
+struct alignas(8) PixelOffsets {
+  unsigned first;  // that of pixel 0; wraps where it is not on the map
+  unsigned width;  // of the level, times 16; bit i: pixel i is on the map
+
+  __device__ unsigned on(int i) const { return width & 1u << i; }  // not 0: it is
+  __device__ unsigned at(int i, unsigned row_stride) const {
+    const unsigned left = i & 2 ? first + (width >> 4) * row_stride : first;
+    return i & 1 ? left + row_stride : left;
   }
-  return column & 1 ? Pack<uint32_t, 2>{words.at[1], words.at[3]}
-                    : Pack<uint32_t, 2>{words.at[0], words.at[2]};
-}
+};
+
+// The lane's column of `b`. Columns 2 j and 2 j + 1 are of the j-th team and channels that groups of the warp
+// have; with fewer of them, columns repeat and are not used.
+struct MatrixColumn {
+  int team;
+  int channel;  // the lane's first of eight, which both columns share
+
+  __device__ MatrixColumn(const Teams& teams, const Blocks& blocks) {
+    const int j = teams.lane >> 3, chunk_bits = blocks.lane_bits - 2;
+    team = j >> chunk_bits & (teams.count() - 1);
+    channel = ((j & ((1 << chunk_bits) - 1)) * 4 + (teams.lane & 3)) * 8;
+  }
+  // The lane's part of it, given the gradient of these channels.
+  template <typename T>
+  static __device__ Pack<uint32_t, 2> part(const Loaded<T, 8>& grad, const Teams& teams) {
+    const auto& words = grad.words.at;
+    return teams.lane & 4 ? Pack<uint32_t, 2>{words[1], words[3]}
+                          : Pack<uint32_t, 2>{words[0], words[2]};
+  }
+};
 
 // Pixels of a point that a lane loads at a time. Four take too many registers in a fused call, before sm_90
 // and on sm_100.
@@ -99,31 +114,50 @@ constexpr int kPixelsAtOnce = Points::kFused ? 2 : 4;
 
 // What the lanes of a warp share: kPoints points at a time, one or two staged by each lane. In shared memory
 // and not in registers, which the pixels and grad_output need.
-template <typename Acc, typename Offset, typename Points, int kPoints>
+template <typename Acc, typename Offset, typename Points, bool kTwo>
 struct Staged {
-  // The weights of corners are used before the dot products of the four pixels with grad_output come,
-  // which take their place where a lane stages two points.
-  Corners<Acc, Offset, kPoints> corners;
-  // The dot products; later, in a fused call, the gradients by x and y of the point and the same times its
-  // offset along that axis. Those of a rotated box times the offset along the other axis take the place of
-  // corners.weight.
-  Pack<Acc, 4> own_dot[kPoints > kWarp ? 1 : kPoints];
+  Corners<Acc, Offset, kWarp> corners;
+  // The dot products of the four pixels with grad_output; later, in a fused call, the gradients by x and y of
+  // the point and the same times its offset along that axis. Those of a rotated box times the offset along the
+  // other axis take the place of corners.weight.
+  Pack<Acc, 4> dots[kWarp];
   typename Points::Query query[kWarp / 4];  // of each team, which has 4 lanes or more
   int64_t output_at[kWarp / 4];             // of each team
   int order[kWarp];                         // the queries of the warp, from part.first on
-  KeptFootprint<Acc> foot[kKeepsFootprints<Acc> ? kPoints : 1];
+  KeptFootprint<Acc> foot[kKeepsFootprints<Acc> ? kWarp : 1];
   // Otherwise: of a fused call, where it takes an exponential.
   Acc weight[Points::kFused && !kKeepsFootprints<Acc> ? kWarp : 1];
   Acc by_weight[Points::kFused && kKept<Acc> > 0 ? kKept<Acc> : 1];
 
-  __device__ Pack<Acc, 4>* dots() {
-    if constexpr (kPoints > kWarp) return corners.weight;
-    return own_dot;
+  __device__ Corner<Acc, Offset> corner(int i, Offset) const { return corners[i]; }
+  __device__ Pack<Offset, 4>* entries() { return corners.at; }
+  // Of an entry.
+  __device__ Pack<Acc, 4>* dots_of(Pack<Offset, 4>* entry) {
+    const auto distance = reinterpret_cast<char*>(dots) - reinterpret_cast<char*>(corners.at);
+    return reinterpret_cast<Pack<Acc, 4>*>(reinterpret_cast<char*>(entry) + distance);
   }
-  // Those of the point whose corners are at `at`.
-  __device__ Pack<Acc, 4>& dots_of(Pack<Offset, 4>* at) {
-    const auto distance = reinterpret_cast<char*>(dots()) - reinterpret_cast<char*>(corners.at);
-    return *reinterpret_cast<Pack<Acc, 4>*>(reinterpret_cast<char*>(at) + distance);
+};
+
+// The same where a lane stages two points. What else it computed of them stays in registers.
+template <typename Acc, typename Offset, typename Points>
+struct Staged<Acc, Offset, Points, true> {
+  static constexpr int kPoints = kSecond + kWarp;
+  // The weights of corners, which are used before the dot products come.
+  Pack<Acc, 4> dots[kPoints];
+  PixelOffsets pixels[kPoints];
+  Pack<Acc, 2> fractions[kPoints];  // Footprint: right, down
+  int order[kWarp];
+
+  __device__ PixelOffsets* entries() { return pixels; }
+  __device__ Pack<Acc, 4>* dots_of(PixelOffsets* entry) { return dots + (entry - pixels); }
+  __device__ Corner<Acc, Offset> corner(int i, Offset row_stride) const {
+    Corner<Acc, Offset> found;
+    found.weight = dots[i];
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      found.at.at[j] = pixels[i].on(j) ? pixels[i].at(j, row_stride) : Corner<Acc, Offset>::kNone;
+    }
+    return found;
   }
 };
 
@@ -149,7 +183,7 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
 #pragma unroll 1
       for (int k = begin; k < end; ++k) {
         const int entry = (k - first) * teams.count() + teams.team();
-        sum += j < 4 ? staged.own_dot[entry].at[j] : staged.corners.weight[entry].at[j - 4];
+        sum += j < 4 ? staged.dots[entry].at[j] : staged.corners.weight[entry].at[j - 4];
       }
       if (levels.level[level].height == 0) sum = 0;
       if (j >= 2) sum *= portion;
@@ -178,12 +212,13 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   // Whether the gradient that the dot products take serves the additions to value as well.
   constexpr bool kKeepsGrad = sizeof(Acc) < 8 && !kMatrices && kWidth == kVec;
   constexpr bool kTwo = kStagesTwo<T, kVec, Points>;
-  __shared__ Staged<Acc, Offset, Points, kTwo ? kSecond + kWarp : kWarp> all_staged[kBlock / kWarp];
-  __shared__ Part part;                       // not in registers: the pixels need them
-  __shared__ int64_t first_output, value_at;  // of the part
+  __shared__ Staged<Acc, Offset, Points, kTwo> all_staged[kBlock / kWarp];
+  __shared__ Part part;                                    // not in registers: the pixels need them
+  __shared__ int64_t first_output, first_point, value_at;  // of the part
   if (threadIdx.x == 0) {
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
     first_output = part.first_output(problem);
+    if constexpr (kTwo) first_point = part.first_point(problem);
     value_at = problem.value_at(part.batch, 0, part.head);
   }
   read_levels<Points::kReadsPixels>(table, problem, levels);
@@ -197,7 +232,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   const int slot = teams.query_of(teams.lane);  // the query of the points that this lane stages
   // float64 has no register for the address.
   auto& staged = *(sizeof(Acc) < 8 ? pinned(&all_staged[warp]) : &all_staged[warp]);
-  auto* const dots = staged.dots();
+  auto* const dots = staged.dots;
   // The group's part of the channels, in the lane that has the group's products; else -1.
   [[maybe_unused]] const int own_chunk =
       (teams.lane & 3) == (teams.team() << (blocks.lane_bits - 2)) + (lane >> 2) ? lane >> 2 : -1;
@@ -205,72 +240,115 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
 
   const int begin = warp * blocks.warp_positions;
   const int end = min(begin + blocks.warp_positions, part.count);
-  if (begin + teams.lane < end) {
-    staged.order[teams.lane] = static_cast<int>(
-        query_at(part.first + begin + teams.lane, levels, table.count) - part.first);
-  }
+  staged.order[teams.lane] =
+      begin + teams.lane < end
+          ? static_cast<int>(query_at(part.first + begin + teams.lane, levels, table.count) -
+                             part.first)
+          : 0;
+  const int each = kTwo && problem.points > teams.lanes() ? 2 : 1;  // points of a lane at a time
+  // The levels of points k and k + 1, 8 bits each from bit 8 on.
+  const auto levels_of_two = [&](int k) {
+    if (k >= problem.points) return 0u;
+    const int first = level_of(k, 0, levels);
+    const int second = k + 1 < problem.points ? level_of(k + 1, first, levels) : 0;
+    return static_cast<unsigned>(first << 8 | second << 16);
+  };
+  // Of the two points of a lane: which pixels are on the map (4 bits each), and the levels.
+  [[maybe_unused]] unsigned two_points =
+      kTwo ? levels_of_two(each * teams.round_of(teams.lane)) : 0;
   for (int turn = begin; turn < end; turn += teams.count()) {
     const bool present = turn + slot < end, mine = turn + teams.team() < end;
     __syncwarp();
-    const int staged_query = present ? staged.order[turn + slot - begin] : 0;
-    const auto opened = points.open(problem, part, staged_query, present, teams);
-    if (teams.lane < teams.count()) {
-      staged.query[teams.lane] = opened;
-      staged.output_at[teams.lane] = first_output + staged_query * problem.row_stride();
+    const int staged_query = staged.order[turn + slot - begin];
+    if constexpr (!kTwo) {
+      const auto opened = [&] {
+        if constexpr (Points::kFused) {
+          return points.open(problem, part, staged_query, present, teams);
+        } else {
+          return points.open_at(problem, part.first_point(problem), staged_query);
+        }
+      }();
+      if (teams.lane < teams.count()) {
+        staged.query[teams.lane] = opened;
+        staged.output_at[teams.lane] = first_output + staged_query * problem.row_stride();
+      }
     }
-    // Of the products: column teams.lane / 4 of this lane. See matrix_column.
+    // The gradient of the output of a team's query.
+    const auto grad_of = [&](int team) {
+      if constexpr (kTwo) {
+        const auto* const grads =
+            reinterpret_cast<const Pack<T, kVec>*>(grad_output + first_output);
+        return (grads + wide_product(staged.order[turn + team - begin], row_stride))->at;
+      } else {
+        return grad_output + staged.output_at[team];
+      }
+    };
+    // Of the products: the MatrixColumn of this lane.
     [[maybe_unused]] Pack<uint32_t, 2> matrix;
-    int level = 0;
+    [[maybe_unused]] int level = 0;
     [[maybe_unused]] Acc mean = 0;  // of a fused call: the weighted mean of the gradients by weight
     [[maybe_unused]] const bool kept =
         kKept<Acc> > 0 && problem.points * teams.count() <= kKept<Acc>;
-    const int each = kTwo && problem.points > teams.lanes() ? 2 : 1;  // points of a lane
     for (int first = 0; first < problem.points; first += each * teams.lanes()) {
       const int k_staged = first + each * teams.round_of(teams.lane);
       __syncwarp();
-      const auto& query = staged.query[slot];
-      const bool stages = present && k_staged < problem.points;
-      const auto stage = [&](int entry, const Sample<Acc>& sample, int level) {
+      const int own_points = present ? min(each, problem.points - k_staged) : 0;
+      const bool stages = own_points > 0;
+      [[maybe_unused]] Pack<Acc, 2> two_weights = {};
+      if constexpr (kTwo) {
+        typename Points::Two two = {};
+        if (stages) {
+          two = points.read_two(points.open_at(problem, first_point, staged_query), k_staged,
+                                own_points > 1);
+        }
+        two_weights = two.weights;
+        two_points &= ~255u;
+#pragma unroll 1
+        for (int i = 0; i < each; ++i) {
+          const int entry = teams.lane + i * kSecond;
+          PixelOffsets pixels = {0, 0};
+          if (i < own_points) {
+            const int l = two_points >> (8 * i + 8) & 255;
+            const auto sample = points.of_two({}, two, i, l, levels);
+            const Level level = levels.level[l];
+            Footprint<Acc> foot;
+            const bool hit = foot.place(sample.x, sample.y, level.height, level.width);
+            const unsigned on =
+                hit ? pixels_on(foot, level, mask_of(table, problem, part.batch)) : 0;
+            pixels.first = (static_cast<unsigned>(level.start) +
+                            static_cast<unsigned>(foot.y) * level.width + foot.x) *
+                           row_stride;
+            pixels.width = static_cast<unsigned>(level.width) << 4 | on;
+            two_points |= on << 4 * i;
+            staged.fractions[entry] = {foot.right, foot.down};
+            if (grad_value) {
+#pragma unroll
+              for (int j = 0; j < 4; ++j) dots[entry].at[j] = foot.weight_on_map(j) * sample.weight;
+            }
+          }
+          staged.pixels[entry] = pixels;
+        }
+      } else if (stages) {
+        level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
+        const auto sample = points.at(staged.query[slot], k_staged, level, levels);
         Footprint<Acc> foot;
         find_pixels<int64_t>(foot, sample.x, sample.y, levels.level[level],
                              mask_of(table, problem, part.batch));
         const auto corner =
             corner_of<Acc, Offset>(foot, levels.level[level], sample.weight, row_stride);
         if (!kMatrices || grad_value) {
-          staged.corners.set(entry, corner);
+          staged.corners.set(teams.lane, corner);
         } else {  // the weights are not needed
-          staged.corners.at[entry] = corner.at;
+          staged.corners.at[teams.lane] = corner.at;
         }
         if constexpr (kKeepsFootprints<Acc>) {
-          staged.foot[entry].keep(foot, sample.weight, level);
+          staged.foot[teams.lane].keep(foot, sample.weight, level);
         } else if constexpr (Points::kFused) {
-          staged.weight[entry] = sample.weight;
+          staged.weight[teams.lane] = sample.weight;
         }
-      };
-      const auto stage_none = [&](int entry) {
-        constexpr Offset kNone = Corner::kNone;
-        staged.corners.at[entry] = {kNone, kNone, kNone, kNone};
-      };
-      const bool stages_next = kTwo && present && each == 2 && k_staged + 1 < problem.points;
-      if constexpr (kTwo) {
-        int level = 0;
-        typename Points::Two two = {};
-        if (stages) two = points.read_two(query, k_staged, stages_next);
-#pragma unroll 1
-        for (int i = 0; i < each; ++i) {
-          const int entry = teams.lane + i * kSecond;
-          if (i ? stages_next : stages) {
-            level = level_of(k_staged + i, level, levels);
-            stage(entry, points.of_two(query, two, i, level, levels), level);
-          } else {
-            stage_none(entry);
-          }
-        }
-      } else if (stages) {
-        level = level_of(k_staged, sizeof(Acc) == 8 ? 0 : level, levels);
-        stage(teams.lane, points.at(query, k_staged, level, levels), level);
       } else {
-        stage_none(teams.lane);
+        constexpr Offset kNone = Corner::kNone;
+        staged.corners.at[teams.lane] = {kNone, kNone, kNone, kNone};
       }
       __syncwarp();
 
@@ -280,7 +358,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       const int turn_bits = split_bits - (each - 1), own_round = split >> (each - 1);
       const int own_entry =
           own_round * teams.count() + teams.team() + (each == 2 && split & 1 ? kSecond : 0);
-      const T* const grad_of_query = grad_output + staged.output_at[teams.team()];
+      const T* const grad_of_query = grad_of(teams.team());
       [[maybe_unused]] Loaded<T, kVec> grad;
       // Neighbouring lanes add to neighbouring addresses, for every width of atomics.
       const auto add_to_value = [&] {
@@ -305,7 +383,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
 #pragma unroll 1
           for (int entry = own_entry, round = own_round; round < rounds;
                entry += teams.count() << turn_bits, round += 1 << turn_bits) {
-            const Corner corner = staged.corners[entry];
+            const Corner corner = staged.corner(entry, row_stride);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
               if (corner.at.at[i] == Corner::kNone) continue;
@@ -334,26 +412,46 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
             reinterpret_cast<const Pack<T, kVec>*>(value + value_at + channel);
         if constexpr (kMatrices) {
           if (Points::kFused || first == 0 || lanes * kVec < problem.head_dim) {
-            matrix = matrix_column(load_if<kVec>(active && mine, grad_of_query + channel), teams,
-                                   blocks);
+            const MatrixColumn column(teams, blocks);
+            const bool there = turn + column.team < end && from + column.channel < problem.head_dim;
+            matrix = MatrixColumn::part(
+                load_if<kVec>(there, grad_of(column.team) + from + column.channel), teams);
           }
           constexpr int kPixels = kPixelsAtOnce<Points>;
           Loaded<T, kVec> pixel[kPixels] = {};  // off the map, what the pixel before had: not used
           // Whether a group has all channels of its pixels.
           const bool alone = problem.head_dim <= 4 * kVec;
-          auto* own_at = pinned(staged.corners.at + own_entry);
+          auto* own_pixels = pinned(staged.entries() + own_entry);
+          [[maybe_unused]] auto* own_dots = dots + own_entry;
+          [[maybe_unused]] const int active_mask = recomputed(active ? 15 : 0);
+          [[maybe_unused]] auto next_pixels = *own_pixels;
+          const int step = teams.count() << turn_bits;
           // Every lane makes as many steps.
 #pragma unroll 1
           for (int left = (rounds + (1 << turn_bits) - 1) >> turn_bits; left > 0;
-               --left, own_at += teams.count() << turn_bits) {
-            const auto at = *own_at;
+               --left, own_dots += step) {
+            const auto pixels = kTwo ? next_pixels : *own_pixels;
+            auto* const total = kTwo ? own_dots : staged.dots_of(own_pixels);
+            own_pixels += step;
+            if (kTwo && left > 1) next_pixels = *own_pixels;
+            const auto there = [&](int i) -> int {
+              if constexpr (kTwo)
+                return pixels.on(i) & active_mask;
+              else
+                return active && pixels.at[i] != Corner::kNone;
+            };
+            const auto offset = [&](int i) {
+              if constexpr (kTwo)
+                return pixels.at(i, row_stride);
+              else
+                return pixels.at[i];
+            };
             Pack<Acc, 4> dot;
 #pragma unroll
             for (int i = 0; i < 4; i += kPixels) {
 #pragma unroll
               for (int j = 0; j < kPixels; ++j) {
-                load_where(active && at.at[i + j] != Corner::kNone, source + at.at[i + j],
-                           pixel[j]);
+                load_where(there(i + j), source + offset(i + j), pixel[j]);
               }
 #pragma unroll
               for (int j = 0; j < kPixels; ++j) {
@@ -362,9 +460,8 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
                 dot.at[i + j] = product[0] + product[3];
               }
             }
-            Pack<Acc, 4>& total = staged.dots_of(own_at);
             if (alone) {
-              if (own_chunk == 0) total = dot;
+              if (own_chunk == 0) *total = dot;
               continue;
             }
 #pragma unroll 1
@@ -372,53 +469,53 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
               __syncwarp();
               if (chunk != own_chunk) continue;
 #pragma unroll
-              for (int i = 0; from + chunk > 0 && i < 4; ++i) dot.at[i] += total.at[i];
-              total = dot;
+              for (int i = 0; from + chunk > 0 && i < 4; ++i) dot.at[i] += total->at[i];
+              *total = dot;
             }
           }
-
-          continue;
-        }
-        // Entries without a point have no pixels.
-        const auto dot_with = [&](int entry) {
-          const auto at = staged.corners.at[entry];
-          Loaded<T, kVec> pixel[4];
+        } else {
+          // Entries without a point have no pixels.
+          const auto dot_with = [&](int entry) {
+            const auto at = staged.corners.at[entry];
+            Loaded<T, kVec> pixel[4];
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            pixel[i] = load_if(active && at.at[i] != Corner::kNone, source + at.at[i]);
-          }
-          Acc dot[4] = {};
+            for (int i = 0; i < 4; ++i) {
+              pixel[i] = load_if(active && at.at[i] != Corner::kNone, source + at.at[i]);
+            }
+            Acc dot[4] = {};
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 4; ++i) {
 #pragma unroll
-            for (int c = 0; c < kVec; ++c) dot[i] += grad[c] * pixel[i][c];
-          }
-          return sum_four_ways(dot, teams.lane);
-        };
-        const auto keep = [&](int entry, Acc sum) {
-          Acc& total = dots[entry].at[lane & 3];
-          total = from == 0 ? sum : total + sum;
-        };
-        const int entries = count * teams.count(), step = splits * teams.count();
+              for (int c = 0; c < kVec; ++c) dot[i] += grad[c] * pixel[i][c];
+            }
+            return sum_four_ways(dot, teams.lane);
+          };
+          const auto keep = [&](int entry, Acc sum) {
+            Acc& total = dots[entry].at[lane & 3];
+            total = from == 0 ? sum : total + sum;
+          };
+          const int entries = count * teams.count(), step = splits * teams.count();
 #pragma unroll 1
-        for (int first_entry = 0; first_entry < entries; first_entry += kAtOnce<T, Points> * step) {
-          int entry = first_entry + split * teams.count() + teams.team();
-          Acc sum = dot_with(entry);
-          if constexpr (kAtOnce<T, Points> == 1) {
-            for (int by = 4; by < lanes; by *= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
-            if (lane < 4) keep(entry, sum);
-          } else {
-            const Acc other = dot_with(entry + step);
-            if (lanes == 4) {
-              keep(entry + step, other);
-            } else {  // the second four lanes sum up the second point
-              const bool second = lane & 4;
-              const Acc given = __shfl_xor_sync(kAllLanes, second ? sum : other, 4);
-              sum = (second ? other : sum) + given;
-              if (second) entry += step;
-              for (int by = 8; by < lanes; by *= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
+          for (int first_entry = 0; first_entry < entries;
+               first_entry += kAtOnce<T, Points> * step) {
+            int entry = first_entry + split * teams.count() + teams.team();
+            Acc sum = dot_with(entry);
+            if constexpr (kAtOnce<T, Points> == 1) {
+              for (int by = 4; by < lanes; by *= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
+              if (lane < 4) keep(entry, sum);
+            } else {
+              const Acc other = dot_with(entry + step);
+              if (lanes == 4) {
+                keep(entry + step, other);
+              } else {  // the second four lanes sum up the second point
+                const bool second = lane & 4;
+                const Acc given = __shfl_xor_sync(kAllLanes, second ? sum : other, 4);
+                sum = (second ? other : sum) + given;
+                if (second) entry += step;
+                for (int by = 8; by < lanes; by *= 2) sum += __shfl_xor_sync(kAllLanes, sum, by);
+              }
+              if (lane < 8) keep(entry, sum);
             }
-            if (lane < 8) keep(entry, sum);
           }
         }
       }
@@ -428,16 +525,29 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
         Sample<Acc> gradient[2] = {};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          if (!(i ? stages_next : stages)) continue;
+          if (i >= own_points) continue;
           const int entry = teams.lane + i * kSecond;
           Footprint<Acc> foot;
-          int level;
-          const Acc weight = staged.foot[entry].restore(foot, level);
-          gradient[i] = point_gradient(foot, levels.level[level], weight, dots[entry].at);
+          const auto fractions = staged.fractions[entry];
+          foot.right = fractions.at[0];
+          foot.down = fractions.at[1];
+#pragma unroll
+          for (int j = 0; j < 4; ++j) foot.on[j] = two_points >> (4 * i + j) & 1;
+          gradient[i] = point_gradient(foot, levels.level[two_points >> (8 * i + 8) & 255],
+                                       two_weights.at[i], dots[entry].at);
         }
-        if (stages) gradients.set_two(query.first_point + k_staged, gradient, stages_next);
+        if (stages) {
+          const auto query = points.open_at(problem, first_point, staged_query);
+          gradients.set_two(query.first_point + k_staged, gradient, own_points > 1);
+        }
+        if (problem.points > each * teams.lanes()) {  // of the next points
+          const int next = first + each * teams.lanes();
+          two_points =
+              levels_of_two((next < problem.points ? next : 0) + each * teams.round_of(teams.lane));
+        }
       } else if (stages) {
         const int k = kKeepsFootprints<Acc> ? k_staged : recomputed(k_staged);
+        const auto& query = staged.query[slot];
         Footprint<Acc> foot;
         Acc weight;
         if constexpr (kKeepsFootprints<Acc>) {

@@ -106,17 +106,17 @@ __device__ Loaded<T, kVec> load_if(bool there, const T* from) {
   return load_if(there, reinterpret_cast<const Pack<T, kVec>*>(from));
 }
 
-// Loads where `there`, and otherwise leaves `loaded` as it is: no instructions make zeros. Reads through the
+// Loads where `there` is not 0, and otherwise leaves `loaded` as it is: no instructions make zeros. Reads through the
 // cache of constant data.
 template <typename T, int kVec>
-__device__ void load_where(bool there, const Pack<T, kVec>* from, Loaded<T, kVec>& loaded) {
+__device__ void load_where(int there, const Pack<T, kVec>* from, Loaded<T, kVec>& loaded) {
 #if defined(__CUDA_ARCH__)
   if constexpr (sizeof(T) * kVec == 16) {
     auto& words = loaded.words.at;
     asm("{.reg .pred p; setp.ne.s32 p, %5, 0;"
         " @p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];}"
         : "+r"(words[0]), "+r"(words[1]), "+r"(words[2]), "+r"(words[3])
-        : "l"(__cvta_generic_to_global(from)), "r"(static_cast<int>(there)));
+        : "l"(__cvta_generic_to_global(from)), "r"(there));
     return;
   }
 #endif
@@ -169,6 +169,17 @@ __device__ inline int recomputed(int number) {
   asm volatile("" : "+r"(number));
 #endif
   return number;
+}
+
+// a * b in one instruction, also where the compiler would extend b before a loop.
+__device__ inline int64_t wide_product(int a, int b) {
+#if defined(__CUDA_ARCH__)
+  int64_t product;
+  asm("mul.wide.s32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return int64_t{a} * b;
+#endif
 }
 
 // The same pointer into shared memory, whose address the compiler keeps in a register instead of computing it
