@@ -146,7 +146,7 @@ def _export_onnx(
 
     # The exporter's optimizer breaks models that clamp one tensor twice.
     names = {"input_names": ["images", "sizes"], "output_names": ["boxes", "scores", "labels"]}
-    options = {"optimize": False, "dynamic_shapes": shapes, **names, **options}
+    options = {"optimize": False, "verbose": False, "dynamic_shapes": shapes, **names, **options}
     onnx.export(whole, example, file, **options)
     try:
         import onnxruntime

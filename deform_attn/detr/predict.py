@@ -213,6 +213,7 @@ def open_detector(
 def _from_training(content: dict[str, Any]) -> Predictor:
     """From ``model.pt`` of a training."""
     settings = content["settings"]
+    check_integer("size", content["size"])
     if settings.get("model"):
         system = create(settings["model"], len(content["classes"]))
     else:

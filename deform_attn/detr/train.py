@@ -961,10 +961,13 @@ def _read(file: Path) -> dict[str, Any]:
         ValueError: damaged, or no training.
     """
     content = read_checkpoint(file)
-    needed = ("settings", "step", "history", "random", "data", "model", "average", "optimizer")
-    if missing := [name for name in (*needed, "scaler") if name not in content]:
+    dicts = ("settings", "history", "data", "model", "average", "optimizer", "scaler")
+    types: dict[str, type] = {"step": int, "random": list, **dict.fromkeys(dicts, dict)}
+    missing = [name for name, kind in types.items() if not isinstance(content.get(name), kind)]
+    if missing or "data" not in content["settings"]:
         raise ValueError(
-            f"{file}: expected checkpoint.pt of a training, got a file without {', '.join(missing)}"
+            f"{file}: expected checkpoint.pt of a training, got a file without "
+            f"{', '.join(missing) or 'settings of the data'}"
         )
     return content
 

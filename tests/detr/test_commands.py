@@ -197,6 +197,7 @@ def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
     (file := tmp_path / "file").write_text("")
+    refuse = Mock(side_effect=OSError(30, "Read-only file system"))
     not_a_folder = f"expected a folder to write to, got '{file}': File exists"
     evaluated = ("evaluate", "--model", "none", "--data", "none")
     trained = ("train", "--recipe", "detr", "--width", 32, "--layers", 1, "--data", "shapes")
@@ -212,6 +213,17 @@ def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
         ((*trained, "--out", file), f"out: {not_a_folder}"),
     ):
         with pytest.raises(SystemExit, match=f"error: {message}"):
+            run(monkeypatch, *arguments)
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+    monkeypatch.setattr("deform_attn.detr.files.tempfile.TemporaryFile", refuse)
+    for arguments in (
+        (*trained, "--out", tmp_path),
+        (*evaluated, "--out", tmp_path),
+        ("predict", "--model", "digits", "--images", tmp_path, "--out", tmp_path),
+    ):
+        with pytest.raises(
+            SystemExit, match="out: expected a folder to write to, got .*: Read-only"
+        ):
             run(monkeypatch, *arguments)
 
 

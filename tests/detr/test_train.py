@@ -666,10 +666,19 @@ def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_pa
     file.write_text("step,loss\n1,2\n")
     with pytest.raises(ValueError, match=r"expected a checkpoint, got a file that torch\.load"):
         train(settings, tmp_path)
+    whole = {name: {} for name in ("history", "data", "model", "average", "optimizer", "scaler")}
+    for wrong, message in (
+        ({"settings": {}}, "settings of the data"),
+        ({"settings": None}, "settings"),
+        ({"settings": {"data": "x"}, "step": "1", "optimizer": None}, "step, optimizer"),
+    ):
+        torch.save(whole | {"step": 1, "random": []} | wrong, file)
+        with pytest.raises(ValueError, match=f"of a training, got a file without {message}$"):
+            settings_of(tmp_path)
     torch.save({"model": {}}, file)
     with pytest.raises(
         ValueError,
-        match=r"checkpoint\.pt: expected checkpoint\.pt of a training, got a file without set",
+        match=r"checkpoint\.pt: expected checkpoint\.pt of a training, got a file without step",
     ):
         train(settings, tmp_path)
 
