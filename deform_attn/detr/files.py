@@ -30,9 +30,9 @@ def nearby(path: Path, names: Sequence[str] = ()) -> str:
         "'DATA' has no 'fotos'; similar: 'photos'"
     """
     missing, folder = path.name, path.parent
-    while not folder.exists():
+    while not os.path.exists(folder):  # False for invalid names too
         missing, folder = folder.name, folder.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"{str(folder)!r} is a file"
     try:
         found = sorted(os.listdir(folder))

@@ -489,8 +489,16 @@ class _Run:
             self.queries = official.size.num_queries
         if source is not None:
             initial = transfer(system.model, source.model, self.data.classes, source.classes)
-            if rank == 0 and initial:
-                self.console.print(f"drawn anew: {', '.join(initial)}")
+            named = system.model.named_parameters()
+            if {name for name, parameter in named if parameter.dim() > 1} <= {*initial}:
+                raise ValueError(
+                    f"init: expected weights of {settings.recipe or settings.model}, got none of "
+                    f"its names and sizes in {settings.init!r}; without --recipe and --model, the "
+                    "system and the sizes of the weights are taken"
+                )
+            if initial:
+                more = f" and {len(initial) - 20} more" if initial[20:] else ""
+                wrap(f"drawn anew: {', '.join(initial[:20])}{more}")
         frozen = [
             parameter
             for name, parameter in system.model.named_parameters()
@@ -547,7 +555,8 @@ class _Run:
         if most > self.queries and self.settings.recipe != "stewart":
             self.console.print(
                 f"warning: queries: images have up to {most} objects, more than the "
-                f"{self.queries} queries; the others are never learnt"
+                f"{self.queries} queries; the others are never learnt",
+                soft_wrap=True,
             )
 
     def _check_sizes(self) -> None:
@@ -922,13 +931,13 @@ def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | 
     file = out / "checkpoint.pt"
     if resume is not None:
         given = _file_of(resume)
-        if file.exists() and not file.samefile(given):
+        if os.path.exists(file) and not file.samefile(given):
             raise ValueError(
                 f"out: expected a folder without another training, got {file}; choose another "
                 f"folder, or continue that one with --resume {out}"
             )
         file = given
-    return file, _read(file) if file.exists() else None
+    return file, _read(file) if os.path.exists(file) else None
 
 
 def _file_of(resume: Path) -> Path:
@@ -937,8 +946,8 @@ def _file_of(resume: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    file = resume / "checkpoint.pt" if resume.is_dir() else resume
-    if not file.exists():
+    file = resume / "checkpoint.pt" if os.path.isdir(resume) else resume
+    if not os.path.exists(file):
         raise FileNotFoundError(
             f"resume: expected a checkpoint or its folder, got {str(resume)!r}: {nearby(file)}"
         )

@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -156,8 +157,8 @@ def test_predict_leaves_out_images_that_cannot_be_read(
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *command)
     assert re.search(
-        r"images: expected 5, got 3: 2 faults\n  '.*cut\.jpg': expected an image, got .*truncated"
-        r".*\n  '.*folder\.png': expected an image, got .*Is a directory",
+        r"images: expected 5 that can be read, got 3: 2 faults\n  '.*cut\.jpg': expected an image, "
+        r"got .*truncated.*\n  '.*folder\.png': expected an image, got .*Is a directory",
         str(ended.value.code),
     )
     assert f" in 3 images: {tmp_path}" in capsys.readouterr().out
@@ -308,6 +309,9 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
         Settings(data="shapes").check()
     with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
         Settings(data="shapes", model="dfine_n", queries=7).check()
+    wrong = settings | {"recipe": "rtdetr", "width": 32}
+    with pytest.raises(ValueError, match="init: expected weights of rtdetr, got none of its names"):
+        train(Settings(**wrong), tmp_path / "other")
     with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
 
@@ -364,6 +368,14 @@ def test_a_resumed_training_repeats_no_options(
     more = ["--lr=2e-5", "--steps=3", "--out", tmp_path / "next"]
     run(monkeypatch, "train", f"--resume={run_folder}", *more)
     assert settings_of(tmp_path / "next") == replace(settings, steps=3, lr=2e-5, augment="flip")
+    moved = tmp_path / "moved"
+    shutil.copytree(run_folder, moved)
+    saved = torch.load(moved / "checkpoint.pt", weights_only=True)
+    saved["settings"]["data"] = "coco:none"
+    torch.save(saved, moved / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="data: expected a folder, got 'none': .*; --data gives"):
+        run(monkeypatch, "train", "--resume", moved)
+    run(monkeypatch, "train", "--resume", moved, "--data", f"coco:{folder}")
     monkeypatch.setattr("deform_attn.detr.train.open_dataset", Mock(side_effect=AssertionError))
     for given, message in (
         (("--recipe", "dino"), "recipe: expected 'detr' as in .*, got 'dino'; --init starts"),

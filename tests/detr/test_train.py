@@ -656,7 +656,15 @@ def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_pa
     settings = Settings(**short | {"recipe": "detr", "steps": 1, "batch": 2})
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a checkpoint, got"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt: expected a checkpoint, got an empty or cut"
+    ):
+        train(settings, tmp_path)
+    file.with_suffix(".safetensors").write_text("{}")
+    with pytest.raises(ValueError, match="expected a checkpoint, got safetensors: give the folder"):
+        settings_of(file.with_suffix(".safetensors"))
+    file.write_text("step,loss\n1,2\n")
+    with pytest.raises(ValueError, match=r"expected a checkpoint, got a file that torch\.load"):
         train(settings, tmp_path)
     torch.save({"model": {}}, file)
     with pytest.raises(

@@ -65,6 +65,15 @@ def test_head_dims(head_dim: int, dtype: str, algorithm: str) -> None:
     check_call(case.make(DTYPES[dtype]), algorithm=algorithm)
 
 
+@pytest.mark.parametrize("dtype", ["f16", "bf16"])
+@pytest.mark.parametrize("points", [(4, 4), (13, 12), (8, 20)])
+@pytest.mark.parametrize("algorithm", ["scatter", "tiles"])
+def test_two_points_a_lane(algorithm: str, points: tuple[int, ...], dtype: str) -> None:
+    """Four queries of a warp at a time, 16 points each: one round, or more with other levels."""
+    case = Case("rounds", ((5, 7), (3, 4)), batch=1, queries=47, head_dim=32, points=points)
+    check_call(case.make(DTYPES[dtype]), Emulated(processors=1), algorithm)
+
+
 @pytest.mark.parametrize(
     ("changes", "dtype", "processors", "expected"),
     [
