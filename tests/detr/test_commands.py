@@ -363,7 +363,11 @@ def test_arguments_of_another_type_are_named(folder: Path, tmp_path: Path) -> No
         (hold_out, (3, 0.2), "folder: expected a path, got 3"),
         (hold_out, (str(folder), 0.2, "x"), "seed: expected an integer, got 'x'"),
         (export, (digits.model, digits.postprocess, None, 64), "file: expected a path, got None"),
-        (export, (None, digits.postprocess, "a.onnx", 64), "model: expected a module, got None"),
+        (
+            export,
+            (None, digits.postprocess, "a.onnx", 64),
+            "model: expected a torch.nn.Module, got NoneTy",
+        ),
         (from_transformers, (3,), "name_or_folder: expected a path, got 3"),
         (find_images, (3,), "images: expected files, folders or patterns, got 3"),
         (digits.predict, (["none.png"],), "images: expected a file, got 'none.png': '.' has no '"),
