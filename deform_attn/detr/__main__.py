@@ -77,6 +77,11 @@ def evaluate(
     )
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
+    if out is not None and dataset.most_objects == 0:
+        raise ValueError(
+            f"out: expected objects in {split}, of which precision_recall.png has curves, got "
+            "none; without --out, the detections can be written with --results"
+        )
     parts = (detector.model, detector.postprocess, dataset, batch)
     with progress("evaluates images", len(dataset)) as advance:
         found = detect(*parts, observe=lambda _, targets: advance(len(targets)), workers=workers)

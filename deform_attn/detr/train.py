@@ -439,6 +439,10 @@ def train(
             distributed.destroy_process_group()
 
 
+class _Stopped(Exception):
+    """A signal came before the end of an evaluation."""
+
+
 class _Run:
     """The state of a training, its checkpoints, and the loop."""
 
@@ -754,16 +758,19 @@ class _Run:
         ended = self.step == self.settings.steps
         stopped = self._stopped()
         if self._evaluation_is_awaited():
-            if stopped:  # the evaluation follows when the training is resumed
-                self._save()
-                self._stop(stopped)
             self.history["cpu_seconds"] = time.process_time() - self.began
-            if save:
+            if save and not stopped:
                 self._save_checkpoint()
             every = self.settings.evaluate_every
             others = 0 if ended else -(-self.settings.steps // every) - self.step // every
-            with self.watch.time("evaluation", others):
-                self._evaluate()
+            try:
+                if stopped:
+                    raise _Stopped
+                with self.watch.time("evaluation", others):
+                    self._evaluate()
+            except _Stopped:  # the evaluation follows when the training is resumed
+                self._save()
+                self._stop(self._stopped())
             ended = ended or self._ended_early()
             stopped = self._stopped()
         if self.log is not None:
@@ -798,7 +805,7 @@ class _Run:
         self.signal = number
         signal.signal(number, self.handlers[number])
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int) -> NoReturn:
         name = signal.Signals(number).name
         self.console.print(f"{name}: saved after step {self.step}; the same command resumes")
         if number == signal.SIGINT:
@@ -872,6 +879,8 @@ class _Run:
         weighted: list[tuple[int, dict[str, Tensor]]] = []
 
         def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
+            if self.signal and self.world == 1:  # else other processes would wait for this one
+                raise _Stopped
             number = max(1, sum(len(target["labels"]) for target in targets))
             weighted.append((number, self.criterion(outputs, targets, alone=True)))
 

@@ -91,6 +91,21 @@ def test_evaluate(
             run(monkeypatch, "evaluate", "--model", wrong[0], "--data", *wrong[1:])
 
 
+def test_evaluation_without_objects_draws_no_curves(
+    bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    for file in bad.glob("*.txt"):
+        file.write_text("a.jpg" if file.name == "val.txt" else "")
+    results = tmp_path / "results.json"
+    command = ("evaluate", "--model", "digits", "--data", bad, "--results", results)
+    with pytest.raises(SystemExit, match="out: expected objects in val, of which .*, got none; wi"):
+        run(monkeypatch, *command, "--out", tmp_path)
+    assert not results.exists()
+    run(monkeypatch, *command)
+    assert isinstance(json.loads(results.read_text()), list)
+    assert "AP50       -" in capsys.readouterr().out
+
+
 def test_predict(
     folder: Path,
     tmp_path: Path,

@@ -158,10 +158,20 @@ def test_a_killed_training_resumes_to_the_bit(
         assert checkpoint(out)["step"] == last
         assert checkpoint(out)["history"]["ap"] == []
     shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
-    evaluations = Mock(side_effect=[detect, MemoryError])  # of step 8, and of step 10
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("deform_attn.detr.train.detect", lambda *x: evaluations()(*x))
-        train(Settings(**settings), tmp_path / "cut")
+
+    def stopped(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return detect(*arguments)
+
+    evaluations: list[Any] = [stopped]  # of step 8
+    for error in (SystemExit, MemoryError):
+        saved = checkpoint(tmp_path / "cut")
+        assert (saved["step"], saved["history"]["ap"]) == (8, [])
+        with monkeypatch.context() as patch, pytest.raises(error):
+            calls = Mock(side_effect=evaluations)
+            patch.setattr("deform_attn.detr.train.detect", lambda *x: calls()(*x))
+            train(Settings(**settings), tmp_path / "cut")
+        evaluations = [detect, MemoryError]  # of step 8, and of step 10
     saved = checkpoint(tmp_path / "cut")
     assert (saved["step"], [one["step"] for one in saved["history"]["ap"]]) == (10, [8])
     train(Settings(**settings), tmp_path / "cut", workers=1)
