@@ -155,6 +155,8 @@ def run(
         report = deform_attn.check.run(["cpu"], quick=True)
         assert report.passed, report.failures
     """
+    if isinstance(devices, str):
+        raise TypeError(f"devices: expected a list such as ['cpu'] or None, got {devices!r}")
     start = time.perf_counter()
     report = Report()
     available = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]

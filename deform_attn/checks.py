@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deform_attn.levels import (
     LARGEST_SIDE,
@@ -30,6 +30,7 @@ __all__ = [
     "check_gradient",
     "check_integer",
     "check_method",
+    "check_module",
     "check_number",
     "check_operands",
     "check_scale",
@@ -99,6 +100,15 @@ def as_path(name: str, path: object) -> Path:
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name}: expected a path, got {path!r}")
     return Path(path).expanduser()
+
+
+def check_module(name: str, module: object) -> None:
+    """Raise a TypeError for anything but a module."""
+    if not isinstance(module, nn.Module):
+        raise TypeError(
+            f"{name}: expected a torch.nn.Module, got {type(module).__name__}; pass the module "
+            "that the library's object holds"
+        )
 
 
 def check_choice(name: str, value: object, known: Iterable[str]) -> None:

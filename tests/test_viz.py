@@ -506,6 +506,32 @@ def test_what_cannot_be_drawn() -> None:
             viz.draw(image, recording, **{"query": 0, **options})
     with pytest.raises(ValueError, match="queries: expected at least one"):
         viz.figure(IMAGE, recording, [])
+    for call, message in (
+        (lambda: viz.record(3).__enter__(), "module: expected a torch.nn.Module, got int"),
+        (
+            lambda: viz.draw(IMAGE, None, 0),
+            r"recording: expected .*, such as seen\[-1\], got NoneT",
+        ),
+        (lambda: viz.figure(IMAGE, [recording], 0), "recording: expected .*, got list"),
+        (
+            lambda: viz.draw("a.png", recording, 0),
+            "image: expected a tensor, .*, got str; open a f",
+        ),
+        (lambda: viz.draw(IMAGE, recording, "0"), "query: expected an integer, got '0'"),
+        (lambda: viz.draw(IMAGE, recording, 0, head=1.5), "head: expected an integer, got 1.5"),
+        (lambda: viz.figure(IMAGE, recording, None), "queries: expected an integer, got None"),
+        (
+            lambda: viz.choose_query(recording, IMAGE, pixel=3),  # type: ignore[arg-type]
+            r"pixel: expected \(x, y\), got 3",
+        ),
+        (
+            lambda: viz.choose_query(recording, IMAGE, pixel=("a", 1)),  # type: ignore[arg-type]
+            "pixel: expected a number, got 'a'",
+        ),
+    ):
+        with pytest.raises(TypeError, match=message):
+            call()
+    assert viz.figure(IMAGE, recording, np.int64(3)).axes[0].get_title() == "query 3"
 
 
 @pytest.mark.parametrize("queries", [1, [0, 3, 4]])

@@ -294,11 +294,11 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   Visits visits(in);
   const int64_t blocks = blocks_of(in);
   int64_t block = 0;
-  // Advances to the next query. A share of the heads reads and writes a piece of each row, which the
-  // hardware prefetcher does not follow, so the pieces of the next query are prefetched.
+  // Advances to the next query. Hardware prefetchers follow neither the operands of a share of the heads,
+  // which are pieces of rows, nor those of sorted queries.
   const auto advance = [&] {
     if (!visits.next([&] { return block < blocks ? block++ : -1; })) return false;
-    if (heads == p.heads) return true;
+    if (heads == p.heads && !in.order) return true;
     const int64_t at = p.point_at(own.batch, visits.query, own.first_head);
     const int64_t channel = p.output_at(own.batch, visits.query, own.first_head);
     fetch_all<false>(in.locations, is_fused ? sizeof(Weight) : sizeof(Acc), 2 * at, 2 * count);

@@ -57,9 +57,10 @@ class KeptBlocks {
   }
 
  private:
-  // Arrays of the same place within a page are slow to read and write in turn. Those of torch begin at
-  // the start of a page or 64 bytes after it.
-  static constexpr size_t kPage = 4096, kOffset = kPage / 2;
+  // Where an array is read and another one written in turn, a read waits for a write to the same place of
+  // another page. Large arrays of torch begin 0 or 64 bytes after the start of a page, and the pixels of a
+  // head are often 1024 bytes apart: a block begins about half of that away from all of them.
+  static constexpr size_t kPage = 4096, kOffset = kPage / 2 + 512;
 
   static size_t& size_of(void* data) {
     return *reinterpret_cast<size_t*>(static_cast<char*>(data) - kOffset);

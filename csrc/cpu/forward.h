@@ -210,17 +210,19 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     if (block == last) last = blocks.take(block);
     return block < last ? block++ : -1;
   };
-  // Advances to the next query. The operands of one head are pieces that hardware prefetchers do not
-  // follow.
+  // Advances to the next query. Hardware prefetchers follow neither the operands of one head, which are
+  // pieces of rows, nor those of sorted queries.
   const auto advance = [&] {
     if (!visits.next(take)) return false;
-    if (!in.head_pixels) return true;
+    if (!in.head_pixels && !in.order) return true;
     const int64_t at = p.point_at(visits.batch, visits.query, first_head);
     fetch_all<false>(in.locations, in.fused.reference ? sizeof(Weight) : sizeof(Acc), 2 * at,
                      2 * count);
     fetch_all<false>(in.weights, sizeof(Weight), at, count);
-    fetch_all<true>(output, sizeof(T), p.output_at(visits.batch, visits.query, first_head),
-                    p.head_dim);
+    if (in.head_pixels) {  // all heads: a row is written as a whole, and prefetching it takes longer
+      fetch_all<true>(output, sizeof(T), p.output_at(visits.batch, visits.query, first_head),
+                      p.head_dim);
+    }
     return true;
   };
   bool more = advance();

@@ -77,6 +77,11 @@ def evaluate(
     )
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
+    if out is not None and dataset.most_objects == 0:
+        raise ValueError(
+            f"out: expected objects in {split}, of which precision_recall.png has curves, got "
+            "none; without --out, the detections can be written with --results"
+        )
     parts = (detector.model, detector.postprocess, dataset, batch)
     with progress("evaluates images", len(dataset)) as advance:
         found = detect(*parts, observe=lambda _, targets: advance(len(targets)), workers=workers)
@@ -147,7 +152,7 @@ def predict(
     finally:  # after Ctrl-C too
         write(out / "detections.json", lambda f: f.write(json.dumps(rows, indent=1).encode()))
     print(f"{sum(len(row['names']) for row in rows)} detections in {len(rows)} images: {out}")
-    raise_faults(f"images: expected {len(files)}, got {len(rows)}", faults)
+    raise_faults(f"images: expected {len(files)} that can be read, got {len(rows)}", faults)
 
 
 def _readable(files: dict[int, Path], faults: list[str]) -> dict[int, Path]:
@@ -258,15 +263,22 @@ def _train_command(arguments: Sequence[str]) -> Callable[..., Any]:
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: damaged, or no training.
+        ValueError: damaged, or no training; or its data is no more in its place.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--resume", type=Path, nargs="?")
-    run = parser.parse_known_args(arguments)[0].resume
+    parser.add_argument("--data", nargs="?")
+    given = parser.parse_known_args(arguments)[0]
+    run = given.resume
     if run is None:
         return train
-    folder = run if run.is_dir() else run.parent
-    return functools.partial(train, settings=settings_of(run), out=folder)
+    settings = settings_of(run)
+    if given.data is None:
+        try:
+            splits_of(settings.data)
+        except ValueError as error:
+            raise ValueError(f"{error}; --data gives the new place of the data") from error
+    return functools.partial(train, settings=settings, out=run if run.is_dir() else run.parent)
 
 
 def main() -> None:

@@ -6,7 +6,6 @@ the backbone, ``backbone.``, stay as they are.
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -351,9 +350,13 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load raises RuntimeError, EOFError, UnpicklingError, ...
-        reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
-        if isinstance(error, pickle.UnpicklingError):  # torch's advice is to run the code in it
-            reason = "a file that torch.load(weights_only=True) cannot read"
+        reason = "a file that torch.load(weights_only=True) cannot read"
+        if isinstance(error, EOFError):
+            reason = "an empty or cut file"
+        elif Path(file).suffix == ".safetensors":
+            reason = "safetensors: give the folder, which also has the model's config.json"
+        elif isinstance(error, RuntimeError | OSError):  # other messages are of no help to users
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].removesuffix(": ")
         raise ValueError(f"{file}: expected a checkpoint, got {reason}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{file}: expected a dict, got {type(content).__name__}")

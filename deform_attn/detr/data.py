@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -145,9 +146,8 @@ def folder_of(name: str) -> tuple[Path, str]:
     if layout in LAYOUTS and folder:
         return Path(folder).expanduser(), layout
     path = Path(name).expanduser()
-    valid = name != "" and "\0" not in name
-    if not valid or not path.exists():
-        why = f": {nearby(path, list(DRAWN))}" if valid else ""
+    if not name or not os.path.exists(path):
+        why = f": {nearby(path, list(DRAWN))}" if name else ""
         raise ValueError(
             "data: expected 'shapes', 'digits', a folder, or 'coco:FOLDER', 'roboflow:FOLDER' or "
             f"'yolo:FOLDER', got {name!r}{why}"

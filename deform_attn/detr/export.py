@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deform_attn.checks import as_path, check_integer
+from deform_attn.checks import as_path, check_integer, check_module
 from deform_attn.detr.files import write
 from deform_attn.detr.matching import assign
 from deform_attn.detr.models import BestScores, Detections, Postprocess
@@ -68,8 +68,7 @@ def export(
         ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
     """
     file = as_path("file", file)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a module, got {model!r}")
+    check_module("model", model)
     if file.suffix not in SUFFIXES:
         raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
     height, width = (size, size) if isinstance(size, Integral) else _pair(size)
@@ -146,7 +145,7 @@ def _export_onnx(
 
     # The exporter's optimizer breaks models that clamp one tensor twice.
     names = {"input_names": ["images", "sizes"], "output_names": ["boxes", "scores", "labels"]}
-    options = {"optimize": False, "dynamic_shapes": shapes, **names, **options}
+    options = {"optimize": False, "verbose": False, "dynamic_shapes": shapes, **names, **options}
     onnx.export(whole, example, file, **options)
     try:
         import onnxruntime

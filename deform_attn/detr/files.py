@@ -7,7 +7,7 @@ import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -30,9 +30,9 @@ def nearby(path: Path, names: Sequence[str] = ()) -> str:
         "'DATA' has no 'fotos'; similar: 'photos'"
     """
     missing, folder = path.name, path.parent
-    while not folder.exists():
+    while not os.path.exists(folder):  # False for invalid names too
         missing, folder = folder.name, folder.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"{str(folder)!r} is a file"
     try:
         found = sorted(os.listdir(folder))
@@ -48,17 +48,19 @@ def nearby(path: Path, names: Sequence[str] = ()) -> str:
 
 
 def make_folder(argument: str, folder: Path) -> None:
-    """Make a folder for results.
+    """Make a folder for results, and check that it can be written to.
 
     Args:
         argument: names the folder in errors.
         folder: to make; it may exist.
 
     Raises:
-        OSError: it cannot be made, such as where a file has its name.
+        OSError: it cannot be made, such as where a file has its name, or not be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise OSError(
@@ -93,14 +95,6 @@ def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> None:
     if file.is_dir():
         raise OSError(f"{argument}: expected a file to write, got the folder {str(file)!r}")
     make_folder(argument, file.parent)
-    try:
-        with tempfile.NamedTemporaryFile(dir=file.parent):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{argument}: expected a file in a folder that can be written to, got {str(file)!r}: "
-            f"{error.strerror}"
-        ) from error
 
 
 def write(file: Path, write_to: Callable[[BinaryIO], Any], *, sync: bool = True) -> None:
@@ -124,7 +118,8 @@ def write(file: Path, write_to: Callable[[BinaryIO], Any], *, sync: bool = True)
                 os.fsync(f.fileno())
         os.replace(partial, file)
     except (OSError, RuntimeError) as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # where nothing can be written, nothing was
+            partial.unlink(missing_ok=True)
         reason = error if raw is None or raw.error is None else raw.error
         text = getattr(reason, "strerror", None) or reason
         raise OSError(f"{file}: cannot be written: {text}") from error

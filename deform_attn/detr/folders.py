@@ -77,7 +77,9 @@ class CocoSource(Source):
         if self.file.name == ROBOFLOW:
             content = coco.without_groups(content)
         first = content["images"][0]["file_name"]
-        folder = next((f for f in self.folders if _exists(self.root / f / first)), self.folders[0])
+        folder = next(
+            (f for f in self.folders if os.path.exists(self.root / f / first)), self.folders[0]
+        )
         for facts in content["images"]:
             facts["file_name"] = os.path.normpath(os.path.join(folder, facts["file_name"]))
         return content, self._faults(content)
@@ -125,10 +127,6 @@ class YoloSource(Source):
         return yolo.read(self.description, self.listed, self.root)
 
 
-def _exists(path: Path) -> bool:
-    return "\0" not in str(path) and path.exists()
-
-
 Splits = dict[str, Callable[[], Source]]
 
 
@@ -171,9 +169,7 @@ def find_splits(folder: Path, layout: str = "") -> Splits:
     """
     if layout:
         check_choice("layout", layout, LAYOUTS)
-    if "\0" in str(folder):
-        raise ValueError(f"data: expected a folder, got {str(folder)!r}")
-    if not folder.exists():
+    if not os.path.exists(folder):
         raise ValueError(f"data: expected a folder, got {str(folder)!r}: {nearby(folder)}")
     if folder.is_dir():
         splits = _recognised(folder, layout)

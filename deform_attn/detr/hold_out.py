@@ -117,8 +117,12 @@ def hold_out(
             labels[one["image_id"]].add(one["category_id"])
     ids = list(labels)
     held = {ids[i] for i in divide(list(labels.values()), fraction, seed)}
-    for part, is_val in zip(parts, (False, True)):
-        _write(part, source, content, {i for i in ids if (i in held) == is_val})
+    try:
+        for part, is_val in zip(parts, (False, True)):
+            _write(part, source, content, {i for i in ids if (i in held) == is_val})
+    except BaseException:  # the first alone would be a smaller data set
+        parts[0].unlink(missing_ok=True)
+        raise
     return parts
 
 

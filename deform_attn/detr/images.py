@@ -77,17 +77,19 @@ def find_images(names: str | Path | Sequence[str | Path]) -> list[Path]:
     found: list[Path] = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if os.path.isdir(path):
             files = sorted(
                 f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "."
             )
         else:
-            files = [path] if path.exists() else [Path(f) for f in sorted(glob.glob(str(name)))]
+            files = (
+                [path] if os.path.exists(path) else [Path(f) for f in sorted(glob.glob(str(name)))]
+            )
         if not files:
             expected, got = "a file, a folder or a pattern", repr(str(name))
-            if not path.exists() and glob.escape(str(name)) == str(name):
+            if not os.path.exists(path) and glob.escape(str(name)) == str(name):
                 got += f": {nearby(path)}"
-            if path.is_dir():
+            if os.path.isdir(path):
                 expected = f"images ({', '.join(SUFFIXES)})"
                 got = f"the folder {got} without any"
             raise FileNotFoundError(f"images: expected {expected}, got {got}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -165,8 +166,7 @@ def open_detector(
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
     name = str(name_or_path)
     file = shipped.get(name, Path(name).expanduser())
-    valid = name != "" and "\0" not in name
-    exists = valid and file.exists()
+    exists = name != "" and os.path.exists(file)
     if exists and file.is_dir() and not (file / "config.json").exists():
         if not (file / "model.pt").is_file():
             raise ValueError(
@@ -179,7 +179,7 @@ def open_detector(
     if isinstance(name_or_path, str) and not exists and _may_be_on_hub(name):
         return _from_transformers(argument, name, device)
     if not exists:
-        why = f": {nearby(file, list(shipped))}" if valid else ""
+        why = f": {nearby(file, list(shipped))}" if name else ""
         raise FileNotFoundError(
             f"{argument}: expected one of {sorted(shipped)}, a file, a folder or a name on the "
             f"hub (ORGANIZATION/MODEL), got {name!r}{why}"
@@ -213,6 +213,7 @@ def open_detector(
 def _from_training(content: dict[str, Any]) -> Predictor:
     """From ``model.pt`` of a training."""
     settings = content["settings"]
+    check_integer("size", content["size"])
     if settings.get("model"):
         system = create(settings["model"], len(content["classes"]))
     else:

@@ -439,6 +439,10 @@ def train(
             distributed.destroy_process_group()
 
 
+class _Stopped(Exception):
+    """A signal came before the end of an evaluation."""
+
+
 class _Run:
     """The state of a training, its checkpoints, and the loop."""
 
@@ -489,8 +493,16 @@ class _Run:
             self.queries = official.size.num_queries
         if source is not None:
             initial = transfer(system.model, source.model, self.data.classes, source.classes)
-            if rank == 0 and initial:
-                self.console.print(f"drawn anew: {', '.join(initial)}")
+            named = system.model.named_parameters()
+            if {name for name, parameter in named if parameter.dim() > 1} <= {*initial}:
+                raise ValueError(
+                    f"init: expected weights of {settings.recipe or settings.model}, got none of "
+                    f"its names and sizes in {settings.init!r}; without --recipe and --model, the "
+                    "system and the sizes of the weights are taken"
+                )
+            if initial:
+                more = f" and {len(initial) - 20} more" if initial[20:] else ""
+                wrap(f"drawn anew: {', '.join(initial[:20])}{more}")
         frozen = [
             parameter
             for name, parameter in system.model.named_parameters()
@@ -547,7 +559,8 @@ class _Run:
         if most > self.queries and self.settings.recipe != "stewart":
             self.console.print(
                 f"warning: queries: images have up to {most} objects, more than the "
-                f"{self.queries} queries; the others are never learnt"
+                f"{self.queries} queries; the others are never learnt",
+                soft_wrap=True,
             )
 
     def _check_sizes(self) -> None:
@@ -745,16 +758,19 @@ class _Run:
         ended = self.step == self.settings.steps
         stopped = self._stopped()
         if self._evaluation_is_awaited():
-            if stopped:  # the evaluation follows when the training is resumed
-                self._save()
-                self._stop(stopped)
             self.history["cpu_seconds"] = time.process_time() - self.began
-            if save:
+            if save and not stopped:
                 self._save_checkpoint()
             every = self.settings.evaluate_every
             others = 0 if ended else -(-self.settings.steps // every) - self.step // every
-            with self.watch.time("evaluation", others):
-                self._evaluate()
+            try:
+                if stopped:
+                    raise _Stopped
+                with self.watch.time("evaluation", others):
+                    self._evaluate()
+            except _Stopped:  # the evaluation follows when the training is resumed
+                self._save()
+                self._stop(self._stopped())
             ended = ended or self._ended_early()
             stopped = self._stopped()
         if self.log is not None:
@@ -789,7 +805,7 @@ class _Run:
         self.signal = number
         signal.signal(number, self.handlers[number])
 
-    def _stop(self, number: int) -> None:
+    def _stop(self, number: int) -> NoReturn:
         name = signal.Signals(number).name
         self.console.print(f"{name}: saved after step {self.step}; the same command resumes")
         if number == signal.SIGINT:
@@ -863,6 +879,8 @@ class _Run:
         weighted: list[tuple[int, dict[str, Tensor]]] = []
 
         def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
+            if self.signal and self.world == 1:  # else other processes would wait for this one
+                raise _Stopped
             number = max(1, sum(len(target["labels"]) for target in targets))
             weighted.append((number, self.criterion(outputs, targets, alone=True)))
 
@@ -922,13 +940,13 @@ def _checkpoint(out: Path, resume: Path | None) -> tuple[Path, dict[str, Any] | 
     file = out / "checkpoint.pt"
     if resume is not None:
         given = _file_of(resume)
-        if file.exists() and not file.samefile(given):
+        if os.path.exists(file) and not file.samefile(given):
             raise ValueError(
                 f"out: expected a folder without another training, got {file}; choose another "
                 f"folder, or continue that one with --resume {out}"
             )
         file = given
-    return file, _read(file) if file.exists() else None
+    return file, _read(file) if os.path.exists(file) else None
 
 
 def _file_of(resume: Path) -> Path:
@@ -937,8 +955,8 @@ def _file_of(resume: Path) -> Path:
     Raises:
         FileNotFoundError: there is none.
     """
-    file = resume / "checkpoint.pt" if resume.is_dir() else resume
-    if not file.exists():
+    file = resume / "checkpoint.pt" if os.path.isdir(resume) else resume
+    if not os.path.exists(file):
         raise FileNotFoundError(
             f"resume: expected a checkpoint or its folder, got {str(resume)!r}: {nearby(file)}"
         )
@@ -952,10 +970,13 @@ def _read(file: Path) -> dict[str, Any]:
         ValueError: damaged, or no training.
     """
     content = read_checkpoint(file)
-    needed = ("settings", "step", "history", "random", "data", "model", "average", "optimizer")
-    if missing := [name for name in (*needed, "scaler") if name not in content]:
+    dicts = ("settings", "history", "data", "model", "average", "optimizer", "scaler")
+    types: dict[str, type] = {"step": int, "random": list, **dict.fromkeys(dicts, dict)}
+    missing = [name for name, kind in types.items() if not isinstance(content.get(name), kind)]
+    if missing or "data" not in content["settings"]:
         raise ValueError(
-            f"{file}: expected checkpoint.pt of a training, got a file without {', '.join(missing)}"
+            f"{file}: expected checkpoint.pt of a training, got a file without "
+            f"{', '.join(missing) or 'settings of the data'}"
         )
     return content
 

@@ -84,7 +84,7 @@ def resolve(description: Description, entry: str) -> Path | None:
     Roboflow writes ``../train/images`` for ``train/images``.
     """
     tried = [entry, entry[3:]] if entry.startswith("../") else [entry]
-    return next((p for one in tried if (p := description.base / one).exists()), None)
+    return next((p for one in tried if os.path.exists(p := description.base / one)), None)
 
 
 @dataclass
@@ -128,7 +128,7 @@ def list_images(description: Description, split: str) -> list[Listed]:
             for number, line in enumerate(lines, 1):
                 if name := line.strip():
                     beside = path.parent / name
-                    image = beside if beside.exists() else description.base / name
+                    image = beside if os.path.exists(beside) else description.base / name
                     found.append(Listed(image, _label_file(image), f"{path}:{number}: "))
     if not found:
         raise ValueError(f"{description.file}: {split}: expected images, got none")

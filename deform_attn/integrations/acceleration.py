@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from deform_attn.checks import check_module
 from deform_attn.integrations.adapters import METER, Core, attend, recognise, synchronize
 
 __all__ = ["Measurement", "Report", "accelerate", "restore"]
@@ -122,11 +123,7 @@ def accelerate(model: Model, example: Any = None) -> tuple[Model, Report]:
         >>> print(report)
         Linear: no deformable attention found
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: expected a torch.nn.Module, got {type(model).__name__}; pass the module that "
-            "the library's object holds"
-        )
+    check_module("model", model)
     subject = type(model).__name__  # before the class of the model itself changes
     replaced: dict[str, str] = {}
     left: dict[str, str] = {}
@@ -154,11 +151,15 @@ def accelerate(model: Model, example: Any = None) -> tuple[Model, Report]:
 def restore(model: Model) -> Model:
     """Undo :func:`accelerate`, in place; a model that is not accelerated does not change.
 
+    Raises:
+        TypeError: ``model`` is not a module.
+
     Example:
         >>> from torch import nn
         >>> import deform_attn
         >>> model = deform_attn.restore(deform_attn.accelerate(nn.Linear(3, 3))[0])
     """
+    check_module("model", model)
     for module in model.modules():
         if type(module) in _STOCK:
             module.__class__ = _STOCK[type(module)]

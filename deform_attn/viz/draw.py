@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from deform_attn.checks import check_integer, check_number
 from deform_attn.extras import needs
 from deform_attn.viz.record import Recording
 
@@ -44,6 +45,7 @@ def choose_query(
         Position of the query, for :func:`draw` and :func:`figure`.
 
     Raises:
+        TypeError: an argument has another type.
         ValueError: neither or both of ``pixel`` and ``box`` are given; the pixel lies outside the
             image; the box overlaps no reference box; the recording has no reference points; or as
             in :func:`draw`.
@@ -61,6 +63,7 @@ def choose_query(
     if (pixel is None) == (box is None):
         given = "both" if box is not None else "neither"
         raise ValueError(f"pixel, box: expected exactly one of them, got {given}")
+    _check_recording(recording)
     if recording.reference_points is None:
         raise ValueError(
             f"recording: expected reference points, {recording.layer} has none; "
@@ -72,14 +75,14 @@ def choose_query(
     reference = recording.reference_points[batch, :, 0]  # [Q, 2, 4 or 5]
     centre = reference[:, :2] * scale - 0.5
     if pixel is not None:
-        x, y = pixel
+        x, y = _numbers("pixel", pixel, "x, y")
         if not (-0.5 <= x <= width - 0.5 and -0.5 <= y <= height - 0.5):
             raise ValueError(
                 f"pixel: expected (x, y) inside the image of {width} x {height}, got {pixel}"
             )
     else:
         assert box is not None
-        x0, y0, x1, y1 = box
+        x0, y0, x1, y1 = _numbers("box", box, "x0, y0, x1, y1")
         if not (x0 < x1 and y0 < y1):
             raise ValueError(f"box: expected (x0, y0, x1, y1) with x0 < x1 and y0 < y1, got {box}")
         if reference.shape[1] == 4:
@@ -146,6 +149,7 @@ def draw(
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: an argument has another type.
         ValueError: ``image`` has another shape; ``query``, ``head`` or ``batch`` is out of range;
             ``padded`` is required but None.
 
@@ -166,6 +170,7 @@ def draw(
         from matplotlib.patches import Polygon
         from matplotlib.transforms import IdentityTransform
 
+    _check_recording(recording)
     B, Q, M = recording.sampling_locations.shape[:3]
     _check_position("batch", batch, B)
     _check_position("query", query, Q)
@@ -242,6 +247,7 @@ def figure(
 
     Raises:
         ImportError: matplotlib is not installed.
+        TypeError: an argument has another type.
         ValueError: as in :func:`draw`, or ``queries`` is empty.
 
     Example:
@@ -257,7 +263,11 @@ def figure(
     with needs("viz"):
         from matplotlib.figure import Figure
 
-    queries = [queries] if isinstance(queries, int) else list(queries)
+    _check_recording(recording)
+    if not isinstance(queries, Iterable):
+        check_integer("queries", queries)
+        queries = [queries]
+    queries = list(queries)
     if not queries:
         raise ValueError("queries: expected at least one position, got none")
     height, width = _grey(image).shape
@@ -294,7 +304,13 @@ def _grey(image: Any) -> Tensor:
     else:
         import numpy as np
 
-        pixels = torch.from_numpy(np.array(image))
+        array = np.array(image)
+        if array.dtype.kind not in "bfiuc":
+            raise TypeError(
+                "image: expected a tensor, an array or a Pillow image, got "
+                f"{type(image).__name__}; open a file with PIL.Image.open"
+            )
+        pixels = torch.from_numpy(array)
     shape = tuple(pixels.shape)
     if len(shape) == 3 and shape[-1] in (3, 4):
         pixels = pixels[..., :3]
@@ -335,6 +351,24 @@ def _pixels_per_image(
     return whole / ratios
 
 
+def _check_recording(recording: object) -> None:
+    if not isinstance(recording, Recording):
+        raise TypeError(
+            f"recording: expected one of record(), such as seen[-1], got {type(recording).__name__}"
+        )
+
+
+def _numbers(name: str, given: Any, expected: str) -> list[float]:
+    """The numbers of a place in the image."""
+    if not isinstance(given, Iterable) or len(found := list(given)) != expected.count(",") + 1:
+        raise TypeError(f"{name}: expected ({expected}), got {given!r}")
+    return [
+        float(number) if isinstance(number, Tensor) else check_number(name, number)
+        for number in found
+    ]
+
+
 def _check_position(name: str, position: int, count: int) -> None:
+    check_integer(name, position)
     if not 0 <= position < count:
         raise ValueError(f"{name}: expected 0 to {count - 1}, got {position}")

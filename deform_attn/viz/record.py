@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deform_attn.checks import check_module
 from deform_attn.composite import unfused
 from deform_attn.levels import count_points
 from deform_attn.operands import FusedOperands
@@ -112,6 +113,7 @@ def record(module: nn.Module) -> Iterator[Recordings]:
         The calls in order: ``seen[-1]``, ``seen["decoder.layers.5.cross_attn"]``.
 
     Raises:
+        TypeError: no module.
         RuntimeError: the module was not called in the block, or contains no deformable attention.
 
     Example:
@@ -124,6 +126,7 @@ def record(module: nn.Module) -> Iterator[Recordings]:
         >>> seen.layers, seen[-1].sampling_locations.shape
         (['MSDeformAttn'], torch.Size([1, 5, 4, 6, 2]))
     """
+    check_module("module", module)
     recorder = _Recorder()
     with ExitStack() as stack:
         for name, child in module.named_modules():

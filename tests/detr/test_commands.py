@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import re
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,21 @@ def test_evaluate(
             run(monkeypatch, "evaluate", "--model", wrong[0], "--data", *wrong[1:])
 
 
+def test_evaluation_without_objects_draws_no_curves(
+    bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    for file in bad.glob("*.txt"):
+        file.write_text("a.jpg" if file.name == "val.txt" else "")
+    results = tmp_path / "results.json"
+    command = ("evaluate", "--model", "digits", "--data", bad, "--results", results)
+    with pytest.raises(SystemExit, match="out: expected objects in val, of which .*, got none; wi"):
+        run(monkeypatch, *command, "--out", tmp_path)
+    assert not results.exists()
+    run(monkeypatch, *command)
+    assert isinstance(json.loads(results.read_text()), list)
+    assert "AP50       -" in capsys.readouterr().out
+
+
 def test_predict(
     folder: Path,
     tmp_path: Path,
@@ -156,8 +172,8 @@ def test_predict_leaves_out_images_that_cannot_be_read(
     with pytest.raises(SystemExit) as ended:
         run(monkeypatch, *command)
     assert re.search(
-        r"images: expected 5, got 3: 2 faults\n  '.*cut\.jpg': expected an image, got .*truncated"
-        r".*\n  '.*folder\.png': expected an image, got .*Is a directory",
+        r"images: expected 5 that can be read, got 3: 2 faults\n  '.*cut\.jpg': expected an image, "
+        r"got .*truncated.*\n  '.*folder\.png': expected an image, got .*Is a directory",
         str(ended.value.code),
     )
     assert f" in 3 images: {tmp_path}" in capsys.readouterr().out
@@ -196,6 +212,7 @@ def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
     (file := tmp_path / "file").write_text("")
+    refuse = Mock(side_effect=OSError(30, "Read-only file system"))
     not_a_folder = f"expected a folder to write to, got '{file}': File exists"
     evaluated = ("evaluate", "--model", "none", "--data", "none")
     trained = ("train", "--recipe", "detr", "--width", 32, "--layers", 1, "--data", "shapes")
@@ -211,6 +228,17 @@ def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
         ((*trained, "--out", file), f"out: {not_a_folder}"),
     ):
         with pytest.raises(SystemExit, match=f"error: {message}"):
+            run(monkeypatch, *arguments)
+    Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
+    monkeypatch.setattr("deform_attn.detr.files.tempfile.TemporaryFile", refuse)
+    for arguments in (
+        (*trained, "--out", tmp_path),
+        (*evaluated, "--out", tmp_path),
+        ("predict", "--model", "digits", "--images", tmp_path, "--out", tmp_path),
+    ):
+        with pytest.raises(
+            SystemExit, match="out: expected a folder to write to, got .*: Read-only"
+        ):
             run(monkeypatch, *arguments)
 
 
@@ -308,6 +336,9 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
         Settings(data="shapes").check()
     with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
         Settings(data="shapes", model="dfine_n", queries=7).check()
+    wrong = settings | {"recipe": "rtdetr", "width": 32}
+    with pytest.raises(ValueError, match="init: expected weights of rtdetr, got none of its names"):
+        train(Settings(**wrong), tmp_path / "other")
     with pytest.raises(ValueError, match=r"freeze: expected the start .*'backbone'.*, got 'body'"):
         train(Settings(**settings | {"freeze": "body"}), tmp_path / "other")
 
@@ -332,7 +363,11 @@ def test_arguments_of_another_type_are_named(folder: Path, tmp_path: Path) -> No
         (hold_out, (3, 0.2), "folder: expected a path, got 3"),
         (hold_out, (str(folder), 0.2, "x"), "seed: expected an integer, got 'x'"),
         (export, (digits.model, digits.postprocess, None, 64), "file: expected a path, got None"),
-        (export, (None, digits.postprocess, "a.onnx", 64), "model: expected a module, got None"),
+        (
+            export,
+            (None, digits.postprocess, "a.onnx", 64),
+            "model: expected a torch.nn.Module, got NoneTy",
+        ),
         (from_transformers, (3,), "name_or_folder: expected a path, got 3"),
         (find_images, (3,), "images: expected files, folders or patterns, got 3"),
         (digits.predict, (["none.png"],), "images: expected a file, got 'none.png': '.' has no '"),
@@ -364,6 +399,14 @@ def test_a_resumed_training_repeats_no_options(
     more = ["--lr=2e-5", "--steps=3", "--out", tmp_path / "next"]
     run(monkeypatch, "train", f"--resume={run_folder}", *more)
     assert settings_of(tmp_path / "next") == replace(settings, steps=3, lr=2e-5, augment="flip")
+    moved = tmp_path / "moved"
+    shutil.copytree(run_folder, moved)
+    saved = torch.load(moved / "checkpoint.pt", weights_only=True)
+    saved["settings"]["data"] = "coco:none"
+    torch.save(saved, moved / "checkpoint.pt")
+    with pytest.raises(SystemExit, match="data: expected a folder, got 'none': .*; --data gives"):
+        run(monkeypatch, "train", "--resume", moved)
+    run(monkeypatch, "train", "--resume", moved, "--data", f"coco:{folder}")
     monkeypatch.setattr("deform_attn.detr.train.open_dataset", Mock(side_effect=AssertionError))
     for given, message in (
         (("--recipe", "dino"), "recipe: expected 'detr' as in .*, got 'dino'; --init starts"),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 
 from deform_attn.detr import cache, folders
 from deform_attn.detr.data import open_dataset, splits_of
+from deform_attn.detr.files import write
 from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.hold_out import divide, hold_out
 
@@ -297,6 +300,12 @@ def test_a_folder_with_one_annotation_file_is_divided(layout: str, tmp_path: Pat
         assert "segmentation" in json.loads(files[0].read_text())["annotations"][0]
     with pytest.raises(ValueError, match=r"train\.json: exists; delete .*hold_out"):
         hold_out(folder, 0.4)
+    shutil.rmtree(folder / "hold_out")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="full"):
+        patch.setattr("deform_attn.detr.hold_out.write", Mock(side_effect=[write, OSError("full")]))
+        hold_out(folder, 0.4)
+    assert not list((folder / "hold_out").iterdir())  # a part alone would be taken for the whole
+    hold_out(folder, 0.4)
     whole = folder / ANNOTATION_FILE[layout]
     whole.write_text(whole.read_text() + "\n")
     with pytest.raises(ValueError, match=r"train\.json: expected .* when it was divided, got anot"):

@@ -170,6 +170,7 @@ def test_a_name_that_is_no_path_and_not_on_the_hub_is_named(
         ("runs/first/model.pt/x", "'runs/first/model.pt' is a file"),
         (str(tmp_path / "rnus"), f"'{tmp_path}' has no 'rnus'; similar: 'runs'"),
         ("digist", "'.' has no 'digist'; similar: 'digits'"),
+        ("n" * 300, "'.' has no 'nnn"),
         ("", "got ''$"),
     ):
         with pytest.raises(FileNotFoundError, match=f"^init: expected .*{message}"):

@@ -140,8 +140,10 @@ def test_files_that_cannot_be_written_are_found_before_the_work(
     def refuse(**_: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(files.tempfile, "NamedTemporaryFile", refuse)
-    with pytest.raises(OSError, match=r"sheet: expected .* written to, got .*: Permission denied"):
+    monkeypatch.setattr(files.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        OSError, match=r"sheet: expected a folder to write to, got .*: Permission denied"
+    ):
         files.check_file("sheet", tmp_path / "sheet.png")
 
 

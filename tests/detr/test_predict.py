@@ -118,6 +118,10 @@ def test_what_cannot_be_loaded_or_predicted_is_named(tmp_path: Path) -> None:
     for one in (tmp_path, tmp_path / "model.pt"):  # the folder of a training, and its file
         with pytest.raises(ValueError, match=r"model\.pt: expected a checkpoint, got a file that"):
             load(one)
+    with pytest.raises(ValueError, match=r"odd\.pt: expected model\.pt .*size: expected an int"):
+        trained = torch.load(SHIPPED / "digits.pt", weights_only=True)
+        torch.save(trained | {"size": None}, tmp_path / "odd.pt")
+        load(tmp_path / "odd.pt")
     with pytest.raises(TypeError, match="name_or_path: expected a name or a path, got None"):
         load(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="device: expected cpu, cuda or .*, got 'gpu': Expected"):

@@ -158,10 +158,20 @@ def test_a_killed_training_resumes_to_the_bit(
         assert checkpoint(out)["step"] == last
         assert checkpoint(out)["history"]["ap"] == []
     shutil.copytree(tmp_path / "SIGINT", tmp_path / "cut", dirs_exist_ok=True)
-    evaluations = Mock(side_effect=[detect, MemoryError])  # of step 8, and of step 10
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr("deform_attn.detr.train.detect", lambda *x: evaluations()(*x))
-        train(Settings(**settings), tmp_path / "cut")
+
+    def stopped(*arguments: Any) -> Any:
+        signal.raise_signal(signal.SIGTERM)
+        return detect(*arguments)
+
+    evaluations: list[Any] = [stopped]  # of step 8
+    for error in (SystemExit, MemoryError):
+        saved = checkpoint(tmp_path / "cut")
+        assert (saved["step"], saved["history"]["ap"]) == (8, [])
+        with monkeypatch.context() as patch, pytest.raises(error):
+            calls = Mock(side_effect=evaluations)
+            patch.setattr("deform_attn.detr.train.detect", lambda *x: calls()(*x))
+            train(Settings(**settings), tmp_path / "cut")
+        evaluations = [detect, MemoryError]  # of step 8, and of step 10
     saved = checkpoint(tmp_path / "cut")
     assert (saved["step"], [one["step"] for one in saved["history"]["ap"]]) == (10, [8])
     train(Settings(**settings), tmp_path / "cut", workers=1)
@@ -656,12 +666,29 @@ def test_a_checkpoint_that_cannot_be_read_is_named(short: dict[str, Any], tmp_pa
     settings = Settings(**short | {"recipe": "detr", "steps": 1, "batch": 2})
     file = tmp_path / "checkpoint.pt"
     file.write_bytes(b"")
-    with pytest.raises(ValueError, match=r"checkpoint\.pt: expected a checkpoint, got"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pt: expected a checkpoint, got an empty or cut"
+    ):
         train(settings, tmp_path)
+    file.with_suffix(".safetensors").write_text("{}")
+    with pytest.raises(ValueError, match="expected a checkpoint, got safetensors: give the folder"):
+        settings_of(file.with_suffix(".safetensors"))
+    file.write_text("step,loss\n1,2\n")
+    with pytest.raises(ValueError, match=r"expected a checkpoint, got a file that torch\.load"):
+        train(settings, tmp_path)
+    whole = {name: {} for name in ("history", "data", "model", "average", "optimizer", "scaler")}
+    for wrong, message in (
+        ({"settings": {}}, "settings of the data"),
+        ({"settings": None}, "settings"),
+        ({"settings": {"data": "x"}, "step": "1", "optimizer": None}, "step, optimizer"),
+    ):
+        torch.save(whole | {"step": 1, "random": []} | wrong, file)
+        with pytest.raises(ValueError, match=f"of a training, got a file without {message}$"):
+            settings_of(tmp_path)
     torch.save({"model": {}}, file)
     with pytest.raises(
         ValueError,
-        match=r"checkpoint\.pt: expected checkpoint\.pt of a training, got a file without set",
+        match=r"checkpoint\.pt: expected checkpoint\.pt of a training, got a file without step",
     ):
         train(settings, tmp_path)
 
