@@ -489,8 +489,8 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
   if constexpr (sizeof(T) == 2) {
     if (plan.sums && plan.algorithm != BackwardAlgorithm::kFixed) {
       const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
-      LAUNCH(round_sums<T>, grid_striding(numbers), kBlock, device.stream, sums,
-             static_cast<T*>(out.value), numbers);
+      LAUNCH(round_sums<T>, grid_striding((numbers + kRounded - 1) / kRounded), kBlock,
+             device.stream, sums, static_cast<T*>(out.value), numbers);
       check_launch("round_sums", device);
     }
   }
