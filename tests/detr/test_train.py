@@ -530,6 +530,7 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"multi_scale": -0.1}, r"multi_scale: expected 0 to below 1, got -0\.1"),
         ({"multi_scale": 0.2}, r"multi_scale: .* of 64 pixels .* 32, such as 0\.5, got 0\.2"),
         ({"multi_scale": 0.2, "size": 32}, r"multi_scale: .* which needs larger images, got 0\.2"),
+        ({"steps": 10**20}, r"steps: expected a number below 2\*\*63, got 1000000"),
         ({"seed": 2**70}, r"seed: expected a number below 2\*\*62, got"),
         (
             {"multi_scale": 0.5, "recipe": "rtdetr", "queries": 99},
