@@ -90,12 +90,12 @@ def evaluate(
     table = Table("", split, box=None)
     for name, value in scores.metrics.items():
         table.add_row(name, as_text(value))
-    Console().print(table)
+    _print(table)
     table = Table("class", "objects", *SIZES, box=None)
     for label, name in enumerate(scores.classes):
         numbers = [as_text(value) for value in scores.of_class(label).values()]
         table.add_row(name, str(scores.objects[label]), *numbers)
-    Console().print(table)
+    _print(table)
     if results is not None:
         rows = coco_results(coco, found)
         if isinstance(dataset, AnnotatedFolder):
@@ -244,12 +244,16 @@ def data(
     ]
     for label, name in enumerate(classes or ()):
         table.add_row(name, *(str(count[label]) for count in counts))
-    Console().print(table)
+    _print(table)
     if sheet is not None:
         draw_sheet(next(iter(sets.values())), sheet, samples)
         print(sheet)
     faults = [f"{name}: {fault}" for name, one in folders.items() for fault in one.pixel_faults()]
     raise_faults("data: expected images that can be read", faults)
+
+
+def _print(table: Table) -> None:
+    Console(markup=False, highlight=False).print(table)  # names may contain brackets
 
 
 def _order(split: str) -> tuple[int, str]:

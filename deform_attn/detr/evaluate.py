@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
 
+Drawn = ParamSpec("Drawn")
+Picture = TypeVar("Picture")
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 
 
@@ -202,6 +205,20 @@ def as_text(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
+def literal_text(draw: Callable[Drawn, Picture]) -> Callable[Drawn, Picture]:
+    """A function that draws with matplotlib, where ``$`` in a name starts no formula."""
+
+    @functools.wraps(draw)
+    def drawn(*args: Drawn.args, **kwargs: Drawn.kwargs) -> Picture:
+        from matplotlib import rc_context
+
+        with rc_context({"text.parse_math": False}):
+            return draw(*args, **kwargs)
+
+    return drawn
+
+
+@literal_text
 def draw_curves(history: dict[str, Any], title: str, file: BinaryIO) -> None:
     """Write a PNG with the loss of every step, and loss and AP of every evaluation.
 

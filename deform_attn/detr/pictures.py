@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deform_attn.detr.data import Detection
-from deform_attn.detr.evaluate import Scores, as_text
+from deform_attn.detr.evaluate import Scores, as_text, literal_text
 from deform_attn.detr.files import write
 from deform_attn.detr.images import COLOURS
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+@literal_text
 def draw_sheet(dataset: Detection, file: Path, samples: int = 12) -> None:
     """Write a PNG with some images of a data set, evenly spaced, with boxes and class names.
 
@@ -61,6 +62,7 @@ def draw_sheet(dataset: Detection, file: Path, samples: int = 12) -> None:
     write(file, lambda f: figure.savefig(f, format="png", dpi=100))
 
 
+@literal_text
 def precision_recall(scores: Scores, title: str) -> Figure:
     """Draw the precision at each recall, of each class and their mean.
 

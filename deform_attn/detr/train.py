@@ -469,7 +469,7 @@ class _Run:
         device = device or torch.device("cpu")
         self.rank, self.world, self.device = rank, world, device
         self.workers, self.tensorboard = workers, tensorboard
-        self.console = Console(quiet=rank > 0, highlight=False)
+        self.console = Console(quiet=rank > 0, highlight=False, markup=False)
         wrap = functools.partial(self.console.print, soft_wrap=True)
         self.settings = settings = with_augmentation(settings, checkpoint, wrap)
         if checkpoint is not None:

@@ -259,6 +259,32 @@ def test_data(
         run(monkeypatch, "data", "--data", f"coco:{folder}", "--samples", 0)
 
 
+def test_names_with_signs_of_markup(
+    folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Of terminals and of formulas: they are shown as they are."""
+    names = ["[red]", "[/b]", "$x^$", "$\\foo$", *"4567", "[8]", "{9}"]
+    for split in ("train", "val"):
+        (tmp_path / "$x^$/annotations").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "$x^$" / split).symlink_to(folder / split)
+        coco = json.loads((folder / f"annotations/instances_{split}.json").read_text())
+        for one in coco["categories"]:
+            one["name"] = names[int(one["name"])]
+        file = tmp_path / f"$x^$/annotations/instances_{split}.json"
+        file.write_text(json.dumps(coco))
+    data, out = f"coco:{tmp_path / '$x^$'}", tmp_path / "[a]"
+    run(monkeypatch, "data", "--data", data, "--sheet", tmp_path / "sheet.png")
+    options = ("--data", data, "--steps=1", "--batch=2", "--out", out)
+    run(monkeypatch, "train", "--init", "digits", *options)
+    run(monkeypatch, "train", "--resume", out)
+    run(monkeypatch, "evaluate", "--model", out, "--data", data, "--out", out)
+    words = capsys.readouterr().out.split()
+    for name in ("[red]", "[/b]", "$x^$", "$\\foo$", "[8]", "{9}"):
+        assert words.count(name) == 2, name  # of data and of evaluate
+    assert f"{out}/checkpoint.pt" in words
+    assert (out / "precision_recall.png").stat().st_size > 0
+
+
 @pytest.mark.parametrize(
     ("recipe", "suffix"),
     [
