@@ -99,7 +99,7 @@ def as_path(name: str, path: object) -> Path:
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name}: expected a path, got {path!r}")
-    return Path(path).expanduser()
+    return Path(os.path.expanduser(path))  # of an unknown user: as it is
 
 
 def check_module(name: str, module: object) -> None:

@@ -1,4 +1,4 @@
-// csrc/cpu/blocks.h without torch, for the sanitizers.
+// csrc/cpu/blocks.h and clear.h without torch, for the sanitizers.
 
 #include <cstdint>
 #include <cstdio>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cpu/blocks.h"
+#include "cpu/clear.h"
 
 namespace {
 
@@ -91,6 +92,21 @@ void threads() {
   for (const int count : wrong) expect(count == 0, "each thread has a block of its own");
 }
 
+// Nothing but the array is written, also where it is no whole number of cache lines.
+void zeros() {
+  for (const size_t bytes : {0, 1, 63, 64, 511, 512, 513, 4096, 20001}) {
+    for (const size_t start : {0, 1, 40}) {
+      std::vector<char> numbers(start + bytes + 1, 7);  // a sanitizer finds what is behind them
+      deform_attn::cpu::clear_bytes(numbers.data() + start, bytes);
+      bool right = true;
+      for (size_t i = 0; i < numbers.size(); ++i) {
+        right &= numbers[i] == (i >= start && i < start + bytes ? 0 : 7);
+      }
+      expect(right, "zeros in the array, and nothing beside it");
+    }
+  }
+}
+
 }  // namespace
 
 int main() {
@@ -98,5 +114,6 @@ int main() {
   limit();
   without_memory();
   threads();
+  zeros();
   return failures ? 1 : 0;
 }

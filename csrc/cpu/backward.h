@@ -8,6 +8,7 @@
 //   backward_share   the pass over one Share
 #pragma once
 
+#include "clear.h"
 #include "forward.h"
 
 namespace deform_attn::cpu {
@@ -240,7 +241,7 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
         return sizeof(T) * static_cast<size_t>(elements);
       };
       if (channels == stride) {
-        std::memset(to + first * stride, 0, bytes((last - first) * stride));
+        clear_bytes(to + first * stride, bytes((last - first) * stride));
       } else {
         for (int64_t row = first; row < last; ++row) {
           std::memset(to + row * stride, 0, bytes(channels));

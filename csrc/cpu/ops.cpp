@@ -32,6 +32,7 @@
 #include "../boxed.h"
 #include "../checks.h"
 #include "blocks.h"
+#include "clear.h"
 #include "kernels.h"
 
 namespace deform_attn {
@@ -308,7 +309,7 @@ void run_forward(const Call& call, cpu::Inputs in, const Tensor& output) {
 // On all threads: the first write to a page maps it.
 void clear(void* data, int64_t bytes) {
   torch::stable::parallel_for(0, bytes, int64_t{1} << 18, [&](int64_t first, int64_t last) {
-    std::memset(static_cast<char*>(data) + first, 0, static_cast<size_t>(last - first));
+    cpu::clear_bytes(static_cast<char*>(data) + first, static_cast<size_t>(last - first));
   });
 }
 

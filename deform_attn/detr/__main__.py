@@ -20,7 +20,7 @@ with needs("detr"):
     from rich.console import Console
     from rich.table import Table
 
-    from deform_attn.checks import check_integer, check_threshold
+    from deform_attn.checks import as_path, check_integer, check_threshold
     from deform_attn.detr.coco import raise_faults
     from deform_attn.detr.data import folder_of, open_dataset, splits_of
     from deform_attn.detr.device import find_device
@@ -67,9 +67,9 @@ def evaluate(
         out: folder for precision_recall.png, with curves of each class.
     """
     if out is not None:
-        make_folder("out", out)
+        out = make_folder("out", out)
     if results is not None:
-        check_file("results", results)
+        results = check_file("results", results)
     check_integer("batch", batch, 1)
     detector = open_detector("model", model, find_device(device))
     dataset = open_dataset(
@@ -134,7 +134,7 @@ def predict(
     check_threshold("threshold", threshold)
     detector = open_detector("model", model, find_device(device))
     files = find_images(images)
-    make_folder("out", out)
+    out = make_folder("out", out)
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
     try:
@@ -187,7 +187,7 @@ def export(model: str, file: Path, size: int = 0) -> None:
         file: with the suffix .onnx, .pt2 or .torchscript.
         size: side of the images in pixels; 0: that of the detector.
     """
-    check_file("file", file, SUFFIXES)
+    file = check_file("file", file, SUFFIXES)
     detector = open_detector("model", model)
     error = export_detector(detector.model, detector.postprocess, file, size or detector.size)
     print(f"{file}: boxes and scores differ by {error:.2g} from the model's")
@@ -221,7 +221,7 @@ def data(
     """
     check_integer("samples", samples, 1)
     if sheet is not None:
-        check_file("sheet", sheet, (".png",))
+        sheet = check_file("sheet", sheet, (".png",))
     if hold_out:
         folder, layout = folder_of(data)
         print(*divide_folder(folder, hold_out, seed, layout))
@@ -273,9 +273,9 @@ def _train_command(arguments: Sequence[str]) -> Callable[..., Any]:
     parser.add_argument("--resume", type=Path, nargs="?")
     parser.add_argument("--data", nargs="?")
     given = parser.parse_known_args(arguments)[0]
-    run = given.resume
-    if run is None:
+    if given.resume is None:
         return train
+    run = as_path("resume", given.resume)
     settings = settings_of(run)
     if given.data is None:
         try:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from deform_attn.checks import check_choice, check_integer
+from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr.boxes import from_corners
 from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor
@@ -144,8 +144,8 @@ def folder_of(name: str) -> tuple[Path, str]:
 
     layout, _, folder = _as_name(name).partition(":")
     if layout in LAYOUTS and folder:
-        return Path(folder).expanduser(), layout
-    path = Path(name).expanduser()
+        return as_path("data", folder), layout
+    path = as_path("data", name)
     if not name or not os.path.exists(path):
         why = f": {nearby(path, list(DRAWN))}" if name else ""
         raise ValueError(

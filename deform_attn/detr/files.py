@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from deform_attn.checks import as_path
+
 
 def nearby(path: Path, names: Sequence[str] = ()) -> str:
     """What exists in the place of a path that does not exist, for errors.
@@ -47,16 +49,20 @@ def nearby(path: Path, names: Sequence[str] = ()) -> str:
     return f"{place}; it has {', '.join(shown[:8]) or 'nothing'}{more}"
 
 
-def make_folder(argument: str, folder: Path) -> None:
+def make_folder(argument: str, folder: Path) -> Path:
     """Make a folder for results, and check that it can be written to.
 
     Args:
         argument: names the folder in errors.
         folder: to make; it may exist.
 
+    Returns:
+        The folder, with the user's for ``~``.
+
     Raises:
         OSError: it cannot be made, such as where a file has its name, or not be written to.
     """
+    folder = as_path(argument, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -66,15 +72,19 @@ def make_folder(argument: str, folder: Path) -> None:
         raise OSError(
             f"{argument}: expected a folder to write to, got {str(folder)!r}: {reason}"
         ) from error
+    return folder
 
 
-def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> None:
+def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> Path:
     """Check the name of a file for results, and make its folder.
 
     Args:
         argument: names the file in errors.
         file: to be written; it may exist.
         suffixes: one of which its name has; by default any.
+
+    Returns:
+        The file, with the user's folder for ``~``.
 
     Raises:
         ValueError: another suffix.
@@ -88,13 +98,14 @@ def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> None:
             ...
         ValueError: sheet: expected a suffix of .png, got 'sheet.jpeg'
     """
+    file = as_path(argument, file)
     if suffixes and file.suffix.lower() not in suffixes:
         raise ValueError(
             f"{argument}: expected a suffix of {', '.join(suffixes)}, got {str(file)!r}"
         )
     if file.is_dir():
         raise OSError(f"{argument}: expected a file to write, got the folder {str(file)!r}")
-    make_folder(argument, file.parent)
+    return make_folder(argument, file.parent) / file.name
 
 
 def write(file: Path, write_to: Callable[[BinaryIO], Any], *, sync: bool = True) -> None:

@@ -13,6 +13,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
+from deform_attn.checks import as_path
 from deform_attn.detr.files import nearby
 from deform_attn.extras import needs
 
@@ -76,14 +77,14 @@ def find_images(names: str | Path | Sequence[str | Path]) -> list[Path]:
         raise FileNotFoundError("images: expected files, folders or patterns, got none")
     found: list[Path] = []
     for name in names:
-        path = Path(name)
+        path = as_path("images", name)
         if os.path.isdir(path):
             files = sorted(
                 f for f in path.iterdir() if f.suffix.lower() in SUFFIXES and f.name[0] != "."
             )
         else:
             files = (
-                [path] if os.path.exists(path) else [Path(f) for f in sorted(glob.glob(str(name)))]
+                [path] if os.path.exists(path) else [Path(f) for f in sorted(glob.glob(str(path)))]
             )
         if not files:
             expected, got = "a file, a folder or a pattern", repr(str(name))

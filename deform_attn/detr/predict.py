@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deform_attn.checks import check_integer, check_threshold
+from deform_attn.checks import as_path, check_integer, check_threshold
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
 from deform_attn.detr.device import find_device
 from deform_attn.detr.files import nearby
@@ -165,13 +165,16 @@ def open_detector(
     device = find_device(device)
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
     name = str(name_or_path)
-    file = shipped.get(name, Path(name).expanduser())
+    file = shipped.get(name, as_path(argument, name))
     exists = name != "" and os.path.exists(file)
     if exists and file.is_dir() and not (file / "config.json").exists():
         if not (file / "model.pt").is_file():
+            step = ""
+            if (file / "checkpoint.pt").is_file():
+                step = "; its training ended before it was evaluated: train --resume continues it"
             raise ValueError(
                 f"{argument}: expected config.json of a model of transformers or model.pt of a "
-                f"training in the folder {name!r}, got neither"
+                f"training in the folder {name!r}, got neither{step}"
             )
         file = file / "model.pt"
     if exists and file.is_dir():

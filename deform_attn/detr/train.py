@@ -564,21 +564,24 @@ class _Run:
             )
 
     def _check_sizes(self) -> None:
-        """Check that the smallest images of multi-scale training have enough pixels.
+        """Check that the smallest images have enough pixels.
 
         Raises:
             ValueError: they have fewer than queries.
         """
-        if len(self.augmented.sizes) > 1:
-            side = min(self.augmented.sizes)
-            try:
-                with torch.no_grad():
-                    self.average(torch.zeros(1, 3, side, side, device=self.device))
-            except ValueError as error:
-                raise ValueError(
-                    f"multi_scale: expected a smaller number, got {self.settings.multi_scale}, "
-                    f"because some images have {side} pixels a side: {error}"
-                ) from error
+        side = min(self.augmented.sizes)
+        try:
+            with torch.no_grad():
+                self.average(torch.zeros(1, 3, side, side, device=self.device))
+        except ValueError as error:
+            expected = f"queries: expected fewer, or a larger size, got {self.queries}"
+            if len(self.augmented.sizes) > 1:
+                expected = (
+                    f"multi_scale: expected a smaller number, got {self.settings.multi_scale}"
+                )
+            raise ValueError(
+                f"{expected}, because some images have {side} pixels a side: {error}"
+            ) from error
 
     def _random_state(self) -> dict[str, Tensor]:
         """States of the generators, by type of device."""

@@ -187,6 +187,31 @@ def test_predict_leaves_out_images_that_cannot_be_read(
     assert len(json.loads((tmp_path / "detections.json").read_text())) == 1
 
 
+def test_a_home_folder_is_found_in_every_path(
+    bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """The shell leaves ``--out=~/found`` as it is."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for suffix in (".jpg", ".txt"):
+        (bad / "cut").with_suffix(suffix).unlink()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    run(monkeypatch, "predict", "--model=digits", "--images=~/bad/[ab].jpg", "--out=~/found")
+    run(monkeypatch, "data", "--data=~/bad", "--split=val", "--sheet=~/sheet.png")
+    evaluated = ("evaluate", "--model=digits", "--data=~/bad", "--out=~/curves")
+    run(monkeypatch, *evaluated, "--results=~/results.json")
+    sizes = ("--width=32", "--layers=1", "--queries=5", "--size=64", "--batch=1", "--steps=1")
+    run(monkeypatch, "train", "--recipe=detr", "--data=~/bad", "--out=~/run", *sizes)
+    run(monkeypatch, "train", "--resume=~/run", "--init=~/run")
+    run(monkeypatch, "export", "--model=~/run", "--file=~/detector.torchscript")
+    written = (
+        "found/detections.json sheet.png curves results.json run/model.pt detector.torchscript"
+    )
+    assert all((tmp_path / name).exists() for name in written.split())
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_data_lists_images_that_cannot_be_read(
     bad: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:

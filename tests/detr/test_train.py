@@ -535,6 +535,10 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
             {"multi_scale": 0.5, "recipe": "rtdetr", "queries": 99},
             "multi_scale: expected a smaller .* 32 pixels a side: .* 99 pixels, .* got 84",
         ),
+        (
+            {"size": 32, "recipe": "rtdetr", "queries": 99},
+            "queries: expected fewer, or a larger size, got 99, .* 32 pixels a side: .* got 84",
+        ),
         ({"save_every": 4, "keep_every": 6}, "keep_every: expected a multiple of save_every"),
     ):
         with pytest.raises(ValueError, match=message):
