@@ -75,7 +75,8 @@ struct alignas(8) PixelOffsets {
   unsigned first;  // that of pixel 0; wraps where it is not on the map
   unsigned width;  // of the level, times 16; bit i: pixel i is on the map
 
-  __device__ unsigned on(int i) const { return width & 1u << i; }  // not 0: it is
+  // Not 0: pixel i is on the map. As the inline PTX of load_where tests it.
+  __device__ unsigned on(int i) const { return width & 1u << i; }
   __device__ unsigned at(int i, unsigned row_stride) const {
     const unsigned left = i & 2 ? first + (width >> 4) * row_stride : first;
     return i & 1 ? left + row_stride : left;
@@ -112,8 +113,8 @@ template <typename Points>
 constexpr int kPixelsAtOnce = Points::kFused ? 2 : 4;
 #endif
 
-// What the lanes of a warp share: kPoints points at a time, one or two staged by each lane. In shared memory
-// and not in registers, which the pixels and grad_output need.
+// What the lanes of a warp share of the points that they stage, one each. In shared memory and not in registers,
+// which the pixels and grad_output need.
 template <typename Acc, typename Offset, typename Points, bool kTwo>
 struct Staged {
   Corners<Acc, Offset, kWarp> corners;
@@ -247,6 +248,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
           : 0;
   const int each = kTwo && problem.points > teams.lanes() ? 2 : 1;  // points of a lane at a time
   // The levels of points k and k + 1, 8 bits each from bit 8 on.
+  static_assert(kMaxLevels <= 256);
   const auto levels_of_two = [&](int k) {
     if (k >= problem.points) return 0u;
     const int first = level_of(k, 0, levels);

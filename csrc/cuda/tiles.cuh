@@ -163,16 +163,9 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
       if (position < part.count && k < levels.first_point[l + 1]) {
         const Sample<Acc> sample = points.at(queries[position], k, l, levels);
         weight = kFixed ? sample.weight * scale : sample.weight;
-        foot.place(sample.x, sample.y, level.height, level.width);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) on |= foot.on[i] ? 1u << i : 0;
-        if (mask) {  // as in find_pixels; here the footprint stays as it is, for the weights
-          const unsigned row = static_cast<unsigned>(level.start) +
-                               static_cast<unsigned>(foot.y) * level.width + foot.x;
-#pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            if (on >> i & 1 && mask[row + (i & 1) + (i & 2 ? level.width : 0)]) on &= ~(1u << i);
-          }
+        // The footprint stays as it is, for the weights.
+        if (foot.place(sample.x, sample.y, level.height, level.width)) {
+          on = pixels_on(foot, level, mask);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
