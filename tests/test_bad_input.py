@@ -131,18 +131,18 @@ TENSORS = [
         "attention_weights",
         ("floating", "int64"),
     ),
-    Bad("value on another device", value(lambda t: t.to("meta")), "value", ("meta", "cpu")),
+    Bad("value on another device", value(lambda t: t.to("meta")), "value", ("meta",)),
     Bad(
         "locations on another device",
         locations(lambda t: t.to("meta")),
         "sampling_locations",
-        ("cpu", "meta"),
+        ("meta",),
     ),
     Bad(
         "weights on another device",
         weights(lambda t: t.to("meta")),
         "attention_weights",
-        ("cpu", "meta"),
+        ("meta",),
     ),
 ]
 METADATA = [
@@ -265,7 +265,7 @@ PYTHON = [
     Bad("shapes sparse", lambda i: {"spatial_shapes": i.spatial_shapes.to_sparse()}, "spatial_shapes", ("dense", "sparse")),
     Bad("starts sparse", lambda i: {"level_start_index": i.level_start_index.to_sparse()}, "level_start_index", ("dense", "sparse")),
     Bad("mask sparse", lambda i: {"value_mask": torch.ones(i.value.shape[:2]).bool().to_sparse()}, "value_mask", ("dense", "sparse")),
-    Bad("mask of another device", lambda i: {"value_mask": torch.ones(i.value.shape[:2], device="meta").bool()}, "value_mask", ("cpu", "meta")),
+    Bad("mask of another device", lambda i: {"value_mask": torch.ones(i.value.shape[:2], device="meta").bool()}, "value_mask", ("meta",)),
     Bad("numpy value", value(torch.Tensor.numpy), "value", ("tensor", "ndarray"), TypeError),
 ]  # fmt: skip
 
