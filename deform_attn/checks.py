@@ -74,7 +74,7 @@ def check_integer(name: str, value: object, low: int | None = None) -> None:
     if low is not None and value < low:
         expected = "at least 1" if low == 1 else f"a number from {low}"
         raise ValueError(f"{name}: expected {expected}, got {value}")
-    if low is not None and value >= 2**63:
+    if low is not None and not value < 2**63:
         raise ValueError(f"{name}: expected a number below 2**63, got {value}")
 
 

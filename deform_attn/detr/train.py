@@ -604,20 +604,20 @@ class _Run:
         if self.rank == 0:
             name = self.settings.recipe or self.settings.model
             title = f"{name} on {self.settings.data}, seed {self.settings.seed}"
-            write(self.out / "model.pt", lambda f: torch.save(self._trained(), f))
             write(self.out / "history.json", lambda f: f.write(json.dumps(self.history).encode()))
             write(self.out / "curves.png", lambda f: draw_curves(self.history, title, f))
         keep = self.settings.keep_every
-        self._save_checkpoint(keep=keep > 0 and self.step % keep == 0)
+        self._save_state(keep=keep > 0 and self.step % keep == 0)
 
-    def _save_checkpoint(self, *, keep: bool = False) -> None:
-        """What a training is resumed from; ``keep``: also as a file of this step."""
+    def _save_state(self, *, keep: bool = False) -> None:
+        """The model, and what a training is resumed from; ``keep``: also as a file of this step."""
         random = self._gathered(self._random_state())
         if self.rank > 0:
             return
         checkpoint = {"settings": asdict(self.settings), "step": self.step}
         checkpoint |= {"history": self.history, "random": random, "data": self._data()}
         checkpoint |= {name: part.state_dict() for name, part in self.parts.items()}
+        write(self.out / "model.pt", lambda f: torch.save(self._trained(), f))
         for name in ("checkpoint.pt", *([f"checkpoint_{self.step}.pt"] if keep else [])):
             write(self.out / name, lambda f: torch.save(checkpoint, f))
 
@@ -638,7 +638,16 @@ class _Run:
         for part, now in self._data().items():
             if part not in data or data[part] == now:
                 continue
+            if part == "val" and change:  # they decide no step
+                self.console.print(
+                    f"warning: data: the test images are not those of {file}: their AP is not "
+                    "comparable with earlier ones",
+                    soft_wrap=True,
+                )
+                continue
             step = "--init starts another training from its weights"
+            if part == "val":
+                step = "--resume continues it with other test images"
             if part == "classes":
                 raise ValueError(f"classes: expected {data[part]} as in {file}, got {now}; {step}")
             raise ValueError(
@@ -763,7 +772,7 @@ class _Run:
         if self._evaluation_is_awaited():
             self.history["cpu_seconds"] = time.process_time() - self.began
             if save and not stopped:
-                self._save_checkpoint()
+                self._save_state()
             every = self.settings.evaluate_every
             others = 0 if ended else -(-self.settings.steps // every) - self.step // every
             try:

@@ -634,7 +634,7 @@ def test_a_training_is_continued_with_other_settings(
 
 
 def test_a_folder_is_known_by_its_content_not_by_its_path(
-    short: dict[str, Any], tmp_path: Path
+    short: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = Path(short["data"].removeprefix("coco:"))
     settings = short | {"recipe": "deformable_detr", "steps": 1, "batch": 2}
@@ -651,6 +651,13 @@ def test_a_folder_is_known_by_its_content_not_by_its_path(
     for resume in (None, tmp_path / "out"):
         with pytest.raises(ValueError, match="data: expected the train images of .*, got others"):
             train(moved, tmp_path / "out", resume=resume)
+    file.write_text((folder / "annotations/instances_train.json").read_text())
+    image = tmp_path / "cut/val/0.png"
+    image.write_bytes(image.read_bytes() + b"0")
+    with pytest.raises(ValueError, match="data: expected the val images of .*; --resume continues"):
+        train(moved, tmp_path / "out")
+    train(moved, tmp_path / "out", resume=tmp_path / "out")
+    assert "warning: data: the test images are not those" in capsys.readouterr().out
     coco["categories"][0]["name"] = "circle"
     file.write_text(json.dumps(coco))
     (tmp_path / "cut/annotations/instances_val.json").write_text(json.dumps(coco))
