@@ -183,7 +183,7 @@ void ask_for_pages(void* data, size_t bytes) {
 }
 
 // Bytes of freed results that are kept for later calls; DEFORM_ATTN_KEEP_MB is in units of 2^20 bytes.
-size_t bytes_to_keep() {
+size_t read_bytes_to_keep() {
   const char* given = std::getenv("DEFORM_ATTN_KEEP_MB");
   if (given == nullptr || *given == '\0') return size_t{128} << 20;
   char* end = nullptr;
@@ -191,6 +191,11 @@ size_t bytes_to_keep() {
   DEFORM_ATTN_REQUIRE(*end == '\0' && count >= 0 && count < 1 << 20,
                       "DEFORM_ATTN_KEEP_MB: expected a number from 0 to 1048575, got ", given);
   return static_cast<size_t>(count) << 20;
+}
+
+size_t bytes_to_keep() {
+  static const size_t bytes = read_bytes_to_keep();
+  return bytes;
 }
 
 // Never destroyed: tensors may live longer than this library's variables.
@@ -317,7 +322,7 @@ void clear(void* data, int64_t bytes) {
 // written to its block must clear what it wrote and call restored(), otherwise the block is freed.
 class KeptZeros {
  public:
-  explicit KeptZeros(int64_t count) {
+  explicit KeptZeros(int64_t count) : most_(std::min(size_t{64} << 20, bytes_to_keep())) {
     {
       const std::lock_guard<std::mutex> lock(mutex());
       std::swap(block_, kept());
@@ -330,8 +335,7 @@ class KeptZeros {
     clear(get(), static_cast<int64_t>(bytes()));
   }
   ~KeptZeros() {
-    constexpr int64_t kMost = int64_t{64} << 20;  // bytes
-    if (!restored_ || static_cast<int64_t>(bytes()) > kMost) return;
+    if (!restored_ || bytes() > most_) return;
     const std::lock_guard<std::mutex> lock(mutex());
     if (kept().count < block_.count) std::swap(block_, kept());
   }
@@ -360,6 +364,7 @@ class KeptZeros {
   }
   size_t bytes() const { return static_cast<size_t>(block_.count) * sizeof(float); }
 
+  const size_t most_;  // bytes of a block that is kept
   Block block_;
   bool restored_ = false;
 };
