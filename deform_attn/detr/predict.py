@@ -169,12 +169,9 @@ def open_detector(
     exists = name != "" and os.path.exists(file)
     if exists and file.is_dir() and not (file / "config.json").exists():
         if not (file / "model.pt").is_file():
-            step = ""
-            if (file / "checkpoint.pt").is_file():
-                step = "; its training ended before it was evaluated: train --resume continues it"
             raise ValueError(
                 f"{argument}: expected config.json of a model of transformers or model.pt of a "
-                f"training in the folder {name!r}, got neither{step}"
+                f"training in the folder {name!r}, got neither"
             )
         file = file / "model.pt"
     if exists and file.is_dir():

@@ -375,7 +375,7 @@ def train(
     not given have the values of that run; in Python, ``settings_of(RUN)`` gives them. Other values
     may be given of steps, batch, rates, augmentation, random sizes, precision, seed, patience,
     saving, the device, the place of the data and the number of processes. What decides the model
-    and its data must be the same.
+    and the images to train on must be the same.
 
     Under torchrun it makes a process group, if there is none, and destroys it at the end. A script
     that trains several times makes one group for all: PyTorch's store keeps the addresses of a
