@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags
 from pydantic import (
     ConfigDict,
     Field,
@@ -21,7 +21,7 @@ from pydantic import (
 )
 from typing_extensions import NotRequired, TypedDict
 
-from deform_attn.detr.images import range_fault
+from deform_attn.detr.images import open_image, range_fault
 
 _KEYS = ConfigDict(strict=True, extra="ignore")  # outlines of objects would take gigabytes
 
@@ -183,7 +183,7 @@ def image_size(file: Path) -> tuple[tuple[int, int], tuple[int, int]]:
         ValueError: it is no image, or one whose values have no known range; the message names it.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             if fault := range_fault(image):
                 raise ValueError(fault)
             turned = image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)

@@ -48,7 +48,7 @@ def read_image(source: Any) -> Image.Image:
             f"images: expected files, PIL images, arrays or tensors, got {type(source).__name__}"
         )
     try:
-        with Image.open(source) as image:
+        with open_image(source) as image:
             if not (fault := range_fault(image)):
                 return _rgb(image)
     except FileNotFoundError as error:
@@ -61,6 +61,13 @@ def read_image(source: Any) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise errors of many types
         raise ValueError(f"{str(source)!r}: expected an image, got {error}") from error
     raise ValueError(f"{str(source)!r}: expected {_KINDS}, got {fault}")
+
+
+def open_image(file: str | Path) -> Image.Image:
+    """As ``PIL.Image.open``, but a pipe, on which that waits for its writer, is an error."""
+    if Path(file).is_fifo():
+        raise ValueError("a pipe")
+    return Image.open(file)
 
 
 def find_images(names: str | Path | Sequence[str | Path]) -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from deform_attn.detr import files
+from deform_attn.detr.coco import image_size
 from deform_attn.detr.images import as_tensor, draw, find_images, read_image
 
 GRAY = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -112,6 +114,15 @@ def test_a_file_that_cannot_be_read_is_named(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"half\.png: .*256 pixels.* Raise PIL\.Image\.MAX"):
         read_image(file)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
+def test_a_pipe_in_a_folder_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (file,) = find_images(tmp_path)
+    for read in (read_image, image_size):
+        with pytest.raises(ValueError, match=r"pipe\.jpg'.*got a pipe"):
+            read(file)
 
 
 @pytest.mark.parametrize(("resize", "shape"), [("stretch", (3, 20, 20)), ("fit", (3, 20, 10))])
