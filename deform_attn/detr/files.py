@@ -40,6 +40,8 @@ def nearby(path: Path, names: Sequence[str] = ()) -> str:
         found = sorted(os.listdir(folder))
     except OSError as error:
         return f"{str(folder)!r} cannot be read: {error.strerror}"
+    if os.path.islink(link := folder / missing):
+        return f"{str(link)!r} is a link to {os.readlink(link)!r}, which does not exist"
     place = f"{str(folder)!r} has no {missing!r}"
     names = names if folder == path.parent == Path() else ()
     if close := difflib.get_close_matches(missing, {*names, *found}):

@@ -110,6 +110,9 @@ def test_a_file_that_cannot_be_read_is_named(
         read_image(tmp_path / "empty.png")
     with pytest.raises(FileNotFoundError):
         read_image(tmp_path / "none.png")
+    (tmp_path / "link.png").symlink_to("none.png")
+    with pytest.raises(FileNotFoundError, match=r"link\.png' is a link to 'none\.png', which does"):
+        read_image(tmp_path / "link.png")
     Image.fromarray(GRAY).save(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     with pytest.raises(ValueError, match=r"half\.png: .*256 pixels.* Raise PIL\.Image\.MAX"):
