@@ -97,7 +97,11 @@ def test_cuda_library_links_and_registers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("record", "version", "reason"),
     [
-        (None, "2.13.0", "nothing was compiled in this folder yet .pip install"),
+        (
+            None,
+            "2.13.0",
+            "nothing was compiled in this clone .python setup.py build_ext --inplace does; an inst",
+        ),
         ({"cpu": None}, "2.13.0", "_libraries.json is of an older deform_attn: compile again"),
         ({"file": "_C.so"}, "2.13.0", "_C.so was built, but is no longer in .*: install deform_"),
         (

@@ -23,7 +23,10 @@ def _load(device_type: str) -> str | None:
         built = "for ROCm" if torch.version.hip else "without CUDA"
         return f"this PyTorch ({torch.__version__}) was built {built}"
     if not _RECORD.exists():
-        return "nothing was compiled in this folder yet (pip install . does)"
+        return (
+            "nothing was compiled in this clone (python setup.py build_ext --inplace does; an "
+            "installed deform_attn is used when Python is started in another folder)"
+        )
     record: dict[str, Any] = json.loads(_RECORD.read_text(encoding="utf-8"))
     if "libraries" not in record:  # an editable install of an earlier revision
         return f"{_RECORD.name} is of an older deform_attn: compile again (pip install .)"
