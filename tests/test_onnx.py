@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import io
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -105,6 +106,13 @@ def test_each_form_is_the_operator(
 def test_a_form_that_is_none() -> None:
     with pytest.raises(ValueError, match="form: expected one of grid_sample, gather"):
         decompositions("gridsample")
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript"])
+def test_a_package_that_is_missing(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ModuleNotFoundError, match=f"^{package}: .*: pip install onnx onnxscript"):
+        export(torch.nn.Identity().eval(), (torch.zeros(1),))
 
 
 def test_a_model_in_training() -> None:

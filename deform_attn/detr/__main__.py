@@ -22,7 +22,7 @@ with needs("detr"):
 
     from deform_attn.checks import as_path, check_integer, check_threshold
     from deform_attn.detr.coco import raise_faults
-    from deform_attn.detr.data import folder_of, open_dataset, splits_of
+    from deform_attn.detr.data import DRAWN, folder_of, open_dataset, splits_of
     from deform_attn.detr.device import find_device
     from deform_attn.detr.evaluate import as_text, coco_results, detect, score
     from deform_attn.detr.export import SUFFIXES
@@ -223,6 +223,8 @@ def data(
     if sheet is not None:
         sheet = check_file("sheet", sheet, (".png",))
     if hold_out:
+        if data in DRAWN:
+            raise ValueError(f"data: expected a folder to divide, got {data!r}, which has splits")
         folder, layout = folder_of(data)
         print(*divide_folder(folder, hold_out, seed, layout))
     names = [split] if split else sorted(splits_of(data), key=_order)

@@ -25,6 +25,7 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,12 @@ def export(
         >>> any(node.op_type == "GridSample" for node in program.model_proto.graph.node)
         False
     """
+    for package in ("onnx", "onnxscript"):
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(
+                f"{package}: expected its package to be installed: pip install onnx onnxscript",
+                name=package,
+            )
     import onnx
 
     if isinstance(model, torch.export.ExportedProgram):

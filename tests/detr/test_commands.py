@@ -61,6 +61,11 @@ def run(monkeypatch: Patch, *arguments: Any) -> None:
     commands.main()
 
 
+def test_drawn_data_is_not_divided(monkeypatch: Patch) -> None:
+    with pytest.raises(SystemExit, match="data: expected a folder to divide, got 'shapes'"):
+        run(monkeypatch, "data", "--data", "shapes", "--hold-out", "0.2")
+
+
 def test_evaluate(
     folder: Path,
     tmp_path: Path,
