@@ -29,7 +29,7 @@ def _load(device_type: str) -> str | None:
         )
     record: dict[str, Any] = json.loads(_RECORD.read_text(encoding="utf-8"))
     if "libraries" not in record:  # an editable install of an earlier revision
-        return f"{_RECORD.name} is of an older deform_attn: compile again (pip install .)"
+        return f"{_RECORD.name} is of an older deform_attn: compile again (pip install -e .)"
     built = record["libraries"][device_type]
     if "missing" in built:
         return f"the {device_type} library was not built: {built['missing']}"
