@@ -1000,11 +1000,15 @@ def _check_settings(settings: Settings, then: dict[str, Any], file: Path, *, cha
         ValueError: another value.
     """
     for name, now in asdict(settings).items():
-        # The data is compared by its content; initial weights are not needed any more.
-        free = name in ("data", "init") or (change and name in CHANGEABLE)
+        # The data is compared by its content. Initial weights are not needed any more; given
+        # together with --resume they would be ignored.
+        free = name == "data" or (change and name in CHANGEABLE)
+        free = free or (name == "init" and not (change and now))
         if free or name not in then or then[name] == now:
             continue
         step = "--init starts another training from its weights"
+        if name == "init":
+            step = "without --resume and in another folder it starts a training from these weights"
         if name in CHANGEABLE:
             step = "--resume continues it with other settings"
         raise ValueError(f"{name}: expected {then[name]!r} as in {file}, got {now!r}; {step}")

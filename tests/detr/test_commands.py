@@ -208,10 +208,13 @@ def test_a_home_folder_is_found_in_every_path(
     run(monkeypatch, *evaluated, "--results=~/results.json")
     sizes = ("--width=32", "--layers=1", "--queries=5", "--size=64", "--batch=1", "--steps=1")
     run(monkeypatch, "train", "--recipe=detr", "--data=~/bad", "--out=~/run", *sizes)
-    run(monkeypatch, "train", "--resume=~/run", "--init=~/run")
+    run(monkeypatch, "train", "--resume=~/run")
+    short = ("--size=64", "--batch=1", "--steps=1")
+    run(monkeypatch, "train", "--init=~/run", "--data=~/bad", "--out=~/next", *short)
     run(monkeypatch, "export", "--model=~/run", "--file=~/detector.torchscript")
     written = (
-        "found/detections.json sheet.png curves results.json run/model.pt detector.torchscript"
+        "found/detections.json sheet.png curves results.json run/model.pt next/model.pt "
+        "detector.torchscript"
     )
     assert all((tmp_path / name).exists() for name in written.split())
     assert not list((tmp_path / "here").iterdir())

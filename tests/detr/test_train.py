@@ -601,6 +601,8 @@ def test_a_training_is_continued_with_other_settings(
         train(Settings(**other), run)
     with pytest.raises(ValueError, match=r"layers: expected 2 as in .*, got 3; --init starts"):
         train(Settings(**other | {"layers": 3}), next_run, resume=early)
+    with pytest.raises(ValueError, match=r"init: expected '' as in .*, got 'digits'; without --re"):
+        train(Settings(**other | {"recipe": "", "init": "digits"}), next_run, resume=early)
     with pytest.raises(ValueError, match=r"out: expected a folder without another training"):
         train(Settings(**other), run, resume=early)
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint or its folder"):
