@@ -150,9 +150,6 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             grad_grad_output, *grad_operands = pull_back(masked(grads))
             return (grad_grad_output, *signature.with_gradients(grad_operands), None, None)
 
-    def below(*inputs: Any) -> Any:
-        return _below_autograd(backward_op, inputs)
-
     class Forward(_SingleLevelFunction):
         @staticmethod
         def forward(*inputs: Any) -> Any:
@@ -169,7 +166,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             gradients: Callable[..., Any] = backward_op
             if not (torch.compiler.is_compiling() or _is_observed()):
                 recorded = torch.is_grad_enabled()  # with create_graph=True
-                gradients = Backward.apply if recorded else below  # type: ignore[attr-defined]
+                gradients = Backward.apply if recorded else Backward.forward  # type: ignore[attr-defined]
             deterministic = torch.are_deterministic_algorithms_enabled()
             numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
             output_mask = [ctx.needs_input_grad[position] for position in differentiable]
