@@ -30,7 +30,7 @@ with needs("detr"):
     from deform_attn.detr.files import check_file, make_folder, write
     from deform_attn.detr.folders import AnnotatedFolder
     from deform_attn.detr.hold_out import hold_out as divide_folder
-    from deform_attn.detr.images import draw, find_images, read_image
+    from deform_attn.detr.images import draw, find_images, read_fault, read_image
     from deform_attn.detr.pictures import draw_sheet, precision_recall
     from deform_attn.detr.predict import open_detector
     from deform_attn.detr.progress import progress
@@ -157,14 +157,9 @@ def predict(
 
 def _readable(files: dict[int, Path], faults: list[str]) -> dict[int, Path]:
     """The files that are images; adds the reasons why others are not to ``faults``."""
-    good = {}
-    for number, file in files.items():
-        try:
-            read_image(file)
-            good[number] = file
-        except (OSError, ValueError) as error:
-            faults.append(str(error))
-    return good
+    found = {number: read_fault(file) for number, file in files.items()}
+    faults += filter(None, found.values())
+    return {number: file for number, file in files.items() if not found[number]}
 
 
 def _drawn(number: int, file: Path, found: dict[str, Any], out: Path) -> dict[str, Any]:

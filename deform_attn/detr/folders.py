@@ -29,7 +29,7 @@ from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr import cache, coco, yolo
 from deform_attn.detr.data import Original, Sample, resized
 from deform_attn.detr.files import nearby
-from deform_attn.detr.images import RESIZE, read_image
+from deform_attn.detr.images import RESIZE, read_fault, read_image
 from deform_attn.detr.progress import mapped
 
 HELD_OUT = "hold_out"  # folder of the files that `data --hold-out` writes
@@ -355,7 +355,7 @@ class AnnotatedFolder:
     def pixel_faults(self) -> Iterator[str]:
         """The images whose pixels cannot be read, and why."""
         files = [self.root / facts["file_name"] for facts in self._content["images"]]
-        yield from filter(None, mapped(_pixel_fault, files, "reads images"))
+        yield from filter(None, mapped(read_fault, files, "reads images"))
 
     def ground_truth(self) -> dict[str, Any]:
         """What was read, in COCO's format, with labels as ids of categories."""
@@ -369,14 +369,6 @@ class AnnotatedFolder:
         ids = self._file_ids
         known = [row for row in rows if row["category_id"] in ids]
         return [{**row, "category_id": ids[row["category_id"]]} for row in known]
-
-
-def _pixel_fault(file: Path) -> str:
-    try:
-        read_image(file)
-    except (OSError, ValueError) as error:
-        return str(error)
-    return ""
 
 
 def _clipped(bbox: list[float], width: int, height: int) -> list[float]:

@@ -63,6 +63,15 @@ def read_image(source: Any) -> Image.Image:
     raise ValueError(f"{str(source)!r}: expected {_KINDS}, got {fault}")
 
 
+def read_fault(file: Path) -> str:
+    """Why :func:`read_image` cannot read a file; else nothing."""
+    try:
+        read_image(file)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return ""
+
+
 def open_image(file: str | Path) -> Image.Image:
     """As ``PIL.Image.open``, but a pipe, on which that waits for its writer, is an error."""
     if Path(file).is_fifo():
