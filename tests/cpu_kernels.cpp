@@ -469,8 +469,8 @@ class Call {
     Results<T, Acc, Weight> to;
     to.output.resize(grad_.size());
     to.value.resize(value_.size());
-    // a 16-bit gradient is written, not added to
-    if (sizeof(T) == 2) std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
+    // a 16-bit gradient is written, not added to; narrow shares write what they have reached
+    if (sizeof(T) == 2 && !narrow) std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
     to.locations.resize(locations_.size());
     to.weights.resize(points_);
     Blocks blocks{{0}, kernels_.blocks(in_) * p.batch, 2};

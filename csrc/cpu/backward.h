@@ -253,20 +253,21 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
   // Some rows at a time, so that they are still in a cache after they have been cleared. Places that were
   // reached are collected first, so that their memory can be prefetched.
   constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 1024, kAhead = 16;  // kAtOnce: elements
-  const int64_t rows = kAtOnce / channels > 0 ? kAtOnce / channels : 1;
-  int64_t places[kMost];
+  const int64_t rows = kAtOnce / stride > 0 ? kAtOnce / stride : 1;
+  int64_t places[kMost], of_value[kMost];  // in the sums; in the gradient of value
   each_range(in, own, [&](int64_t first, int64_t end) {
     for (int64_t last; first < end; first = last) {
       last = first + rows < end ? first + rows : end;
-      const auto bytes = [&](int64_t elements) {
-        return sizeof(T) * static_cast<size_t>(elements);
-      };
-      if (channels == stride) {
-        clear_bytes(to + first * stride, bytes((last - first) * stride));
-      } else {
-        for (int64_t row = first; row < last; ++row) {
-          fetch_all<true>(to, sizeof(T), (row + kAhead) * stride, channels);  // may lie behind it
-          std::memset(to + row * stride, 0, bytes(channels));
+      if constexpr (kParts == 1) {  // otherwise they are zeros
+        const auto bytes = [&](int64_t elements) {
+          return sizeof(T) * static_cast<size_t>(elements);
+        };
+        if (channels == stride) {
+          clear_bytes(to + first * stride, bytes((last - first) * stride));
+        } else {
+          for (int64_t row = first; row < last; ++row) {
+            std::memset(to + row * stride, 0, bytes(channels));
+          }
         }
       }
       const int64_t last_flag = reached.flag_of(last * pitch);
@@ -276,19 +277,19 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
           found += reached.eight(flag, last_flag, head_dim, places + found);
         }
         for (int64_t i = -kAhead; i < found; ++i) {
-          if (i + kAhead < found) {
-            const AccOf<T>* ahead = sums + places[i + kAhead];
+          if (const int64_t next = i + kAhead; next < found) {
+            const AccOf<T>* ahead = sums + places[next];
             for (int64_t c = 0; c < head_dim; c += int64_t{kCacheLine / sizeof(AccOf<T>)}) {
               __builtin_prefetch(ahead + c, 1, 3);
             }
+            of_value[next] = places[next];
+            if constexpr (kParts > 1) {
+              const auto row = static_cast<uint32_t>(places[next]) / static_cast<uint32_t>(pitch);
+              of_value[next] += int64_t{row} * (stride - pitch);
+              __builtin_prefetch(to + of_value[next], 1, 3);
+            }
           }
-          if (i < 0) continue;
-          int64_t at = places[i];
-          if constexpr (kParts > 1) {  // from a row of sums to the same one of value
-            const auto place = static_cast<uint32_t>(at), row = static_cast<uint32_t>(pitch);
-            at += int64_t{place / row} * (stride - pitch);
-          }
-          round_and_clear(sums + places[i], to + at, head_dim);
+          if (i >= 0) round_and_clear(sums + places[i], to + of_value[i], head_dim);
         }
       }
     }

@@ -34,11 +34,13 @@ struct Inputs {
 
 struct Gradients {
   const void* output;  // in, of value's type
-  void* value;         // of value's type; null: not requested. 16 bits: out; else added to
-  void* sums;          // 16 bits: float32, see Share; zeros before a share's pass and after it
-  void* locations;     // out, in the accumulation type
-  void* weights;       // out, of the weights' type; in the accumulation type in a fused call
-  bool past_caches;    // write locations and weights with streaming stores
+  // Of value's type; null: not requested. 16 bits: out, and zeros before the passes of narrow shares; else
+  // added to.
+  void* value;
+  void* sums;        // 16 bits: float32, see Share; zeros before a share's pass and after it
+  void* locations;   // out, in the accumulation type
+  void* weights;     // out, of the weights' type; in the accumulation type in a fused call
+  bool past_caches;  // write locations and weights with streaming stores
 };
 
 // From the gradients of locations and weights to those of a fused call's operands.

@@ -421,14 +421,17 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const bool narrow = !shares.empty() && shares.front().narrow;
   Tensor grad_value;
   std::optional<Sums> sums;
-  if (output_mask[0]) grad_value = empty(call.value.sizes(), call.type);
+  if (output_mask[0]) {
+    grad_value = empty(call.value.sizes(), call.type);
+    if (narrow || !rounds) {
+      clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
+    }
+  }
   if (narrow) {  // a block for each thread
     sums.emplace(std::min(threads, static_cast<int64_t>(shares.size())),
                  p.rows * p.row_stride() / cpu::kNarrow);
   } else if (rounds) {
     sums.emplace(1, grad_value.numel());
-  } else if (output_mask[0]) {
-    clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
   }
   const int64_t bytes =
       locations.numel() * locations.element_size() + weights.numel() * weights.element_size();
