@@ -208,9 +208,12 @@ def as_path(name: str, path: object) -> Path:
 
     Raises:
         TypeError: no text or path.
+        ValueError: empty text, which ``pathlib.Path`` takes for the current folder.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name}: expected a path, got {path!r}")
+    if not os.fspath(path):
+        raise ValueError(f"{name}: expected a path, got {path!r}; '.' is the current folder")
     return Path(os.path.expanduser(path))  # of an unknown user: as it is
 
 

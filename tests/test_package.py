@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -154,6 +155,44 @@ def test_driver_that_is_too_old(
     monkeypatch.setattr(compiled, "_driver_version", lambda: driver)
     found = compiled._why_not_driver("_C_cuda.abi3.so")
     assert found is None if reason is None else re.match(reason, found or "")
+
+
+# --- commands
+
+
+@pytest.mark.parametrize("module", ["info", "check", "detr"])
+def test_ctrl_c_during_the_imports_has_no_traceback(module: str, tmp_path: Path) -> None:
+    """A torch that is interrupted while it is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    command = [sys.executable, "-m", f"deform_attn.{module}"]
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
+    """As in `python -m deform_attn.info | head -0`: one that prints more than a pipe holds."""
+    code = (
+        "import sys; from deform_attn.console import command\n"
+        "with command():\n"
+        "    sys.stdin.read()\n"
+        "    for _ in range(SIZE): print('x')\n"
+        "    if SIZE < 2: sys.exit(3)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    for size, status in ((10**6, 141), (1, 3)):
+        start = [sys.executable, "-c", code.replace("SIZE", str(size))]
+        with subprocess.Popen(start, env=environment, text=True, **pipes) as process:
+            for end in (process.stdout, process.stdin):
+                end.close()
+            assert (process.stderr.read(), process.wait()) == ("", status)
 
 
 # --- info

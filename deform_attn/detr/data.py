@@ -25,6 +25,7 @@ from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr.boxes import from_corners
 from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor
+from deform_attn.extras import needs
 
 Sample = tuple[Tensor, dict[str, Tensor]]
 Original = tuple[Image.Image, dict[str, Tensor]]  # before it is resized
@@ -145,7 +146,7 @@ def folder_of(name: str) -> tuple[Path, str]:
     layout, _, folder = _as_name(name).partition(":")
     if layout in LAYOUTS and folder:
         return as_path("data", folder), layout
-    path = as_path("data", name)
+    path = as_path("data", name or ".")
     if not name or not os.path.exists(path):
         why = f": {nearby(path, list(DRAWN))}" if name else ""
         raise ValueError(
@@ -324,7 +325,8 @@ DRAWN: dict[str, type[_Drawn]] = {"shapes": Shapes, "digits": Digits}
 @functools.cache
 def _handwriting(split: str) -> tuple[list[Image.Image], list[int]]:
     """Ink (0 to 255) and labels of the 1400 digits to train on, or of the 397 others."""
-    from sklearn.datasets import load_digits
+    with needs("detr"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     part = slice(1400) if split == "train" else slice(1400, None)
@@ -335,8 +337,9 @@ def _handwriting(split: str) -> tuple[list[Image.Image], list[int]]:
 @functools.cache
 def _photographs(split: str) -> list[Image.Image]:
     """Photographs that are in the wheels, without a download."""
-    from skimage import data
-    from sklearn.datasets import load_sample_image
+    with needs("detr"):
+        from skimage import data
+        from sklearn.datasets import load_sample_image
 
     names = "astronaut brick chelsea coffee coins grass gravel hubble_deep_field moon retina "
     names += "immunohistochemistry flower.jpg"

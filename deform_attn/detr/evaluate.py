@@ -17,6 +17,7 @@ from deform_attn.checks import check_integer
 from deform_attn.detr.augment import collate
 from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
+from deform_attn.extras import needs
 
 Drawn = ParamSpec("Drawn")
 Picture = TypeVar("Picture")
@@ -189,7 +190,8 @@ def coco_results(
 
 
 def _judged(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
-    from faster_coco_eval import COCO, COCOeval_faster
+    with needs("detr"):
+        from faster_coco_eval import COCO, COCOeval_faster
 
     # Ids from 1: COCO's evaluation takes an object with the id 0 for one that is not matched.
     annotations = [{**one, "id": i} for i, one in enumerate(ground_truth["annotations"], 1)]
@@ -210,7 +212,8 @@ def literal_text(draw: Callable[Drawn, Picture]) -> Callable[Drawn, Picture]:
 
     @functools.wraps(draw)
     def drawn(*args: Drawn.args, **kwargs: Drawn.kwargs) -> Picture:
-        from matplotlib import rc_context
+        with needs("detr"):
+            from matplotlib import rc_context
 
         with rc_context({"text.parse_math": False}):
             return draw(*args, **kwargs)

@@ -6,7 +6,7 @@ import difflib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +75,26 @@ def make_folder(argument: str, folder: Path) -> Path:
             f"{argument}: expected a folder to write to, got {str(folder)!r}: {reason}"
         ) from error
     return folder
+
+
+def check_apart(argument: str, folder: Path, inputs: Iterable[Path]) -> None:
+    """Check that a folder for results holds no images that are read.
+
+    Results there could replace an image, or be taken for one the next time.
+
+    Args:
+        argument: names the folder in errors.
+        folder: for results.
+        inputs: folders of the images.
+
+    Raises:
+        ValueError: it is one of them.
+    """
+    if folder.resolve() in {one.resolve() for one in {*inputs}}:
+        raise ValueError(
+            f"{argument}: expected a folder without images that are read, got {str(folder)!r}; "
+            f"choose another, such as {str(folder / 'results')!r}"
+        )
 
 
 def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> Path:

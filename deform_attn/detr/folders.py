@@ -352,6 +352,11 @@ class AnnotatedFolder:
             raise ValueError(f"{error}; `data --data {self.root}` lists all such images") from error
         return image, {"labels": labels, "boxes": boxes}
 
+    def folders(self) -> set[Path]:
+        """Those of the images."""
+        names = {os.path.dirname(facts["file_name"]) for facts in self._content["images"]}
+        return {self.root / name for name in names}
+
     def pixel_faults(self) -> Iterator[str]:
         """The images whose pixels cannot be read, and why."""
         files = [self.root / facts["file_name"] for facts in self._content["images"]]

@@ -20,7 +20,7 @@ from deform_attn.detr.files import nearby
 from deform_attn.detr.images import as_tensor, pad, read_image
 from deform_attn.detr.models import System
 from deform_attn.detr.recipes import build
-from deform_attn.detr.zoo import configuration, create, from_official
+from deform_attn.detr.zoo import CONFIGURATIONS, configuration, create, from_official
 
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors", ".onnx", ".tar", ".zip")
@@ -165,7 +165,7 @@ def open_detector(
     device = find_device(device)
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
     name = str(name_or_path)
-    file = shipped.get(name, as_path(argument, name))
+    file = shipped.get(name, as_path(argument, name or "."))
     exists = name != "" and os.path.exists(file)
     if exists and file.is_dir() and not (file / "config.json").exists():
         if not (file / "model.pt").is_file():
@@ -178,6 +178,12 @@ def open_detector(
         return _from_transformers(argument, str(file), device)
     if isinstance(name_or_path, str) and not exists and _may_be_on_hub(name):
         return _from_transformers(argument, name, device)
+    if not exists and name in CONFIGURATIONS:
+        raise FileNotFoundError(
+            f"{argument}: expected trained weights, got {name!r}, an architecture: give its "
+            f"official checkpoint, or a folder that `train --model {name} --data FOLDER --out RUN` "
+            "wrote"
+        )
     if not exists:
         why = f": {nearby(file, list(shipped))}" if name else ""
         raise FileNotFoundError(

@@ -49,7 +49,8 @@ from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.device import default_device, find_device
 from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
-from deform_attn.detr.files import locked, make_folder, nearby, write
+from deform_attn.detr.files import check_apart, locked, make_folder, nearby, write
+from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.images import RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
@@ -486,6 +487,9 @@ class _Run:
         options = (size, settings.seed, self.resize)
         self.data = open_dataset(settings.data, "train", *options)
         self.test = open_dataset(settings.data, "val", *options, self.data.classes)
+        for one in (self.data, self.test):
+            if isinstance(one, AnnotatedFolder):
+                check_apart("out", out, one.folders())
         of_images = (settings.steps, settings.seed, settings.multi_scale, self.resize)
         self.augmented = Augmented(self.data, settings.augment, *of_images)
         torch.manual_seed(settings.seed)

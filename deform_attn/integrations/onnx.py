@@ -25,7 +25,6 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn.backends import BACKENDS, reference
+from deform_attn.checks import as_path
 from deform_attn.composite import discrete, filled, unfused
+from deform_attn.extras import needs_packages
 from deform_attn.levels import count_points, level_pairs
 from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands, acc_dtype
 
@@ -97,13 +98,9 @@ def export(
         >>> any(node.op_type == "GridSample" for node in program.model_proto.graph.node)
         False
     """
-    for package in ("onnx", "onnxscript"):
-        if find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"{package}: expected its package to be installed: pip install onnx onnxscript",
-                name=package,
-            )
-    import onnx
+    file = None if path is None else as_path("path", path)
+    with needs_packages("onnx", "onnxscript"):
+        import onnx
 
     if isinstance(model, torch.export.ExportedProgram):
         if dynamic_shapes is not None:
@@ -129,8 +126,8 @@ def export(
             "the exported model is not valid ONNX, which is a fault of the exporter or its "
             f"optimizer; try optimize=False, or another version of onnxscript: {error}"
         ) from error
-    if path is not None:
-        _save(program, Path(path))
+    if file is not None:
+        _save(program, file)
     return program
 
 
