@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn import MSDeformableAttention, MSDeformAttn
+from deform_attn.checks import check_counts, check_integer, check_positive, check_threshold
 from deform_attn.detr.memory import Memory
 
 Activation = type[nn.Module]
@@ -39,6 +40,17 @@ class Size:
         depth: depth of RT-DETR's fusion blocks: ``round(3 * depth)`` convolutions each.
         encoder_dims: ``(d_model, dim_feedforward)`` of the hybrid encoder, where they differ from
             the decoder's (D-FINE-X).
+
+    Raises:
+        TypeError: a size has another type.
+        ValueError: a size is out of its range.
+
+    Example:
+        >>> from deform_attn.detr.layers import Size
+        >>> Size(num_levels=3, num_points=(3, 6))
+        Traceback (most recent call last):
+            ...
+        ValueError: num_points: expected a count, or one for each of 3 levels, got (3, 6)
     """
 
     d_model: int = 256
@@ -55,6 +67,20 @@ class Size:
     expansion: float = 1.0
     depth: float = 1.0
     encoder_dims: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_heads", "num_levels", "decoder_layers", "dim_feedforward"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("encoder_layers", self.encoder_layers, 0)
+        check_integer("num_queries", self.num_queries, 1)
+        if self.eval_layers is not None:
+            check_integer("eval_layers", self.eval_layers, 1, self.decoder_layers)
+        check_counts(self.num_points, self.num_levels)
+        check_threshold("dropout", self.dropout)
+        for name in ("expansion", "depth"):
+            check_positive(name, getattr(self, name))
+        for size in self.encoder_dims or ():
+            check_integer("encoder_dims", size, 1)
 
 
 Make = Callable[[Size], nn.Module]

@@ -31,7 +31,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.checks import as_path, check_choice, check_integer, check_number
+from deform_attn.checks import (
+    as_path,
+    check_choice,
+    check_integer,
+    check_number,
+    check_positive,
+)
 from deform_attn.detr.augment import (
     AUGMENTATIONS,
     Augmented,
@@ -171,8 +177,7 @@ class Settings:
         for name in (*counts, "evaluate_every", "save_every"):
             check_integer(name, getattr(self, name), 1)
         for name in ("lr", "clip"):
-            if not 0 < (got := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {got}")
+            check_positive(name, getattr(self, name))
         for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every", "patience"):
             if not 0 <= (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number from 0, got {got}")

@@ -404,3 +404,22 @@ def test_bad_images() -> None:
     model = models.dino(SmallBackbone(), 3, replace(TINY, num_queries=100)).model
     with pytest.raises(ValueError, match=r"memory: expected at least 100 pixels, .* got 84"):
         model(torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"d_model": 32.0}, r"d_model: expected an integer, got 32\.0"),
+        ({"num_queries": 0}, "num_queries: expected at least 1, got 0"),
+        ({"encoder_layers": -1}, "encoder_layers: expected a number from 0, got -1"),
+        ({"eval_layers": 7}, "eval_layers: expected a number up to 6, got 7"),
+        ({"num_points": "4"}, "num_points: expected a count, or one for each of 4 levels, got '4'"),
+        ({"num_points": (4, 4)}, r"num_points: expected a count, .* 4 levels, got \(4, 4\)"),
+        ({"dropout": math.nan}, "dropout: expected a number from 0 to 1, got nan"),
+        ({"depth": 0}, "depth: expected a number above 0, got 0"),
+        ({"encoder_dims": (256, None)}, "encoder_dims: expected an integer, got None"),
+    ],
+)
+def test_an_invalid_size_is_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+        models.Size(**wrong)
