@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib
 import importlib.metadata
 import json
@@ -325,6 +327,26 @@ def test_old_setuptools_is_refused_in_a_sentence(version: str, start: str) -> No
 
 
 @needs_source
+def test_imports_point_one_way() -> None:
+    """No module imports, anywhere in its code, one that imports it."""
+    root = Path(deform_attn.__file__).parents[1]
+    files = sorted(root.glob("deform_attn/**/*.py"))
+    names = [".".join(file.relative_to(root).with_suffix("").parts) for file in files]
+    names = [name.removesuffix(".__init__") for name in names]
+    imported: dict[str, set[str]] = {}
+    for name, file in zip(names, files):
+        found = imported.setdefault(name, set())
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names} & set(names)
+            elif isinstance(node, ast.ImportFrom) and node.module in names:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {part if part in names else node.module for part in parts}
+    assert len(imported) > 60
+    assert imported["deform_attn.operator"] >= {"deform_attn.composite", "deform_attn.operands"}
+    list(graphlib.TopologicalSorter(imported).static_order())  # raises CycleError
+
+
 def test_torch_is_found_where_nothing_can_be_imported() -> None:
     """As in pip's isolated build: the interpreter is the environment's, its packages are hidden."""
     find = """

@@ -22,8 +22,9 @@ with needs("detr"):
     from deform_attn.checks import as_path, check_integer, check_threshold
     from deform_attn.console import command
     from deform_attn.detr.coco import raise_faults
-    from deform_attn.detr.data import DRAWN, folder_of, open_dataset, splits_of
+    from deform_attn.detr.data import folder_of, open_dataset, splits_of
     from deform_attn.detr.device import find_device
+    from deform_attn.detr.drawn import DRAWN
     from deform_attn.detr.evaluate import as_text, coco_results, detect, score
     from deform_attn.detr.export import SUFFIXES
     from deform_attn.detr.export import export as export_detector

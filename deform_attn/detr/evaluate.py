@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Subset
 
 from deform_attn.checks import check_integer
 from deform_attn.detr.augment import collate
-from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
+from deform_attn.detr.samples import Detection
 from deform_attn.extras import needs
 
 Drawn = ParamSpec("Drawn")

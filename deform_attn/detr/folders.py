@@ -27,10 +27,10 @@ import torch
 
 from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr import cache, coco, yolo
-from deform_attn.detr.data import Original, Sample, resized
 from deform_attn.detr.files import nearby
 from deform_attn.detr.images import RESIZE, read_fault, read_image
 from deform_attn.detr.progress import mapped
+from deform_attn.detr.samples import Original, Sample, resized
 
 HELD_OUT = "hold_out"  # folder of the files that `data --hold-out` writes
 ROBOFLOW = "_annotations.coco.json"

@@ -20,7 +20,8 @@ from PIL import Image
 from deform_attn.detr import __main__ as commands
 from deform_attn.detr import create, load
 from deform_attn.detr.augment import AUGMENTATIONS
-from deform_attn.detr.data import Digits, Shapes, open_dataset, write_coco
+from deform_attn.detr.data import open_dataset, write_coco
+from deform_attn.detr.drawn import Digits, Shapes
 from deform_attn.detr.export import difference, export
 from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.hold_out import hold_out

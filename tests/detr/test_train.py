@@ -29,8 +29,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from deform_attn.detr import load
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
-from deform_attn.detr.data import Shapes, open_dataset, write_coco
+from deform_attn.detr.data import open_dataset, write_coco
 from deform_attn.detr.device import find_device
+from deform_attn.detr.drawn import Shapes
 from deform_attn.detr.evaluate import NAMES, detect, evaluate
 from deform_attn.detr.files import locked, write
 from deform_attn.detr.losses import in_evaluation
