@@ -6,6 +6,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -38,6 +39,8 @@ with needs("detr"):
     from deform_attn.detr.train import settings_of, train
 
 PROG = "python -m deform_attn.detr"
+FAULTS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
+OUT_OF_MEMORY = "allocate memory|not enough memory|out of memory"  # of torch, by device
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -309,8 +312,14 @@ def main() -> None:
             )
         except BrokenPipeError:
             raise
-        except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
+        except (*FAULTS, MemoryError) as error:
             text = str(error)
+            if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
+                text = (
+                    f"memory: {text.splitlines()[0] if text else 'exhausted'}; choose a smaller "
+                    "--size or --batch; train: also --accumulate with a smaller --batch, and "
+                    "--recompute 1"
+                )
             if "\nOriginal Traceback" in text:  # of a process of the data loader
                 text = text.rpartition(f"\n{type(error).__name__}: ")[2]
             sys.exit(f"{PROG}: error: {text.strip()}")

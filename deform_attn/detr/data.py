@@ -13,6 +13,7 @@ from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr.drawn import DRAWN
 from deform_attn.detr.files import nearby
 from deform_attn.detr.folders import LAYOUTS, AnnotatedFolder, find_splits
+from deform_attn.detr.images import LARGEST_SIZE
 from deform_attn.detr.samples import Detection
 
 
@@ -50,7 +51,7 @@ def open_dataset(
         (torch.Size([3, 64, 64]), 4)
     """
     name = _as_name(name)
-    check_integer("size", size, 0)
+    check_integer("size", size, 0, LARGEST_SIZE)
     check_integer("seed", seed, 0)
     if name in DRAWN:
         check_choice("split", split, DRAWN[name].lengths)

@@ -21,6 +21,7 @@ from deform_attn.extras import needs
 
 Drawn = ParamSpec("Drawn")
 Picture = TypeVar("Picture")
+MOST_WORKERS = 1024  # processes that prepare batches
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 
 
@@ -51,10 +52,10 @@ def detect(
 
     Raises:
         TypeError: ``batch`` or ``workers`` is no integer.
-        ValueError: ``batch`` is below 1, or ``workers`` below 0.
+        ValueError: ``batch`` is below 1, or ``workers`` below 0 or above 1024.
     """
     check_integer("batch", batch, 1)
-    check_integer("workers", workers, 0)
+    check_integer("workers", workers, 0, MOST_WORKERS)
     begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
     parameter = next(model.parameters())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from deform_attn.checks import as_path, check_integer, check_module
 from deform_attn.detr.files import write
+from deform_attn.detr.images import LARGEST_SIZE
 from deform_attn.detr.matching import assign
 from deform_attn.detr.models import BestScores, Detections, Postprocess
 
@@ -73,7 +74,7 @@ def export(
         raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
     height, width = (size, size) if isinstance(size, Integral) else _pair(size)
     for side in (height, width):
-        check_integer("size", side, 1)
+        check_integer("size", side, 1, LARGEST_SIZE)
     whole = Exportable(model, postprocess).eval()
 
     def inputs(batch: int) -> tuple[Tensor, Tensor]:

@@ -28,7 +28,7 @@ import torch
 from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr import cache, coco, yolo
 from deform_attn.detr.files import nearby
-from deform_attn.detr.images import RESIZE, read_fault, read_image
+from deform_attn.detr.images import LARGEST_SIZE, RESIZE, read_fault, read_image
 from deform_attn.detr.progress import mapped
 from deform_attn.detr.samples import Original, Sample, resized
 
@@ -307,7 +307,7 @@ class AnnotatedFolder:
         layout: str = "",
     ) -> None:
         check_choice("resize", resize, RESIZE)
-        check_integer("size", size, 1)
+        check_integer("size", size, 1, LARGEST_SIZE)
         self.size, self.resize = size, resize
         name, source = find_source(as_path("folder", folder), split, layout)
         self.root = source.root

@@ -17,7 +17,7 @@ from deform_attn.checks import as_path, check_integer, check_threshold
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
 from deform_attn.detr.device import find_device
 from deform_attn.detr.files import nearby
-from deform_attn.detr.images import as_tensor, pad, read_image
+from deform_attn.detr.images import LARGEST_SIZE, as_tensor, pad, read_image
 from deform_attn.detr.models import System
 from deform_attn.detr.recipes import build
 from deform_attn.detr.zoo import CONFIGURATIONS, configuration, create, from_official
@@ -219,7 +219,7 @@ def open_detector(
 def _from_training(content: dict[str, Any]) -> Predictor:
     """From ``model.pt`` of a training."""
     settings = content["settings"]
-    check_integer("size", content["size"])
+    check_integer("size", content["size"], 1, LARGEST_SIZE)
     if settings.get("model"):
         system = create(settings["model"], len(content["classes"]))
     else:

@@ -304,6 +304,18 @@ def test_results_are_not_written_among_the_images(
     assert {*bad.rglob("*")} - {*bad.rglob(".deform_attn*"), *bad.glob(".deform_attn/*")} == before
 
 
+def test_too_little_memory_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
+    """A model whose images take 2**62 bytes, and an error of Python."""
+    command = ("predict", "--model=digits", "--images", tmp_path, "--out", tmp_path / "out")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for fault in (lambda *_: torch.empty(2**60), Mock(side_effect=MemoryError)):
+        monkeypatch.setattr("deform_attn.detr.predict.Predictor.predict", fault)
+        with pytest.raises(SystemExit, match="error: memory: .*; choose a smaller --size or --bat"):
+            run(monkeypatch, *command)
+    with pytest.raises(SystemExit, match="error: size: expected a number up to 16384, got 999999"):
+        run(monkeypatch, "export", "--model=digits", "--file", tmp_path / "a.pt2", "--size=999999")
+
+
 def test_an_empty_value_is_refused(tmp_path: Path, monkeypatch: Patch) -> None:
     """Such as that of a variable of the shell which is not set; it was the current folder."""
     monkeypatch.chdir(tmp_path)
