@@ -81,7 +81,7 @@ def evaluate(
     )
     for name, folder in (("out", out), ("results", results and results.parent)):
         if folder is not None and isinstance(dataset, AnnotatedFolder):
-            check_apart(name, folder, dataset.folders())
+            dataset.check_apart(name, folder)
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
     if out is not None and dataset.most_objects == 0:
@@ -238,8 +238,8 @@ def data(
         classes = sets[name].classes
     folders = {name: one for name, one in sets.items() if isinstance(one, AnnotatedFolder)}
     if sheet is not None:
-        apart = [place for one in folders.values() for place in one.folders()]
-        check_apart("sheet", sheet.parent, apart)
+        for annotated in folders.values():
+            annotated.check_apart("sheet", sheet.parent)
     for name, one in sets.items():
         objects = [row["image_id"] for row in one.ground_truth()["annotations"]]
         empty = len(one) - len(set(objects))

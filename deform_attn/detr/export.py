@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from numbers import Integral
@@ -85,7 +88,7 @@ def export(
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = {"images": {0: batch}, "sizes": {0: batch}}
     content = BytesIO()  # writing a file on a full disk, these functions end the process
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         if file.suffix == ".pt2":
             program = torch.export.export(whole, inputs(3), dynamic_shapes=shapes)
             torch.export.save(program, content)
@@ -103,6 +106,22 @@ def export(
             whole.postprocess = replace(postprocess, number=2 * postprocess.number)
         expected = Detections(*whole(*inputs(2)))
     return difference(expected, Detections(*map(torch.as_tensor, found)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of PyTorch's exporters: what they wrote is compared with the model."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    with warnings.catch_warnings():
+        tracer = torch.jit.TracerWarning  # type: ignore[attr-defined]
+        for category in (tracer, DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        exporter.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            exporter.setLevel(level)
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -152,5 +171,7 @@ def _export_onnx(
         import onnxruntime
     except ModuleNotFoundError:
         return None
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 3  # only errors
+    session = onnxruntime.InferenceSession(str(file), session_options, ["CPUExecutionProvider"])
     return session.run(None, {"images": other[0].numpy(), "sizes": other[1].numpy()})

@@ -77,8 +77,10 @@ def make_folder(argument: str, folder: Path) -> Path:
     return folder
 
 
-def check_apart(argument: str, folder: Path, inputs: Iterable[Path]) -> None:
-    """Check that a folder for results holds no images that are read.
+def check_apart(
+    argument: str, folder: Path, inputs: Iterable[Path], searched: Iterable[Path] = ()
+) -> None:
+    """Check that a folder for results is none in which images are found.
 
     Results there could replace an image, or be taken for one the next time.
 
@@ -86,14 +88,17 @@ def check_apart(argument: str, folder: Path, inputs: Iterable[Path]) -> None:
         argument: names the folder in errors.
         folder: for results.
         inputs: folders of the images.
+        searched: folders whose images are found at any depth.
 
     Raises:
-        ValueError: it is one of them.
+        ValueError: it is one of them, or inside a folder that is searched.
     """
-    if folder.resolve() in {one.resolve() for one in {*inputs}}:
+    place = folder.resolve()
+    folders = {one.resolve() for one in {*inputs}}
+    if place in folders or {place, *place.parents} & {one.resolve() for one in searched}:
         raise ValueError(
-            f"{argument}: expected a folder without images that are read, got {str(folder)!r}; "
-            f"choose another, such as {str(folder / 'results')!r}"
+            f"{argument}: expected a folder in which no images are found, got {str(folder)!r}; "
+            "choose one outside of the data"
         )
 
 

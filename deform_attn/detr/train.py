@@ -55,7 +55,7 @@ from deform_attn.detr.evaluate import (
     detect,
     draw_curves,
 )
-from deform_attn.detr.files import check_apart, locked, make_folder, nearby, write
+from deform_attn.detr.files import locked, make_folder, nearby, write
 from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.images import LARGEST_SIZE, RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
@@ -506,7 +506,7 @@ class _Run:
         self.test = open_dataset(settings.data, "val", *options, self.data.classes)
         for one in (self.data, self.test):
             if isinstance(one, AnnotatedFolder):
-                check_apart("out", out, one.folders())
+                one.check_apart("out", out)
         of_images = (settings.steps, settings.seed, settings.multi_scale, self.resize)
         self.augmented = Augmented(self.data, settings.augment, *of_images)
         torch.manual_seed(settings.seed)

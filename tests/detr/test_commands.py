@@ -297,8 +297,9 @@ def test_results_are_not_written_among_the_images(
         ("sheet", ("data", "--data", bad, "--sheet", bad / "sheet.png")),
         ("sheet", ("data", "--data", folder, "--sheet", folder / "val/sheet.png")),
         ("out", (*trained, "--out", bad)),
+        ("out", (*trained, "--out", bad / "run")),  # which YOLO's "train: ." includes
     ):
-        message = f"{argument}: expected a folder without images that are read, got '.*; choose "
+        message = f"{argument}: expected a folder in which no images are found, got '.*; choose "
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, *words)
     assert {*bad.rglob("*")} - {*bad.rglob(".deform_attn*"), *bad.glob(".deform_attn/*")} == before
@@ -388,8 +389,10 @@ def test_names_with_signs_of_markup(
         ("rtdetr", ".torchscript"),
     ],
 )
-def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) -> None:
-    """What was written is compared with the model, with another batch."""
+def test_export_has_a_dynamic_batch(
+    recipe: str, suffix: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What was written is compared with the model, with another batch; nothing is warned of."""
     model, _, postprocess = build(recipe, 3, 32, 1, 10)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -398,6 +401,7 @@ def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) ->
     file = tmp_path / f"detector{suffix}"
     assert export(model.eval(), postprocess, file, (64, 96)) < 1e-2
     assert file.stat().st_size > 1000
+    assert not recwarn.list
     with pytest.raises(ValueError, match=r"expected a suffix of \.onnx, .*, got 'a\.bin'"):
         export(model, postprocess, "a.bin", 64)
     with pytest.raises(ValueError, match="size: expected at least 1, got -3"):

@@ -341,7 +341,7 @@ def test_labels_of_the_evaluation_are_those_of_the_training_by_name(tmp_path: Pa
     assert result["AP"] == pytest.approx(1)
     assert result["AP_large"] is None
     with pytest.raises(
-        ValueError, match=r"names of the training images, \['ant'\], got \['zebra'\]"
+        ValueError, match=r"those of the training .* model, \['ant'\], got \['zebra'\]"
     ):
         AnnotatedFolder(other, "train", 32, classes=["ant"])
 
