@@ -226,11 +226,22 @@ def check_module(name: str, module: object) -> None:
         )
 
 
-def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raise a ValueError for anything but one of the known names."""
+def check_choice(name: str, value: object, known: Iterable[object]) -> None:
+    """Raise a ValueError for anything but one of the known names or numbers.
+
+    Example:
+        >>> from deform_attn.checks import check_choice
+        >>> check_choice("resize", "strech", ["stretch", "fit"])
+        Traceback (most recent call last):
+            ...
+        ValueError: resize: expected one of stretch, fit; got 'strech', similar: stretch
+    """
     known = list(known)
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+        names = [str(one) for one in known]
+        near = difflib.get_close_matches(str(value), names)
+        similar = f", similar: {', '.join(near)}" if near else ""
+        raise ValueError(f"{name}: expected one of {', '.join(names)}; got {value!r}{similar}")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deform_attn.checks import as_path, check_integer, check_threshold
+from deform_attn.checks import as_path, check_choice, check_integer, check_threshold
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
 from deform_attn.detr.device import find_device
 from deform_attn.detr.files import nearby
@@ -134,8 +134,8 @@ def load(
         FileNotFoundError: neither the name of a shipped detector, nor a file or folder.
         TypeError: an argument of another type.
         ModuleNotFoundError: official models need transformers, the extra ``backbones``.
-        ValueError: the file is damaged, or its model is not known; a folder without a model; or no
-            such device.
+        ValueError: the file is damaged, or its model is not known; a folder without a model; no
+            such device; or ``model`` is unknown, or given for a file that names its own.
         RuntimeError: ``model`` does not fit the file.
 
     Example:
@@ -164,6 +164,8 @@ def open_detector(
         raise TypeError(f"{argument}: expected a name or a path, got {name_or_path!r}")
     device = find_device(device)
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
+    if model is not None:
+        check_choice("model", model, CONFIGURATIONS)
     name = str(name_or_path)
     file = shipped.get(name, as_path(argument, name or "."))
     exists = name != "" and os.path.exists(file)
@@ -201,6 +203,10 @@ def open_detector(
             trained = _from_training(content)
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{file}: expected model.pt of a training, got {error!r}") from error
+        if model is not None:
+            raise ValueError(
+                f"model: expected None, since {str(file)!r} names its own, got {model!r}"
+            )
         trained.model.to(device)
         return trained
     try:

@@ -702,7 +702,7 @@ class _Run:
         self.history |= {name: [None] * self.step for name in OF_STEPS} | checkpoint["history"]
         if self.step > self.settings.steps:
             raise ValueError(
-                f"steps: expected more than the {self.step} of {file}, got {self.settings.steps}"
+                f"steps: expected at least {self.step}, as in {file}, got {self.settings.steps}"
             )
         if self.rank < processes and then.get("seed") == self.settings.seed:
             states = checkpoint["random"][self.rank]

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -498,6 +499,12 @@ def test_arguments_of_another_type_are_named(folder: Path, tmp_path: Path) -> No
             load,
             ("rtdetr_r18",),
             "name_or_path: expected trained weights, .* `train --model rt",
+        ),
+        (partial(load, model="dfine"), ("digits",), "model: expected .*'dfine', similar: dfine_"),
+        (
+            partial(load, model="dfine_n"),
+            ("digits",),
+            "model: expected None, since .*digits.pt' n",
         ),
         (from_transformers, (3,), "name_or_folder: expected a path, got 3"),
         (find_images, (3,), "images: expected files, folders or patterns, got 3"),

@@ -657,7 +657,7 @@ def test_a_training_is_continued_with_other_settings(
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint or its folder"):
         train(Settings(**other), next_run, resume=tmp_path / "none")
     assert settings_of(early) == Settings(**settings | {"augment": "flip"})
-    with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
+    with pytest.raises(ValueError, match=r"steps: expected at least 2, as in .*, got 1"):
         train(Settings(**other | {"steps": 1}), next_run, resume=early)
     old = torch.load(early, weights_only=True)
     state = old["optimizer"]
