@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn.backends import BACKENDS, reference
-from deform_attn.checks import as_path
+from deform_attn.checks import as_path, check_choice, check_module
 from deform_attn.composite import discrete, filled, unfused
 from deform_attn.extras import needs_packages
 from deform_attn.gathered import gathered
@@ -80,6 +80,7 @@ def export(
         The exported program; ``program.model_proto`` is the ONNX model.
 
     Raises:
+        TypeError: the model, ``args`` or ``path`` has another type.
         ValueError: the model is in training mode; there is no such form; or the form needs level
             sizes as numbers and the model has them in a tensor: pass ``spatial_shapes`` as a list,
             or choose ``"gather"`` or ``"tensorrt"``.
@@ -98,6 +99,10 @@ def export(
         >>> any(node.op_type == "GridSample" for node in program.model_proto.graph.node)
         False
     """
+    if not isinstance(model, torch.export.ExportedProgram):
+        check_module("model", model)
+    if not isinstance(args, tuple):
+        raise TypeError(f"args: expected a tuple of example inputs, got {type(args).__name__}")
     file = None if path is None else as_path("path", path)
     with needs_packages("onnx", "onnxscript"):
         import onnx
@@ -163,6 +168,7 @@ def decompose(
         form: ``"gather"`` or ``"grid_sample"``.
 
     Raises:
+        TypeError: no exported program.
         ValueError: no such form, or one that needs level sizes as numbers, see :func:`export`.
 
     Example:
@@ -177,6 +183,11 @@ def decompose(
         >>> max(value.dim() for value in values if isinstance(value, torch.Tensor))
         5
     """
+    if not isinstance(program, torch.export.ExportedProgram):
+        raise TypeError(
+            "program: expected what torch.export.export makes of a model, "
+            f"got {type(program).__name__}"
+        )
     if form == "tensorrt":
         raise ValueError("form: expected gather or grid_sample, got 'tensorrt', a node of ONNX")
     return _decomposed(program, form, "", {})
@@ -224,8 +235,7 @@ def decompositions(
         >>> len(decompositions("gather"))
         6
     """
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    check_choice("form", form, FORMS)
 
     def attention(operands: Operands) -> Tensor:
         if form == "gather":
