@@ -133,6 +133,40 @@ def test_a_model_in_training() -> None:
         export(nn.Linear(2, 2), (torch.rand(1, 2),))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamic_axes": {"x": {0: "batch"}}}, "dynamic_axes: .*pass dynamic_shapes"),
+        ({"dynamo": False}, r"dynamo: .*call torch\.onnx\.export"),
+        ({"f": "model.onnx"}, "f: .*pass path"),
+        ({"plugin_version": 2}, "plugin_version: expected '1' or '2', got 2"),
+    ],
+)
+def test_options_that_would_be_ignored(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(nn.Linear(2, 2).eval(), (torch.rand(1, 2),), verbose=False, **options)
+
+
+def test_what_is_no_model_and_no_path() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
+        export(lambda x: x, (torch.rand(1, 2),))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="path: expected a path, got 5"):
+        export(nn.Linear(2, 2).eval(), (torch.rand(1, 2),), 5)  # type: ignore[arg-type]
+
+
+def test_an_opset_that_the_exporter_did_not_reach(tmp_path: Path) -> None:
+    """It writes another one and only logs this."""
+    with pytest.raises(RuntimeError, match="opset_version: expected 99, got a model of 18"):
+        export(
+            nn.Linear(2, 2).eval(),
+            (torch.rand(1, 2),),
+            tmp_path / "m.onnx",
+            verbose=False,
+            opset_version=99,
+        )
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_clamps_of_one_tensor() -> None:
     """Their bounds are constants of their own; NaN stays NaN."""
 
@@ -281,6 +315,14 @@ def test_a_layer_with_dynamic_batch_and_queries(form: str, tmp_path: Path) -> No
         for inputs in (layer_inputs(2, 5), layer_inputs(1, 1), layer_inputs(3, 9)):
             (output,) = run(model, inputs)
             assert difference(output, layer(*inputs)) <= LARGEST_DIFFERENCE
+
+
+def test_the_plugin_in_an_older_opset() -> None:
+    layer, inputs = Layer().eval(), layer_inputs(2, 5)
+    model = export(layer, inputs, form="tensorrt", verbose=False, opset_version=17).model_proto
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [17]
+    with torch.no_grad():
+        assert difference(run(model, inputs)[0], layer(*inputs)) <= LARGEST_DIFFERENCE
 
 
 def test_level_sizes_in_a_tensor(tmp_path: Path) -> None:

@@ -48,6 +48,13 @@ OPSET = 18  # onnxruntime has no GridSample of opset 20 for CUDA
 
 _LARGEST_PROTO = 2**31  # bytes that onnx can check without a file
 
+# Arguments of torch.onnx.export that export() does not take, and what to do instead.
+_OTHERS = {
+    "dynamic_axes": "pass dynamic_shapes, as in torch.export.export",
+    "dynamo": "for the exporter that traces, call torch.onnx.export(..., dynamo=False) itself",
+    "f": "pass path",
+}
+
 
 def export(
     model: nn.Module | torch.export.ExportedProgram,
@@ -75,16 +82,17 @@ def export(
             example, such as the batch.
         plugin_version: for ``"tensorrt"``: ``"1"`` for TensorRT before 10.11, which has no other.
         options: other arguments of ``torch.onnx.export``: ``input_names``, ``optimize``, ...
+            ``opset_version`` is 18 if it is not given.
 
     Returns:
         The exported program; ``program.model_proto`` is the ONNX model.
 
     Raises:
-        TypeError: the model, ``args`` or ``path`` has another type.
-        ValueError: the model is in training mode; there is no such form; or the form needs level
-            sizes as numbers and the model has them in a tensor: pass ``spatial_shapes`` as a list,
-            or choose ``"gather"`` or ``"tensorrt"``.
-        RuntimeError: the exported model is not valid ONNX.
+        TypeError: ``model``, ``args`` or ``path`` has another type.
+        ValueError: the model is in training mode; there is no such form, version of the plugin or
+            option; or the form needs level sizes as numbers and the model has them in a tensor:
+            pass ``spatial_shapes`` as a list, or choose ``"gather"`` or ``"tensorrt"``.
+        RuntimeError: the exported model is not valid ONNX, or not of the requested opset.
         OSError: the file cannot be written; the message names it.
         ModuleNotFoundError: ``onnx`` or ``onnxscript`` is not installed.
 
@@ -99,22 +107,27 @@ def export(
         >>> any(node.op_type == "GridSample" for node in program.model_proto.graph.node)
         False
     """
-    if not isinstance(model, torch.export.ExportedProgram):
-        check_module("model", model)
     if not isinstance(args, tuple):
         raise TypeError(f"args: expected a tuple of example inputs, got {type(args).__name__}")
     file = None if path is None else as_path("path", path)
     with needs_packages("onnx", "onnxscript"):
         import onnx
 
+    check_choice("form", form, FORMS)
+    if plugin_version not in ("1", "2"):
+        raise ValueError(f"plugin_version: expected '1' or '2', got {plugin_version!r}")
+    for name, instead in _OTHERS.items():
+        if name in options:
+            raise ValueError(f"{name}: expected none, got {options[name]!r}; {instead}")
     if isinstance(model, torch.export.ExportedProgram):
         if dynamic_shapes is not None:
             raise ValueError("dynamic_shapes: an exported program has its own, expected None")
-    elif model.training:
-        raise ValueError(
-            "model: expected one in evaluation mode, got one in training: model.eval()"
-        )
     else:
+        check_module("model", model)
+        if model.training:
+            raise ValueError(
+                "model: expected one in evaluation mode, got one in training: model.eval()"
+            )
         model = torch.export.export(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
@@ -131,6 +144,13 @@ def export(
             "the exported model is not valid ONNX, which is a fault of the exporter or its "
             f"optimizer; try optimize=False, or another version of onnxscript: {error}"
         ) from error
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    opset = versions.get("", versions.get("ai.onnx"))
+    if options["opset_version"] not in (opset, None):  # the exporter only logs it
+        raise RuntimeError(
+            f"opset_version: expected {options['opset_version']}, got a model of {opset}, which "
+            f"the exporter could not convert (its log has the reason); pass {opset}"
+        )
     if file is not None:
         _save(program, file)
     return program
@@ -317,7 +337,7 @@ def _plugin(operands: Operands, version: str) -> Tensor:
         sides = [value.new_full((1,), side, dtype=torch.int64) for size in sizes for side in size]
         shapes = torch.cat(sides).reshape(-1, 2)
     if starts is None:
-        rows = shapes.prod(-1)
+        rows = shapes[:, 0] * shapes[:, 1]  # ReduceProd differs between opsets
         starts = rows.cumsum(0) - rows
     output: Tensor = torch.onnx.ops.symbolic(
         "trt.plugins::MultiscaleDeformableAttnPlugin_TRT",
