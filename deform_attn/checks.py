@@ -208,9 +208,12 @@ def as_path(name: str, path: object) -> Path:
 
     Raises:
         TypeError: no text or path.
+        ValueError: empty text, which ``pathlib.Path`` takes for the current folder.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name}: expected a path, got {path!r}")
+    if not os.fspath(path):
+        raise ValueError(f"{name}: expected a path, got {path!r}; '.' is the current folder")
     return Path(os.path.expanduser(path))  # of an unknown user: as it is
 
 
@@ -223,11 +226,22 @@ def check_module(name: str, module: object) -> None:
         )
 
 
-def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raise a ValueError for anything but one of the known names."""
+def check_choice(name: str, value: object, known: Iterable[object]) -> None:
+    """Raise a ValueError for anything but one of the known names or numbers.
+
+    Example:
+        >>> from deform_attn.checks import check_choice
+        >>> check_choice("resize", "strech", ["stretch", "fit"])
+        Traceback (most recent call last):
+            ...
+        ValueError: resize: expected one of stretch, fit; got 'strech', similar: stretch
+    """
     known = list(known)
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+        names = [str(one) for one in known]
+        near = difflib.get_close_matches(str(value), names)
+        similar = f", similar: {', '.join(near)}" if near else ""
+        raise ValueError(f"{name}: expected one of {', '.join(names)}; got {value!r}{similar}")
 
 
 def check_flag(name: str, value: object) -> None:

@@ -29,6 +29,7 @@ from torch.library import Library
 
 from deform_attn import composite, flops
 from deform_attn.checks import check_gradient, check_operands
+from deform_attn.gathered import standard
 from deform_attn.operands import (
     AnyOperands,
     DiscreteOperands,
@@ -251,8 +252,6 @@ def _observed(op: Operator, record: type[AnyOperands], inputs: tuple[Any, ...]) 
     if _is_tracing():
         onnx = sys.modules.get("torch.onnx")  # imported by an export
         if onnx is not None and onnx.is_in_onnx_export():
-            from deform_attn.integrations.onnx import standard
-
             return standard(record(*inputs))
     flops.register()
     return op(*inputs)

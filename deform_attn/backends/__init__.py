@@ -120,6 +120,7 @@ def choose_backend(
             set.
 
     Raises:
+        TypeError: ``device_type`` is no name.
         ValueError: no backend has that name.
         RuntimeError: the forced backend cannot run; the message says why.
 
@@ -147,6 +148,10 @@ def choose_backend(
             break
         reasons.append(f"{candidate.name}: {reason}")
     if reasons and not torch.compiler.is_compiling():
+        if not isinstance(device_type, str):
+            raise TypeError(
+                f"device_type: expected a name such as 'cpu', got {device_type!r}; pass device.type"
+            )
         _announce(candidate.name, device_type, reasons)
     return candidate
 

@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Subset
 
 from deform_attn.checks import check_integer
 from deform_attn.detr.augment import collate
-from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
+from deform_attn.detr.samples import Detection
+from deform_attn.extras import needs
 
 Drawn = ParamSpec("Drawn")
 Picture = TypeVar("Picture")
+MOST_WORKERS = 1024  # processes that prepare batches
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 
 
@@ -50,10 +52,10 @@ def detect(
 
     Raises:
         TypeError: ``batch`` or ``workers`` is no integer.
-        ValueError: ``batch`` is below 1, or ``workers`` below 0.
+        ValueError: ``batch`` is below 1, or ``workers`` below 0 or above 1024.
     """
     check_integer("batch", batch, 1)
-    check_integer("workers", workers, 0)
+    check_integer("workers", workers, 0, MOST_WORKERS)
     begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
     parameter = next(model.parameters())
@@ -189,7 +191,8 @@ def coco_results(
 
 
 def _judged(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
-    from faster_coco_eval import COCO, COCOeval_faster
+    with needs("detr"):
+        from faster_coco_eval import COCO, COCOeval_faster
 
     # Ids from 1: COCO's evaluation takes an object with the id 0 for one that is not matched.
     annotations = [{**one, "id": i} for i, one in enumerate(ground_truth["annotations"], 1)]
@@ -210,7 +213,8 @@ def literal_text(draw: Callable[Drawn, Picture]) -> Callable[Drawn, Picture]:
 
     @functools.wraps(draw)
     def drawn(*args: Drawn.args, **kwargs: Drawn.kwargs) -> Picture:
-        from matplotlib import rc_context
+        with needs("detr"):
+            from matplotlib import rc_context
 
         with rc_context({"text.parse_math": False}):
             return draw(*args, **kwargs)

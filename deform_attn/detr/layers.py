@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn import MSDeformableAttention, MSDeformAttn
-from deform_attn.checks import check_counts, check_integer, check_positive, check_threshold
+from deform_attn.checks import (
+    check_counts,
+    check_integer,
+    check_positive,
+    check_sizes,
+    check_threshold,
+)
 from deform_attn.detr.memory import Memory
 
 Activation = type[nn.Module]
@@ -120,6 +126,7 @@ def class_head(d_model: int, num_classes: int) -> nn.Linear:
 
     Focal loss, arXiv 1708.02002, section 3.3.
     """
+    check_integer("num_classes", num_classes, 1)
     head = nn.Linear(d_model, num_classes)
     nn.init.constant_(head.bias, -math.log(99))
     return head
@@ -198,14 +205,22 @@ class ConvNorm(nn.Sequential):
 # --- Attention: modules return the update of the queries, without residual -------------------
 
 
+def dense_attention(size: Size) -> nn.MultiheadAttention:
+    """PyTorch's attention, batch first.
+
+    Raises:
+        ValueError: the heads do not divide ``d_model``.
+    """
+    check_sizes("d_model", "num_heads", d_model=size.d_model, num_heads=size.num_heads)
+    return nn.MultiheadAttention(size.d_model, size.num_heads, size.dropout, batch_first=True)
+
+
 class SelfAttention(nn.Module):
     """Attention among queries: ``q = k = x + query_pos``, ``v = x``."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(
-            size.d_model, size.num_heads, size.dropout, batch_first=True
-        )
+        self.attention = dense_attention(size)
 
     def forward(
         self,
@@ -271,9 +286,7 @@ class DenseCrossAttention(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(
-            size.d_model, size.num_heads, size.dropout, batch_first=True
-        )
+        self.attention = dense_attention(size)
 
     def forward(
         self, x: Tensor, query_pos: Tensor, reference_points: Tensor | None, memory: Memory
