@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -43,6 +43,8 @@ __all__ = ["ATTENTION", "FUSED", "LIBRARY", "Operator", "Signature", "call_discr
 LIBRARY = Library("deform_attn", "DEF")
 
 Operator = Callable[..., Tensor]
+
+_requires_grad = attrgetter("requires_grad")
 
 # Types of the operands that are not "Tensor".
 _TYPES = {
@@ -197,7 +199,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             output = forward_op(*inputs)
         elif _is_observed():
             output = _observed(forward_op, record, inputs)
-        elif torch.is_grad_enabled() and True in [x.requires_grad for x in of_differentiable(inputs)]:
+        elif torch.is_grad_enabled() and any(map(_requires_grad, of_differentiable(inputs))):
             output = Forward.apply(*inputs)  # type: ignore[attr-defined]
         else:
             with _AutoDispatchBelowAutograd():
