@@ -58,7 +58,7 @@ void sort_queries(const Inputs& in, int64_t batch, int32_t* order) {
     apart = in.fused.levels * int64_t{in.fused.size};
     points = static_cast<const Acc*>(in.fused.reference) + batch * p.queries * apart;
   }
-  constexpr int64_t kAhead = 16;  // queries: each is in another cache line, and often in another page
+  constexpr int64_t kAhead = 16;  // queries, each in another cache line
   int32_t next[kCells + 1] = {};  // where the next query of a cell goes
   const auto cell = [&](int64_t query) {
     return cell_of(points[query * apart], points[query * apart + 1]);
