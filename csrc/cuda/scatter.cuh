@@ -208,21 +208,20 @@ struct Rounding {
     constexpr int kAtOnce = 2;  // loads of a thread
     const int64_t step = int64_t{gridDim.x} * blockDim.x, whole = count / kRounded;
     const int64_t own = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-    const auto* const from = reinterpret_cast<const Pack<float, kRounded>*>(sums);
-    auto* const to = reinterpret_cast<Pack<T, kRounded>*>(rounded);
 #pragma unroll 1
     for (int64_t first = own; first < whole; first += kAtOnce * step) {
-      Pack<float, kRounded> sum[kAtOnce];
+      const auto there = [&](int i) { return i == 0 || first + i * step < whole; };
+      Pack<float, kRounded> sum[kAtOnce] = {};
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (i == 0 || first + i * step < whole) sum[i] = load<kRounded>(from[first + i * step].at);
+        if (there(i)) sum[i] = load<kRounded>(sums + (first + i * step) * kRounded);
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         Pack<T, kRounded> numbers;
 #pragma unroll
         for (int j = 0; j < kRounded; ++j) numbers.at[j] = static_cast<T>(sum[i].at[j]);
-        if (i == 0 || first + i * step < whole) store<kRounded>(to[first + i * step].at, numbers);
+        if (there(i)) store<kRounded>(rounded + (first + i * step) * kRounded, numbers);
       }
     }
     const int64_t last = whole * kRounded + own;
@@ -234,6 +233,12 @@ struct Rounding {
 // backward_tiles comes later: it reads FusedPoints::statistics.
 template <typename T, typename Points>
 constexpr bool kRounds = sizeof(T) == 2 && !Points::kFused;
+// Whether it rounds at its end, where that takes no register from the pixels.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool kRoundsLast = false;
+#else
+constexpr bool kRoundsLast = true;
+#endif
 
 // Blocks that must fit on a multiprocessor at once. Three where 64 registers are too few.
 template <typename T>
@@ -258,6 +263,9 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   __shared__ Staged<Acc, Offset, Points, kTwo> all_staged[kBlock / kWarp];
   __shared__ Part part;                                    // not in registers: the pixels need them
   __shared__ int64_t first_output, first_point, value_at;  // of the part
+  if constexpr (kRounds<T, Points> && !kRoundsLast) {
+    if (rounding.sums) rounding.run();
+  }
   if (threadIdx.x == 0) {
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
     first_output = part.first_output(problem);
@@ -661,7 +669,7 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
       }
     }
   }
-  if constexpr (kRounds<T, Points>) {
+  if constexpr (kRounds<T, Points> && kRoundsLast) {
     if (rounding.sums) rounding.run();
   }
 }

@@ -30,6 +30,14 @@ constexpr int kTileBlocks = kLeastBlocks == 4 && kSumWidth<Sum> == 4 ? 5 : kLeas
 template <typename Sum>
 constexpr int kGradRow = kSumWidth<Sum> == 1 ? kTileChannels + 8 : kTileChannels;
 
+// Whether the sums of a new pixel start with zeros from shared memory, which takes fewer instructions but four
+// registers more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+constexpr bool kReadsZeros = false;
+#else
+constexpr bool kReadsZeros = true;
+#endif
+
 // kTileVec numbers, the unit of offsets; not aligned.
 template <typename T>
 struct Unit {
@@ -56,7 +64,7 @@ constexpr unsigned kShareBits = 31;
 
 // The shares of a turn, counted. The pair of pixels that begins at (x, y) has the slot (x % 32, y % 32). Where two
 // pairs have the same slot, the first to come owns it; the shares of the other are not added up.
-struct Slots {
+struct alignas(16) Slots {
   int owner[kSlots];   // which pair; 0: none
   int count[kSlots];   // of shares; later packed with the place where they begin
   int listed, single;  // shares with and without a slot
@@ -64,7 +72,7 @@ struct Slots {
 
 // Of Slots: with two, a warp places the points of a turn while others still add up those of the turn before.
 // Only where shared memory has room for it.
-constexpr int kBuffers = kLeastBlocks == 4 ? 2 : 1;
+constexpr int kBuffers = kLeastBlocks == 4 && kAtomicFloats == 4 ? 2 : 1;
 
 // What the threads of a block have in common.
 struct Turn {
@@ -306,7 +314,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
             if (bits & kAddRight || (last && bits & kShift)) add(share[j].left + stride, right);
 #pragma unroll
             for (int c = 0; c < kTileVec; ++c) left.at[c] = bits & kShift ? right.at[c] : Sum(0);
-            right = none;
+            right = kReadsZeros ? none : Unit<Sum>();
           }
         }
         if constexpr (!kFixed) {  // the same after the loop: faster, and takes more registers
