@@ -308,6 +308,7 @@ def test_cycles(execute: Callable[..., tuple[np.ndarray, int]]) -> None:
         ("IADD3 R8, R0, foo, RZ", "the operand foo"),
         ("LDG.E R8, desc[UR4][RZ]", "an access outside of every tensor"),
         ("STS [RZ+0x1000], R0", "an access outside of shared memory"),
+        ("LDS.128 R8, [RZ+0x408]", "a misaligned access"),
         ("S2R R8, SR_CLOCKLO", "no model of the special register"),
     ],
 )
