@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ import torch
 
 import deform_attn
 from deform_attn.backends import BACKENDS, unannounced
+from deform_attn.console import command
 from deform_attn.info import report as info
 from deform_attn.testing import (
     CASES,
@@ -367,7 +367,7 @@ def _progress(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; the exit status says whether all is right."""
+    """Print the report; the exit status is 0 where all results are right, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m deform_attn.check",
         description=__doc__,
@@ -378,16 +378,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args(argv)
     devices = None if arguments.device is None else [arguments.device]
-    try:
-        with unannounced():
-            report = run(
-                devices, quick=arguments.quick, progress=lambda text: _progress(f"checking {text}")
-            )
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    finally:
-        _progress("")
-    print(json.dumps(report.as_dict(), indent=2) if arguments.json else as_text(report))
+    with command():
+        try:
+            with unannounced():
+                report = run(
+                    devices,
+                    quick=arguments.quick,
+                    progress=lambda text: _progress(f"checking {text}"),
+                )
+        finally:
+            _progress("")
+        print(json.dumps(report.as_dict(), indent=2) if arguments.json else as_text(report))
     return 0 if report.passed else 1
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
+import functools
 import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,17 +25,24 @@ from deform_attn.levels import (
 from deform_attn.operands import AnyOperands, FusedOperands, acc_dtype
 
 __all__ = [
+    "LevelNames",
     "as_path",
     "check",
     "check_choice",
+    "check_counts",
     "check_flag",
     "check_gradient",
     "check_integer",
+    "check_keywords",
+    "check_level_sizes",
+    "check_levels",
     "check_method",
     "check_module",
     "check_number",
     "check_operands",
+    "check_positive",
     "check_scale",
+    "check_sizes",
     "check_spatial_shapes",
     "check_tensor",
     "check_threshold",
@@ -50,17 +59,29 @@ VALUE_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 CHECK_DEVICE_METADATA = os.environ.get("DEFORM_ATTN_CHECK_METADATA", "0") == "1"
 
 
-def check_integer(name: str, value: object, low: int | None = None) -> None:
+class LevelNames(NamedTuple):
+    """What a function calls the value and its levels, for errors."""
+
+    value: str = "value"
+    spatial_shapes: str = "spatial_shapes"
+    level_start_index: str = "level_start_index"
+
+
+NAMES = LevelNames()  # of the operator
+
+
+def check_integer(name: str, value: object, low: int | None = None, high: int = 2**63 - 1) -> None:
     """Check an integer.
 
     Args:
         name: of the argument.
         value: given.
-        low: lowest valid value; None: any.
+        low: lowest valid value; None: any integer is valid.
+        high: highest valid value.
 
     Raises:
         TypeError: no integer.
-        ValueError: below ``low``, or not below 2**63.
+        ValueError: below ``low`` or above ``high``.
 
     Example:
         >>> from deform_attn.checks import check_integer
@@ -74,8 +95,86 @@ def check_integer(name: str, value: object, low: int | None = None) -> None:
     if low is not None and value < low:
         expected = "at least 1" if low == 1 else f"a number from {low}"
         raise ValueError(f"{name}: expected {expected}, got {value}")
-    if low is not None and not value < 2**63:
-        raise ValueError(f"{name}: expected a number below 2**63, got {value}")
+    if low is not None and not value <= high:
+        limit = "below 2**63" if high == 2**63 - 1 else f"up to {high}"
+        raise ValueError(f"{name}: expected a number {limit}, got {value}")
+
+
+def check_sizes(channels: str, heads: str, **sizes: int) -> None:
+    """Check the sizes of an attention module.
+
+    Args:
+        channels: the name of the number of channels, among those of ``sizes``.
+        heads: likewise, of the number of heads.
+        sizes: by the names of the arguments.
+
+    Raises:
+        TypeError: a size is no integer.
+        ValueError: a size is less than 1, or the heads do not divide the channels.
+
+    Example:
+        >>> from deform_attn.checks import check_sizes
+        >>> check_sizes("d_model", "n_heads", d_model=100, n_heads=8)
+        Traceback (most recent call last):
+            ...
+        ValueError: d_model: expected a multiple of n_heads (8), got 100
+    """
+    for name, size in sizes.items():
+        check_integer(name, size, 1)
+    if sizes[channels] % sizes[heads]:
+        raise ValueError(
+            f"{channels}: expected a multiple of {heads} ({sizes[heads]}), got {sizes[channels]}"
+        )
+
+
+def check_counts(num_points: int | Sequence[int], num_levels: int) -> list[int]:
+    """The number of points in each level.
+
+    Args:
+        num_points: of every level, or a list.
+        num_levels: valid.
+
+    Raises:
+        TypeError: no integers.
+        ValueError: a count is below 0, all are 0, or there is another number of levels.
+    """
+    counts: list[Any]
+    try:
+        counts = [num_points] * num_levels if is_integer(num_points) else list(num_points)  # type: ignore[arg-type]
+    except TypeError:
+        counts = [num_points]
+    expected = f"num_points: expected a count, or one for each of {num_levels} levels"
+    if not all(is_integer(count) and not isinstance(count, Tensor) for count in counts):
+        raise TypeError(f"{expected}, got {num_points!r}")
+    if len(counts) != num_levels or min(counts) < 0 or sum(counts) == 0:
+        raise ValueError(f"{expected}, got {num_points}")
+    return counts
+
+
+def check_keywords(given: Iterable[str], known: tuple[str, ...]) -> None:
+    """Raise a TypeError for a keyword that is a known one misspelt; others are ignored.
+
+    For functions that ignore further keywords, as those of mmcv do.
+
+    Example:
+        >>> from deform_attn.checks import check_keywords
+        >>> check_keywords(["key_pos", "key_padding_masks"], ("query_pos", "key_padding_mask"))
+        Traceback (most recent call last):
+            ...
+        TypeError: key_padding_masks: unknown argument, expected key_padding_mask
+    """
+    for name in given:
+        if near := _near(name, known):
+            raise TypeError(f"{name}: unknown argument, expected {near[0]}")
+
+
+@functools.cache
+def _near(name: str, known: tuple[str, ...]) -> list[str]:
+    """The known name that this one is meant for, if any.
+
+    0.9: mmcv's ``query_key_padding_mask`` is no misspelt ``key_padding_mask``.
+    """
+    return difflib.get_close_matches(name, known, 1, 0.9)
 
 
 def check_number(name: str, value: object) -> float:
@@ -93,14 +192,28 @@ def check_number(name: str, value: object) -> float:
     return float(value)
 
 
+def check_positive(name: str, value: object) -> None:
+    """Check a finite number above 0.
+
+    Raises:
+        TypeError: no number.
+        ValueError: not above 0, infinite or NaN.
+    """
+    if not 0 < check_number(name, value) < math.inf:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+
+
 def as_path(name: str, path: object) -> Path:
     """A path, whose start ``~`` is the user's folder.
 
     Raises:
         TypeError: no text or path.
+        ValueError: empty text, which ``pathlib.Path`` takes for the current folder.
     """
     if not isinstance(path, str | os.PathLike) or isinstance(os.fspath(path), bytes):
         raise TypeError(f"{name}: expected a path, got {path!r}")
+    if not os.fspath(path):
+        raise ValueError(f"{name}: expected a path, got {path!r}; '.' is the current folder")
     return Path(os.path.expanduser(path))  # of an unknown user: as it is
 
 
@@ -113,11 +226,22 @@ def check_module(name: str, module: object) -> None:
         )
 
 
-def check_choice(name: str, value: object, known: Iterable[str]) -> None:
-    """Raise a ValueError for anything but one of the known names."""
+def check_choice(name: str, value: object, known: Iterable[object]) -> None:
+    """Raise a ValueError for anything but one of the known names or numbers.
+
+    Example:
+        >>> from deform_attn.checks import check_choice
+        >>> check_choice("resize", "strech", ["stretch", "fit"])
+        Traceback (most recent call last):
+            ...
+        ValueError: resize: expected one of stretch, fit; got 'strech', similar: stretch
+    """
     known = list(known)
     if value not in known:
-        raise ValueError(f"{name}: expected one of {', '.join(known)}; got {value!r}")
+        names = [str(one) for one in known]
+        near = difflib.get_close_matches(str(value), names)
+        similar = f", similar: {', '.join(near)}" if near else ""
+        raise ValueError(f"{name}: expected one of {', '.join(names)}; got {value!r}{similar}")
 
 
 def check_flag(name: str, value: object) -> None:
@@ -175,9 +299,9 @@ def check(operands: AnyOperands) -> None:
             f"value: expected on the device of {' and '.join(points)} ({devices.pop()}), "
             f"got {value.device}"
         )
-    num_levels = _check_levels(value, levels, starts)
+    num_levels = check_levels(value, levels, starts)
     _check_points(value, points, num_levels, operands.num_points)
-    _check_level_sizes(value.shape[1], levels, starts)
+    check_level_sizes(value.shape[1], levels, starts)
     if isinstance(operands, FusedOperands):
         _check_reference_points(operands, num_levels)
     if operands.value_mask is not None:
@@ -236,10 +360,17 @@ def check_gradient(
         )
 
 
-def check_method(method: str) -> None:
-    """Raise a ValueError for an unknown sampling method."""
+def check_method(method: str, official_clamp: bool) -> None:
+    """Check a sampling method and its option.
+
+    Raises:
+        TypeError: ``official_clamp`` is no flag.
+        ValueError: an unknown method.
+    """
     if method not in ("default", "discrete"):
         raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
+    if official_clamp is not False:
+        check_flag("official_clamp", official_clamp)
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -351,30 +482,34 @@ def _check_value_mask(mask: Tensor, value: Tensor) -> None:
     _check_device("value_mask", mask, value)
 
 
-def _check_metadata_tensor(name: str, tensor: Tensor, value: Tensor) -> None:
+def _check_metadata_tensor(
+    name: str, tensor: Tensor, value: Tensor, names: LevelNames = NAMES
+) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in METADATA_DTYPES:
         raise ValueError(f"{name}: expected an integer dtype, got {tensor.dtype}")
     if tensor.device != value.device and tensor.device.type != "cpu":
         raise ValueError(
-            f"{name}: expected on value's device ({value.device}) or the CPU, got {tensor.device}"
+            f"{name}: expected on {names.value}'s device ({value.device}) or the CPU, "
+            f"got {tensor.device}"
         )
 
 
-def check_spatial_shapes(name: str, spatial_shapes: Levels, value: Tensor) -> int:
+def check_spatial_shapes(spatial_shapes: Levels, value: Tensor, names: LevelNames = NAMES) -> int:
     """Check the types and the layout of level sizes; their number.
 
     Args:
-        name: of the argument.
         spatial_shapes: given.
         value: for its device.
+        names: of the arguments.
 
     Raises:
         TypeError: no tensor or list of pairs.
         ValueError: another shape, dtype or device.
     """
+    name = names.spatial_shapes
     if isinstance(spatial_shapes, Tensor):
-        _check_metadata_tensor(name, spatial_shapes, value)
+        _check_metadata_tensor(name, spatial_shapes, value, names)
         if spatial_shapes.dim() != 2 or spatial_shapes.shape[1] != 2:
             raise ValueError(
                 f"{name}: expected shape [num_levels, 2] of (height, width), "
@@ -397,30 +532,43 @@ def check_spatial_shapes(name: str, spatial_shapes: Levels, value: Tensor) -> in
     return num_levels
 
 
-def _check_levels(
+def check_levels(
     value: Tensor,
     spatial_shapes: Levels,
     level_start_index: Tensor | Sequence[int] | None,
+    names: LevelNames = NAMES,
 ) -> int:
-    num_levels = check_spatial_shapes("spatial_shapes", spatial_shapes, value)
+    """As :func:`check_spatial_shapes`, and likewise of the first row of each level.
+
+    Args:
+        value: for its device.
+        spatial_shapes: given.
+        level_start_index: given.
+        names: of the arguments.
+
+    Raises:
+        TypeError: another type.
+        ValueError: another shape, dtype or device.
+    """
+    num_levels = check_spatial_shapes(spatial_shapes, value, names)
+    name = names.level_start_index
     if isinstance(level_start_index, Tensor):
-        _check_metadata_tensor("level_start_index", level_start_index, value)
+        _check_metadata_tensor(name, level_start_index, value, names)
         if level_start_index.dim() != 1:
             raise ValueError(
-                "level_start_index: expected shape [num_levels], "
-                f"got {tuple(level_start_index.shape)}"
+                f"{name}: expected shape [num_levels], got {tuple(level_start_index.shape)}"
             )
     elif level_start_index is not None and not (
         isinstance(level_start_index, Sequence) and all(map(is_integer, level_start_index))
     ):
         raise TypeError(
-            "level_start_index: expected a tensor [num_levels], a list of integers or None, "
+            f"{name}: expected a tensor [num_levels], a list of integers or None, "
             f"got {level_start_index!r}"
         )
     if level_start_index is not None and len(level_start_index) != num_levels:
         raise ValueError(
-            f"level_start_index: expected {num_levels} entries, one for each level of "
-            f"spatial_shapes, got {len(level_start_index)}"
+            f"{name}: expected {num_levels} entries, one for each level of "
+            f"{names.spatial_shapes}, got {len(level_start_index)}"
         )
     return num_levels
 
@@ -475,9 +623,26 @@ def _check_points(
         )
 
 
-def _check_level_sizes(
-    rows: int, spatial_shapes: Levels, level_start_index: Tensor | Sequence[int] | None
+def check_level_sizes(
+    rows: int,
+    spatial_shapes: Levels,
+    level_start_index: Tensor | Sequence[int] | None,
+    names: LevelNames = NAMES,
 ) -> None:
+    """Check that levels are inside the rows of a value; their types are valid.
+
+    Sizes on another device are read only with ``DEFORM_ATTN_CHECK_METADATA=1``.
+
+    Args:
+        rows: of value.
+        spatial_shapes: given.
+        level_start_index: given.
+        names: of the arguments.
+
+    Raises:
+        ValueError: a side is below 1, or a level is not inside the rows.
+    """
+
     def known(metadata: object) -> bool:
         return not isinstance(metadata, Tensor) or readable(metadata, wait=CHECK_DEVICE_METADATA)
 
@@ -487,8 +652,8 @@ def _check_level_sizes(
     for level, (height, width) in enumerate(sizes):
         if not (1 <= height <= LARGEST_SIDE and 1 <= width <= LARGEST_SIDE):
             raise ValueError(
-                f"spatial_shapes: expected sides from 1 to 2**31 - 1, got (height, width) = "
-                f"({height}, {width}) for level {level}"
+                f"{names.spatial_shapes}: expected sides from 1 to 2**31 - 1, got (height, width) "
+                f"= ({height}, {width}) for level {level}"
             )
     if not known(level_start_index):
         return
@@ -498,14 +663,12 @@ def _check_level_sizes(
         starts = level_start_index.tolist()
     else:
         starts = list(level_start_index)
+    at_fault = names.spatial_shapes if level_start_index is None else names.level_start_index
     for level, ((height, width), start) in enumerate(zip(sizes, starts)):
         if start < 0:
-            raise ValueError(
-                f"level_start_index: expected at least 0, got {start} for level {level}"
-            )
+            raise ValueError(f"{at_fault}: expected at least 0, got {start} for level {level}")
         if start + height * width > rows:
-            at_fault = "spatial_shapes" if level_start_index is None else "level_start_index"
             raise ValueError(
                 f"{at_fault}: level {level} of {height} x {width} pixels from row {start} ends at "
-                f"row {start + height * width}, but value has {rows} rows (dimension 1)"
+                f"row {start + height * width}, but {names.value} has {rows} rows (dimension 1)"
             )

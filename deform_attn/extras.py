@@ -1,7 +1,8 @@
-"""Packages that an extra of this package installs, and torchvision, which must fit torch."""
+"""Packages that are not required: errors that name the command that installs them."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import metadata, util
@@ -18,6 +19,28 @@ def needs(extra: str) -> Iterator[None]:
         ModuleNotFoundError: a package is not installed; the message names it and the command that
             installs it.
     """
+    with _installed_by(f'"deform_attn[{extra}]"'):
+        yield
+
+
+@contextmanager
+def needs_packages(*names: str) -> Iterator[None]:
+    """As :func:`needs`, for packages of no extra; they are imported before the block.
+
+    Args:
+        names: of packages and of their modules, such as "onnx".
+
+    Raises:
+        ModuleNotFoundError: as :func:`needs`.
+    """
+    with _installed_by(" ".join(names)):
+        for name in names:
+            importlib.import_module(name)
+        yield
+
+
+@contextmanager
+def _installed_by(requirements: str) -> Iterator[None]:
     try:
         yield
     except ModuleNotFoundError as error:
@@ -25,7 +48,7 @@ def needs(extra: str) -> Iterator[None]:
         if package in ("", "deform_attn"):
             raise
         raise ModuleNotFoundError(
-            f'{package}: expected its package to be installed: pip install "deform_attn[{extra}]"',
+            f"{package}: expected its package to be installed: pip install {requirements}",
             name=error.name,
         ) from None
 

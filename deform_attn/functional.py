@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch import Tensor
 from deform_attn.backends import choose_backend
 from deform_attn.checks import (
     check,
-    check_flag,
     check_method,
     check_scale,
     converted,
@@ -219,7 +219,8 @@ def _attention(
 ) -> Tensor:
     value = arguments[0]
     chosen = choose_backend(_device_type(value), value.dtype, backend)
-    check_method(method)
+    if method != "default" or official_clamp is not False:
+        check_method(method, official_clamp)
     operands = _as_operands(*arguments)
     if method == "discrete":
         return _discrete(operands, official_clamp)
@@ -233,7 +234,6 @@ def _device_type(value: Tensor) -> str:
 
 
 def _discrete(operands: tuple[Any, ...], official_clamp: bool) -> Tensor:
-    check_flag("official_clamp", official_clamp)
     *others, value_mask = operands
     return call_discrete(*others, official_clamp, value_mask)
 
@@ -283,7 +283,9 @@ def _fused(
 ) -> Tensor:
     value, shapes, starts, reference, offsets, logits, num_points, offset_scale, mask = arguments
     chosen = choose_backend(_device_type(value), value.dtype, backend)
-    check_method(method)
+    check_method(method, official_clamp)
+    if not (type(offset_scale) is float and abs(offset_scale) < math.inf):
+        check_scale(offset_scale)
     kernel = chosen.call_fused if method == "default" else None
     if kernel is None and not torch.compiler.is_compiling():
         _check_fused(arguments)  # broadcasting would accept operands that do not fit
@@ -321,6 +323,5 @@ def _check_attention(arguments: tuple[Any, ...]) -> None:
 
 
 def _check_fused(arguments: tuple[Any, ...]) -> None:
-    *tensors, num_points, offset_scale, value_mask = arguments
-    check_scale(offset_scale)
+    *tensors, num_points, _, value_mask = arguments
     check(FusedOperands(*tensors)._replace(num_points=num_points, value_mask=value_mask))

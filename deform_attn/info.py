@@ -14,6 +14,7 @@ import torch
 
 import deform_attn
 from deform_attn.backends import BACKENDS, choose_backend, compiled, unannounced
+from deform_attn.console import command
 
 __all__ = ["report"]
 
@@ -91,7 +92,7 @@ def _backends(device: str, dtype: torch.dtype) -> dict[str, Any]:
     why_not = {name: backend.why_not(device, dtype) for name, backend in BACKENDS.items()}
     try:
         chosen: str | None = choose_backend(device, dtype).name
-    except RuntimeError:  # the forced one cannot run, and why_not tells why
+    except RuntimeError:  # the forced one cannot run; why_not has the reason
         chosen = None
     return {"chosen": chosen, "why_not": {n: why for n, why in why_not.items() if why is not None}}
 
@@ -131,9 +132,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m deform_attn.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     arguments = parser.parse_args()
-    with unannounced():
-        facts = report()
-    print(json.dumps(facts, indent=2) if arguments.json else _as_text(facts))
+    with command():
+        with unannounced():
+            facts = report()
+        print(json.dumps(facts, indent=2) if arguments.json else _as_text(facts))
 
 
 if __name__ == "__main__":

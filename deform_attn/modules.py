@@ -6,6 +6,7 @@ state dict and mask convention of the modules that it replaces.
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,18 +17,25 @@ import torch
 from torch import Tensor, nn
 
 from deform_attn.checks import (
+    LevelNames,
+    check_choice,
+    check_counts,
     check_flag,
     check_integer,
+    check_keywords,
+    check_level_sizes,
+    check_levels,
     check_method,
-    check_number,
+    check_positive,
     check_scale,
+    check_sizes,
     check_spatial_shapes,
     check_tensor,
     check_threshold,
     explained,
 )
 from deform_attn.functional import ms_deform_attn_fused
-from deform_attn.levels import Levels, is_integer, readable
+from deform_attn.levels import Levels, readable
 
 __all__ = ["MSDeformAttn", "MSDeformableAttention", "MultiScaleDeformableAttention"]
 
@@ -43,7 +51,7 @@ class _Attention(nn.Module):
     ``sampling_offsets(query)`` and ``attention_weights(query)`` as offsets and logits.
     """
 
-    value_name, shapes_name, mask_name = "value", "spatial_shapes", "key_padding_mask"
+    names, mask_name = LevelNames(), "key_padding_mask"
     mask_keeps = False  # True: a mask is True for pixels; False: it is True for padding
     layout = ""  # added to messages where query and value are not [batch, rows, channels]
     offset_scale, method, official_clamp = 0.5, "default", False
@@ -134,16 +142,17 @@ class _Attention(nn.Module):
 
     def _check(self, arguments: _Arguments) -> None:
         """Check what the operator does not check or names differently; called after a failure."""
-        query, reference_points, value, spatial_shapes, _, mask = arguments
+        query, reference_points, value, spatial_shapes, level_start_index, mask = arguments
         channels, levels = self._channels, len(self._points)
-        tensors = {self.value_name: value, "query": query, "reference_points": reference_points}
+        value_name = self.names.value
+        tensors = {value_name: value, "query": query, "reference_points": reference_points}
         for name, tensor in tensors.items():
             check_tensor(name, tensor)
         if mask is not None:
             check_tensor(self.mask_name, mask)
         if value.dim() != 3 or value.shape[-1] != channels:
             raise ValueError(
-                f"{self.value_name}: expected shape [batch, rows, {channels}]{self.layout}, "
+                f"{value_name}: expected shape [batch, rows, {channels}]{self.layout}, "
                 f"got {tuple(value.shape)}"
             )
         B = value.shape[0]
@@ -152,11 +161,13 @@ class _Attention(nn.Module):
                 f"query: expected shape [{B}, queries, {channels}]{self.layout}, "
                 f"got {tuple(query.shape)}"
             )
-        if (given := check_spatial_shapes(self.shapes_name, spatial_shapes, value)) != levels:
+        if (given := check_spatial_shapes(spatial_shapes, value, self.names)) != levels:
             raise ValueError(
-                f"{self.shapes_name}: expected {levels} levels, the number that the module was "
-                f"created with, got {given}"
+                f"{self.names.spatial_shapes}: expected {levels} levels, the number that the "
+                f"module was created with, got {given}"
             )
+        check_levels(value, spatial_shapes, level_start_index, self.names)
+        check_level_sizes(value.shape[1], spatial_shapes, level_start_index, self.names)
         # offloaded parameters are on "meta" until they are used; quantized layers have none
         devices = {parameter.device for parameter in self.parameters()} - {torch.device("meta")}
         for name, tensor in tensors.items():
@@ -165,15 +176,14 @@ class _Attention(nn.Module):
                 raise ValueError(
                     f"{name}: expected on the module's device ({expected}), got {tensor.device}"
                 )
-        if torch.is_autocast_enabled(value.device.type):
-            return
         dtypes = {x.dtype for x in self.parameters() if x.is_floating_point()}
-        for name in (self.value_name, "query"):
-            if dtypes and tensors[name].dtype not in dtypes:
+        for name in (value_name, "query"):
+            dtype = tensors[name].dtype
+            if torch.is_autocast_enabled(value.device.type) and dtype.is_floating_point:
+                continue
+            if dtypes and dtype not in dtypes:
                 expected = " or ".join(map(str, dtypes))
-                raise ValueError(
-                    f"{name}: expected the module's dtype ({expected}), got {tensors[name].dtype}"
-                )
+                raise ValueError(f"{name}: expected the module's dtype ({expected}), got {dtype}")
 
     def _padding(self, mask: Tensor, value: Tensor) -> Tensor:
         """The mask, checked: True for padding."""
@@ -186,7 +196,7 @@ class _Attention(nn.Module):
             )
         if mask.device != value.device:
             raise ValueError(
-                f"{self.mask_name}: expected on {self.value_name}'s device ({value.device}), "
+                f"{self.mask_name}: expected on {self.names.value}'s device ({value.device}), "
                 f"got {mask.device}"
             )
         padding = ~mask if self.mask_keeps else mask
@@ -238,15 +248,6 @@ def _reset_projection(layer: nn.Linear) -> None:
     nn.init.zeros_(layer.bias)
 
 
-def _check_sizes(channels: str, heads: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        check_integer(name, size, 1)
-    if sizes[channels] % sizes[heads]:
-        raise ValueError(
-            f"{channels}: expected a multiple of {heads} ({sizes[heads]}), got {sizes[channels]}"
-        )
-
-
 class MSDeformAttn(_Attention):
     """Multi-scale deformable attention with the interface of Deformable DETR.
 
@@ -277,14 +278,14 @@ class MSDeformAttn(_Attention):
         torch.Size([2, 5, 32])
     """
 
-    value_name, shapes_name = "input_flatten", "input_spatial_shapes"
+    names = LevelNames("input_flatten", "input_spatial_shapes", "input_level_start_index")
     mask_name = "input_padding_mask"
 
     def __init__(
         self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
     ) -> None:
         sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
-        _check_sizes("d_model", "n_heads", **sizes)
+        check_sizes("d_model", "n_heads", **sizes)
         super().__init__(d_model, n_heads, [n_points] * n_levels, d_model)
         self.im2col_step = 64  # set by callers of the official module; not used here
         self.d_model = d_model
@@ -389,10 +390,13 @@ class MultiScaleDeformableAttention(_Attention):
         embed_dim: int | None = None,
         img2col_step: int | None = None,
     ) -> None:
-        embed_dims = embed_dims if embed_dim is None else embed_dim
+        if embed_dim is not None:
+            check_integer("embed_dim", embed_dim, 1)
+            if embed_dims not in (256, embed_dim):  # 256: not given
+                raise ValueError(f"embed_dim: expected embed_dims ({embed_dims}), got {embed_dim}")
+            embed_dims = embed_dim
         check_integer("embed_dims", embed_dims, 1)
-        if not 0 < check_number("value_proj_ratio", value_proj_ratio) < math.inf:
-            raise ValueError(f"value_proj_ratio: expected a number above 0, got {value_proj_ratio}")
+        check_positive("value_proj_ratio", value_proj_ratio)
         check_threshold("dropout", dropout)
         check_flag("batch_first", batch_first)
         value_channels = int(embed_dims * value_proj_ratio)
@@ -404,7 +408,7 @@ class MultiScaleDeformableAttention(_Attention):
             "embed_dims * value_proj_ratio": value_channels,
         }
         for channels in ("embed_dims", "embed_dims * value_proj_ratio"):
-            _check_sizes(channels, "num_heads", **sizes)
+            check_sizes(channels, "num_heads", **sizes)
         super().__init__(embed_dims, num_heads, [num_points] * num_levels, value_channels)
         self.im2col_step = im2col_step if img2col_step is None else img2col_step
         self.embed_dims = embed_dims
@@ -457,9 +461,12 @@ class MultiScaleDeformableAttention(_Attention):
             Shape of ``query``.
 
         Raises:
-            TypeError: ``reference_points`` or ``spatial_shapes`` is missing.
+            TypeError: ``reference_points`` or ``spatial_shapes`` is missing, or an additional
+                argument is one of these misspelt.
             ValueError: a shape, device or mask does not fit; the message names the argument.
         """
+        if kwargs and not torch.compiler.is_compiling():
+            check_keywords(kwargs, _FORWARD)
         if reference_points is None or spatial_shapes is None:
             missing = "reference_points" if reference_points is None else "spatial_shapes"
             raise TypeError(f"{missing}: expected a tensor, got None")
@@ -513,6 +520,9 @@ class MultiScaleDeformableAttention(_Attention):
                 )
 
 
+# Arguments of MultiScaleDeformableAttention.forward.
+_FORWARD = tuple(inspect.signature(MultiScaleDeformableAttention.forward).parameters)
+
 VARIANTS = ("rtdetr", "rtdetrv2", "dfine")
 
 
@@ -550,7 +560,8 @@ class MSDeformableAttention(_Attention):
         torch.Size([2, 5, 32])
     """
 
-    shapes_name, mask_name, mask_keeps = "value_spatial_shapes", "value_mask", True
+    names = LevelNames(spatial_shapes="value_spatial_shapes")
+    mask_name, mask_keeps = "value_mask", True
 
     def __init__(
         self,
@@ -565,22 +576,11 @@ class MSDeformableAttention(_Attention):
         official_clamp: bool = False,
     ) -> None:
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_levels": num_levels}
-        _check_sizes("embed_dim", "num_heads", **sizes)
-        counts: list[Any]
-        try:
-            counts = [num_points] * num_levels if is_integer(num_points) else list(num_points)  # type: ignore[arg-type]
-        except TypeError:
-            counts = [num_points]
-        expected = f"num_points: expected a count, or one for each of {num_levels} levels"
-        if not all(is_integer(count) and not isinstance(count, Tensor) for count in counts):
-            raise TypeError(f"{expected}, got {num_points!r}")
-        if len(counts) != num_levels or min(counts) < 0 or sum(counts) == 0:
-            raise ValueError(f"{expected}, got {num_points}")
-        check_method(method)
+        check_sizes("embed_dim", "num_heads", **sizes)
+        counts = check_counts(num_points, num_levels)
+        check_method(method, official_clamp)
         check_scale(offset_scale)
-        check_flag("official_clamp", official_clamp)
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {', '.join(VARIANTS)}, got {variant!r}")
+        check_choice("variant", variant, VARIANTS)
         super().__init__(embed_dim, num_heads, counts, None if variant == "dfine" else embed_dim)
         self.embed_dim = embed_dim
         self.num_heads = num_heads
@@ -668,7 +668,7 @@ class MSDeformableAttention(_Attention):
             )
         for level in levels:
             check_tensor("value", level)
-        check_spatial_shapes(self.shapes_name, spatial_shapes, levels[0])
+        check_spatial_shapes(spatial_shapes, levels[0], self.names)
 
     def _joined(self, arguments: tuple[Sequence[Tensor], Levels]) -> Tensor:
         """``[batch, rows, embed_dim]`` from a list of ``[batch, heads, head_dim, rows]``."""

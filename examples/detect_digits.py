@@ -21,7 +21,7 @@ from rich.table import Table
 
 from deform_attn import BACKENDS, use_backend, viz
 from deform_attn.detr import load
-from deform_attn.detr.data import Digits
+from deform_attn.detr.drawn import Digits
 
 TOLERANCE = 1e-4  # of the picture's side, and of a score
 SIDE = 768  # pixels of the picture

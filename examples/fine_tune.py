@@ -19,7 +19,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from deform_attn.detr import load
-from deform_attn.detr.data import Digits, write_coco
+from deform_attn.detr.data import write_coco
+from deform_attn.detr.drawn import Digits
 from deform_attn.detr.images import draw, read_image
 from deform_attn.detr.train import Settings, train
 

@@ -175,6 +175,25 @@ def test_compile_and_export_keep_the_operator(client: type[nn.Module]) -> None:
     torch.testing.assert_close(program.module()(memory), expected, rtol=1e-9, atol=1e-10)
 
 
+def test_stock_and_accelerated_compiled_in_one_process() -> None:
+    """Each has code of its own: Dynamo keeps what it compiled by the code of a function."""
+    model, memory = make(clients.GroundingDINO)
+    operands = model.layer.operands
+
+    def broken(*inputs: Tensor) -> Any:
+        torch._dynamo.graph_break()
+        return operands(*inputs)
+
+    model.layer.operands = broken
+    expected = model(memory)
+    torch._dynamo.reset()
+    for change in 2 * (deform_attn.accelerate, deform_attn.restore):
+        change(model)
+        with torch.no_grad():
+            found = torch.compile(model, backend="eager")(memory)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-10)
+
+
 def test_what_differs_is_reported_and_kept() -> None:
     model = nn.ModuleDict({"differs": clients.Differs(), "hidden": clients.Hidden()})
     types = [type(module) for module in model.modules()]

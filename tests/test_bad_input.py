@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -304,6 +305,8 @@ def test_error_names_the_argument(
     [
         ({"offset_scale": "half"}, TypeError, "offset_scale: expected a number, got 'half'"),
         ({"offset_scale": None}, TypeError, "offset_scale: expected a number, got None"),
+        ({"offset_scale": math.nan}, ValueError, "offset_scale: expected a finite number, got nan"),
+        ({"official_clamp": "yes"}, TypeError, "official_clamp: expected True or False, got 'yes'"),
         (
             {"method": "discrete", "official_clamp": "yes"},
             TypeError,

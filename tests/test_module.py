@@ -609,8 +609,21 @@ def test_bad_levels_and_values_are_named(name: str) -> None:
         SHAPE_NAMES.get(name, "value_spatial_shapes"),
         VALUE_NAMES.get(name, "value"),
     )
+    starts = next((key for key in call if key.endswith("start_index")), shapes)
     with pytest.raises(ValueError, match=f"^{shapes}: expected 3 levels.* got 2$"):
         module(**(call | {shapes: call[shapes][:2]}))
+    if name != "dfine":  # of which each level is compared with its rows
+        rows = call[value].narrow(0 if name == "mmcv" else 1, 0, 48)
+        ends = rf"^{starts}: level 2 of 2 x 1 .* ends at row 49, but {value} has 48 rows"
+        with pytest.raises(ValueError, match=ends):
+            module(**(call | {value: rows}))
+    if starts != shapes:
+        for wrong, message in (
+            (call[starts].float(), "expected an integer dtype"),
+            (call[starts][:2], f"expected 3 entries, one for each level of {shapes}, got 2"),
+        ):
+            with pytest.raises(ValueError, match=f"^{starts}: {message}"):
+                module(**(call | {starts: wrong}))
     bad = call[value]
     bad = (bad[0][:, :, :7], *bad[1:]) if name == "dfine" else bad[..., :31]
     with pytest.raises(ValueError, match=f"^{value}: expected"):
@@ -651,6 +664,11 @@ def test_mmcv_names_what_is_missing_and_says_what_is_first() -> None:
     for name in ("reference_points", "spatial_shapes"):
         with pytest.raises(TypeError, match=f"^{name}: expected a tensor, got None"):
             module(**{key: given for key, given in call.items() if key != name})
+    misspelt = "key_padding_masks: unknown argument, expected key_padding_mask"
+    with pytest.raises(TypeError, match=f"^{misspelt}$"):
+        module(**call, key_padding_masks=torch.zeros(2, 49, dtype=torch.bool))
+    of_mmcv = {"key_pos": None, "query_key_padding_mask": None, "attn_masks": None}
+    assert torch.equal(module(**call, **of_mmcv), module(**call))
     batch_first = {key: call[key].transpose(0, 1) for key in ("query", "value")}
     with pytest.raises(ValueError, match="^query: .*batch_first is False"):
         module(**(call | batch_first))
@@ -708,8 +726,15 @@ def test_sizes_of_another_type_are_named(make: type[nn.Module], wrong: Any) -> N
             {"value_proj_ratio": math.nan},
             "value_proj_ratio: expected a number above 0, got nan",
         ),
+        (MultiScaleDeformableAttention, {"embed_dim": "32"}, "embed_dim: expected an integer, got"),
+        (
+            MultiScaleDeformableAttention,
+            {"embed_dims": 64, "embed_dim": 32},
+            r"embed_dim: expected embed_dims \(64\), got 32",
+        ),
         (MSDeformableAttention, {"offset_scale": "1"}, "offset_scale: expected a number, got '1'"),
         (MSDeformableAttention, {"offset_scale": math.inf}, "offset_scale: expected a finite"),
+        (MSDeformableAttention, {"offset_scale": math.nan}, "offset_scale: expected a finite"),
         (MSDeformableAttention, {"official_clamp": 2}, "official_clamp: expected True or False"),
     ],
 )

@@ -115,9 +115,56 @@ def test_a_package_that_is_missing(package: str, monkeypatch: pytest.MonkeyPatch
         export(torch.nn.Identity().eval(), (torch.zeros(1),))
 
 
+def test_arguments_of_another_type_are_named() -> None:
+    model = torch.nn.Identity().eval()
+    for call, message in (
+        (lambda: export(None, ()), "model: expected a torch.nn.Module, got NoneType"),
+        (lambda: export(model, torch.zeros(1)), "args: expected a tuple of example inputs, got Te"),
+        (lambda: decompose(model), "program: expected what torch.export.export makes .*Identity$"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            call()
+    with pytest.raises(ValueError, match="^path: expected a path, got ''"):
+        export(model, (torch.zeros(1),), "")
+
+
 def test_a_model_in_training() -> None:
     with pytest.raises(ValueError, match="model: expected one in evaluation mode"):
         export(nn.Linear(2, 2), (torch.rand(1, 2),))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dynamic_axes": {"x": {0: "batch"}}}, "dynamic_axes: .*pass dynamic_shapes"),
+        ({"dynamo": False}, r"dynamo: .*call torch\.onnx\.export"),
+        ({"f": "model.onnx"}, "f: .*pass path"),
+        ({"plugin_version": 2}, "plugin_version: expected '1' or '2', got 2"),
+    ],
+)
+def test_options_that_would_be_ignored(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        export(nn.Linear(2, 2).eval(), (torch.rand(1, 2),), verbose=False, **options)
+
+
+def test_what_is_no_model_and_no_path() -> None:
+    with pytest.raises(TypeError, match=r"model: expected a torch\.nn\.Module, got function"):
+        export(lambda x: x, (torch.rand(1, 2),))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="path: expected a path, got 5"):
+        export(nn.Linear(2, 2).eval(), (torch.rand(1, 2),), 5)  # type: ignore[arg-type]
+
+
+def test_an_opset_that_the_exporter_did_not_reach(tmp_path: Path) -> None:
+    """It writes another one and only logs this."""
+    with pytest.raises(RuntimeError, match="opset_version: expected 99, got a model of 18"):
+        export(
+            nn.Linear(2, 2).eval(),
+            (torch.rand(1, 2),),
+            tmp_path / "m.onnx",
+            verbose=False,
+            opset_version=99,
+        )
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_clamps_of_one_tensor() -> None:
@@ -268,6 +315,14 @@ def test_a_layer_with_dynamic_batch_and_queries(form: str, tmp_path: Path) -> No
         for inputs in (layer_inputs(2, 5), layer_inputs(1, 1), layer_inputs(3, 9)):
             (output,) = run(model, inputs)
             assert difference(output, layer(*inputs)) <= LARGEST_DIFFERENCE
+
+
+def test_the_plugin_in_an_older_opset() -> None:
+    layer, inputs = Layer().eval(), layer_inputs(2, 5)
+    model = export(layer, inputs, form="tensorrt", verbose=False, opset_version=17).model_proto
+    assert [entry.version for entry in model.opset_import if not entry.domain] == [17]
+    with torch.no_grad():
+        assert difference(run(model, inputs)[0], layer(*inputs)) <= LARGEST_DIFFERENCE
 
 
 def test_level_sizes_in_a_tensor(tmp_path: Path) -> None:

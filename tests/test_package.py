@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
+import graphlib
 import importlib
 import importlib.metadata
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -156,6 +159,44 @@ def test_driver_that_is_too_old(
     assert found is None if reason is None else re.match(reason, found or "")
 
 
+# --- commands
+
+
+@pytest.mark.parametrize("module", ["info", "check", "detr"])
+def test_ctrl_c_during_the_imports_has_no_traceback(module: str, tmp_path: Path) -> None:
+    """A torch that is interrupted while it is imported."""
+    (tmp_path / "torch.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"}
+    command = [sys.executable, "-m", f"deform_attn.{module}"]
+    done = subprocess.run(
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a background
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+
+
+def test_a_closed_pipe_ends_a_command_quietly() -> None:
+    """As in `python -m deform_attn.info | head -0`: one that prints more than a pipe holds."""
+    code = (
+        "import sys; from deform_attn.console import command\n"
+        "with command():\n"
+        "    sys.stdin.read()\n"
+        "    for _ in range(SIZE): print('x')\n"
+        "    if SIZE < 2: sys.exit(3)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    for size, status in ((10**6, 141), (1, 3)):
+        start = [sys.executable, "-c", code.replace("SIZE", str(size))]
+        with subprocess.Popen(start, env=environment, text=True, **pipes) as process:
+            for end in (process.stdout, process.stdin):
+                end.close()
+            assert (process.stderr.read(), process.wait()) == ("", status)
+
+
 # --- info
 
 
@@ -286,6 +327,26 @@ def test_old_setuptools_is_refused_in_a_sentence(version: str, start: str) -> No
 
 
 @needs_source
+def test_imports_point_one_way() -> None:
+    """No module imports, anywhere in its code, one that imports it."""
+    root = Path(deform_attn.__file__).parents[1]
+    files = sorted(root.glob("deform_attn/**/*.py"))
+    names = [".".join(file.relative_to(root).with_suffix("").parts) for file in files]
+    names = [name.removesuffix(".__init__") for name in names]
+    imported: dict[str, set[str]] = {}
+    for name, file in zip(names, files):
+        found = imported.setdefault(name, set())
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names} & set(names)
+            elif isinstance(node, ast.ImportFrom) and node.module in names:
+                parts = {f"{node.module}.{alias.name}" for alias in node.names}
+                found |= {part if part in names else node.module for part in parts}
+    assert len(imported) > 60
+    assert imported["deform_attn.operator"] >= {"deform_attn.composite", "deform_attn.operands"}
+    list(graphlib.TopologicalSorter(imported).static_order())  # raises CycleError
+
+
 def test_torch_is_found_where_nothing_can_be_imported() -> None:
     """As in pip's isolated build: the interpreter is the environment's, its packages are hidden."""
     find = """

@@ -6,7 +6,7 @@ import argparse
 import functools
 import json
 import os
-import signal
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,13 +21,15 @@ with needs("detr"):
     from rich.table import Table
 
     from deform_attn.checks import as_path, check_integer, check_threshold
+    from deform_attn.console import command
     from deform_attn.detr.coco import raise_faults
-    from deform_attn.detr.data import DRAWN, folder_of, open_dataset, splits_of
+    from deform_attn.detr.data import folder_of, open_dataset, splits_of
     from deform_attn.detr.device import find_device
+    from deform_attn.detr.drawn import DRAWN
     from deform_attn.detr.evaluate import as_text, coco_results, detect, score
     from deform_attn.detr.export import SUFFIXES
     from deform_attn.detr.export import export as export_detector
-    from deform_attn.detr.files import check_file, make_folder, write
+    from deform_attn.detr.files import check_apart, check_file, make_folder, write
     from deform_attn.detr.folders import AnnotatedFolder
     from deform_attn.detr.hold_out import hold_out as divide_folder
     from deform_attn.detr.images import draw, find_images, read_fault, read_image
@@ -37,6 +39,8 @@ with needs("detr"):
     from deform_attn.detr.train import settings_of, train
 
 PROG = "python -m deform_attn.detr"
+FAULTS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
+OUT_OF_MEMORY = "allocate memory|not enough memory|out of memory"  # of torch, by device
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
 
@@ -75,6 +79,9 @@ def evaluate(
     dataset = open_dataset(
         data, split, detector.size, resize=detector.resize, classes=detector.classes
     )
+    for name, folder in (("out", out), ("results", results and results.parent)):
+        if folder is not None and isinstance(dataset, AnnotatedFolder):
+            dataset.check_apart(name, folder)
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
     if out is not None and dataset.most_objects == 0:
@@ -135,6 +142,7 @@ def predict(
     detector = open_detector("model", model, find_device(device))
     files = find_images(images)
     out = make_folder("out", out)
+    check_apart("out", out, [place for f in files for place in (f.parent, f.resolve().parent)])
     rows: list[dict[str, Any]] = []
     faults: list[str] = []
     try:
@@ -229,6 +237,9 @@ def data(
         sets[name] = open_dataset(data, name, resize="fit", classes=classes)
         classes = sets[name].classes
     folders = {name: one for name, one in sets.items() if isinstance(one, AnnotatedFolder)}
+    if sheet is not None:
+        for annotated in folders.values():
+            annotated.check_apart("sheet", sheet.parent)
     for name, one in sets.items():
         objects = [row["image_id"] for row in one.ground_truth()["annotations"]]
         empty = len(one) - len(set(objects))
@@ -291,19 +302,40 @@ def main() -> None:
         "export": export,
         "data": data,
     }
-    try:
-        if sys.argv[1:2] == ["train"]:
-            commands["train"] = _train_command(sys.argv[2:])
-        tyro.extras.subcommand_cli_from_dict(
-            commands, prog=PROG, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
-        )
-    except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
-    except (ValueError, OSError, RuntimeError, ArithmeticError, ImportError) as error:
-        text = str(error)
-        if "\nOriginal Traceback" in text:  # of a process of the data loader
-            text = text.rpartition(f"\n{type(error).__name__}: ")[2]
-        sys.exit(f"{PROG}: error: {text.strip()}")
+    with command():
+        try:
+            _check_values(sys.argv[1:])
+            if sys.argv[1:2] == ["train"]:
+                commands["train"] = _train_command(sys.argv[2:])
+            tyro.extras.subcommand_cli_from_dict(
+                commands, prog=PROG, description=__doc__, config=(tyro.conf.OmitArgPrefixes,)
+            )
+        except BrokenPipeError:
+            raise
+        except (*FAULTS, MemoryError) as error:
+            text = str(error)
+            if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
+                text = (
+                    f"memory: {text.splitlines()[0] if text else 'exhausted'}; choose a smaller "
+                    "--size or --batch; train: also --accumulate with a smaller --batch, and "
+                    "--recompute 1"
+                )
+            if "\nOriginal Traceback" in text:  # of a process of the data loader
+                text = text.rpartition(f"\n{type(error).__name__}: ")[2]
+            sys.exit(f"{PROG}: error: {text.strip()}")
+
+
+def _check_values(arguments: Sequence[str]) -> None:
+    """Raise a ValueError for an empty value: as a path it would be the current folder."""
+    option = "arguments"
+    for word in arguments:
+        name, sign, value = word.partition("=")
+        if name.startswith("--"):
+            option = name[2:].replace("-", "_")
+        if not word or (name.startswith("--") and sign and not value):
+            raise ValueError(
+                f"{option}: expected a value, got ''; an option that is left out has its default"
+            )
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from deform_attn.checks import check_choice
-from deform_attn.detr.data import Detection, Original, Sample, resized
 from deform_attn.detr.images import LARGEST_RATIO, pad
+from deform_attn.detr.samples import Detection, Original, Sample, resized
 from deform_attn.extras import needs_torchvision
 
 # Begin and end of each transform, as fractions of the training:

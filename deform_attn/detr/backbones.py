@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from deform_attn.checks import check_choice, check_integer
 from deform_attn.detr.layers import ConvNorm
 from deform_attn.extras import needs_transformers
 
@@ -62,6 +63,8 @@ class SmallBackbone(nn.Module):
 
     def __init__(self, channels: Sequence[int] = (32, 64, 128)) -> None:
         super().__init__()
+        for count in channels:
+            check_integer("channels", count, 1)
         self.channels = list(channels)
         conv = partial(ConvNorm, kernel_size=3, activation=nn.ReLU)
         self.stem = conv(3, channels[0], stride=2)
@@ -130,6 +133,7 @@ def _library() -> Any:
 
 
 def _stages(maps: int) -> list[str]:
+    check_integer("maps", maps, 1, 4)
     return [f"stage{i}" for i in range(5 - maps, 5)]
 
 
@@ -137,6 +141,7 @@ RESNET_DEPTHS = {18: [2, 2, 2, 2], 34: [3, 4, 6, 3], 50: [3, 4, 6, 3], 101: [3, 
 
 
 def _resnet_sizes(depth: int) -> dict[str, Any]:
+    check_choice("depth", depth, RESNET_DEPTHS)
     basic = depth < 50
     sizes = [64, 128, 256, 512] if basic else [256, 512, 1024, 2048]
     kind = "basic" if basic else "bottleneck"
@@ -198,6 +203,7 @@ def hgnetv2(
         affine: learnable affine blocks after the activations (D-FINE-N, S and M).
         frozen: batch norms are frozen (D-FINE-L and X).
     """
+    check_choice("name", name, HGNET)
     (stem_mid, stem_out), stages, layers = HGNET[name]
     middle, out, blocks = (list(column) for column in zip(*stages))
     library = _library()

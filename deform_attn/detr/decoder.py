@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deform_attn.checks import check_integer
 from deform_attn.detr.boxes import Named, inverse_sigmoid
 from deform_attn.detr.layers import (
     MLP,
@@ -215,6 +216,7 @@ class SequentialDecoder(nn.Module):
 
     def __init__(self, channels: int, size: Size, num_classes: int, steps: int) -> None:
         super().__init__()
+        check_integer("num_classes", num_classes, 1)
         d = size.d_model
         self.gates = nn.Linear(channels + d, 4 * d, bias=False)
         self.class_heads = each(steps, lambda: nn.Linear(d, num_classes + 1))

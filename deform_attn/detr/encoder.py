@@ -88,6 +88,11 @@ class DeformableEncoder(nn.Module):
     ) -> None:
         super().__init__()
         d, num_levels = size.d_model, size.num_levels
+        if num_levels < len(channels):
+            raise ValueError(
+                f"num_levels: expected at least {len(channels)}, the maps of the backbone, "
+                f"got {num_levels}"
+            )
         layers = each(size.encoder_layers, lambda: EncoderLayer(DeformableAttention(size), size))
         further = [channels[-1], *[d] * num_levels][: num_levels - len(channels)]
         convolutions = [nn.Conv2d(c, d, 1) for c in channels]

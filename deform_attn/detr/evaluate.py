@@ -15,11 +15,13 @@ from torch.utils.data import DataLoader, Subset
 
 from deform_attn.checks import check_integer
 from deform_attn.detr.augment import collate
-from deform_attn.detr.data import Detection
 from deform_attn.detr.models import Postprocess
+from deform_attn.detr.samples import Detection
+from deform_attn.extras import needs
 
 Drawn = ParamSpec("Drawn")
 Picture = TypeVar("Picture")
+MOST_WORKERS = 1024  # processes that prepare batches
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
 
 
@@ -50,10 +52,10 @@ def detect(
 
     Raises:
         TypeError: ``batch`` or ``workers`` is no integer.
-        ValueError: ``batch`` is below 1, or ``workers`` below 0.
+        ValueError: ``batch`` is below 1, or ``workers`` below 0 or above 1024.
     """
     check_integer("batch", batch, 1)
-    check_integer("workers", workers, 0)
+    check_integer("workers", workers, 0, MOST_WORKERS)
     begin, end = (len(dataset) * i // part[1] for i in (part[0], part[0] + 1))
     facts = dataset.ground_truth()["images"]
     parameter = next(model.parameters())
@@ -167,10 +169,10 @@ def score(ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]) -> 
     if not counts:
         nothing = np.full((10, 101, len(classes), 4), np.nan)
         return Scores(dict.fromkeys(NAMES), classes, objects, nothing)
-    judge = _judged(ground_truth, coco_results(ground_truth, detections))
-    numbers = judge.stats[: len(NAMES)].tolist()
+    evaluation = _evaluated(ground_truth, coco_results(ground_truth, detections))
+    numbers = evaluation.stats[: len(NAMES)].tolist()
     metrics = {name: None if n < 0 else n for name, n in zip(NAMES, numbers)}  # -1: undefined
-    precision = np.asarray(judge.eval["precision"], dtype=float)[..., -1]
+    precision = np.asarray(evaluation.eval["precision"], dtype=float)[..., -1]
     return Scores(metrics, classes, objects, np.where(precision < 0, np.nan, precision))
 
 
@@ -188,16 +190,17 @@ def coco_results(
     return rows
 
 
-def _judged(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
-    from faster_coco_eval import COCO, COCOeval_faster
+def _evaluated(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
+    with needs("detr"):
+        from faster_coco_eval import COCO, COCOeval_faster
 
     # Ids from 1: COCO's evaluation takes an object with the id 0 for one that is not matched.
     annotations = [{**one, "id": i} for i, one in enumerate(ground_truth["annotations"], 1)]
     reference = COCO({**ground_truth, "annotations": annotations})
     results = reference.loadRes(rows)
-    judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
-    judge.run()
-    return judge
+    evaluation = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
+    evaluation.run()
+    return evaluation
 
 
 def as_text(value: float | None) -> str:
@@ -210,7 +213,8 @@ def literal_text(draw: Callable[Drawn, Picture]) -> Callable[Drawn, Picture]:
 
     @functools.wraps(draw)
     def drawn(*args: Drawn.args, **kwargs: Drawn.kwargs) -> Picture:
-        from matplotlib import rc_context
+        with needs("detr"):
+            from matplotlib import rc_context
 
         with rc_context({"text.parse_math": False}):
             return draw(*args, **kwargs)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from io import BytesIO
 from numbers import Integral
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 
 from deform_attn.checks import as_path, check_integer, check_module
 from deform_attn.detr.files import write
+from deform_attn.detr.images import LARGEST_SIZE
 from deform_attn.detr.matching import assign
 from deform_attn.detr.models import BestScores, Detections, Postprocess
 
@@ -73,7 +77,7 @@ def export(
         raise ValueError(f"file: expected a suffix of {', '.join(SUFFIXES)}, got {file.name!r}")
     height, width = (size, size) if isinstance(size, Integral) else _pair(size)
     for side in (height, width):
-        check_integer("size", side, 1)
+        check_integer("size", side, 1, LARGEST_SIZE)
     whole = Exportable(model, postprocess).eval()
 
     def inputs(batch: int) -> tuple[Tensor, Tensor]:
@@ -84,7 +88,7 @@ def export(
     batch = torch.export.Dim("batch", min=1, max=1024)
     shapes = {"images": {0: batch}, "sizes": {0: batch}}
     content = BytesIO()  # writing a file on a full disk, these functions end the process
-    with torch.no_grad():
+    with torch.no_grad(), _quiet():
         if file.suffix == ".pt2":
             program = torch.export.export(whole, inputs(3), dynamic_shapes=shapes)
             torch.export.save(program, content)
@@ -102,6 +106,22 @@ def export(
             whole.postprocess = replace(postprocess, number=2 * postprocess.number)
         expected = Detections(*whole(*inputs(2)))
     return difference(expected, Detections(*map(torch.as_tensor, found)))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warnings of PyTorch's exporters: what they wrote is compared with the model."""
+    exporter = logging.getLogger("torch.onnx")
+    level = exporter.level
+    with warnings.catch_warnings():
+        tracer = torch.jit.TracerWarning  # type: ignore[attr-defined]
+        for category in (tracer, DeprecationWarning, FutureWarning):
+            warnings.simplefilter("ignore", category)
+        exporter.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            exporter.setLevel(level)
 
 
 def _pair(size: Any) -> tuple[int, int]:
@@ -151,5 +171,7 @@ def _export_onnx(
         import onnxruntime
     except ModuleNotFoundError:
         return None
-    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    session_options = onnxruntime.SessionOptions()
+    session_options.log_severity_level = 3  # only errors
+    session = onnxruntime.InferenceSession(str(file), session_options, ["CPUExecutionProvider"])
     return session.run(None, {"images": other[0].numpy(), "sizes": other[1].numpy()})

@@ -6,7 +6,7 @@ import difflib
 import io
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -75,6 +75,31 @@ def make_folder(argument: str, folder: Path) -> Path:
             f"{argument}: expected a folder to write to, got {str(folder)!r}: {reason}"
         ) from error
     return folder
+
+
+def check_apart(
+    argument: str, folder: Path, inputs: Iterable[Path], searched: Iterable[Path] = ()
+) -> None:
+    """Check that a folder for results is none in which images are found.
+
+    Results there could replace an image, or be taken for one the next time.
+
+    Args:
+        argument: names the folder in errors.
+        folder: for results.
+        inputs: folders of the images.
+        searched: folders whose images are found at any depth.
+
+    Raises:
+        ValueError: it is one of them, or inside a folder that is searched.
+    """
+    place = folder.resolve()
+    folders = {one.resolve() for one in {*inputs}}
+    if place in folders or {place, *place.parents} & {one.resolve() for one in searched}:
+        raise ValueError(
+            f"{argument}: expected a folder in which no images are found, got {str(folder)!r}; "
+            "choose one outside of the data"
+        )
 
 
 def check_file(argument: str, file: Path, suffixes: Sequence[str] = ()) -> Path:

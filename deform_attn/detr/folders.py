@@ -27,10 +27,10 @@ import torch
 
 from deform_attn.checks import as_path, check_choice, check_integer
 from deform_attn.detr import cache, coco, yolo
-from deform_attn.detr.data import Original, Sample, resized
-from deform_attn.detr.files import nearby
-from deform_attn.detr.images import RESIZE, read_fault, read_image
+from deform_attn.detr.files import check_apart, nearby
+from deform_attn.detr.images import LARGEST_SIZE, RESIZE, read_fault, read_image
 from deform_attn.detr.progress import mapped
+from deform_attn.detr.samples import Original, Sample, resized
 
 HELD_OUT = "hold_out"  # folder of the files that `data --hold-out` writes
 ROBOFLOW = "_annotations.coco.json"
@@ -44,12 +44,14 @@ class Source:
         file: named in errors.
         annotations: files whose change makes a cache invalid.
         images: names of the images; None where the annotations list them.
+        searched: folders whose images are found at any depth.
     """
 
     root: Path
     file: Path
     annotations: list[str]
     images: list[str] | None = None
+    searched: Sequence[Path] = ()
 
     def read(self) -> tuple[coco.Content, Iterable[str]]:
         """The content, and its faults; names of images are relative to the root."""
@@ -119,6 +121,7 @@ class YoloSource(Source):
         self.images = [yolo.name_in(root, one.image) for one in self.listed]
         labels = [one.labels for one in self.listed if one.labels.exists()]
         lists = [yolo.resolve(description, entry) for entry in description.splits[split]]
+        self.searched = [one for one in lists if one and one.is_dir()]
         files = [description.file, *(one for one in lists if one and one.is_file()), *labels]
         self.annotations = [yolo.name_in(root, file) for file in files]
 
@@ -307,16 +310,16 @@ class AnnotatedFolder:
         layout: str = "",
     ) -> None:
         check_choice("resize", resize, RESIZE)
-        check_integer("size", size, 1)
+        check_integer("size", size, 1, LARGEST_SIZE)
         self.size, self.resize = size, resize
         name, source = find_source(as_path("folder", folder), split, layout)
-        self.root = source.root
+        self.root, self._searched = source.root, source.searched
         content, self.identity = validated(name, source)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
         self.classes = tuple(names if classes is None else classes)
         if unknown := sorted(set(names) - set(self.classes)):
-            expected = f"names of the training images, {list(self.classes)}"
+            expected = f"those of the training images or of the model, {list(self.classes)}"
             raise ValueError(f"{source.file}: categories: expected {expected}, got {unknown} too")
         labels = {category["id"]: self.classes.index(category["name"]) for category in categories}
         self._file_ids = {label: category for category, label in labels.items()}
@@ -351,6 +354,15 @@ class AnnotatedFolder:
         except (OSError, ValueError) as error:
             raise ValueError(f"{error}; `data --data {self.root}` lists all such images") from error
         return image, {"labels": labels, "boxes": boxes}
+
+    def check_apart(self, argument: str, folder: Path) -> None:
+        """Check that a folder for results is none of the images.
+
+        Raises:
+            ValueError: it is one; ``argument`` names it.
+        """
+        names = {os.path.dirname(facts["file_name"]) for facts in self._content["images"]}
+        check_apart(argument, folder, [self.root / name for name in names], self._searched)
 
     def pixel_faults(self) -> Iterator[str]:
         """The images whose pixels cannot be read, and why."""

@@ -124,9 +124,9 @@ def from_transformers(
         from transformers import AutoConfig, AutoModelForObjectDetection
         from transformers.image_processing_base import ImageProcessingMixin
 
-    as_path("name_or_folder", name_or_folder)
-    name = str(name_or_folder)
-    if not Path(name).is_dir() and not options.get("local_files_only"):
+    folder = as_path("name_or_folder", name_or_folder)
+    name = str(folder if folder.is_dir() else name_or_folder)
+    if not folder.is_dir() and not options.get("local_files_only"):
         options["local_files_only"] = not _find_on_hub(name, options)
     config = AutoConfig.from_pretrained(name, **options)
     if config.model_type not in _SYSTEMS:

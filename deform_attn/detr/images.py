@@ -21,6 +21,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", "
 RESIZE = ("stretch", "fit", "shortest")
 COLOURS = ("#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#8c564b", "#e377c2", "#17a2b8", "#b8860b")
 _KINDS = "8 or 16 bits per channel"
+LARGEST_SIZE = 2**14  # pixels of a side, of what models take
 LONGEST = 1333 / 800  # of the longer side to the shorter one
 LARGEST_RATIO = 4  # of sides that augmentation keeps, so that 3000 x 2 pixels take little memory
 

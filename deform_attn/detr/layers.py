@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deform_attn import MSDeformableAttention, MSDeformAttn
+from deform_attn.checks import (
+    check_counts,
+    check_integer,
+    check_positive,
+    check_sizes,
+    check_threshold,
+)
 from deform_attn.detr.memory import Memory
 
 Activation = type[nn.Module]
@@ -39,6 +46,17 @@ class Size:
         depth: depth of RT-DETR's fusion blocks: ``round(3 * depth)`` convolutions each.
         encoder_dims: ``(d_model, dim_feedforward)`` of the hybrid encoder, where they differ from
             the decoder's (D-FINE-X).
+
+    Raises:
+        TypeError: a size has another type.
+        ValueError: a size is out of its range.
+
+    Example:
+        >>> from deform_attn.detr.layers import Size
+        >>> Size(num_levels=3, num_points=(3, 6))
+        Traceback (most recent call last):
+            ...
+        ValueError: num_points: expected a count, or one for each of 3 levels, got (3, 6)
     """
 
     d_model: int = 256
@@ -55,6 +73,20 @@ class Size:
     expansion: float = 1.0
     depth: float = 1.0
     encoder_dims: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("d_model", "num_heads", "num_levels", "decoder_layers", "dim_feedforward"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("encoder_layers", self.encoder_layers, 0)
+        check_integer("num_queries", self.num_queries, 1)
+        if self.eval_layers is not None:
+            check_integer("eval_layers", self.eval_layers, 1, self.decoder_layers)
+        check_counts(self.num_points, self.num_levels)
+        check_threshold("dropout", self.dropout)
+        for name in ("expansion", "depth"):
+            check_positive(name, getattr(self, name))
+        for size in self.encoder_dims or ():
+            check_integer("encoder_dims", size, 1)
 
 
 Make = Callable[[Size], nn.Module]
@@ -94,6 +126,7 @@ def class_head(d_model: int, num_classes: int) -> nn.Linear:
 
     Focal loss, arXiv 1708.02002, section 3.3.
     """
+    check_integer("num_classes", num_classes, 1)
     head = nn.Linear(d_model, num_classes)
     nn.init.constant_(head.bias, -math.log(99))
     return head
@@ -172,14 +205,22 @@ class ConvNorm(nn.Sequential):
 # --- Attention: modules return the update of the queries, without residual -------------------
 
 
+def dense_attention(size: Size) -> nn.MultiheadAttention:
+    """PyTorch's attention, batch first.
+
+    Raises:
+        ValueError: the heads do not divide ``d_model``.
+    """
+    check_sizes("d_model", "num_heads", d_model=size.d_model, num_heads=size.num_heads)
+    return nn.MultiheadAttention(size.d_model, size.num_heads, size.dropout, batch_first=True)
+
+
 class SelfAttention(nn.Module):
     """Attention among queries: ``q = k = x + query_pos``, ``v = x``."""
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(
-            size.d_model, size.num_heads, size.dropout, batch_first=True
-        )
+        self.attention = dense_attention(size)
 
     def forward(
         self,
@@ -245,9 +286,7 @@ class DenseCrossAttention(nn.Module):
 
     def __init__(self, size: Size) -> None:
         super().__init__()
-        self.attention = nn.MultiheadAttention(
-            size.d_model, size.num_heads, size.dropout, batch_first=True
-        )
+        self.attention = dense_attention(size)
 
     def forward(
         self, x: Tensor, query_pos: Tensor, reference_points: Tensor | None, memory: Memory

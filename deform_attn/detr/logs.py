@@ -11,6 +11,7 @@ from time import perf_counter
 from typing import Any
 
 from deform_attn.detr.evaluate import NAMES
+from deform_attn.extras import needs_packages
 
 COLUMNS = ("step", "lr", "loss", "matched_loss", "val_loss", *NAMES)
 TIMED_STEPS = 3
@@ -88,12 +89,8 @@ def summary_writer() -> Any:
     Raises:
         ModuleNotFoundError: TensorBoard is not installed.
     """
-    try:
+    with needs_packages("tensorboard"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "tensorboard: expected its package to be installed: pip install tensorboard"
-        ) from error
     return SummaryWriter
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from deform_attn.checks import check_integer, check_tensor
 from deform_attn.detr.backbones import Backbone, Normalize
 from deform_attn.detr.boxes import to_corners
 from deform_attn.detr.decoder import Decoder, DecoderLayer, Heads, SequentialDecoder
@@ -84,10 +85,16 @@ def check_images(images: Tensor, padding_mask: Tensor | None) -> None:
     """Check the inputs of a detector.
 
     Raises:
+        TypeError: ``images`` is no tensor.
         ValueError: a shape or dtype does not fit; the message names the argument.
     """
+    check_tensor("images", images)
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"images: expected shape [B, 3, H, W], got {tuple(images.shape)}")
+    if not images.is_floating_point():
+        raise ValueError(
+            f"images: expected numbers in [0, 1], got {images.dtype}; divide bytes by 255"
+        )
     if padding_mask is None:
         return
     if padding_mask.dtype != torch.bool or padding_mask.shape != images[:, 0].shape:
@@ -370,6 +377,7 @@ def detr(
     size: Size = Size(dim_feedforward=2048, num_queries=100, dropout=0.1),
 ) -> System:
     """DETR (arXiv 2005.12872): learnt queries, dense attention, one-to-one matching."""
+    check_integer("num_classes", num_classes, 1)
     encoder = DenseEncoder(backbone.channels[-1], size)
     logits = num_classes + 1  # the last one is "no object"
     heads = Heads(size, logits, refine="no", shared=True, norm=True, default_init=True)

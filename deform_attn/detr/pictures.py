@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deform_attn.detr.data import Detection
 from deform_attn.detr.evaluate import Scores, as_text, literal_text
 from deform_attn.detr.files import write
 from deform_attn.detr.images import COLOURS
+from deform_attn.detr.samples import Detection
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

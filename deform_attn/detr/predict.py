@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deform_attn.checks import as_path, check_integer, check_threshold
+from deform_attn.checks import as_path, check_choice, check_integer, check_threshold
 from deform_attn.detr.checkpoints import official_state, read_checkpoint
 from deform_attn.detr.device import find_device
 from deform_attn.detr.files import nearby
-from deform_attn.detr.images import as_tensor, pad, read_image
+from deform_attn.detr.images import LARGEST_SIZE, as_tensor, pad, read_image
 from deform_attn.detr.models import System
 from deform_attn.detr.recipes import build
-from deform_attn.detr.zoo import configuration, create, from_official
+from deform_attn.detr.zoo import CONFIGURATIONS, configuration, create, from_official
 
 SHIPPED = Path(__file__).parent / "weights"
 WEIGHTS = (".pt", ".pth", ".pt2", ".ckpt", ".bin", ".safetensors", ".onnx", ".tar", ".zip")
@@ -134,8 +134,8 @@ def load(
         FileNotFoundError: neither the name of a shipped detector, nor a file or folder.
         TypeError: an argument of another type.
         ModuleNotFoundError: official models need transformers, the extra ``backbones``.
-        ValueError: the file is damaged, or its model is not known; a folder without a model; or no
-            such device.
+        ValueError: the file is damaged, or its model is not known; a folder without a model; no
+            such device; or ``model`` is unknown, or given for a file that names its own.
         RuntimeError: ``model`` does not fit the file.
 
     Example:
@@ -164,8 +164,10 @@ def open_detector(
         raise TypeError(f"{argument}: expected a name or a path, got {name_or_path!r}")
     device = find_device(device)
     shipped = {file.stem: file for file in SHIPPED.glob("*.pt")}
+    if model is not None:
+        check_choice("model", model, CONFIGURATIONS)
     name = str(name_or_path)
-    file = shipped.get(name, as_path(argument, name))
+    file = shipped.get(name, as_path(argument, name or "."))
     exists = name != "" and os.path.exists(file)
     if exists and file.is_dir() and not (file / "config.json").exists():
         if not (file / "model.pt").is_file():
@@ -178,6 +180,12 @@ def open_detector(
         return _from_transformers(argument, str(file), device)
     if isinstance(name_or_path, str) and not exists and _may_be_on_hub(name):
         return _from_transformers(argument, name, device)
+    if not exists and name in CONFIGURATIONS:
+        raise FileNotFoundError(
+            f"{argument}: expected trained weights, got {name!r}, an architecture: give its "
+            f"official checkpoint, or a folder that `train --model {name} --data FOLDER --out RUN` "
+            "wrote"
+        )
     if not exists:
         why = f": {nearby(file, list(shipped))}" if name else ""
         raise FileNotFoundError(
@@ -195,6 +203,10 @@ def open_detector(
             trained = _from_training(content)
         except (AttributeError, KeyError, TypeError, RuntimeError) as error:
             raise ValueError(f"{file}: expected model.pt of a training, got {error!r}") from error
+        if model is not None:
+            raise ValueError(
+                f"model: expected None, since {str(file)!r} names its own, got {model!r}"
+            )
         trained.model.to(device)
         return trained
     try:
@@ -213,7 +225,7 @@ def open_detector(
 def _from_training(content: dict[str, Any]) -> Predictor:
     """From ``model.pt`` of a training."""
     settings = content["settings"]
-    check_integer("size", content["size"])
+    check_integer("size", content["size"], 1, LARGEST_SIZE)
     if settings.get("model"):
         system = create(settings["model"], len(content["classes"]))
     else:

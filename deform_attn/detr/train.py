@@ -31,7 +31,13 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from deform_attn.checks import as_path, check_choice, check_integer, check_number
+from deform_attn.checks import (
+    as_path,
+    check_choice,
+    check_integer,
+    check_number,
+    check_positive,
+)
 from deform_attn.detr.augment import (
     AUGMENTATIONS,
     Augmented,
@@ -42,9 +48,16 @@ from deform_attn.detr.augment import (
 from deform_attn.detr.checkpoints import read_checkpoint
 from deform_attn.detr.data import open_dataset
 from deform_attn.detr.device import default_device, find_device
-from deform_attn.detr.evaluate import as_text, average_precision, detect, draw_curves
+from deform_attn.detr.evaluate import (
+    MOST_WORKERS,
+    as_text,
+    average_precision,
+    detect,
+    draw_curves,
+)
 from deform_attn.detr.files import locked, make_folder, nearby, write
-from deform_attn.detr.images import RESIZE
+from deform_attn.detr.folders import AnnotatedFolder
+from deform_attn.detr.images import LARGEST_SIZE, RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
 from deform_attn.detr.predict import Predictor, open_detector
@@ -76,6 +89,15 @@ CHANGEABLE = frozenset(
 )
 OF_STEPS, OF_EVALUATIONS = ("loss", "matched_loss", "lr"), ("parts", "val_loss", "ap")
 ARCHITECTURE = ("recipe", "model", "width", "layers", "queries")
+# Largest settings: beyond them memory ends, with an error of the allocator, or by the system.
+LARGEST = {
+    "size": LARGEST_SIZE,
+    "batch": 2**16,
+    "accumulate": 2**16,
+    "layers": 100,
+    "queries": 10_000,
+    "width": 4096,
+}
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -169,11 +191,12 @@ class Settings:
                 check_choice(name, got, known)
         counts = ("steps", "batch", "accumulate", "layers", "queries")
         for name in (*counts, "evaluate_every", "save_every"):
-            check_integer(name, getattr(self, name), 1)
+            check_integer(name, getattr(self, name), 1, LARGEST.get(name, 2**63 - 1))
+        for name in ("size", "width"):
+            check_integer(name, getattr(self, name), 0, LARGEST[name])
         for name in ("lr", "clip"):
-            if not 0 < (got := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name}: expected a number above 0, got {got}")
-        for name in ("backbone_lr", "weight_decay", "seed", "size", "keep_every", "patience"):
+            check_positive(name, getattr(self, name))
+        for name in ("backbone_lr", "weight_decay", "seed", "keep_every", "patience"):
             if not 0 <= (got := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name}: expected a number from 0, got {got}")
         if self.seed >= 2**62:
@@ -421,7 +444,7 @@ def train(
         raise TypeError(f"settings: expected deform_attn.detr.train.Settings, got {settings!r}")
     settings.check()
     out, resume = as_path("out", out), None if resume is None else as_path("resume", resume)
-    check_integer("workers", workers, 0)
+    check_integer("workers", workers, 0, MOST_WORKERS)
     if tensorboard:
         summary_writer()
     where = _own_device(device)
@@ -481,6 +504,9 @@ class _Run:
         options = (size, settings.seed, self.resize)
         self.data = open_dataset(settings.data, "train", *options)
         self.test = open_dataset(settings.data, "val", *options, self.data.classes)
+        for one in (self.data, self.test):
+            if isinstance(one, AnnotatedFolder):
+                one.check_apart("out", out)
         of_images = (settings.steps, settings.seed, settings.multi_scale, self.resize)
         self.augmented = Augmented(self.data, settings.augment, *of_images)
         torch.manual_seed(settings.seed)
@@ -527,7 +553,7 @@ class _Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == "float16")
         parts = ("model", "average", "optimizer", "scaler")
         self.parts = {name: getattr(self, name) for name in parts}
-        self.step = 0
+        self.step = self.saved = 0  # done, and of the last checkpoint
         self.log: Log | None = None
         self.watch, self.began = Stopwatch(self.console.print), time.process_time()
         self.signal = 0  # the signal that ends the training
@@ -611,7 +637,10 @@ class _Run:
 
     def _save_state(self, *, keep: bool = False) -> None:
         """The model, and what a training is resumed from; ``keep``: also as a file of this step."""
-        random = self._gathered(self._random_state())
+        numbers = [x for x in self.model.state_dict().values() if x.is_floating_point()]
+        if not torch.stack([x.isfinite().all() for x in numbers]).all():
+            self._diverged("weights", "NaN or infinity")
+        random, self.saved = self._gathered(self._random_state()), self.step
         if self.rank > 0:
             return
         checkpoint = {"settings": asdict(self.settings), "step": self.step}
@@ -668,12 +697,12 @@ class _Run:
                     raise ValueError(f"{file}: {name}: {error}") from error
         for group, own in zip(self.optimizer.param_groups, groups):
             group |= {name: own[name] for name in ("peak", "weight_decay")}
-        self.step = checkpoint["step"]
+        self.step = self.saved = checkpoint["step"]
         # Histories of earlier versions have fewer numbers.
         self.history |= {name: [None] * self.step for name in OF_STEPS} | checkpoint["history"]
         if self.step > self.settings.steps:
             raise ValueError(
-                f"steps: expected more than the {self.step} of {file}, got {self.settings.steps}"
+                f"steps: expected at least {self.step}, as in {file}, got {self.settings.steps}"
             )
         if self.rank < processes and then.get("seed") == self.settings.seed:
             states = checkpoint["random"][self.rank]
@@ -763,14 +792,12 @@ class _Run:
         return due == [self.step] != done
 
     def _finish_step(self, *, save: bool) -> bool:
-        """Save, evaluate where that is due, and log the step; whether the training has ended.
-
-        The state is saved before the evaluation, and again with its numbers.
-        """
+        """Save, evaluate where that is due, and log the step; whether the training has ended."""
         ended = self.step == self.settings.steps
         stopped = self._stopped()
         if self._evaluation_is_awaited():
             self.history["cpu_seconds"] = time.process_time() - self.began
+            # and again with its numbers: a kill during it costs no step, one after it no evaluation
             if save and not stopped:
                 self._save_state()
             every = self.settings.evaluate_every
@@ -872,10 +899,13 @@ class _Run:
         return dict(zip(losses, numbers))
 
     def _diverged(self, what: str, got: object) -> NoReturn:
+        earlier = self.out
+        if self.saved == self.step:  # the last checkpoint has the same weights
+            earlier /= "checkpoint_STEP.pt"
         raise FloatingPointError(
             f"step {self.step}: expected finite {what}, got {got}; continue an earlier checkpoint "
-            f"with other settings, such as a lower learning rate: --resume {self.out} --lr "
-            f"{self.settings.lr / 10:g} --out ANOTHER"
+            "(--keep-every keeps them) with other settings, such as a lower learning rate: "
+            f"--resume {earlier} --lr {self.settings.lr / 10:g} --out ANOTHER"
         )
 
     def _average_weights(self) -> None:
@@ -890,20 +920,28 @@ class _Run:
         """Loss and AP of the averaged weights on the test images."""
         weighted: list[tuple[int, dict[str, Tensor]]] = []
 
-        def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
-            if self.signal and self.world == 1:  # else other processes would wait for this one
+        def stop_at_a_signal() -> None:
+            if self._stopped():
                 raise _Stopped
+
+        def observe(outputs: dict[str, Any], targets: list[dict[str, Tensor]]) -> None:
+            stop_at_a_signal()
             number = max(1, sum(len(target["labels"]) for target in targets))
             weighted.append((number, self.criterion(outputs, targets, alone=True)))
 
         options = (self.settings.batch, (self.rank, self.world), observe, self.workers)
         found = detect(self.average, self.postprocess, self.test, *options)
+        most = -(-len(self.test) // self.world)  # images of a process
+        for _ in range(len(weighted), -(-most // self.settings.batch)):
+            stop_at_a_signal()  # in all processes as often
         found = [{key: value.cpu() for key, value in one.items()} for one in found]
         sums = [(n, {name: n * value.item() for name, value in of.items()}) for n, of in weighted]
         gathered = self._gathered((found, sums))
         sums = [one for _, part in gathered for one in part]
         total = sum(number for number, _ in sums)
         val = {name: sum(of[name] for _, of in sums) / total for name in sums[0][1]}
+        if not all(map(math.isfinite, val.values())):
+            self._diverged("losses of the test images", val)
         self.history["val_loss"].append({"step": self.step, "loss": sum(val.values()), **val})
         ap = None
         if self.rank == 0:

@@ -15,8 +15,8 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.tv_tensors import BoundingBoxes
 
-from deform_attn.detr.data import Original
 from deform_attn.detr.images import LARGEST_RATIO
+from deform_attn.detr.samples import Original
 
 # RT-DETR, D-FINE and DEIM. Zooming out has torchvision's probability of 0.5 and sides of up to 4.
 DISTORT = v2.RandomPhotometricDistort(p=0.5)

@@ -349,9 +349,9 @@ def _rebound(function: Any, names: Mapping[str | None, Any]) -> Any:
         if rebound is None or not any(_holds(cell, inner) for cell in cells):
             return None
         scope = function.__globals__
-    clone = FunctionType(
-        *(function.__code__, scope, function.__name__, function.__defaults__, closure)
-    )
+    # Code of its own: Dynamo keeps compiled code by this object, and its names in these globals
+    code = function.__code__.replace()
+    clone = FunctionType(code, scope, function.__name__, function.__defaults__, closure)
     clone.__kwdefaults__ = function.__kwdefaults__
     functools.update_wrapper(clone, function)
     if inner is not None:

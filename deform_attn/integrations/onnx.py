@@ -21,11 +21,9 @@ gathered pixels in every form.
 
 from __future__ import annotations
 
-import functools
 import os
 import tempfile
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deform_attn.backends import BACKENDS, reference
+from deform_attn.checks import as_path, check_choice, check_module
 from deform_attn.composite import discrete, filled, unfused
-from deform_attn.levels import count_points, level_pairs
-from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands, acc_dtype
+from deform_attn.extras import needs_packages
+from deform_attn.gathered import gathered
+from deform_attn.levels import level_pairs
+from deform_attn.operands import AnyOperands, DiscreteOperands, FusedOperands, Operands
 
 __all__ = ["FORMS", "decompose", "decompositions", "export"]
 
@@ -46,6 +47,13 @@ FORMS = ("grid_sample", "gather", "tensorrt")
 OPSET = 18  # onnxruntime has no GridSample of opset 20 for CUDA
 
 _LARGEST_PROTO = 2**31  # bytes that onnx can check without a file
+
+# Arguments of torch.onnx.export that export() does not take, and what to do instead.
+_OTHERS = {
+    "dynamic_axes": "pass dynamic_shapes, as in torch.export.export",
+    "dynamo": "for the exporter that traces, call torch.onnx.export(..., dynamo=False) itself",
+    "f": "pass path",
+}
 
 
 def export(
@@ -74,15 +82,17 @@ def export(
             example, such as the batch.
         plugin_version: for ``"tensorrt"``: ``"1"`` for TensorRT before 10.11, which has no other.
         options: other arguments of ``torch.onnx.export``: ``input_names``, ``optimize``, ...
+            ``opset_version`` is 18 if it is not given.
 
     Returns:
         The exported program; ``program.model_proto`` is the ONNX model.
 
     Raises:
-        ValueError: the model is in training mode; there is no such form; or the form needs level
-            sizes as numbers and the model has them in a tensor: pass ``spatial_shapes`` as a list,
-            or choose ``"gather"`` or ``"tensorrt"``.
-        RuntimeError: the exported model is not valid ONNX.
+        TypeError: ``model``, ``args`` or ``path`` has another type.
+        ValueError: the model is in training mode; there is no such form, version of the plugin or
+            option; or the form needs level sizes as numbers and the model has them in a tensor:
+            pass ``spatial_shapes`` as a list, or choose ``"gather"`` or ``"tensorrt"``.
+        RuntimeError: the exported model is not valid ONNX, or not of the requested opset.
         OSError: the file cannot be written; the message names it.
         ModuleNotFoundError: ``onnx`` or ``onnxscript`` is not installed.
 
@@ -97,22 +107,27 @@ def export(
         >>> any(node.op_type == "GridSample" for node in program.model_proto.graph.node)
         False
     """
-    for package in ("onnx", "onnxscript"):
-        if find_spec(package) is None:
-            raise ModuleNotFoundError(
-                f"{package}: expected its package to be installed: pip install onnx onnxscript",
-                name=package,
-            )
-    import onnx
+    if not isinstance(args, tuple):
+        raise TypeError(f"args: expected a tuple of example inputs, got {type(args).__name__}")
+    file = None if path is None else as_path("path", path)
+    with needs_packages("onnx", "onnxscript"):
+        import onnx
 
+    check_choice("form", form, FORMS)
+    if plugin_version not in ("1", "2"):
+        raise ValueError(f"plugin_version: expected '1' or '2', got {plugin_version!r}")
+    for name, instead in _OTHERS.items():
+        if name in options:
+            raise ValueError(f"{name}: expected none, got {options[name]!r}; {instead}")
     if isinstance(model, torch.export.ExportedProgram):
         if dynamic_shapes is not None:
             raise ValueError("dynamic_shapes: an exported program has its own, expected None")
-    elif model.training:
-        raise ValueError(
-            "model: expected one in evaluation mode, got one in training: model.eval()"
-        )
     else:
+        check_module("model", model)
+        if model.training:
+            raise ValueError(
+                "model: expected one in evaluation mode, got one in training: model.eval()"
+            )
         model = torch.export.export(
             model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False
         )
@@ -129,8 +144,15 @@ def export(
             "the exported model is not valid ONNX, which is a fault of the exporter or its "
             f"optimizer; try optimize=False, or another version of onnxscript: {error}"
         ) from error
-    if path is not None:
-        _save(program, Path(path))
+    versions = {entry.domain: entry.version for entry in proto.opset_import}
+    opset = versions.get("", versions.get("ai.onnx"))
+    if options["opset_version"] not in (opset, None):  # the exporter only logs it
+        raise RuntimeError(
+            f"opset_version: expected {options['opset_version']}, got a model of {opset}, which "
+            f"the exporter could not convert (its log has the reason); pass {opset}"
+        )
+    if file is not None:
+        _save(program, file)
     return program
 
 
@@ -166,6 +188,7 @@ def decompose(
         form: ``"gather"`` or ``"grid_sample"``.
 
     Raises:
+        TypeError: no exported program.
         ValueError: no such form, or one that needs level sizes as numbers, see :func:`export`.
 
     Example:
@@ -180,6 +203,11 @@ def decompose(
         >>> max(value.dim() for value in values if isinstance(value, torch.Tensor))
         5
     """
+    if not isinstance(program, torch.export.ExportedProgram):
+        raise TypeError(
+            "program: expected what torch.export.export makes of a model, "
+            f"got {type(program).__name__}"
+        )
     if form == "tensorrt":
         raise ValueError("form: expected gather or grid_sample, got 'tensorrt', a node of ONNX")
     return _decomposed(program, form, "", {})
@@ -227,12 +255,11 @@ def decompositions(
         >>> len(decompositions("gather"))
         6
     """
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
+    check_choice("form", form, FORMS)
 
     def attention(operands: Operands) -> Tensor:
         if form == "gather":
-            return _gathered(operands)
+            return gathered(operands)
         if form == "tensorrt":
             return _plugin(operands, plugin_version)
         return _grid_sampled(operands)
@@ -272,18 +299,6 @@ def _clamp(x: Tensor, low: Any = None, high: Any = None) -> Any:
     return torch.where(x > high, high, x)
 
 
-def standard(operands: AnyOperands) -> Tensor:
-    """A call of any operator in standard nodes, for PyTorch's TorchScript exporter.
-
-    That exporter (``torch.onnx.export(..., dynamo=False)``) has no table of decompositions, so this
-    package's functions call this one while it traces. Pixels are gathered, which supports level
-    sizes that the model computes. Needs opset 11, or 12 for discrete sampling.
-    """
-    if isinstance(operands, DiscreteOperands):
-        return discrete(operands)
-    return _gathered(unfused(operands) if isinstance(operands, FusedOperands) else operands)
-
-
 def _grid_sampled(operands: Operands) -> Tensor:
     """The reference backend's computation, with level sizes as constants of the graph."""
     listed = operands.level_sizes is not None
@@ -295,59 +310,6 @@ def _grid_sampled(operands: Operands) -> Tensor:
             "and 'tensorrt' support it"
         )
     return reference.sample(operands)
-
-
-def _gathered(operands: Operands) -> Tensor:
-    """Gathers rows of D channels from one list of all pixels and multiplies them by their weights.
-
-    Pixel coordinates are float32, since TensorRT has no float64. At a knot the pixel may be the
-    wrong neighbour, which does not change the output, because it is continuous there. Core ML's
-    converter has no rule for ``&``, ``~`` and ``where`` with a number, which are avoided.
-    """
-    operands = filled(operands)
-    value, starts = operands.value, operands.level_start_index
-    dtype = acc_dtype(value.dtype)
-    S, M, D = value.shape[1:]
-    B, Q = operands.sampling_locations.shape[:2]
-    sizes = level_pairs(operands)
-    counts = count_points(operands.sampling_locations, len(sizes), operands.num_points)
-    nothing = B * S * M  # a row of zeros for pixels outside the map: a NaN in value is not read
-    rows = value.to(dtype).reshape(nothing, D)
-    rows = torch.cat((rows, rows.new_zeros((1, D))))
-    image = torch.arange(B, device=value.device)[:, None, None, None] * S
-    head = torch.arange(M, device=value.device)[:, None]
-    locations = operands.sampling_locations.reshape(B, Q, M, sum(counts), 2).split(counts, 3)
-    weights = operands.attention_weights.to(dtype).reshape(B, Q, M, sum(counts)).split(counts, 3)
-    output = rows.new_zeros((B, Q, M, 1, D))
-    end: Any = 0
-    for level, (location, weight) in enumerate(zip(locations, weights)):
-        count = 4 * counts[level]
-        height, width = sizes[level]
-        start = end if starts is None else starts[level].to(value.device)
-        end = start + height * width
-        near = _all(location >= -1, location <= 2).all(-1, keepdim=True)
-        # [B, Q, M, P]; NaN is outside
-        x, y = location.masked_fill(near.logical_not(), -1).unbind(-1)
-        x, y = x * width - 0.5, y * height - 0.5
-        left, upper = x.floor(), y.floor()
-        right_share, lower_share = x - left, y - upper
-        columns = torch.stack((left, left + 1, left, left + 1), -1)  # [B, Q, M, P, 4]
-        lines = torch.stack((upper, upper, upper + 1, upper + 1), -1)
-        share = torch.stack((1 - right_share, right_share) * 2, -1)
-        share = share * torch.stack((*(1 - lower_share,) * 2, *(lower_share,) * 2), -1)
-        on_map = _all(columns >= 0, columns < width, lines >= 0, lines < height)
-        pixel = start + lines.long() * width + columns.long()
-        row = (image[..., None] + pixel) * M + head[..., None]
-        row = row.masked_fill(on_map.logical_not(), nothing)
-        pixels = rows.index_select(0, row.reshape(-1)).reshape(B, Q, M, count, D)
-        share = (share * weight[..., None]).reshape(B, Q, M, 1, count)
-        output = output + share @ pixels
-    return output.reshape(B, Q, M * D).to(value.dtype)
-
-
-def _all(*flags: Tensor) -> Tensor:
-    """Where all are true."""
-    return functools.reduce(torch.logical_and, flags)
 
 
 def _plugin(operands: Operands, version: str) -> Tensor:
@@ -375,7 +337,7 @@ def _plugin(operands: Operands, version: str) -> Tensor:
         sides = [value.new_full((1,), side, dtype=torch.int64) for size in sizes for side in size]
         shapes = torch.cat(sides).reshape(-1, 2)
     if starts is None:
-        rows = shapes.prod(-1)
+        rows = shapes[:, 0] * shapes[:, 1]  # ReduceProd differs between opsets
         starts = rows.cumsum(0) - rows
     output: Tensor = torch.onnx.ops.symbolic(
         "trt.plugins::MultiscaleDeformableAttnPlugin_TRT",

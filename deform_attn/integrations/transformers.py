@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from deform_attn.extras import needs, needs_packages
 from deform_attn.functional import ms_deform_attn
 from deform_attn.integrations.acceleration import Report, accelerate, restore
 from deform_attn.integrations.adapters import Core, recognise
@@ -88,7 +89,8 @@ def patch_transformers() -> Iterator[Report]:
         >>> with patch_transformers() as report:  # doctest: +SKIP
         ...     print(report)
     """
-    version = importlib.import_module("transformers").__version__
+    with needs("backbones"):
+        version = importlib.import_module("transformers").__version__
     replaced: list[tuple[str, str]] = []
     left: list[tuple[str, str]] = []
     with ExitStack() as stack:
@@ -206,11 +208,10 @@ def register_kernels() -> None:
         >>> from deform_attn.integrations.transformers import register_kernels
         >>> register_kernels()  # doctest: +SKIP
     """
-    try:
+    with needs_packages("kernels"):
         kernels: Any = importlib.import_module("kernels")
-    except ModuleNotFoundError as error:
-        raise ImportError(f"register_kernels: `kernels` is not installed ({error})") from None
-    utils: Any = importlib.import_module("transformers.utils.import_utils")
+    with needs("backbones"):
+        utils: Any = importlib.import_module("transformers.utils.import_utils")
     if not utils.is_kernels_available():
         lowest, end = (getattr(utils, f"KERNELS_{bound}_VERSION", "?") for bound in ("MIN", "MAX"))
         raise ImportError(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from deform_attn.detr import augment, create
 from deform_attn.detr.augment import AUGMENTATIONS, Augmented, Item, batches, mixup
-from deform_attn.detr.data import Original, Shapes, resized
+from deform_attn.detr.drawn import Shapes
+from deform_attn.detr.samples import Original, resized
 from deform_attn.detr.train import Settings, train
 
 SIZE = 64

@@ -9,6 +9,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock
@@ -20,7 +21,8 @@ from PIL import Image
 from deform_attn.detr import __main__ as commands
 from deform_attn.detr import create, load
 from deform_attn.detr.augment import AUGMENTATIONS
-from deform_attn.detr.data import Digits, Shapes, open_dataset, write_coco
+from deform_attn.detr.data import open_dataset, write_coco
+from deform_attn.detr.drawn import Digits, Shapes
 from deform_attn.detr.export import difference, export
 from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.hold_out import hold_out
@@ -264,15 +266,77 @@ def test_a_file_or_folder_that_cannot_be_written_is_named_before_the_work(
             run(monkeypatch, *arguments)
     Image.new("RGB", (9, 9)).save(tmp_path / "image.png")
     monkeypatch.setattr("deform_attn.detr.files.tempfile.TemporaryFile", refuse)
+    out = tmp_path / "out"
     for arguments in (
-        (*trained, "--out", tmp_path),
-        (*evaluated, "--out", tmp_path),
-        ("predict", "--model", "digits", "--images", tmp_path, "--out", tmp_path),
+        (*trained, "--out", out),
+        (*evaluated, "--out", out),
+        ("predict", "--model", "digits", "--images", tmp_path, "--out", out),
     ):
         with pytest.raises(
             SystemExit, match="out: expected a folder to write to, got .*: Read-only"
         ):
             run(monkeypatch, *arguments)
+
+
+def test_results_are_not_written_among_the_images(
+    bad: Path, folder: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    """Found through a link too; nothing is written."""
+    (tmp_path / "link").symlink_to(bad)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/a.jpg").symlink_to(bad / "a.jpg")
+    before = {*bad.rglob("*")} - {*bad.glob(".deform_attn*")}
+    found = ("predict", "--model=digits", "--images")
+    evaluated = ("evaluate", "--model=digits", "--data", bad)
+    trained = ("train", "--recipe=detr", "--data", bad, "--width=32", "--layers=1")
+    for argument, words in (
+        ("out", (*found, bad, "--out", bad)),
+        ("out", (*found, bad / "a.jpg", "--out", tmp_path / "link")),
+        ("out", (*found, tmp_path / "other", "--out", bad)),
+        ("out", (*evaluated, "--out", bad)),
+        ("results", (*evaluated, "--results", bad / "results.json")),
+        ("sheet", ("data", "--data", bad, "--sheet", bad / "sheet.png")),
+        ("sheet", ("data", "--data", folder, "--sheet", folder / "val/sheet.png")),
+        ("out", (*trained, "--out", bad)),
+        ("out", (*trained, "--out", bad / "run")),  # which YOLO's "train: ." includes
+    ):
+        message = f"{argument}: expected a folder in which no images are found, got '.*; choose "
+        with pytest.raises(SystemExit, match=message):
+            run(monkeypatch, *words)
+    assert {*bad.rglob("*")} - {*bad.rglob(".deform_attn*"), *bad.glob(".deform_attn/*")} == before
+
+
+def test_too_little_memory_is_named(tmp_path: Path, monkeypatch: Patch) -> None:
+    """A model whose images take 2**62 bytes, and an error of Python."""
+    command = ("predict", "--model=digits", "--images", tmp_path, "--out", tmp_path / "out")
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for fault in (lambda *_: torch.empty(2**60), Mock(side_effect=MemoryError)):
+        monkeypatch.setattr("deform_attn.detr.predict.Predictor.predict", fault)
+        with pytest.raises(SystemExit, match="error: memory: .*; choose a smaller --size or --bat"):
+            run(monkeypatch, *command)
+    with pytest.raises(SystemExit, match="error: size: expected a number up to 16384, got 999999"):
+        run(monkeypatch, "export", "--model=digits", "--file", tmp_path / "a.pt2", "--size=999999")
+
+
+def test_an_empty_value_is_refused(tmp_path: Path, monkeypatch: Patch) -> None:
+    """Such as that of a variable of the shell which is not set; it was the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "image.png").touch()
+    trained = ("train", "--recipe=detr", "--data=shapes")
+    for argument, words in (
+        ("out", (*trained, "--out", "")),
+        ("out", (*trained, "--out=")),
+        ("init", (*trained, "--out=run", "--init", "")),
+        ("resume", ("train", "--resume", "")),
+        ("results", ("evaluate", "--model=digits", "--data=digits", "--results=")),
+        ("images", ("predict", "--model=digits", "--images", "image.png", "", "--out=found")),
+        ("sheet", ("data", "--data=shapes", "--sheet", "")),
+        ("hold_out", ("data", "--data=shapes", "--hold-out=")),
+        ("file", ("export", "--model=digits", "--file", "")),
+    ):
+        with pytest.raises(SystemExit, match=f"error: {argument}: expected a value, got ''; an op"):
+            run(monkeypatch, *words)
+    assert [file.name for file in tmp_path.iterdir()] == ["image.png"]
 
 
 def test_data(
@@ -326,8 +390,10 @@ def test_names_with_signs_of_markup(
         ("rtdetr", ".torchscript"),
     ],
 )
-def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) -> None:
-    """What was written is compared with the model, with another batch."""
+def test_export_has_a_dynamic_batch(
+    recipe: str, suffix: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """What was written is compared with the model, with another batch; nothing is warned of."""
     model, _, postprocess = build(recipe, 3, 32, 1, 10)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -336,6 +402,7 @@ def test_export_has_a_dynamic_batch(recipe: str, suffix: str, tmp_path: Path) ->
     file = tmp_path / f"detector{suffix}"
     assert export(model.eval(), postprocess, file, (64, 96)) < 1e-2
     assert file.stat().st_size > 1000
+    assert not recwarn.list
     with pytest.raises(ValueError, match=r"expected a suffix of \.onnx, .*, got 'a\.bin'"):
         export(model, postprocess, "a.bin", 64)
     with pytest.raises(ValueError, match="size: expected at least 1, got -3"):
@@ -408,6 +475,7 @@ def test_arguments_of_another_type_are_named(folder: Path, tmp_path: Path) -> No
     calls: list[tuple[Any, Any, str]] = [
         (train, ({"data": "shapes"}, tmp_path), "settings: expected .*Settings, got {'data': 'sha"),
         (train, (settings, None), "out: expected a path, got None"),
+        (train, (settings, ""), "out: expected a path, got ''; '.' is the current folder"),
         (train, (settings, tmp_path, 0, 3), "resume: expected a path, got 3"),
         (settings_of, (known,), "resume: expected a path, got {'out': "),
         (create, (["detr_r50"],), r"name: expected one of .*; got \['detr_r50'\]"),
@@ -426,6 +494,17 @@ def test_arguments_of_another_type_are_named(folder: Path, tmp_path: Path) -> No
             export,
             (None, digits.postprocess, "a.onnx", 64),
             "model: expected a torch.nn.Module, got NoneTy",
+        ),
+        (
+            load,
+            ("rtdetr_r18",),
+            "name_or_path: expected trained weights, .* `train --model rt",
+        ),
+        (partial(load, model="dfine"), ("digits",), "model: expected .*'dfine', similar: dfine_"),
+        (
+            partial(load, model="dfine_n"),
+            ("digits",),
+            "model: expected None, since .*digits.pt' n",
         ),
         (from_transformers, (3,), "name_or_folder: expected a path, got 3"),
         (find_images, (3,), "images: expected files, folders or patterns, got 3"),

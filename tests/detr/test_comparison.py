@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.detectors import study
-from deform_attn.detr.data import Shapes
+from deform_attn.detr.drawn import Shapes
 
 ROOT = Path(__file__).parents[2]
 

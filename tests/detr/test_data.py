@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from deform_attn.detr.augment import batches, collate
-from deform_attn.detr.data import Digits, Shapes, open_dataset
+from deform_attn.detr.data import open_dataset
+from deform_attn.detr.drawn import Digits, Shapes
 from deform_attn.detr.evaluate import average_precision, score
 from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.pictures import precision_recall
@@ -63,7 +64,7 @@ def test_the_box_of_a_shape_is_where_it_was_drawn() -> None:
 
 
 def test_digits_and_photographs_of_the_test_images_are_not_trained_on() -> None:
-    from deform_attn.detr.data import _handwriting, _photographs
+    from deform_attn.detr.drawn import _handwriting, _photographs
 
     for pictures in (lambda split: _handwriting(split)[0], _photographs):
         train = {picture.tobytes() for picture in pictures("train")}
@@ -340,7 +341,7 @@ def test_labels_of_the_evaluation_are_those_of_the_training_by_name(tmp_path: Pa
     assert result["AP"] == pytest.approx(1)
     assert result["AP_large"] is None
     with pytest.raises(
-        ValueError, match=r"names of the training images, \['ant'\], got \['zebra'\]"
+        ValueError, match=r"those of the training .* model, \['ant'\], got \['zebra'\]"
     ):
         AnnotatedFolder(other, "train", 32, classes=["ant"])
 

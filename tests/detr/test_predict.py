@@ -18,7 +18,7 @@ from PIL import Image
 from deform_attn import BACKENDS
 from deform_attn.detr import create, load
 from deform_attn.detr.augment import collate
-from deform_attn.detr.data import Digits
+from deform_attn.detr.drawn import Digits
 from deform_attn.detr.evaluate import average_precision
 from deform_attn.detr.predict import SHIPPED
 from examples import detect_digits

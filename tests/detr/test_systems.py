@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deform_attn.detr import losses, models
-from deform_attn.detr.backbones import SmallBackbone
+from deform_attn.detr.backbones import SmallBackbone, hgnetv2, resnet
 from deform_attn.detr.boxes import sine_of_pixels, to_corners
 from deform_attn.detr.denoising import Denoising
 from deform_attn.detr.dfine import EdgeBins
@@ -404,3 +404,56 @@ def test_bad_images() -> None:
     model = models.dino(SmallBackbone(), 3, replace(TINY, num_queries=100)).model
     with pytest.raises(ValueError, match=r"memory: expected at least 100 pixels, .* got 84"):
         model(torch.rand(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"d_model": 32.0}, r"d_model: expected an integer, got 32\.0"),
+        ({"num_queries": 0}, "num_queries: expected at least 1, got 0"),
+        ({"encoder_layers": -1}, "encoder_layers: expected a number from 0, got -1"),
+        ({"eval_layers": 7}, "eval_layers: expected a number up to 6, got 7"),
+        ({"num_points": "4"}, "num_points: expected a count, or one for each of 4 levels, got '4'"),
+        ({"num_points": (4, 4)}, r"num_points: expected a count, .* 4 levels, got \(4, 4\)"),
+        ({"dropout": math.nan}, "dropout: expected a number from 0 to 1, got nan"),
+        ({"depth": 0}, "depth: expected a number above 0, got 0"),
+        ({"encoder_dims": (256, None)}, "encoder_dims: expected an integer, got None"),
+    ],
+)
+def test_an_invalid_size_is_named(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}$"):
+        models.Size(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: models.detr(SmallBackbone(), 0, TINY), "num_classes: expected at least 1, got 0"),
+        (lambda: models.dino(SmallBackbone(), "3", TINY), "num_classes: expected an integer, got"),
+        (lambda: models.stewart(SmallBackbone(), 0), "num_classes: expected at least 1, got 0"),
+        (
+            lambda: models.detr(SmallBackbone(), 3, replace(TINY, num_heads=5)),
+            r"d_model: expected a multiple of num_heads \(5\), got 32",
+        ),
+        (
+            lambda: models.dino(SmallBackbone(), 3, replace(TINY, num_levels=2)),
+            "num_levels: expected at least 3, the maps of the backbone, got 2",
+        ),
+        (
+            lambda: models.rtdetr(SmallBackbone(), 3, replace(TINY, num_levels=4)),
+            "num_levels: expected 3, the maps of the backbone, got 4",
+        ),
+        (lambda: SmallBackbone((8, 0)), "channels: expected at least 1, got 0"),
+        (lambda: resnet(51), "depth: expected one of 18, 34, 50, 101; got 51"),
+        (lambda: resnet(50, 5), "maps: expected a number up to 4, got 5"),
+        (lambda: hgnetv2("B3"), "name: expected one of B0, B2, B4, B5; got 'B3'"),
+        (lambda: made("dino").model("image"), "images: expected a tensor, got str"),
+        (
+            lambda: made("dino").model(torch.zeros(1, 3, 64, 64).byte()),
+            r"images: expected numbers in \[0, 1\], got torch.uint8; divide bytes by 255",
+        ),
+    ],
+)
+def test_an_invalid_argument_of_a_system_is_named(call: Callable[[], Any], message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=f"^{message}"):
+        call()

@@ -26,18 +26,20 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.data import Subset
 
 from deform_attn.detr import load
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
-from deform_attn.detr.data import Shapes, open_dataset, write_coco
+from deform_attn.detr.data import open_dataset, write_coco
 from deform_attn.detr.device import find_device
+from deform_attn.detr.drawn import Shapes
 from deform_attn.detr.evaluate import NAMES, detect, evaluate
 from deform_attn.detr.files import locked, write
 from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
 from deform_attn.detr.recipes import RECIPES, build
 from deform_attn.detr.recompute import recompute
-from deform_attn.detr.train import Settings, _Run, parameter_groups, settings_of, train
+from deform_attn.detr.train import Settings, _Run, _Stopped, parameter_groups, settings_of, train
 from tests import vision
 
 
@@ -421,12 +423,14 @@ def test_tensorboard_and_the_hint_of_the_time(
 ) -> None:
     settings = short | {"recipe": "deformable_detr", "batch": 2, "width": 32, "save_every": 6}
     settings |= {"evaluate_every": 5, "steps": 6}
-    name = "torch.utils.tensorboard"
-    with monkeypatch.context() as patch, pytest.raises(ImportError, match="pip install tensorb"):
-        patch.setitem(sys.modules, name, None)
+    names = "tensorboard", "torch.utils.tensorboard"
+    message = "tensorboard: .* pip install tensorboard$"
+    with monkeypatch.context() as patch, pytest.raises(ModuleNotFoundError, match=message):
+        patch.setitem(sys.modules, names[0], None)
         train(Settings(**settings), tmp_path, tensorboard=True)
     assert not list(tmp_path.iterdir())
-    monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(SummaryWriter=Writer))
+    for name in names:
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(SummaryWriter=Writer))
     monkeypatch.setattr("deform_attn.detr.logs.perf_counter", itertools.count().__next__)
     history = train(Settings(**settings), tmp_path, tensorboard=True)
     train(Settings(**settings | {"steps": 7}), tmp_path, resume=tmp_path, tensorboard=True)
@@ -480,6 +484,32 @@ def test_a_process_whose_images_are_empty_goes_on(short: dict[str, Any], tmp_pat
     assert all(0 < loss < 1000 for loss in history["loss"])
 
 
+def test_a_signal_ends_an_evaluation_of_several_processes(
+    short: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the same batch of all: the fourth, which only the other process has."""
+    settings = short | {"recipe": "detr", "batch": 1, "width": 32, "layers": 1, "queries": 5}
+    run = _Run(Settings(**settings), tmp_path)
+    run.world, run.history["loss"], run.history["matched_loss"] = 2, [1.0], [1.0]
+    run.test = Subset(run.test, range(7))
+    run.test.ground_truth = run.test.dataset.ground_truth
+    monkeypatch.setattr(run, "_gathered", lambda value: [value, value])
+    rounds: list[int] = [0, 0, 0, signal.SIGTERM]
+    monkeypatch.setattr(run, "_stopped", Mock(side_effect=rounds))
+    with pytest.raises(_Stopped):
+        run._evaluate()
+
+
+def test_weights_that_are_not_finite_are_not_saved(short: dict[str, Any], tmp_path: Path) -> None:
+    run = _Run(Settings(**short | {"recipe": "detr", "width": 32, "layers": 1}), tmp_path)
+    run._save_state()
+    nn.init.constant_(next(run.model.parameters()), math.nan)
+    run.step = 1
+    with pytest.raises(FloatingPointError, match="step 1: expected finite weights, got NaN or inf"):
+        run._save_state()
+    assert checkpoint(tmp_path)["step"] == 0
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_takes_steps_and_is_loaded(
     recipe: str, short: dict[str, Any], tmp_path: Path
@@ -530,6 +560,10 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
         ({"multi_scale": -0.1}, r"multi_scale: expected 0 to below 1, got -0\.1"),
         ({"multi_scale": 0.2}, r"multi_scale: .* of 64 pixels .* 32, such as 0\.5, got 0\.2"),
         ({"multi_scale": 0.2, "size": 32}, r"multi_scale: .* which needs larger images, got 0\.2"),
+        ({"size": 10**6}, "size: expected a number up to 16384, got 1000000"),
+        ({"batch": 10**9}, "batch: expected a number up to 65536, got 1000000000"),
+        ({"queries": 10**6}, "queries: expected a number up to 10000, got 1000000"),
+        ({"width": 32 * 10**6}, "width: expected a number up to 4096, got 32000000"),
         ({"steps": 10**20}, r"steps: expected a number below 2\*\*63, got 1000000"),
         ({"seed": 2**70}, r"seed: expected a number below 2\*\*62, got"),
         (
@@ -552,8 +586,12 @@ def test_a_setting_that_cannot_be_is_named(short: dict[str, Any], tmp_path: Path
     ):
         with pytest.raises(TypeError, match=message):
             train(Settings(**settings | wrong), tmp_path)
-    with pytest.raises(ValueError, match="workers: expected a number from 0, got -1"):
-        train(Settings(**settings), tmp_path, workers=-1)
+    for workers, message in (
+        (-1, "a number from 0, got -1"),
+        (10**6, "a number up to 1024, got 1"),
+    ):
+        with pytest.raises(ValueError, match=f"workers: expected {message}"):
+            train(Settings(**settings), tmp_path, workers=workers)
 
 
 def test_training_ends_without_a_better_ap(
@@ -589,8 +627,19 @@ def test_a_training_is_continued_with_other_settings(
     settings |= {"save_every": 1, "keep_every": 2}
     run, next_run = tmp_path / "run", tmp_path / "next"
     train(Settings(**settings), run)
-    with pytest.raises(FloatingPointError, match=r"finite .*--resume .*run --lr 1e\+29 --out"):
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step [3-9]: .*finite .*--resume .*run/checkpoint_STEP.pt --lr 1e\+29 --out",
+    ):
         train(Settings(**settings | {"lr": 1e30, "steps": 60}), run, resume=run)
+    for every, message in (
+        ({"save_every": 60}, r"finite .*--resume .*one --lr 1e\+29 --out"),
+        ({"evaluate_every": 1}, "step 1: expected finite losses of the test images, got {'class"),
+    ):
+        shutil.rmtree(tmp_path / "one", ignore_errors=True)
+        wrong = settings | {"keep_every": 0, "lr": 1e30, "steps": 60} | every
+        with pytest.raises(FloatingPointError, match=message):
+            train(Settings(**wrong), tmp_path / "one")
     early = run / "checkpoint_2.pt"
     (tmp_path / "moved").symlink_to(short["data"].removeprefix("coco:"))
     other = settings | {"lr": 1e-4, "backbone_lr": 0.1, "weight_decay": 0.1, "accumulate": 2}
@@ -608,7 +657,7 @@ def test_a_training_is_continued_with_other_settings(
     with pytest.raises(FileNotFoundError, match=r"resume: expected a checkpoint or its folder"):
         train(Settings(**other), next_run, resume=tmp_path / "none")
     assert settings_of(early) == Settings(**settings | {"augment": "flip"})
-    with pytest.raises(ValueError, match=r"steps: expected more than the 2 of .*, got 1"):
+    with pytest.raises(ValueError, match=r"steps: expected at least 2, as in .*, got 1"):
         train(Settings(**other | {"steps": 1}), next_run, resume=early)
     old = torch.load(early, weights_only=True)
     state = old["optimizer"]

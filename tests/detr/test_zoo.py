@@ -122,7 +122,7 @@ def test_an_official_file_is_loaded_and_used(nano: dict[str, Tensor], tmp_path: 
     assert load(tmp_path / "weights.pth", model="deim_dfine_n").facts == {"model": "deim_dfine_n"}
     with pytest.raises(RuntimeError, match="size mismatch"):
         load(tmp_path / "weights.pth", model="dfine_s")
-    with pytest.raises(ValueError, match=r"name: expected one of detr_r50, .*; got 'yolo'"):
+    with pytest.raises(ValueError, match=r"model: expected one of detr_r50, .*; got 'yolo'"):
         load(tmp_path / "weights.pth", model="yolo")
 
 
