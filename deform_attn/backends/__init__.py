@@ -131,14 +131,16 @@ def choose_backend(
     """
     name = backend or _forced
     if name is not None:
-        _check_name(name, "backend")
-        reason = BACKENDS[name].why_not(device_type, dtype)
+        if name not in BACKENDS:
+            _check_name(name, "backend")
+        candidate = BACKENDS[name]
+        reason = candidate.why_not(device_type, dtype)
         if reason is not None:
             raise RuntimeError(
                 f"backend {name!r} was requested but cannot run on {device_type} with {dtype}: "
                 f"{reason}. `python -m deform_attn.info` shows every backend."
             )
-        return BACKENDS[name]
+        return candidate
     reasons = []
     for candidate in BACKENDS.values():
         reason = candidate.why_not(device_type, dtype)
