@@ -367,7 +367,7 @@ def _progress(text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the report; the exit status says whether all is right."""
+    """Print the report; the exit status is 0 where all results are right, else 1."""
     parser = argparse.ArgumentParser(
         prog="python -m deform_attn.check",
         description=__doc__,

@@ -92,7 +92,7 @@ def _backends(device: str, dtype: torch.dtype) -> dict[str, Any]:
     why_not = {name: backend.why_not(device, dtype) for name, backend in BACKENDS.items()}
     try:
         chosen: str | None = choose_backend(device, dtype).name
-    except RuntimeError:  # the forced one cannot run, and why_not tells why
+    except RuntimeError:  # the forced one cannot run; why_not has the reason
         chosen = None
     return {"chosen": chosen, "why_not": {n: why for n, why in why_not.items() if why is not None}}
 

@@ -390,7 +390,11 @@ class MultiScaleDeformableAttention(_Attention):
         embed_dim: int | None = None,
         img2col_step: int | None = None,
     ) -> None:
-        embed_dims = embed_dims if embed_dim is None else embed_dim
+        if embed_dim is not None:
+            check_integer("embed_dim", embed_dim, 1)
+            if embed_dims not in (256, embed_dim):  # 256: not given
+                raise ValueError(f"embed_dim: expected embed_dims ({embed_dims}), got {embed_dim}")
+            embed_dims = embed_dim
         check_integer("embed_dims", embed_dims, 1)
         check_positive("value_proj_ratio", value_proj_ratio)
         check_threshold("dropout", dropout)

@@ -10,11 +10,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active, _is_tracing, _len_torch_dispatch_stack
+from torch._C import (
+    _are_functorch_transforms_active,
+    _AutoDispatchBelowAutograd,
+    _get_deterministic_algorithms,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+)
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
@@ -36,6 +43,8 @@ __all__ = ["ATTENTION", "FUSED", "LIBRARY", "Operator", "Signature", "call_discr
 LIBRARY = Library("deform_attn", "DEF")
 
 Operator = Callable[..., Tensor]
+
+_requires_grad = attrgetter("requires_grad")
 
 # Types of the operands that are not "Tensor".
 _TYPES = {
@@ -77,13 +86,6 @@ class Signature:
         """Positions of the operands that have gradients."""
         return [self.record._fields.index(name) for name in self.names]
 
-    def with_gradients(self, gradients: Any) -> tuple[Any, ...]:
-        """One gradient per operand: None for those that have none."""
-        spread: list[Any] = [None] * len(self.record._fields)
-        for position, gradient in zip(self.differentiable, gradients):
-            spread[position] = gradient
-        return tuple(spread)
-
 
 ATTENTION = Signature(
     Operands, ("value", "sampling_locations", "attention_weights"), composite.attention
@@ -115,19 +117,24 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     forward_op = getattr(torch.ops.deform_attn, name).default
     backward_op = getattr(torch.ops.deform_attn, f"{name}_backward").default
     record, differentiable = signature.record, signature.differentiable
-    num_tensors = record._fields.index("level_sizes")
+    num_operands, num_tensors = len(record._fields), record._fields.index("level_sizes")
+    of_differentiable = itemgetter(*differentiable)
+
+    def spread(gradients: Any) -> list[Any]:
+        """One gradient per operand: None for those that have none."""
+        by_operand: list[Any] = [None] * num_operands
+        for position, gradient in zip(differentiable, gradients):
+            by_operand[position] = gradient
+        return by_operand
 
     # Single-level: the dispatcher has already unwrapped the tensors of torch.func's transforms
     class Backward(_SingleLevelFunction):
         @staticmethod
-        def forward(*inputs: Any) -> Any:
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *operands, ctx.output_mask, value_mask = inputs
+            ctx.save_for_backward(*operands[: 1 + num_tensors], value_mask)
+            ctx.level_sizes, ctx.num_points, *ctx.others = operands[1 + num_tensors : -1]
             return _below_autograd(backward_op, inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            *inputs, ctx.output_mask, value_mask = inputs  # type: ignore[assignment]
-            ctx.save_for_backward(*inputs[: 1 + num_tensors], value_mask)
-            ctx.level_sizes, ctx.num_points, *ctx.others = inputs[1 + num_tensors : -1]
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor) -> Any:
@@ -149,31 +156,37 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             varied = [operands[position] for position in differentiable]
             pull_back = torch.func.vjp(gradients, grad_output, *varied)[1]
             grad_grad_output, *grad_operands = pull_back(masked(grads))
-            return (grad_grad_output, *signature.with_gradients(grad_operands), None, None)
+            return (grad_grad_output, *spread(grad_operands), None, None)
 
     class Forward(_SingleLevelFunction):
         @staticmethod
-        def forward(*inputs: Any) -> Any:
-            return _below_autograd(forward_op, inputs)
-
-        @staticmethod
-        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        def forward(ctx: Any, *inputs: Any) -> Any:
             ctx.save_for_backward(*inputs[:num_tensors], inputs[-1])
             # apart, or Dynamo takes symbolic sizes for constants
             ctx.level_sizes, ctx.num_points, *ctx.others = inputs[num_tensors:-1]
+            return _below_autograd(forward_op, inputs)
 
         @staticmethod
         def backward(ctx: Any, grad_output: Tensor) -> Any:
-            gradients: Callable[..., Any] = backward_op
-            if not (torch.compiler.is_compiling() or _is_observed()):
-                recorded = torch.is_grad_enabled()  # with create_graph=True
-                gradients = Backward.apply if recorded else Backward.forward  # type: ignore[attr-defined]
-            deterministic = torch.are_deterministic_algorithms_enabled()
-            numbers = (ctx.level_sizes, ctx.num_points, *ctx.others)
-            output_mask = [ctx.needs_input_grad[position] for position in differentiable]
-            *inputs, value_mask = ctx.saved_tensors
-            options = deterministic, output_mask, value_mask
-            return signature.with_gradients(gradients(grad_output, *inputs, *numbers, *options))
+            *tensors, value_mask = ctx.saved_tensors
+            inputs = (
+                grad_output,
+                *tensors,
+                ctx.level_sizes,
+                ctx.num_points,
+                *ctx.others,
+                _get_deterministic_algorithms(),
+                list(of_differentiable(ctx.needs_input_grad)),
+                value_mask,
+            )
+            if torch.compiler.is_compiling() or _is_observed():
+                gradients = backward_op(*inputs)
+            elif torch.is_grad_enabled():  # with create_graph=True
+                gradients = Backward.apply(*inputs)  # type: ignore[attr-defined]
+            else:
+                with _AutoDispatchBelowAutograd():
+                    gradients = backward_op(*inputs)
+            return tuple(spread(gradients))
 
     def call(*inputs: Any) -> Tensor:
         """The composite under forward-mode AD, the bare operator where nothing is recorded, else
@@ -186,10 +199,10 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             output = forward_op(*inputs)
         elif _is_observed():
             output = _observed(forward_op, record, inputs)
-        elif torch.is_grad_enabled() and any(inputs[i].requires_grad for i in differentiable):
+        elif torch.is_grad_enabled() and any(map(_requires_grad, of_differentiable(inputs))):
             output = Forward.apply(*inputs)  # type: ignore[attr-defined]
         else:
-            with torch._C._AutoDispatchBelowAutograd():
+            with _AutoDispatchBelowAutograd():
                 output = forward_op(*inputs)
         return output
 
@@ -261,7 +274,7 @@ def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
         ):
             with enable_single_level_autograd_function():
                 return function.apply(*inputs)
-        with torch._C._AutoDispatchBelowAutograd():
+        with _AutoDispatchBelowAutograd():
             return op(*inputs)
 
     return under_autograd
@@ -272,10 +285,10 @@ def _below_autograd(op: Any, inputs: tuple[Any, ...]) -> Any:
 
     A Function's forward runs with gradients disabled, which must not reach those.
     """
-    if torch._C._are_functorch_transforms_active():
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+    if _are_functorch_transforms_active():
+        with torch.enable_grad(), _AutoDispatchBelowAutograd():
             return op(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():
+    with _AutoDispatchBelowAutograd():
         return op(*inputs)
 
 

@@ -32,7 +32,7 @@ void* take(KeptBlocks& blocks, size_t bytes, bool expected_fresh, const char* wh
 }
 
 void sizes() {
-  KeptBlocks blocks(kMost);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
   void* four = take(blocks, 4 * kMega, true, "nothing is kept at the start");
   void* five = take(blocks, 5 * kMega, true, "a block in use is not given again");
   blocks.give(four);
@@ -48,7 +48,7 @@ void sizes() {
 }
 
 void limit() {
-  KeptBlocks blocks(kMost);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
   constexpr size_t kThird = kMost / 3;
   void* first = take(blocks, kThird, true, "a new block");
   void* second = take(blocks, 2 * kThird, true, "a new block");
@@ -65,14 +65,27 @@ void limit() {
   for (void* data : {new_first, old_second, old_third, new_huge}) blocks.give(data);
 }
 
+void any_size_of_zeros() {
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kZeros);
+  void* large = take(blocks, 8 * kMega, true, "nothing is kept at the start");
+  void* small = take(blocks, 100, true, "a block in use is not given again");
+  blocks.give(small);
+  blocks.give(large);
+  expect(take(blocks, 50, false, "a small one is kept") == small, "the smallest that suffices");
+  expect(take(blocks, 101, false, "a larger one suffices") == large, "the block of 8 MB");
+  blocks.give(small);
+  KeptBlocks::drop(large);
+  KeptBlocks::drop(take(blocks, 101, true, "what was dropped is not given again"));
+}
+
 void without_memory() {
-  KeptBlocks blocks(kMost);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
   bool fresh = false;
   expect(blocks.take(PTRDIFF_MAX - 2 * kMega, fresh) == nullptr, "null, no exception");
 }
 
 void threads() {
-  KeptBlocks blocks(kMost);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
   std::vector<std::thread> all;
   std::vector<int> wrong(4, 0);
   for (int i = 0; i < 4; ++i) {
@@ -112,6 +125,7 @@ void zeros() {
 int main() {
   sizes();
   limit();
+  any_size_of_zeros();
   without_memory();
   threads();
   zeros();

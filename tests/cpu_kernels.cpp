@@ -46,7 +46,7 @@ struct Case {
 
 const Case kCases[] = {
     {{{0, 9, 20}, {180, 5, 6}}, {4, 4}, 2, 0, 2, 32},                // an encoder
-    {{{0, 5, 7}, {35, 3, 4}, {47, 2, 1}}, {3, 6, 3}, 2, 5, 2, 8},    // a list of counts
+    {{{0, 5, 7}, {35, 3, 4}, {47, 2, 1}}, {3, 6, 3}, 2, 5, 8, 8},    // a list of counts
     {{{0, 5, 7}, {35, 1, 1}}, {2, 2}, 1, 37, 3, 30},                 //
     {{{0, 4, 5}, {20, 2, 3}}, {1, 1}, 1, 3, 1, 71},                  //
     {{{0, 4, 5}}, {5}, 2, 3, 2, 1},                                  //
@@ -413,16 +413,16 @@ class Call {
     return false;
   }
 
-  // Heads in two groups and rows in two bands, where possible.
-  std::vector<Share> shares(int threads) const {
+  // Heads in two groups and rows in two bands, where possible; or narrow shares.
+  std::vector<Share> shares(int threads, bool narrow) const {
     std::vector<Share> found;
-    const int groups = std::min(threads > 1 ? 2 : 1, in_.problem.heads);
-    const int bands = threads > 1 && !levels_overlap() ? 2 : 1;
+    const int groups = narrow ? kNarrow : std::min(threads > 1 ? 2 : 1, in_.problem.heads);
+    const int bands = !narrow && threads > 1 && !levels_overlap() ? 2 : 1;
     for (int64_t b = 0; b < in_.problem.batch; ++b) {
       for (int group = 0; group < groups; ++group) {
         for (int band = 0; band < bands; ++band) {
           found.push_back({b, in_.problem.heads * group / groups,
-                           in_.problem.heads * (group + 1) / groups, band, bands});
+                           in_.problem.heads * (group + 1) / groups, band, bands, narrow});
         }
       }
     }
@@ -433,6 +433,10 @@ class Call {
     expect(one == run(kThreads, false), name + "several threads");
     expect(one == run(1, true), name + "past the caches");
     expect(one == run(kThreads, true), name + "several threads past the caches");
+    if (sizeof(T) == 2 && in_.problem.heads % kNarrow == 0) {
+      expect(one == run(1, false, true), name + "a few heads after the others");
+      expect(one == run(kThreads, true, true), name + "several threads, a few heads each");
+    }
     for (const int threads : {1, kThreads}) {
       expect(one.same_bits(one.output, output_by_heads(threads)),
              name + "one head after the other");
@@ -459,14 +463,14 @@ class Call {
     return output;
   }
 
-  Results<T, Acc, Weight> run(int threads, bool past_caches) const {
+  Results<T, Acc, Weight> run(int threads, bool past_caches, bool narrow = false) const {
     const Problem& p = in_.problem;
     const bool fused = in_.fused.reference != nullptr;
     Results<T, Acc, Weight> to;
     to.output.resize(grad_.size());
     to.value.resize(value_.size());
-    // a 16-bit gradient is written, not added to
-    if (sizeof(T) == 2) std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
+    // a 16-bit gradient is written, not added to; narrow shares write what they have reached
+    if (sizeof(T) == 2 && !narrow) std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
     to.locations.resize(locations_.size());
     to.weights.resize(points_);
     Blocks blocks{{0}, kernels_.blocks(in_) * p.batch, 2};
@@ -474,23 +478,29 @@ class Call {
       kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).data());
     });
     Lines<Acc> grad_weights(fused ? points_ : 0);
-    std::vector<Acc> sums(value_.size());
+    const auto numbers = static_cast<size_t>(p.rows * p.row_stride() / kNarrow);
+    std::vector<std::vector<Acc>> sums(narrow ? static_cast<size_t>(threads) : 1,
+                                       std::vector<Acc>(narrow ? numbers : value_.size()));
     const Gradients grads{grad_.data(),
                           to.value.data(),
-                          sums.data(),
+                          sums[0].data(),
                           to.locations.data(),
                           fused ? static_cast<void*>(grad_weights.data()) : to.weights.data(),
                           past_caches};
-    const std::vector<Share> all = shares(threads);
+    const std::vector<Share> all = shares(threads, narrow);
     side_by_side(threads, [&](int thread) {
       auto scratch = scratch_of(kernels_, in_);
+      Gradients own = grads;
+      if (narrow) own.sums = sums[static_cast<size_t>(thread)].data();
       for (size_t i = static_cast<size_t>(thread); i < all.size();
            i += static_cast<size_t>(threads)) {
-        kernels_.backward(in_, grads, all[i], scratch.data());
+        kernels_.backward(in_, own, all[i], scratch.data());
       }
     });
-    expect(std::all_of(sums.begin(), sums.end(), [](Acc sum) { return sum == 0; }),
-           "the sums are zeros after the pass");
+    for (const std::vector<Acc>& block : sums) {
+      expect(std::all_of(block.begin(), block.end(), [](Acc sum) { return sum == 0; }),
+             "the sums are zeros after the pass");
+    }
     if (!fused) return to;
     to.reference.resize(
         static_cast<size_t>(p.batch * p.queries * in_.fused.levels * in_.fused.size));

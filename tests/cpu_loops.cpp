@@ -14,8 +14,8 @@ constexpr int kVecs = 32 / kLanes;  // a head of 32 channels: most models
   extern "C" void backward_##T(const T* value, const T* grad_output, const Run<float>& run,      \
                                float* sums, const Reached& reached, Quad<float>* products,       \
                                int64_t channel) {                                                \
-    visit_points<kLanes, kVecs, T, float>(value, grad_output, run, nullptr, sums, reached,       \
-                                          products, true, 0, channel, 32);                       \
+    visit_points<kLanes, kVecs, sizeof(T) == 2 ? kNarrow : 1, T, float>(                         \
+        value, grad_output, run, nullptr, sums, reached, products, true, 0, channel, 32);        \
   }
 DEFORM_ATTN_LOOPS(float)
 DEFORM_ATTN_LOOPS(Half)

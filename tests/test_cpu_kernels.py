@@ -201,6 +201,34 @@ def test_results_that_are_in_use_are_not_overwritten() -> None:
     assert len({tensor.data_ptr() for tensor in results}) == len(results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sums_of_a_16_bit_gradient_larger_than_a_cache(dtype: torch.dtype) -> None:
+    """They are those of float32, rounded once; a few heads at a time, or in bands of rows."""
+    torch.manual_seed(0)
+    value = torch.randn(1, 6000, 4, 32).to(dtype)  # 3 MB of sums
+    locations = torch.rand(1, 50, 4, 1, 4, 2) * 1.2 - 0.1
+    weights, grad_output = torch.rand(1, 50, 4, 1, 4).to(dtype), torch.randn(1, 50, 128).to(dtype)
+
+    def gradients(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        *inputs, grad = (tensor.detach().requires_grad_() for tensor in tensors)
+        value, locations, weights = inputs
+        output = deform_attn.ms_deform_attn(
+            value, [(60, 100)], None, locations, weights, backend="compiled"
+        )
+        return torch.autograd.grad(output, inputs, grad)
+
+    expected = gradients(value.float(), locations, weights.float(), grad_output.float())
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            for _ in range(2):  # the second one gets the sums of the first
+                got = gradients(value, locations, weights, grad_output)
+                assert torch.equal(got[0], expected[0].to(dtype))
+    finally:
+        torch.set_num_threads(threads)
+
+
 # Prints whether the second result has the memory of the first, which no other tensor got.
 KEPT = """
 import torch, deform_attn

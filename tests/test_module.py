@@ -726,6 +726,12 @@ def test_sizes_of_another_type_are_named(make: type[nn.Module], wrong: Any) -> N
             {"value_proj_ratio": math.nan},
             "value_proj_ratio: expected a number above 0, got nan",
         ),
+        (MultiScaleDeformableAttention, {"embed_dim": "32"}, "embed_dim: expected an integer, got"),
+        (
+            MultiScaleDeformableAttention,
+            {"embed_dims": 64, "embed_dim": 32},
+            r"embed_dim: expected embed_dims \(64\), got 32",
+        ),
         (MSDeformableAttention, {"offset_scale": "1"}, "offset_scale: expected a number, got '1'"),
         (MSDeformableAttention, {"offset_scale": math.inf}, "offset_scale: expected a finite"),
         (MSDeformableAttention, {"offset_scale": math.nan}, "offset_scale: expected a finite"),

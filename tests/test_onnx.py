@@ -115,6 +115,19 @@ def test_a_package_that_is_missing(package: str, monkeypatch: pytest.MonkeyPatch
         export(torch.nn.Identity().eval(), (torch.zeros(1),))
 
 
+def test_arguments_of_another_type_are_named() -> None:
+    model = torch.nn.Identity().eval()
+    for call, message in (
+        (lambda: export(None, ()), "model: expected a torch.nn.Module, got NoneType"),
+        (lambda: export(model, torch.zeros(1)), "args: expected a tuple of example inputs, got Te"),
+        (lambda: decompose(model), "program: expected what torch.export.export makes .*Identity$"),
+    ):
+        with pytest.raises(TypeError, match=f"^{message}"):
+            call()
+    with pytest.raises(ValueError, match="^path: expected a path, got ''"):
+        export(model, (torch.zeros(1),), "")
+
+
 def test_a_model_in_training() -> None:
     with pytest.raises(ValueError, match="model: expected one in evaluation mode"):
         export(nn.Linear(2, 2), (torch.rand(1, 2),))

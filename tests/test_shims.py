@@ -233,5 +233,5 @@ def test_report_and_removal() -> None:
 
 
 def test_unknown_name() -> None:
-    with pytest.raises(ValueError, match=r"names: expected some of .*mmcv._ext.*'mmcv'"):
+    with pytest.raises(ValueError, match=r"names: expected one of .*mmcv._ext.*'mmcv'"):
         install_shims("mmcv")

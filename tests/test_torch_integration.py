@@ -744,6 +744,8 @@ def test_unknown_backend() -> None:
     ):
         with pytest.raises(ValueError, match="compiled, triton, reference.*fastest"):
             force()
+    with pytest.raises(TypeError, match="^device_type: expected a name such as 'cpu', got dev"):
+        deform_attn.choose_backend(torch.device("cpu"))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("way", ["argument", "block"])

@@ -2,6 +2,7 @@
 //
 //   visit_points     the innermost loop: products with pixels, and what is added to their gradients
 //   PointGradients   the gradients of a query's locations and weights, before they are written
+//   sums_at          the sums of a pixel's gradient
 //   Reached          which pixels have been added to
 //   each_range       the rows of value that belong to a share
 //   round_sums       from the float32 sums of a share to its 16-bit gradient of value
@@ -14,17 +15,27 @@
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-// The heads and rows of value whose gradient has been added to, by the place of their first channel:
-// elements from pixel 0 of the image. Without flags, all of them count as reached.
+// The sums of the pixel that is `offset` elements of value from pixel 0. A row of sums is 1 / kParts as
+// long as one of value. For all of kParts that is an address mode of the processor.
+template <int kParts, typename Acc>
+DEFORM_ATTN_INLINE Acc* sums_at(Acc* sums, int32_t offset) {
+  static_assert(sizeof(Acc) % kParts == 0);
+  constexpr auto kBytes = static_cast<int64_t>(sizeof(Acc) / kParts);
+  return reinterpret_cast<Acc*>(reinterpret_cast<char*>(sums) + offset * kBytes);
+}
+
+// The heads and rows whose sums have been added to, by the place of their first channel: elements from
+// pixel 0. Without flags, all of them count as reached.
 struct Reached {
   uint8_t* flags = nullptr;
   int shift = 0;  // 2^shift <= head_dim: no two heads or rows share a flag
 
-  Reached(Arena& arena, const Inputs& in, bool used) {
+  // `pitch`: elements of a row of sums.
+  Reached(Arena& arena, const Inputs& in, bool used, int64_t pitch) {
     // in an encoder nearly all are reached
     if (!used || in.queries_are_pixels) return;
     while (in.problem.head_dim >> (shift + 1)) ++shift;
-    const int64_t count = flag_of(in.problem.rows * in.problem.row_stride()) + 1;
+    const int64_t count = flag_of(in.problem.rows * pitch) + 1;
     flags = arena.take<uint8_t>(count);
     if (flags) std::memset(flags, 0, static_cast<size_t>(count));
   }
@@ -61,8 +72,9 @@ struct Reached {
 // products[k][i] = dot product of the output's gradient with pixel i of point k of a head. Adds the
 // point's share of the output's gradient to the sums of its pixels' gradients, unless `sums` is null.
 // Channels as in sum_points; `first`: they are the first channels of the head. `next`: elements from
-// these channels to those of the following head. `channel`: elements from pixel 0 to the head's.
-template <int kLanes, int kVecs, typename T, typename Acc>
+// these channels to those of the following head. `channel`: elements from pixel 0 to the head's. kParts:
+// as in sums_at.
+template <int kLanes, int kVecs, int kParts, typename T, typename Acc>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
                                      const Run<Acc> run, const int32_t* __restrict reach, Acc* sums,
                                      const Reached reached, Quad<Acc>* products, bool first,
@@ -79,7 +91,13 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
       // every second line: processors fetch the other one of a pair into the second-level cache
       constexpr int kStep = 2 * int{kCacheLine};
       fetch_pixels<kVecs * kLanes* int{sizeof(T)}, kStep>(value + next, run.next[k]);
-      if (sums) fetch_pixels<kVecs * kLanes* int{sizeof(Acc)}, kStep>(sums + next, run.next[k]);
+      if (sums) {
+        // sums_at with an invalid offset
+        using Unit = std::conditional_t<kParts == 1, const Acc, const char>;
+        static_assert(sizeof(Acc) == kParts * sizeof(Unit));
+        fetch_pixels<kVecs * kLanes* int{sizeof(Acc)}, kStep>(reinterpret_cast<Unit*>(sums + next),
+                                                              run.next[k]);
+      }
     }
     const Quad<int32_t>& offset = run.offset[k];
     if (offset[0] < 0) continue;
@@ -101,9 +119,11 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       if (!(here & (i < 2 ? kUpper : kLower))) return;
       if constexpr (!std::is_same_v<T, Acc>) {
-        if (reached.flags) reached.add(offset[i] + channel);
+        if (reached.flags) {
+          reached.add(int64_t{static_cast<uint32_t>(offset[i]) / kParts} + channel);
+        }
       }
-      Acc* pixel = sums + offset[i];
+      Acc* pixel = sums_at<kParts>(sums, offset[i]);
       const V share = splat<V>(run.share[k][i]);
       each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
         if (some > 0) {
@@ -218,14 +238,15 @@ DEFORM_ATTN_INLINE void round_and_clear(AccOf<T>* sums, T* to, int64_t count) {
 }
 
 // Rounds a share's sums to its gradient of value, and clears them. Both begin at the share's first head.
-template <typename T>
+template <int kParts, typename T>
 void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccOf<T>* sums, T* to) {
-  const int64_t stride = in.problem.row_stride(), head_dim = in.problem.head_dim;
+  const int64_t stride = in.problem.row_stride(), pitch = stride / kParts;
+  const int64_t head_dim = in.problem.head_dim;
   const int64_t channels = (own.last_head - own.first_head) * head_dim;
   if (!reached.flags) {
     return each_range(in, own, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        round_and_clear(sums + row * stride, to + row * stride, channels);
+        round_and_clear(sums + row * pitch, to + row * stride, channels);
       }
     });
   }
@@ -233,41 +254,49 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
   // reached are collected first, so that their memory can be prefetched.
   constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 1024, kAhead = 16;  // kAtOnce: elements
   const int64_t rows = kAtOnce / stride > 0 ? kAtOnce / stride : 1;
-  int64_t places[kMost];
+  int64_t places[kMost], of_value[kMost];  // in the sums; in the gradient of value
   each_range(in, own, [&](int64_t first, int64_t end) {
     for (int64_t last; first < end; first = last) {
       last = first + rows < end ? first + rows : end;
-      const auto bytes = [&](int64_t elements) {
-        return sizeof(T) * static_cast<size_t>(elements);
-      };
-      if (channels == stride) {
-        clear_bytes(to + first * stride, bytes((last - first) * stride));
-      } else {
-        for (int64_t row = first; row < last; ++row) {
-          std::memset(to + row * stride, 0, bytes(channels));
+      if constexpr (kParts == 1) {  // otherwise they are zeros
+        const auto bytes = [&](int64_t elements) {
+          return sizeof(T) * static_cast<size_t>(elements);
+        };
+        if (channels == stride) {
+          clear_bytes(to + first * stride, bytes((last - first) * stride));
+        } else {
+          for (int64_t row = first; row < last; ++row) {
+            std::memset(to + row * stride, 0, bytes(channels));
+          }
         }
       }
-      const int64_t last_flag = reached.flag_of(last * stride);
-      for (int64_t flag = reached.flag_of(first * stride); flag < last_flag;) {
+      const int64_t last_flag = reached.flag_of(last * pitch);
+      for (int64_t flag = reached.flag_of(first * pitch); flag < last_flag;) {
         int64_t found = 0;
         for (; flag < last_flag && found + 8 <= kMost; flag += 8) {
           found += reached.eight(flag, last_flag, head_dim, places + found);
         }
         for (int64_t i = -kAhead; i < found; ++i) {
-          if (i + kAhead < found) {
-            const AccOf<T>* ahead = sums + places[i + kAhead];
+          if (const int64_t next = i + kAhead; next < found) {
+            const AccOf<T>* ahead = sums + places[next];
             for (int64_t c = 0; c < head_dim; c += int64_t{kCacheLine / sizeof(AccOf<T>)}) {
               __builtin_prefetch(ahead + c, 1, 3);
             }
+            of_value[next] = places[next];
+            if constexpr (kParts > 1) {
+              const auto row = static_cast<uint32_t>(places[next]) / static_cast<uint32_t>(pitch);
+              of_value[next] += int64_t{row} * (stride - pitch);
+              __builtin_prefetch(to + of_value[next], 1, 3);
+            }
           }
-          if (i >= 0) round_and_clear(sums + places[i], to + places[i], head_dim);
+          if (i >= 0) round_and_clear(sums + places[i], to + of_value[i], head_dim);
         }
       }
     }
   });
 }
 
-template <typename T, typename Weight>
+template <int kParts, typename T, typename Weight>
 void backward_share(const Inputs& in, const Gradients& grads, const Share& own, void* scratch) {
   using Acc = AccOf<T>;
   const Problem& p = in.problem;
@@ -286,10 +315,10 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   constexpr bool kRounds = !std::is_same_v<T, Acc>;
   Acc* sums = nullptr;
   if (adds) {
-    sums = static_cast<Acc*>(kRounds ? grads.sums : grads.value) +
-           p.value_at(own.batch, 0, own.first_head);
+    sums = static_cast<Acc*>(kRounds ? grads.sums : grads.value);
+    if (kParts == 1) sums += p.value_at(own.batch, 0, own.first_head);
   }
-  const Reached reached(arena, in, kRounds && adds);
+  const Reached reached(arena, in, kRounds && adds, p.row_stride() / kParts);
   const size_t weight_bytes = is_fused ? sizeof(Acc) : sizeof(Weight);  // of their gradients
   const bool streams = grads.past_caches && !partial && fills_lines(p, grads, own, weight_bytes);
   Visits visits(in);
@@ -332,7 +361,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
       const Run<Acc> run = run_of(in, now.points, next.points, head, heads);
       const int to_next = head + 1 == heads ? -channel : p.head_dim;
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
-        visit_points<lanes.value, vecs.value, T, Acc>(
+        visit_points<lanes.value, vecs.value, kParts, T, Acc>(
             value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
             adds ? sums + channel + c : nullptr, reached, point_grads.products + first, c == 0,
             some, channel, to_next);
@@ -352,7 +381,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   });
   if constexpr (kRounds) {
     T* grad_value = static_cast<T*>(grads.value) + p.value_at(own.batch, 0, own.first_head);
-    if (adds) round_sums(in, own, reached, sums, grad_value);
+    if (adds) round_sums<kParts>(in, own, reached, sums, grad_value);
   }
   if (streams) finish_streams();
 }

@@ -1,4 +1,4 @@
-// Memory of large results that is kept from one call to the next.
+// Memory that is kept from one call to the next: that of large results, and zeros.
 //
 // Linux maps fresh memory page by page when it is first written, which can take longer than the pass that
 // writes it, and the C library returns freed memory to the system. Blocks are kept instead.
@@ -14,18 +14,23 @@ namespace deform_attn::cpu {
 
 class KeptBlocks {
  public:
-  static constexpr size_t kSmallest = size_t{1} << 20;  // bytes; smaller ones are cheap to map
+  enum class Use {
+    kResults,  // of any contents, in use for long: small ones are cheap to map, large ones would be
+               // wasted on small results
+    kZeros,    // zeros when they are given back, in use for a call: a larger block is as good
+  };
+  static constexpr size_t kSmallest = size_t{1} << 20;  // bytes of a result
 
   // Keeps at most `most` bytes.
-  explicit KeptBlocks(size_t most) : most_(most) {}
+  KeptBlocks(size_t most, Use use) : most_(most), zeros_(use == Use::kZeros) {}
   ~KeptBlocks() {
-    for (void* data : kept_) free(data);
+    for (void* data : kept_) drop(data);
   }
 
   // Whether a block of this size is kept when it is given back.
-  bool keeps(size_t bytes) const { return bytes >= kSmallest && bytes <= most_; }
+  bool keeps(size_t bytes) const { return (zeros_ || bytes >= kSmallest) && bytes <= most_; }
 
-  // A block of `bytes` or more, of unknown contents; null where there is no memory. `fresh`: it is new.
+  // A block of `bytes` or more; null where there is no memory. `fresh`: it is new, of unknown contents.
   void* take(size_t bytes, bool& fresh) {
     fresh = false;
     {
@@ -33,7 +38,7 @@ class KeptBlocks {
       size_t best = kept_.size();
       for (size_t i = kept_.size(); lock && i-- > 0;) {  // the newest of the smallest
         const size_t size = size_of(kept_[i]);
-        if (size < bytes || size > bytes + bytes / 4) continue;
+        if (size < bytes || (!zeros_ && size > bytes + bytes / 4)) continue;
         if (best == kept_.size() || size < size_of(kept_[best])) best = i;
       }
       if (best < kept_.size()) {
@@ -53,7 +58,12 @@ class KeptBlocks {
   // A block that is not used any more. It is kept, and the oldest are freed. Where another thread is
   // in here, it is freed: a lock that was held when the process was forked stays locked.
   void give(void* data) noexcept {
-    if (!keep(data)) free(data);
+    if (!keep(data)) drop(data);
+  }
+
+  // Frees a block.
+  static void drop(void* data) noexcept {
+    ::operator delete(static_cast<char*>(data) - kOffset, std::align_val_t{kPage});
   }
 
  private:
@@ -64,10 +74,6 @@ class KeptBlocks {
 
   static size_t& size_of(void* data) {
     return *reinterpret_cast<size_t*>(static_cast<char*>(data) - kOffset);
-  }
-
-  static void free(void* data) {
-    ::operator delete(static_cast<char*>(data) - kOffset, std::align_val_t{kPage});
   }
 
   bool keep(void* data) noexcept {
@@ -81,13 +87,14 @@ class KeptBlocks {
     bytes_ += size_of(data);
     while (bytes_ > most_) {
       bytes_ -= size_of(kept_.front());
-      free(kept_.front());
+      drop(kept_.front());
       kept_.erase(kept_.begin());
     }
     return true;
   }
 
   const size_t most_;
+  const bool zeros_;
   std::mutex mutex_;
   std::vector<void*> kept_;  // the newest last
   size_t bytes_ = 0;         // of all that are kept

@@ -34,8 +34,10 @@ struct Inputs {
 
 struct Gradients {
   const void* output;  // in, of value's type
-  void* value;         // of value's type; null: not requested. 16 bits: out; else added to
-  void* sums;        // 16 bits: float32, of value's shape; zeros before a share's pass and after it
+  // Of value's type; null: not requested. 16 bits: out, and zeros before the passes of narrow shares; else
+  // added to.
+  void* value;
+  void* sums;        // 16 bits: float32, see Share; zeros before a share's pass and after it
   void* locations;   // out, in the accumulation type
   void* weights;     // out, of the weights' type; in the accumulation type in a fused call
   bool past_caches;  // write locations and weights with streaming stores
@@ -70,7 +72,11 @@ struct Share {
   int64_t batch;
   int first_head, last_head;
   int band, bands;  // rows height * band / bands .. height * (band + 1) / bands - 1 of each level
+  // 16 bits: Gradients::sums are those of this share alone, [rows, row_stride / kNarrow]; otherwise they
+  // have the shape of value. Such a share has one band and 1 / kNarrow of the heads or fewer.
+  bool narrow = false;
 };
+constexpr int kNarrow = 4;  // divides the number of heads
 
 struct Kernels {
   const char* name;

@@ -3,8 +3,8 @@
 //   usable_kernels, chosen_kernels   the kernels for this processor (X86 reads its features)
 //   Scratch                          a thread's working memory
 //   inputs_of                        from a Call to the kernels' Inputs
-//   kept_blocks, empty, clear        memory kept between calls, new tensors, zeros
-//   KeptZeros                        zeros that are kept between calls
+//   kept_blocks, .., empty, clear    memory kept between calls, new tensors, zeros
+//   Sums                             zeros to which 16-bit gradients are added
 //   sort_queries                     the order of visits of queries that are not pixels
 //   run_forward                      a forward pass on all threads
 //   shares_of, run_backward          a backward pass on all threads
@@ -20,10 +20,9 @@
 #include <cpuid.h>
 #endif
 
+#include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <mutex>
 #include <new>
 #include <optional>
 #include <tuple>
@@ -200,7 +199,13 @@ size_t bytes_to_keep() {
 
 // Never destroyed: tensors may live longer than this library's variables.
 cpu::KeptBlocks& kept_blocks() {
-  static auto& blocks = *new cpu::KeptBlocks(bytes_to_keep());
+  static auto& blocks = *new cpu::KeptBlocks(bytes_to_keep(), cpu::KeptBlocks::Use::kResults);
+  return blocks;
+}
+
+cpu::KeptBlocks& kept_zeros() {
+  static auto& blocks = *new cpu::KeptBlocks(std::min(size_t{64} << 20, bytes_to_keep()),
+                                             cpu::KeptBlocks::Use::kZeros);
   return blocks;
 }
 
@@ -318,54 +323,36 @@ void clear(void* data, int64_t bytes) {
   });
 }
 
-// Zeros in float32. One block is kept for the next call, because clearing takes long; a call that has
-// written to its block must clear what it wrote and call restored(), otherwise the block is freed.
-class KeptZeros {
+// Blocks of zeros for the sums of 16-bit gradients, kept for later calls because clearing takes long. A
+// call that has written to them must clear what it wrote and call restored(); otherwise they are freed.
+class Sums {
  public:
-  explicit KeptZeros(int64_t count) : most_(std::min(size_t{64} << 20, bytes_to_keep())) {
-    {
-      const std::lock_guard<std::mutex> lock(mutex());
-      std::swap(block_, kept());
+  // On the caller's thread, which does not compete for the lock of the kept blocks.
+  Sums(int64_t count, int64_t numbers) {
+    const auto bytes = static_cast<size_t>(std::max<int64_t>(numbers, 1)) * sizeof(float);
+    for (int64_t i = 0; i < count; ++i) {
+      bool fresh = false;
+      blocks_.push_back(kept_zeros().take(bytes, fresh));
+      if (blocks_.back() == nullptr) throw std::bad_alloc();
+      if (!fresh) continue;
+      ask_for_pages(blocks_.back(), bytes);
+      clear(blocks_.back(), static_cast<int64_t>(bytes));
     }
-    if (block_.count >= count) return;
-    block_ = {};
-    block_.count = count;
-    block_.memory.reset(static_cast<float*>(::operator new(bytes(), std::align_val_t{64})));
-    ask_for_pages(get(), bytes());
-    clear(get(), static_cast<int64_t>(bytes()));
   }
-  ~KeptZeros() {
-    if (!restored_ || bytes() > most_) return;
-    const std::lock_guard<std::mutex> lock(mutex());
-    if (kept().count < block_.count) std::swap(block_, kept());
+  ~Sums() {
+    for (void* block : blocks_) {
+      if (block != nullptr) restored_ ? kept_zeros().give(block) : cpu::KeptBlocks::drop(block);
+    }
   }
-  KeptZeros(const KeptZeros&) = delete;
-  KeptZeros& operator=(const KeptZeros&) = delete;
+  Sums(const Sums&) = delete;
+  Sums& operator=(const Sums&) = delete;
 
-  void* get() const { return block_.memory.get(); }
+  void* at(size_t index) const { return blocks_.at(index); }
   // All of them are zeros again.
   void restored() { restored_ = true; }
 
  private:
-  struct Free {
-    void operator()(float* memory) const { ::operator delete(memory, std::align_val_t{64}); }
-  };
-  struct Block {
-    std::unique_ptr<float, Free> memory;
-    int64_t count = 0;
-  };
-  static Block& kept() {
-    static Block block;
-    return block;
-  }
-  static std::mutex& mutex() {
-    static std::mutex mutex;
-    return mutex;
-  }
-  size_t bytes() const { return static_cast<size_t>(block_.count) * sizeof(float); }
-
-  const size_t most_;  // bytes of a block that is kept
-  Block block_;
+  std::vector<void*> blocks_;
   bool restored_ = false;
 };
 
@@ -383,22 +370,34 @@ bool overlapping(const std::vector<Level>& levels) {
 
 // At least one share per thread, and as few as possible, since every share visits all queries: first
 // images, then groups of heads, then bands of rows. Overlapping levels have one band: a row in two
-// levels would belong to two shares.
+// levels would belong to two shares. `narrow`: a share has the sums of few heads, which are still in a
+// cache when the next share begins.
 std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Level>& levels,
-                                  int64_t threads) {
+                                  int64_t threads, bool narrow) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  const int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
+  int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
   const int bands = overlapping(levels) ? 1 : static_cast<int>(up(threads, problem.batch * groups));
+  narrow = narrow && bands == 1 && problem.heads % cpu::kNarrow == 0;
+  if (narrow) groups = std::max<int64_t>(groups, cpu::kNarrow);
   std::vector<cpu::Share> shares;
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t group = 0; group < groups; ++group) {
       for (int band = 0; band < bands; ++band) {
         shares.push_back({b, static_cast<int>(problem.heads * group / groups),
-                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands});
+                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands,
+                          narrow});
       }
     }
   }
   return shares;
+}
+
+// Whether a 16-bit gradient of value is computed for a few heads after the others: where the sums of all
+// heads are larger than a cache.
+bool prefers_few_heads(const cpu::Inputs& in) {
+  constexpr int64_t kCache = int64_t{1} << 20;  // bytes
+  const Problem& p = in.problem;
+  return !in.queries_are_pixels && p.rows * p.row_stride() * int64_t{sizeof(float)} > kCache;
 }
 
 // Gradients of points from this size on are written with streaming stores: they would have left the
@@ -413,31 +412,41 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   std::vector<int32_t> order;
   sort_queries(in, call.value, order);
+  const int64_t threads = torch::stable::get_num_threads();
+  const Problem& p = call.problem;
   // A 16-bit gradient of value is summed in float32.
+  const bool rounds = output_mask[0] && call.acc_dtype() != call.type;
+  const auto shares = p.batch > 0 ? shares_of(p, levels, threads, rounds && prefers_few_heads(in))
+                                  : std::vector<cpu::Share>();
+  const bool narrow = !shares.empty() && shares.front().narrow;
   Tensor grad_value;
-  std::optional<KeptZeros> sums;
+  std::optional<Sums> sums;
   if (output_mask[0]) {
     grad_value = empty(call.value.sizes(), call.type);
-    if (call.acc_dtype() == call.type) {
+    if (narrow || !rounds) {
       clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
-    } else {
-      sums.emplace(grad_value.numel());
     }
+  }
+  if (narrow) {  // a block for each thread
+    sums.emplace(std::min(threads, static_cast<int64_t>(shares.size())),
+                 p.rows * p.row_stride() / cpu::kNarrow);
+  } else if (rounds) {
+    sums.emplace(1, grad_value.numel());
   }
   const int64_t bytes =
       locations.numel() * locations.element_size() + weights.numel() * weights.element_size();
   const cpu::Gradients grads{gradient.const_data_ptr(),    data_of(grad_value),
-                             sums ? sums->get() : nullptr, locations.mutable_data_ptr(),
+                             sums ? sums->at(0) : nullptr, locations.mutable_data_ptr(),
                              weights.mutable_data_ptr(),   bytes >= kPastCaches};
   const Kernels& kernels = chosen_kernels();
-  const int64_t threads = torch::stable::get_num_threads();
-  const auto shares =
-      call.problem.batch > 0 ? shares_of(call.problem, levels, threads) : std::vector<cpu::Share>();
+  std::atomic<size_t> next_block{0};
   torch::stable::parallel_for(
       0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
         const Scratch scratch(kernels.scratch_bytes(in));
+        cpu::Gradients own = grads;
+        if (narrow) own.sums = sums->at(next_block++);
         for (int64_t i = first; i < last; ++i) {
-          kernels.backward(in, grads, shares[static_cast<size_t>(i)], scratch.get());
+          kernels.backward(in, own, shares[static_cast<size_t>(i)], scratch.get());
         }
       });
   if (sums) sums->restored();

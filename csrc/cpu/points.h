@@ -192,6 +192,12 @@ struct Points {
     for (auto& pixel : on) pixel = arena.take<int32_t>(count);
     top = arena.take<int32_t>(count);
     reach = arena.take<int32_t>(count);
+    if (offset == nullptr) return;
+    // pull_back computes with the lanes behind the points too: slowly where they hold subnormal numbers
+    for (int64_t i = points; i < count; ++i) {
+      right[i] = down[i] = weight[i] = 0;
+      for (auto& pixel : on) pixel[i] = 0;
+    }
   }
 
   // Sets `reach` for a band of rows. A point is owned by the band of its upper pixels; without a

@@ -120,6 +120,7 @@ def choose_backend(
             set.
 
     Raises:
+        TypeError: ``device_type`` is no name.
         ValueError: no backend has that name.
         RuntimeError: the forced backend cannot run; the message says why.
 
@@ -130,14 +131,16 @@ def choose_backend(
     """
     name = backend or _forced
     if name is not None:
-        _check_name(name, "backend")
-        reason = BACKENDS[name].why_not(device_type, dtype)
+        if name not in BACKENDS:
+            _check_name(name, "backend")
+        candidate = BACKENDS[name]
+        reason = candidate.why_not(device_type, dtype)
         if reason is not None:
             raise RuntimeError(
                 f"backend {name!r} was requested but cannot run on {device_type} with {dtype}: "
                 f"{reason}. `python -m deform_attn.info` shows every backend."
             )
-        return BACKENDS[name]
+        return candidate
     reasons = []
     for candidate in BACKENDS.values():
         reason = candidate.why_not(device_type, dtype)
@@ -145,6 +148,10 @@ def choose_backend(
             break
         reasons.append(f"{candidate.name}: {reason}")
     if reasons and not torch.compiler.is_compiling():
+        if not isinstance(device_type, str):
+            raise TypeError(
+                f"device_type: expected a name such as 'cpu', got {device_type!r}; pass device.type"
+            )
         _announce(candidate.name, device_type, reasons)
     return candidate
 

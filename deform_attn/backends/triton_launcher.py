@@ -111,7 +111,7 @@ def target_of(make_backend: Callable[[Any], Any], target: Any) -> Target:
 
 
 def launch_options(blocks: Blocks, known: frozenset[str]) -> dict[str, int]:
-    """The options of a launch that Triton's backend knows; any other is an error there."""
+    """The options of a launch that Triton's backend accepts; any other is an error there."""
     options = {"num_warps": blocks.warps, "maxnreg": blocks.registers}
     return {k: v for k, v in options.items() if k in known and v is not None}
 
@@ -483,7 +483,7 @@ def _run(
     if device.type == "cpu":
         import numpy
 
-        with numpy.errstate(all="ignore"):  # NaN and infinity are lawful here
+        with numpy.errstate(all="ignore"):  # NaN and infinity are valid
             launcher(*arguments, **constants)
     else:
         with torch.get_device_module(device).device(device):  # triton launches on the current one

@@ -169,10 +169,10 @@ def score(ground_truth: dict[str, Any], detections: list[dict[str, Tensor]]) -> 
     if not counts:
         nothing = np.full((10, 101, len(classes), 4), np.nan)
         return Scores(dict.fromkeys(NAMES), classes, objects, nothing)
-    judge = _judged(ground_truth, coco_results(ground_truth, detections))
-    numbers = judge.stats[: len(NAMES)].tolist()
+    evaluation = _evaluated(ground_truth, coco_results(ground_truth, detections))
+    numbers = evaluation.stats[: len(NAMES)].tolist()
     metrics = {name: None if n < 0 else n for name, n in zip(NAMES, numbers)}  # -1: undefined
-    precision = np.asarray(judge.eval["precision"], dtype=float)[..., -1]
+    precision = np.asarray(evaluation.eval["precision"], dtype=float)[..., -1]
     return Scores(metrics, classes, objects, np.where(precision < 0, np.nan, precision))
 
 
@@ -190,7 +190,7 @@ def coco_results(
     return rows
 
 
-def _judged(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
+def _evaluated(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
     with needs("detr"):
         from faster_coco_eval import COCO, COCOeval_faster
 
@@ -198,9 +198,9 @@ def _judged(ground_truth: dict[str, Any], rows: list[dict[str, Any]]) -> Any:
     annotations = [{**one, "id": i} for i, one in enumerate(ground_truth["annotations"], 1)]
     reference = COCO({**ground_truth, "annotations": annotations})
     results = reference.loadRes(rows)
-    judge = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
-    judge.run()
-    return judge
+    evaluation = COCOeval_faster(reference, results, "bbox", print_function=lambda *_: None)
+    evaluation.run()
+    return evaluation
 
 
 def as_text(value: float | None) -> str:

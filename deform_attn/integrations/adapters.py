@@ -380,7 +380,7 @@ _PROVEN: weakref.WeakKeyDictionary[Any, Core | str] = weakref.WeakKeyDictionary(
 
 
 def _proven(core: Core, module: nn.Module | None) -> Core | str:
-    """What the probe says of a core; probed once a function."""
+    """The result of the probe of a core; a function is probed once."""
     if core.stock not in _PROVEN:
         with contextlib.ExitStack() as stack:  # numbers, whatever mode the caller is in
             stack.enter_context(unset_fake_temporarily())

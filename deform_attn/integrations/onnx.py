@@ -88,7 +88,7 @@ def export(
         The exported program; ``program.model_proto`` is the ONNX model.
 
     Raises:
-        TypeError: ``model`` or ``path`` has another type.
+        TypeError: ``model``, ``args`` or ``path`` has another type.
         ValueError: the model is in training mode; there is no such form, version of the plugin or
             option; or the form needs level sizes as numbers and the model has them in a tensor:
             pass ``spatial_shapes`` as a list, or choose ``"gather"`` or ``"tensorrt"``.
@@ -107,6 +107,8 @@ def export(
         >>> any(node.op_type == "GridSample" for node in program.model_proto.graph.node)
         False
     """
+    if not isinstance(args, tuple):
+        raise TypeError(f"args: expected a tuple of example inputs, got {type(args).__name__}")
     file = None if path is None else as_path("path", path)
     with needs_packages("onnx", "onnxscript"):
         import onnx
@@ -186,6 +188,7 @@ def decompose(
         form: ``"gather"`` or ``"grid_sample"``.
 
     Raises:
+        TypeError: no exported program.
         ValueError: no such form, or one that needs level sizes as numbers, see :func:`export`.
 
     Example:
@@ -200,6 +203,11 @@ def decompose(
         >>> max(value.dim() for value in values if isinstance(value, torch.Tensor))
         5
     """
+    if not isinstance(program, torch.export.ExportedProgram):
+        raise TypeError(
+            "program: expected what torch.export.export makes of a model, "
+            f"got {type(program).__name__}"
+        )
     if form == "tensorrt":
         raise ValueError("form: expected gather or grid_sample, got 'tensorrt', a node of ONNX")
     return _decomposed(program, form, "", {})

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deform_attn.checks import check_choice
 from deform_attn.functional import gradients, ms_deform_attn
 
 __all__ = ["MSDeformAttnFunction", "Shims", "install_shims"]
@@ -195,8 +196,7 @@ def install_shims(*names: str, override: bool = False) -> Shims:
         ('MultiScaleDeformableAttention',)
     """
     for name in names:
-        if name not in _SHIMS:
-            raise ValueError(f"names: expected some of {', '.join(_SHIMS)}, got {name!r}")
+        check_choice("names", name, _SHIMS)
     left, before = {}, {}
     for name in names or _SHIMS:
         present = sys.modules.get(name)
