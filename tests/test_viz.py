@@ -141,6 +141,31 @@ def test_a_compiled_layer() -> None:
     assert seen.layers == ["MSDeformAttn"]
 
 
+def test_a_traced_layer() -> None:
+    """TorchScript's methods have no signature. A module around the layer is a name for it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Module()
+            self.decoder.layer = random_layer()
+
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return self.decoder.layer(*tensors, shapes)  # type: ignore[no-any-return]
+
+    (*tensors, shapes), model = arguments(), Model()
+    traced = torch.jit.trace(model, tuple(tensors))
+    with viz.record(model) as expected:
+        model(*tensors)
+    with viz.record(traced) as seen:
+        traced(*tensors)
+    (found,) = seen
+    assert torch.equal(found.sampling_locations, expected["decoder.layer"].sampling_locations)
+    assert expected["decoder"] is expected["decoder.layer"] is expected[0]
+    with pytest.raises(LookupError, match="layer: expected one of decoder.layer, got 'deco'"):
+        expected["deco"]
+
+
 class Custom(nn.Module):
     """Calls the function, with levels that have different numbers of points."""
 
@@ -486,9 +511,27 @@ def test_images() -> None:
     for image in (
         *(numbers, numbers / 255, normalized, array, Image.fromarray(array), grey, grey[None]),
         Image.fromarray(array).convert("RGBA"),
+        grey[..., None].numpy().astype(">f8"),
     ):
         shown = viz.draw(image, recording_at([0.5, 0.5]), 0).images[0].get_array()
         np.testing.assert_allclose(shown, grey, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "CMYK", "HSV"])
+def test_modes_of_pillow(mode: str) -> None:
+    """A palette's indices are no brightness, nor is hue."""
+    colour = (200, 30, 90)
+    image = Image.new("RGB", (30, 20), colour)
+    brightness = np.dot(colour, [0.299, 0.587, 0.114]) / 255
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    shown = viz.draw(image, recording_at([0.5, 0.5]), 0).images[0].get_array()
+    np.testing.assert_allclose(shown, np.full((20, 30), brightness), atol=0.03)
+
+
+def test_a_figure_of_a_strip() -> None:
+    for size in ((3000, 2), (2, 3000)):
+        sides = viz.figure(torch.rand(size), recorded(), 0).get_size_inches()
+        assert 1 < min(sides) <= max(sides) < 15
 
 
 def test_what_cannot_be_drawn() -> None:
