@@ -483,6 +483,24 @@ def test_points_off_the_image() -> None:
     assert label == f"2 of {M * L * P} points lie outside the image"
 
 
+@pytest.mark.parametrize("recipe", ["deformable_detr_two_stage", "dino"])
+def test_a_detector_with_a_padded_image(recipe: str) -> None:
+    """deform_attn.detr's layers take the ratios as a part of `memory`."""
+    from deform_attn.detr.recipes import build
+
+    model = build(recipe, num_classes=2, width=32, layers=1, queries=5)[0].eval()
+    padding = torch.zeros(2, 64, 128, dtype=torch.bool)
+    padding[1, 32:], padding[1, :, 96:] = True, True
+    with torch.no_grad(), viz.record(model) as seen:
+        model(torch.rand(2, 3, 64, 128), padding)
+    assert len(seen) == 2  # encoder, decoder
+    for recording in seen:
+        expected = torch.tensor([[1.0, 1.0], [0.75, 0.5]])[:, None].expand(2, 3, 2)
+        torch.testing.assert_close(recording.valid_ratios, expected)
+        with pytest.raises(ValueError, match="padded: expected True or False, got None"):
+            viz.draw(IMAGE, recording, 0, batch=1)
+
+
 def test_padded_image() -> None:
     """Points of a padded image are drawn in the right place, with and without the padding."""
     reference = torch.full((B, Q, 2), 0.2)

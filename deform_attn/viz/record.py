@@ -240,6 +240,8 @@ class _Recorder(TorchDispatchMode):
         """
         for candidates in (arguments, *(others for _, others in reversed(self._stack))):
             x = candidates.get(name)
+            if x is None:  # the layers of deform_attn.detr take it as a part of `memory`
+                x = getattr(candidates.get("memory"), name, None)
             if x is None:
                 continue
             fits = isinstance(x, Tensor) and x.shape[:-2] == leading and x.shape[-1] in widths
