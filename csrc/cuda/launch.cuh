@@ -416,7 +416,7 @@ void sum_fixed(const KernelCall& in, const LevelTable& levels, const Points& poi
 }
 
 // In this order: frame_boxes; backward_teams; the kernels of the gradient of value, unless scattering;
-// sum_frames or sum_heads; round_sums.
+// sum_frames or sum_heads; round_sums. Where backward_teams rounds, backward_tiles comes before it.
 template <typename T>
 void launch_backward(const KernelCall& in, const void* grad_output, const Outputs& out,
                      const BackwardPlan& plan, const Device& device) {
@@ -427,6 +427,8 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
   const T* const value = static_cast<const T*>(in.value);
   const T* const grad = static_cast<const T*>(grad_output);
   Acc* const sums = static_cast<Acc*>(plan.sums ? out.sums : out.value);
+  const int64_t numbers = problem.batch * problem.rows * problem.row_stride();  // of value
+  [[maybe_unused]] bool is_rounded = false;
   if (plan.algorithm == BackwardAlgorithm::kBaseline) {
     const GivenPoints<T> points = {static_cast<const Acc*>(in.locations), in.weights,
                                    in.weights_are_acc, false};
@@ -442,6 +444,15 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
       using Points = std::decay_t<decltype(points)>;
       const bool fixed = plan.algorithm == BackwardAlgorithm::kFixed && out.value;
       bool tiles = plan.tiles && out.value;
+      const auto add_in_tiles = [&] {
+        if constexpr (sizeof(T) < 8) {
+          const LaunchConfig config = tiles_config(problem, device.processors);
+          LAUNCH((backward_tiles<T, Points, Acc>), grid_of("backward_tiles", config.count),
+                 config.threads, device.stream, problem, levels, config.blocks, points, grad, sums,
+                 FixedPoint());
+          check_launch("backward_tiles", device);
+        }
+      };
       const bool all_aligned = aligned(value) && aligned(grad) && aligned(sums);
       with_access<T>(problem, all_aligned, device.long_offsets, [&](auto access) {
         using A = decltype(access);
@@ -451,21 +462,25 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
         tiles = tiles && (fixed || std::is_same_v<typename A::Offset, unsigned>);
         const bool gathers = plan.algorithm == BackwardAlgorithm::kGather;
         const bool scatters = out.value && !tiles && !fixed && !gathers;
+        Rounding<T> rounding = {};
+        if constexpr (kRounds<T, Points>) {
+          is_rounded = tiles && !fixed;
+          if (is_rounded) {
+            add_in_tiles();
+            rounding = {sums, static_cast<T*>(out.value), numbers};
+          }
+        }
         LAUNCH((backward_teams<T, A::kVec, typename A::Offset, Points>),
                grid_of("backward_teams", config.count), config.threads, device.stream, problem,
                levels, config.blocks, points, value, grad, scatters ? sums : nullptr,
-               gradients_of(points, out));
+               gradients_of(points, out), rounding);
         check_launch("backward_teams", device);
       });
       if constexpr (sizeof(T) < 8) {
         if (fixed) {
           sum_fixed<T>(in, levels, points, grad, out, tiles, device);
-        } else if (tiles) {
-          const LaunchConfig config = tiles_config(problem, device.processors);
-          LAUNCH((backward_tiles<T, Points, Acc>), grid_of("backward_tiles", config.count),
-                 config.threads, device.stream, problem, levels, config.blocks, points, grad, sums,
-                 FixedPoint());
-          check_launch("backward_tiles", device);
+        } else if (tiles && !is_rounded) {
+          add_in_tiles();
         }
       }
       if (out.value && plan.algorithm == BackwardAlgorithm::kGather) {
@@ -487,10 +502,9 @@ void launch_backward(const KernelCall& in, const void* grad_output, const Output
     });
   }
   if constexpr (sizeof(T) == 2) {
-    if (plan.sums && plan.algorithm != BackwardAlgorithm::kFixed) {
-      const int64_t numbers = problem.batch * problem.rows * problem.row_stride();
+    if (plan.sums && plan.algorithm != BackwardAlgorithm::kFixed && !is_rounded) {
       LAUNCH(round_sums<T>, grid_striding((numbers + kRounded - 1) / kRounded), kBlock,
-             device.stream, sums, static_cast<T*>(out.value), numbers);
+             device.stream, Rounding<T>{sums, static_cast<T*>(out.value), numbers});
       check_launch("round_sums", device);
     }
   }

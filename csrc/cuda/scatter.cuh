@@ -194,6 +194,52 @@ __device__ void add_reference_parts(const Problem& problem, const BlockLevels& l
   }
 }
 
+// Rounds float sums to a 16-bit gradient. The threads of all blocks share the sums, kRounded at a time. Both
+// arrays are aligned.
+constexpr int kRounded = 4;
+
+template <typename T>
+struct Rounding {
+  const float* sums;  // null: there is nothing to round
+  T* rounded;
+  int64_t count;
+
+  __device__ void run() const {
+    constexpr int kAtOnce = 2;  // loads of a thread
+    const int64_t step = int64_t{gridDim.x} * blockDim.x, whole = count / kRounded;
+    const int64_t own = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+#pragma unroll 1
+    for (int64_t first = own; first < whole; first += kAtOnce * step) {
+      const auto there = [&](int i) { return i == 0 || first + i * step < whole; };
+      Pack<float, kRounded> sum[kAtOnce] = {};
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (there(i)) sum[i] = load<kRounded>(sums + (first + i * step) * kRounded);
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        Pack<T, kRounded> numbers;
+#pragma unroll
+        for (int j = 0; j < kRounded; ++j) numbers.at[j] = static_cast<T>(sum[i].at[j]);
+        if (there(i)) store<kRounded>(rounded + (first + i * step) * kRounded, numbers);
+      }
+    }
+    const int64_t last = whole * kRounded + own;
+    if (last < count) rounded[last] = static_cast<T>(sums[last]);
+  }
+};
+
+// Whether backward_teams can round the gradient of value, which backward_tiles added before. In a fused call
+// backward_tiles comes later: it reads FusedPoints::statistics.
+template <typename T, typename Points>
+constexpr bool kRounds = sizeof(T) == 2 && !Points::kFused;
+// Whether it rounds at its end, where that takes no register from the pixels.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr bool kRoundsLast = false;
+#else
+constexpr bool kRoundsLast = true;
+#endif
+
 // Blocks that must fit on a multiprocessor at once. Three where 64 registers are too few.
 template <typename T>
 constexpr int kTeamsBlocks =
@@ -204,7 +250,8 @@ template <typename T, int kVec, typename Offset, typename Points>
 __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
     backward_teams(Problem problem, LevelTable table, Blocks blocks, Points points,
                    const T* __restrict__ value, const T* __restrict__ grad_output,
-                   AccOf<T>* __restrict__ grad_value, typename Points::Gradients gradients) {
+                   AccOf<T>* __restrict__ grad_value, typename Points::Gradients gradients,
+                   Rounding<T> rounding) {
   using Acc = AccOf<T>;
   using Corner = deform_attn::Corner<Acc, Offset>;
   constexpr int kWidth = kAtomicWidth<Acc, kVec>;
@@ -216,6 +263,9 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
   __shared__ Staged<Acc, Offset, Points, kTwo> all_staged[kBlock / kWarp];
   __shared__ Part part;                                    // not in registers: the pixels need them
   __shared__ int64_t first_output, first_point, value_at;  // of the part
+  if constexpr (kRounds<T, Points> && !kRoundsLast) {
+    if (rounding.sums) rounding.run();
+  }
   if (threadIdx.x == 0) {
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
     first_output = part.first_output(problem);
@@ -618,6 +668,9 @@ __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
         gradients.set_logit(point, points.weight(query, k) * (by_weight - mean));
       }
     }
+  }
+  if constexpr (kRounds<T, Points> && kRoundsLast) {
+    if (rounding.sums) rounding.run();
   }
 }
 

@@ -83,27 +83,9 @@ __global__ void __launch_bounds__(kBlock)
   }
 }
 
-// A thread per kRounded sums. Both arrays are aligned.
-constexpr int kRounded = 4;
-
 template <typename T>
-__global__ void __launch_bounds__(kBlock)
-    round_sums(const float* __restrict__ sums, T* __restrict__ rounded, int64_t count) {
-  const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; kRounded * i < count;
-       i += step) {
-    const int64_t first = kRounded * i;
-    if (first + kRounded > count) {
-#pragma unroll 1
-      for (int64_t j = first; j < count; ++j) rounded[j] = static_cast<T>(sums[j]);
-      return;
-    }
-    const auto sum = load<kRounded>(sums + first);
-    Pack<T, kRounded> numbers;
-#pragma unroll
-    for (int j = 0; j < kRounded; ++j) numbers.at[j] = static_cast<T>(sum.at[j]);
-    store<kRounded>(rounded + first, numbers);
-  }
+__global__ void __launch_bounds__(kBlock) round_sums(Rounding<T> rounding) {
+  rounding.run();
 }
 
 }  // namespace deform_attn

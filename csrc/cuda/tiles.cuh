@@ -30,6 +30,14 @@ constexpr int kTileBlocks = kLeastBlocks == 4 && kSumWidth<Sum> == 4 ? 5 : kLeas
 template <typename Sum>
 constexpr int kGradRow = kSumWidth<Sum> == 1 ? kTileChannels + 8 : kTileChannels;
 
+// Whether the sums of a new pixel start with zeros from shared memory, which takes fewer instructions but four
+// registers more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+constexpr bool kReadsZeros = false;
+#else
+constexpr bool kReadsZeros = true;
+#endif
+
 // kTileVec numbers, the unit of offsets; not aligned.
 template <typename T>
 struct Unit {
@@ -47,24 +55,32 @@ struct alignas(16) Share {
 
 // What happens to the sums of the two pixels after a share.
 enum ShareBits : unsigned {
-  kAddLeft = 1,   // to memory; with kMore: the left pixel is on the map
-  kAddRight = 2,  // to memory; with kMore: the right pixel is on the map
-  kShift = 4,     // the next share's left pixel is the right one of this share
-  kMore = 8       // nothing: the next share has the same pixels
+  kAddLeft = 2,   // to memory; with kMore: the left pixel is on the map
+  kAddRight = 4,  // to memory; with kMore: the right pixel is on the map
+  kShift = 8,     // the next share's left pixel is the right one of this share
+  kMore = 16      // nothing: the next share has the same pixels
 };
-constexpr unsigned kShareBits = 15;
+constexpr unsigned kShareBits = 31;
 
-// What the threads of a block have in common in a turn. The pair of pixels that begins at (x, y) has the
-// slot (x % 32, y % 32). Where two pairs have the same slot, the first to come owns it; the shares of
-// the other are not added up.
+// The shares of a turn, counted. The pair of pixels that begins at (x, y) has the slot (x % 32, y % 32). Where two
+// pairs have the same slot, the first to come owns it; the shares of the other are not added up.
+struct alignas(16) Slots {
+  int owner[kSlots];   // which pair; 0: none
+  int count[kSlots];   // of shares; later packed with the place where they begin
+  int listed, single;  // shares with and without a slot
+};
+
+// Of Slots: with two, a warp places the points of a turn while others still add up those of the turn before.
+// Only where shared memory has room for it.
+constexpr int kBuffers = kLeastBlocks == 4 && kAtomicFloats == 4 ? 2 : 1;
+
+// What the threads of a block have in common.
 struct Turn {
-  int owner[kSlots];  // which pair; -1: none
-  int count[kSlots];  // of shares; later packed with the place where they begin
+  Slots slots[kBuffers];
   // Shares of a slot one behind the other, slots of a row in order; then those without a slot.
   Share share[kShares + kShares / 16 + kTileBatch];
-  int listed, single;  // shares with and without a slot
 
-  // Teams begin 16 shares apart where all points are on the map: a gap avoids bank conflicts.
+  // Teams begin 16 shares apart: a gap avoids bank conflicts.
   __device__ Share& at(unsigned i) { return share[i + i / 16]; }
 };
 
@@ -93,10 +109,12 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
       value_at;  // of the image and head; not pointers, whose space is unknown then
   __shared__ unsigned grad_at
       [kTileQueries];  // of each query: in grad_output, from output_at on, in units of kTileVec
-  __shared__ Pack<float, kTileVec> grads[kTileQueries * kGradRow<Sum> / kTileVec];
+  alignas(128) __shared__ Pack<float, kTileVec> grads[kTileQueries * kGradRow<Sum> / kTileVec];
   __shared__ typename Points::Query queries[kTileQueries];
   __shared__ float scale;
+  alignas(16) __shared__ Unit<Sum> none;  // zeros that the compiler does not know: fewer moves
   if (threadIdx.x == 0) {
+    none = {};
     part = part_of(blockIdx.x, problem, blocks, problem.head_dim);
     mask = mask_of(table, problem, part.batch);
     output_at = problem.output_at(part.batch, 0, part.head);
@@ -115,12 +133,13 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   }
   static_assert(kSide * kSide == 4 * kBlock);
   const int own_slots = threadIdx.x / (kSide / 4) * kRowSlots + threadIdx.x % (kSide / 4) * 4;
-  const auto clear = [&] {
-    *reinterpret_cast<Pack<int, 4>*>(turn.owner + own_slots) = {-1, -1, -1, -1};
-    *reinterpret_cast<Pack<int, 4>*>(turn.count + own_slots) = {0, 0, 0, 0};
-    if (threadIdx.x == 0) turn.listed = turn.single = 0;
+  const auto clear = [&](Slots& slots) {
+    *reinterpret_cast<Pack<int, 4>*>(slots.owner + own_slots) = {0, 0, 0, 0};
+    *reinterpret_cast<Pack<int, 4>*>(slots.count + own_slots) = {0, 0, 0, 0};
+    if (threadIdx.x == 0) slots.listed = slots.single = 0;
   };
-  clear();
+  for (Slots& slots : turn.slots) clear(slots);
+  int buffer = 0;
   constexpr int kWidth = kSumWidth<Sum>;
   // Reads the channels `from` to from + kTileChannels of the queries' gradients.
   const auto read_grads = [&](int from) {
@@ -144,6 +163,7 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
   };
   __syncthreads();
   if (problem.head_dim <= kTileChannels) read_grads(0);
+  const unsigned grads_at = shared_address(grads);
   const int lane_bits = blocks.lane_bits, lanes = 1 << lane_bits;
   const int lane = threadIdx.x & (lanes - 1), team = threadIdx.x >> lane_bits;
 
@@ -153,44 +173,45 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
 #pragma unroll 1
     for (int first = levels.first_point[l]; first < levels.first_point[l + 1];
          first += kTurnPoints) {
-      __syncthreads();  // cleared, and the previous turn is over
+      if constexpr (kBuffers == 1) __syncthreads();  // cleared, and the previous turn is over
+      Slots& slots = turn.slots[buffer];
+      buffer = kBuffers - 1 - buffer;
       // Neighbouring threads have neighbouring points of a query.
       const int position = threadIdx.x / kTurnPoints, k = first + threadIdx.x % kTurnPoints;
       Footprint<Acc> foot;
-      unsigned on = 0;  // bit i: pixel i of the footprint is on the map, and not masked
+      unsigned on = 0;  // bit i + 1: pixel i of the footprint is on the map, and not masked
       Acc weight = 0;
-      int place[2] = {-1, -1};  // slot, and number among the shares of the slot; -1: not on the map
+      // Of each share: its slot (-1: not on the map; kSlots: none), and its number among those of the slot.
+      int slot[2] = {-1, -1};
+      int numbers = 0;  // 16 bits each
+      int pair = 0;     // of the first share, in Slots::owner
       if (position < part.count && k < levels.first_point[l + 1]) {
         const Sample<Acc> sample = points.at(queries[position], k, l, levels);
         weight = kFixed ? sample.weight * scale : sample.weight;
         // The footprint stays as it is, for the weights.
         if (foot.place(sample.x, sample.y, level.height, level.width)) {
-          on = pixels_on(foot, level, mask);
+          on = pixels_on(foot, level, mask) * kAddLeft;
         }
+        pair = foot.y * (level.width + 1) + foot.x + 2;
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           if (!(on >> 2 * i & (kAddLeft | kAddRight))) continue;
-          const int y = foot.y + i;
-          const int slot = (y & (kSide - 1)) * kRowSlots + (foot.x & (kSide - 1));
-          const int pair = y * (level.width + 1) + foot.x + 1;
-          const int owner = atomicCAS(&turn.owner[slot], -1, pair);
-          place[i] = owner == -1 || owner == pair ? slot << 16 | atomicAdd(&turn.count[slot], 1)
-                                                  : kSlots << 16 | atomicAdd(&turn.single, 1);
+          const int own = pair + i * (level.width + 1);
+          const int found = ((foot.y + i) & (kSide - 1)) * kRowSlots + (foot.x & (kSide - 1));
+          const int owner = atomicCAS(&slots.owner[found], 0, own);
+          const bool owns = owner == 0 || owner == own;
+          slot[i] = owns ? found : kSlots;
+          numbers |= atomicAdd(owns ? &slots.count[found] : &slots.single, 1) << 16 * i;
         }
       }
       __syncthreads();
       {  // where the shares of each slot begin; a warp has whole rows of slots
-        auto& counts = *reinterpret_cast<Pack<int, 4>*>(turn.count + own_slots);
+        auto& counts = *reinterpret_cast<Pack<int, 4>*>(slots.count + own_slots);
         Pack<int, 4> count = counts;
         const int own = count.at[0] + count.at[1] + count.at[2] + count.at[3];
         const int warp_lane = threadIdx.x % kWarp;
-        int upto = own;
-#pragma unroll
-        for (int step = 1; step < kWarp; step *= 2) {
-          const int before = __shfl_up_sync(kAllLanes, upto, step);
-          if (warp_lane >= step) upto += before;
-        }
-        int begin = warp_lane == kWarp - 1 ? atomicAdd(&turn.listed, upto) : 0;
+        const int upto = sum_up_to_lane(own);
+        int begin = warp_lane == kWarp - 1 ? atomicAdd(&slots.listed, upto) : 0;
         begin = __shfl_sync(kAllLanes, begin, kWarp - 1) + upto - own;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
@@ -201,36 +222,36 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
         counts = count;
       }
       __syncthreads();
-      const int listed = turn.listed, total = listed + turn.single;
+      const int listed = slots.listed, total = listed + slots.single;
+      const unsigned own_grads =
+          recomputed(grads_at + static_cast<unsigned>(position * (kGradRow<Sum> * sizeof(float))));
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        if (place[i] < 0) continue;
-        const int slot = place[i] >> 16, number = place[i] & 0xffff, y = foot.y + i;
+        if (slot[i] < 0) continue;
         int begin = listed;
+        const int number = i == 0 ? numbers & 0xffff : numbers >> 16;
         unsigned bits = on >> 2 * i & (kAddLeft | kAddRight);
-        if (slot < kSlots) {
-          begin = begin_of(turn.count[slot]);
-          const int next = (foot.x & (kSide - 1)) == kSide - 1 ? -1 : turn.owner[slot + 1];
-          if (number + 1 < count_of(turn.count[slot])) {
-            bits |= kMore;
-          } else if (bits & kAddRight && next == y * (level.width + 1) + foot.x + 2) {
-            bits = (bits & kAddLeft) | kShift;
-          }
+        if (slot[i] < kSlots) {
+          const int counted = slots.count[slot[i]];
+          begin = begin_of(counted);
+          const int next = (foot.x & (kSide - 1)) == kSide - 1 ? 0 : slots.owner[slot[i] + 1];
+          const bool more = number + 1 < count_of(counted);
+          const bool shift = next == pair + i * (level.width + 1) + 1 && (bits & kAddRight);
+          static_assert(kShift == 2 * kAddRight);
+          bits += more ? kMore : shift ? kShift - kAddRight : 0;
         }
-        const int row = static_cast<int>(level.start) + y * level.width + foot.x;
-        turn.at(begin + number) = {
-            static_cast<unsigned>(position * (kGradRow<Sum> * sizeof(float))) | bits,
-            static_cast<unsigned>(row) * stride, foot.weight_on_map(2 * i) * weight,
-            foot.weight_on_map(2 * i + 1) * weight};
+        const int row = static_cast<int>(level.start) + (foot.y + i) * level.width + foot.x;
+        turn.at(begin + number) = {own_grads + bits, static_cast<unsigned>(row) * stride,
+                                   foot.weight_on_map(2 * i) * weight,
+                                   foot.weight_on_map(2 * i + 1) * weight};
       }
       if (threadIdx.x < kTileBatch) turn.at(total + threadIdx.x) = {0, 0, 0, 0};
       __syncthreads();
 
-      clear();
-      const unsigned teams_bits = 8 - lane_bits;  // of kBlock threads
-      const unsigned chunk =
-          ((total + (kTileBatch << teams_bits) - 1) / kTileBatch >> teams_bits) * kTileBatch;
-      const unsigned begin = team * chunk, end = min(begin + chunk, static_cast<unsigned>(total));
+      clear(slots);
+      const unsigned chunk = kShares / kBlock << lane_bits;  // of a team
+      const unsigned begin = recomputed(team * chunk),
+                     end = min(begin + chunk, static_cast<unsigned>(total));
 #pragma unroll 1
       for (int from = 0; from < problem.head_dim; from += kTileVec << lane_bits) {
         if (problem.head_dim > kTileChannels) {
@@ -238,14 +259,12 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
           read_grads(from);
           __syncthreads();
         }
-        if (begin >= end) continue;
         const int channels = problem.head_dim - from;
         // Where an atomic adds one channel, neighbouring lanes have neighbouring channels: channel c of a
         // lane is `from` + lane + c * lanes.
         const int first_channel = kWidth == 1 ? lane : lane * kTileVec;
         const auto there = [&](int c) { return first_channel + c * lanes < channels; };
-        // A lane without channels adds nothing.
-        const unsigned mask = first_channel < channels ? ~0u : 0;
+        if (begin >= end || first_channel >= channels) continue;
         // The target is aligned; a lane's first channel comes `own` numbers later.
         const int own = kWidth == 1 ? lane : 0;
         const unsigned grad_bytes = first_channel * sizeof(float);
@@ -260,18 +279,20 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
           }
         };
         Unit<Sum> left = {}, right = {};
+        const unsigned first_at = shared_address(turn.share) +
+                                  (begin + begin / 16) * static_cast<unsigned>(sizeof(Share));
+        const unsigned end_at = first_at + (end - begin) * static_cast<unsigned>(sizeof(Share));
 #pragma unroll 1
-        for (unsigned i = begin; i < end; i += kBatch) {
-          const Share* const shares = &turn.at(i);
+        for (unsigned at = first_at; at < end_at; at += kBatch * sizeof(Share)) {
+          const auto* const shares = at_address<Share>(turn.share, at);
           Share share[kBatch];
           Pack<float, kWidth> grad[kBatch][kTileVec / kWidth];
 #pragma unroll
           for (int j = 0; j < kBatch; ++j) {
             share[j] = shares[j];
             const unsigned query = share[j].query & ~kShareBits;
-            const float* const numbers = reinterpret_cast<const float*>(
-                reinterpret_cast<const char*>(grads) +
-                (kWidth == 1 ? query + grad_bytes : query | grad_bytes));
+            const auto* const numbers =
+                at_address<float>(grads, kWidth == 1 ? query + grad_bytes : query | grad_bytes);
 #pragma unroll
             for (int c = 0; c < kTileVec; c += kWidth) {
               grad[j][c / kWidth] = load<kWidth>(numbers + c * lanes);
@@ -286,19 +307,19 @@ __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
               add_term(right.at[c], share[j].right_weight, number);
             }
             // The pixels of the last share go on in the next chunk.
-            const bool last = kFixed && i + j == end - 1;
+            const bool last = kFixed && at + (j + 1) * sizeof(Share) == end_at;
             if (share[j].query & kMore && !last) continue;
-            const unsigned bits = share[j].query & mask;
+            const unsigned bits = share[j].query;
             if (bits & kAddLeft) add(share[j].left, left);
             if (bits & kAddRight || (last && bits & kShift)) add(share[j].left + stride, right);
 #pragma unroll
             for (int c = 0; c < kTileVec; ++c) left.at[c] = bits & kShift ? right.at[c] : Sum(0);
-            right = {};
+            right = kReadsZeros ? none : Unit<Sum>();
           }
         }
         if constexpr (!kFixed) {  // the same after the loop: faster, and takes more registers
-          const Share& share = turn.at(end - 1);
-          const unsigned bits = share.query & mask;
+          const Share& share = at_address<Share>(turn.share, end_at)[-1];
+          const unsigned bits = share.query;
           if (bits & kMore && bits & kAddLeft) add(share.left, left);
           if (bits & kShift) right = left;
           if (bits & kShift || (bits & kMore && bits & kAddRight)) add(share.left + stride, right);

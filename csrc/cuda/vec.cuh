@@ -164,7 +164,8 @@ __device__ void atomic_add(Acc* to, const Acc* term) {
 
 // The number itself, hidden from the compiler, which then computes again what depends on it instead of
 // keeping it in registers.
-__device__ inline int recomputed(int number) {
+template <typename Int>
+__device__ Int recomputed(Int number) {
 #if defined(__CUDA_ARCH__)
   asm volatile("" : "+r"(number));
 #endif
@@ -193,6 +194,45 @@ __device__ X* pinned(X* shared) {
 #else
   return shared;
 #endif
+}
+
+// The address of `shared` in shared memory, in 32 bits; in the emulator 0.
+template <typename X>
+__device__ unsigned shared_address(const X* shared) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<unsigned>(__cvta_generic_to_shared(shared));
+#else
+  static_cast<void>(shared);
+  return 0;
+#endif
+}
+// What lies at an address that was computed from that of `shared`.
+template <typename Y, typename X>
+__device__ const Y* at_address(const X* shared, unsigned address) {
+#if defined(__CUDA_ARCH__)
+  static_cast<void>(shared);
+  return static_cast<const Y*>(__cvta_shared_to_generic(address));
+#else
+  return reinterpret_cast<const Y*>(reinterpret_cast<const char*>(shared) + address);
+#endif
+}
+
+// The sum of the numbers of a warp's lanes up to this one.
+__device__ inline int sum_up_to_lane(int number) {
+#pragma unroll
+  for (int step = 1; step < kWarp; step *= 2) {
+#if defined(__CUDA_ARCH__)
+    asm volatile(
+        "{.reg .pred p; .reg .s32 before; shfl.sync.up.b32 before|p, %0, %1, 0, 0xffffffff;"
+        " @p add.s32 %0, %0, before;}"
+        : "+r"(number)
+        : "r"(step));
+#else
+    const int before = __shfl_up_sync(kAllLanes, number, step);
+    if (static_cast<int>(threadIdx.x % kWarp) >= step) number += before;
+#endif
+  }
+  return number;
 }
 
 // Sums of term[0..3] over the four lanes of a group. Lane j of the four gets the sum of term[j]. Each of

@@ -1268,6 +1268,7 @@ void Executor::access_memory(const Instruction& instruction, Block& block, Warp&
   const auto place_of = [&](int lane) -> uint8_t* {
     const uint64_t where = address(warp, o[at], lane, is_global);
     access_.addresses[lane] = where;
+    if (where % static_cast<uint64_t>(bytes) != 0) throw fail("a misaligned access");
     if (is_global) {
       uint8_t* const place = memory_.find(where, bytes);
       if (!place) throw fail("an access outside of every tensor");
