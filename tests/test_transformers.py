@@ -334,6 +334,23 @@ def test_patch_applies_to_old_and_new_models() -> None:
     assert all("not in transformers" in reason for _, reason in report.left)
 
 
+@pytest.mark.parametrize("small", KINDS, ids=name_of)
+def test_a_model_accelerated_in_the_block_stays_so(small: Small) -> None:
+    model = build(small)
+    expected = logits_of(model, small)
+    with patch_transformers():
+        report = accelerate(model)[1]
+        assert len(report.replaced) == 2
+        assert not report.left
+    with counted() as calls:
+        found = logits_of(model, small)
+    assert len(calls) == 2
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    with counted() as calls:
+        assert torch.equal(logits_of(restore(model), small), expected)
+    assert not calls
+
+
 def test_patch_is_undone_after_an_error() -> None:
     from transformers.models.d_fine import modeling_d_fine as d_fine
     from transformers.models.mask2former import modeling_mask2former as mask2former

@@ -141,6 +141,31 @@ def test_a_compiled_layer() -> None:
     assert seen.layers == ["MSDeformAttn"]
 
 
+def test_a_traced_layer() -> None:
+    """TorchScript's methods have no signature. A module around the layer is a name for it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.decoder = nn.Module()
+            self.decoder.layer = random_layer()
+
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return self.decoder.layer(*tensors, shapes)  # type: ignore[no-any-return]
+
+    (*tensors, shapes), model = arguments(), Model()
+    traced = torch.jit.trace(model, tuple(tensors))
+    with viz.record(model) as expected:
+        model(*tensors)
+    with viz.record(traced) as seen:
+        traced(*tensors)
+    (found,) = seen
+    assert torch.equal(found.sampling_locations, expected["decoder.layer"].sampling_locations)
+    assert expected["decoder"] is expected["decoder.layer"] is expected[0]
+    with pytest.raises(LookupError, match="layer: expected one of decoder.layer, got 'deco'"):
+        expected["deco"]
+
+
 class Custom(nn.Module):
     """Calls the function, with levels that have different numbers of points."""
 
@@ -458,6 +483,24 @@ def test_points_off_the_image() -> None:
     assert label == f"2 of {M * L * P} points lie outside the image"
 
 
+@pytest.mark.parametrize("recipe", ["deformable_detr_two_stage", "dino"])
+def test_a_detector_with_a_padded_image(recipe: str) -> None:
+    """deform_attn.detr's layers take the ratios as a part of `memory`."""
+    from deform_attn.detr.recipes import build
+
+    model = build(recipe, num_classes=2, width=32, layers=1, queries=5)[0].eval()
+    padding = torch.zeros(2, 64, 128, dtype=torch.bool)
+    padding[1, 32:], padding[1, :, 96:] = True, True
+    with torch.no_grad(), viz.record(model) as seen:
+        model(torch.rand(2, 3, 64, 128), padding)
+    assert len(seen) == 2  # encoder, decoder
+    for recording in seen:
+        expected = torch.tensor([[1.0, 1.0], [0.75, 0.5]])[:, None].expand(2, 3, 2)
+        torch.testing.assert_close(recording.valid_ratios, expected)
+        with pytest.raises(ValueError, match="padded: expected True or False, got None"):
+            viz.draw(IMAGE, recording, 0, batch=1)
+
+
 def test_padded_image() -> None:
     """Points of a padded image are drawn in the right place, with and without the padding."""
     reference = torch.full((B, Q, 2), 0.2)
@@ -486,9 +529,27 @@ def test_images() -> None:
     for image in (
         *(numbers, numbers / 255, normalized, array, Image.fromarray(array), grey, grey[None]),
         Image.fromarray(array).convert("RGBA"),
+        grey[..., None].numpy().astype(">f8"),
     ):
         shown = viz.draw(image, recording_at([0.5, 0.5]), 0).images[0].get_array()
         np.testing.assert_allclose(shown, grey, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["P", "LA", "CMYK", "HSV"])
+def test_modes_of_pillow(mode: str) -> None:
+    """A palette's indices are no brightness, nor is hue."""
+    colour = (200, 30, 90)
+    image = Image.new("RGB", (30, 20), colour)
+    brightness = np.dot(colour, [0.299, 0.587, 0.114]) / 255
+    image = image.quantize() if mode == "P" else image.convert(mode)
+    shown = viz.draw(image, recording_at([0.5, 0.5]), 0).images[0].get_array()
+    np.testing.assert_allclose(shown, np.full((20, 30), brightness), atol=0.03)
+
+
+def test_a_figure_of_a_strip() -> None:
+    for size in ((3000, 2), (2, 3000)):
+        sides = viz.figure(torch.rand(size), recorded(), 0).get_size_inches()
+        assert 1 < min(sides) <= max(sides) < 15
 
 
 def test_what_cannot_be_drawn() -> None:

@@ -81,7 +81,7 @@ def evaluate(
     )
     for name, folder in (("out", out), ("results", results and results.parent)):
         if folder is not None and isinstance(dataset, AnnotatedFolder):
-            dataset.check_apart(name, folder)
+            dataset.check_apart(name, folder, annotations=name == "results")
     if list(dataset.classes) != list(detector.classes):
         raise ValueError(f"data: expected the classes {detector.classes}, got {dataset.classes}")
     if out is not None and dataset.most_objects == 0:

@@ -219,6 +219,11 @@ def renamed(system: str, name: str, layers: int, backbone: str | None = None) ->
         layers: of the decoder: in official two-stage checkpoints, heads with this index are those
             of the encoder.
         backbone: one of BACKBONES; None: the backbone's names stay as they are.
+
+    Example:
+        >>> from deform_attn.detr.checkpoints import renamed
+        >>> renamed("dino", "transformer.decoder.layers.5.norm3.weight", layers=6)
+        'decoder.layers.5.norm_ffn.norm.weight'
     """
     if name.startswith("backbone."):
         rules = [] if backbone is None else BACKBONES[backbone]
@@ -338,6 +343,16 @@ def read_checkpoint(file: str | Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: no such file.
         ValueError: the file is damaged, or not a checkpoint; the message names it.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> import torch
+        >>> from deform_attn.detr.checkpoints import read_checkpoint
+        >>> with TemporaryDirectory() as folder:
+        ...     torch.save({"epoch": 3}, Path(folder, "last.pth"))
+        ...     read_checkpoint(Path(folder, "last.pth"))
+        {'epoch': 3}
     """
     try:
         try:

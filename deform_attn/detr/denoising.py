@@ -60,6 +60,14 @@ class Denoising(nn.Module):
             zeros.
         spare: the embedding has one row more than classes, as in all systems but Mr. DETR's.
         eps: of the inverse sigmoid of boxes.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.denoising import Denoising
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> noised = Denoising(num_classes=3, d_model=32, number=4).noise(targets)
+        >>> noised.groups, noised.labels.shape  # a positive and a negative query in each group
+        (4, torch.Size([1, 8]))
     """
 
     def __init__(

@@ -70,6 +70,17 @@ def export(
         TypeError: an argument has another type.
         OSError: the file cannot be written; the message names it.
         ModuleNotFoundError: onnx or onnxscript is not installed, for ``.onnx``.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from deform_attn.detr.export import export
+        >>> from deform_attn.detr.recipes import build
+        >>> model, _, postprocess = build("detr", 3, width=32, layers=1, queries=5)
+        >>> with TemporaryDirectory() as folder:
+        ...     file = Path(folder, "detector.torchscript")
+        ...     export(model.eval(), postprocess, file, size=64) < 1e-3
+        True
     """
     file = as_path("file", file)
     check_module("model", model)

@@ -80,14 +80,14 @@ def make_folder(argument: str, folder: Path) -> Path:
 def check_apart(
     argument: str, folder: Path, inputs: Iterable[Path], searched: Iterable[Path] = ()
 ) -> None:
-    """Check that a folder for results is none in which images are found.
+    """Check that a folder for results is none in which data is found.
 
-    Results there could replace an image, or be taken for one the next time.
+    Results there could replace a file, or be taken for one of the data the next time.
 
     Args:
         argument: names the folder in errors.
         folder: for results.
-        inputs: folders of the images.
+        inputs: folders of images or annotations.
         searched: folders whose images are found at any depth.
 
     Raises:
@@ -97,7 +97,7 @@ def check_apart(
     folders = {one.resolve() for one in {*inputs}}
     if place in folders or {place, *place.parents} & {one.resolve() for one in searched}:
         raise ValueError(
-            f"{argument}: expected a folder in which no images are found, got {str(folder)!r}; "
+            f"{argument}: expected a folder in which no data is found, got {str(folder)!r}; "
             "choose one outside of the data"
         )
 

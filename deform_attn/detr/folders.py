@@ -313,7 +313,7 @@ class AnnotatedFolder:
         check_integer("size", size, 1, LARGEST_SIZE)
         self.size, self.resize = size, resize
         name, source = find_source(as_path("folder", folder), split, layout)
-        self.root, self._searched = source.root, source.searched
+        self.root, self._file, self._searched = source.root, source.file, source.searched
         content, self.identity = validated(name, source)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         names = [category["name"] for category in categories]
@@ -355,14 +355,22 @@ class AnnotatedFolder:
             raise ValueError(f"{error}; `data --data {self.root}` lists all such images") from error
         return image, {"labels": labels, "boxes": boxes}
 
-    def check_apart(self, argument: str, folder: Path) -> None:
+    def check_apart(self, argument: str, folder: Path, *, annotations: bool = False) -> None:
         """Check that a folder for results is none of the images.
 
+        Args:
+            argument: names the folder in errors.
+            folder: for results.
+            annotations: nor that of annotations in a JSON file: it is for another one.
+
         Raises:
-            ValueError: it is one; ``argument`` names it.
+            ValueError: it is one of them.
         """
         names = {os.path.dirname(facts["file_name"]) for facts in self._content["images"]}
-        check_apart(argument, folder, [self.root / name for name in names], self._searched)
+        folders = [self.root / name for name in names]
+        if annotations and self._file.suffix == ".json":
+            folders.append(self._file.parent)
+        check_apart(argument, folder, folders, self._searched)
 
     def pixel_faults(self) -> Iterator[str]:
         """The images whose pixels cannot be read, and why."""

@@ -91,6 +91,19 @@ def hold_out(
         TypeError: an argument has another type.
         ValueError: an invalid fraction; a folder with several splits, with a single image, with
             faults, or which was divided before.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> from PIL import Image
+        >>> from deform_attn.detr.hold_out import hold_out
+        >>> with TemporaryDirectory() as folder:
+        ...     for name in "abcde":
+        ...         Image.new("RGB", (40, 30)).save(Path(folder, f"{name}.png"))
+        ...         _ = Path(folder, f"{name}.txt").write_text("0 0.5 0.5 0.25 0.5")
+        ...     _ = Path(folder, "data.yaml").write_text("{train: ., names: [cat]}")
+        ...     [file.name for file in hold_out(folder, 0.2)]
+        ['train.json', 'val.json']
     """
     if not 0 < check_number("hold_out", fraction) < 1:
         raise ValueError(f"hold_out: expected a fraction above 0 and below 1, got {fraction}")

@@ -67,7 +67,17 @@ class FocalLoss:
 
 @dataclass(frozen=True)
 class VarifocalLoss:
-    """The target score is the IoU, which also weighs the loss (RT-DETR, arXiv 2304.08069)."""
+    """The target score is the IoU, which also weighs the loss (RT-DETR, arXiv 2304.08069).
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.losses import VarifocalLoss
+        >>> logits = torch.tensor([[1.4, -9.0]])  # the sigmoid of 1.4 is 0.8, which the IoU is too
+        >>> one_hot, num_objects = torch.tensor([[1.0, 0.0]]), torch.tensor(1.0)
+        >>> loss = VarifocalLoss()
+        >>> [loss(x, one_hot, 0.8 * one_hot, num_objects) for x in (logits, logits.flip(1))]
+        [tensor(0.4003), tensor(6.5422)]
+    """
 
     alpha: float = 0.75
     no_object: ClassVar[bool] = False
@@ -82,7 +92,17 @@ class VarifocalLoss:
 
 @dataclass(frozen=True)
 class MatchabilityAwareLoss:
-    """The target score is ``IoU^gamma``; poor boxes keep their weight (DEIM, arXiv 2412.04234)."""
+    """The target score is ``IoU^gamma``; poor boxes keep their weight (DEIM, arXiv 2412.04234).
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.losses import MatchabilityAwareLoss
+        >>> logits = torch.tensor([[0.92, -9.0]])  # the sigmoid of 0.92 is 0.8 ** 1.5
+        >>> one_hot, num_objects = torch.tensor([[1.0, 0.0]]), torch.tensor(1.0)
+        >>> loss = MatchabilityAwareLoss()
+        >>> [loss(x, one_hot, 0.8 * one_hot, num_objects) for x in (logits, logits.flip(1))]
+        [tensor(0.5971), tensor(7.1991)]
+    """
 
     gamma: float = 1.5
     no_object: ClassVar[bool] = False

@@ -82,6 +82,17 @@ class Hungarian:
         giou_weight: weight of the negative GIoU.
         softmax: the class cost is ``-p`` of a softmax (DETR), else that of the focal loss.
         alpha: of the focal loss.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.matching import Hungarian
+        >>> boxes = [[0.5, 0.5, 0.2, 0.2], [0.3, 0.3, 0.4, 0.4], [0.9, 0.9, 0.1, 0.1]]
+        >>> boxes = torch.tensor([boxes])
+        >>> prediction = {"logits": torch.zeros(1, 3, 2), "boxes": boxes}
+        >>> targets = [{"labels": torch.tensor([0, 1]), "boxes": boxes[0, [2, 0]]}]
+        >>> queries, objects = Hungarian()(prediction, targets)[0]
+        >>> queries.tolist(), objects.tolist()
+        ([0, 2], [1, 0])
     """
 
     class_weight: float = 2
@@ -128,6 +139,17 @@ class OneToMany:
         threshold: lowest quality of a choice that counts.
         max_queries: queries per object.
         max_choices: choices per image; further ones are dropped at random.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.matching import OneToMany
+        >>> boxes = [[0.5, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.1, 0.1, 0.1, 0.1]]
+        >>> boxes = torch.tensor([boxes])
+        >>> prediction = {"logits": torch.zeros(1, 3, 2), "boxes": boxes}
+        >>> targets = [{"labels": torch.tensor([0]), "boxes": boxes[0, :1]}]
+        >>> queries, objects = OneToMany()(prediction, targets)[0]
+        >>> queries.tolist(), objects.tolist()
+        ([0, 1], [0, 0])
     """
 
     iou_weight: float = 0.7

@@ -362,6 +362,14 @@ def stewart(
         num_classes: number of classes.
         size: only ``d_model``, the units of the LSTM, and ``dropout`` are used.
         steps: boxes per cell.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, stewart
+        >>> model = stewart(SmallBackbone(), 3, Size(d_model=32), steps=5).model
+        >>> model(torch.rand(1, 3, 64, 64))["boxes"].shape  # 5 in each of 4 x 4 cells
+        torch.Size([1, 1, 80, 4])
     """
     decoder = SequentialDecoder(backbone.channels[-1], size, num_classes, steps)
     weights = {"class": 1, "l1": 0.03}
@@ -376,7 +384,17 @@ def detr(
     num_classes: int,
     size: Size = Size(dim_feedforward=2048, num_queries=100, dropout=0.1),
 ) -> System:
-    """DETR (arXiv 2005.12872): learnt queries, dense attention, one-to-one matching."""
+    """DETR (arXiv 2005.12872): learnt queries, dense attention, one-to-one matching.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, detr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = detr(SmallBackbone(), 3, size)
+        >>> sorted(model(torch.rand(1, 3, 64, 64)))
+        ['boxes', 'logits']
+    """
     check_integer("num_classes", num_classes, 1)
     encoder = DenseEncoder(backbone.channels[-1], size)
     logits = num_classes + 1  # the last one is "no object"
@@ -403,6 +421,15 @@ def dab_detr(
         num_classes: number of classes.
         size: of the system.
         denoising: makes it DN-DETR, whose queries have the content "no label".
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, dab_detr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = dab_detr(SmallBackbone(), 3, size)
+        >>> sorted(model(torch.rand(1, 3, 64, 64)))
+        ['boxes', 'logits']
     """
     own = replace(size, activation=nn.PReLU)  # of feed-forward networks, not of heads
     encoder = DenseEncoder(backbone.channels[-1], own, scale=True, temperature=20)
@@ -434,6 +461,15 @@ def deformable_detr(
         size: of the system.
         refine: each layer corrects the boxes of the layer before.
         two_stage: queries are the encoder's best proposals; includes ``refine``.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, deformable_detr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = deformable_detr(SmallBackbone(), 3, size)
+        >>> sorted(model(torch.rand(1, 3, 64, 64)))
+        ['boxes', 'logits']
     """
     refine = refine or two_stage
     heads = Heads(size, num_classes, refine="layer" if refine else "no", shared=not refine)
@@ -464,6 +500,15 @@ def dab_deformable_detr(
         num_classes: number of classes.
         size: of the system.
         denoising: makes it DN-Deformable-DETR, which reserves one channel of the content.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, dab_deformable_detr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = dab_deformable_detr(SmallBackbone(), 3, size)
+        >>> sorted(model(torch.rand(1, 3, 64, 64)))
+        ['boxes', 'logits']
     """
     heads = Heads(size, num_classes, refine="layer", eps=1e-3)
     decoder = Decoder(size, decoder_layers(size), SinePos(size.d_model, scale=True), heads)
@@ -481,14 +526,36 @@ def _dn_denoising(num_classes: int, size: Size) -> Denoising:
 def dn_detr(
     backbone: Backbone, num_classes: int, size: Size = Size(dim_feedforward=2048)
 ) -> System:
-    """DN-DETR (arXiv 2203.01305): dense DAB-DETR trained with denoising queries."""
+    """DN-DETR (arXiv 2203.01305): dense DAB-DETR trained with denoising queries.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, dn_detr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = dn_detr(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'logits']
+    """
     return dab_detr(backbone, num_classes, size, denoising=_dn_denoising(num_classes, size))
 
 
 def dn_deformable_detr(
     backbone: Backbone, num_classes: int, size: Size = Size(dim_feedforward=2048)
 ) -> System:
-    """DN-Deformable-DETR (arXiv 2203.01305): DAB-Deformable-DETR with denoising queries."""
+    """DN-Deformable-DETR (arXiv 2203.01305): DAB-Deformable-DETR with denoising queries.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, dn_deformable_detr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = dn_deformable_detr(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'logits']
+    """
     denoising = _dn_denoising(num_classes, size)
     return dab_deformable_detr(backbone, num_classes, size, denoising=denoising)
 
@@ -498,7 +565,18 @@ def dino(
     num_classes: int,
     size: Size = Size(dim_feedforward=2048, num_queries=900),
 ) -> System:
-    """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice."""
+    """DINO (arXiv 2203.03605): contrastive denoising, mixed selection, look forward twice.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, dino
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = dino(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'encoder', 'logits']
+    """
     queries = SelectedQueries(size, num_classes, learnt=True)
     heads = Heads(size, num_classes, refine="twice", shared=True, norm=True, eps=1e-3)
     decoder = Decoder(size, decoder_layers(size), SinePos(size.d_model, scale=False), heads)
@@ -509,7 +587,18 @@ def dino(
 
 
 def rtdetr(backbone: Backbone, num_classes: int, size: Size = Size(num_levels=3)) -> System:
-    """RT-DETR (arXiv 2304.08069): a hybrid encoder, and scores trained to be the IoU."""
+    """RT-DETR (arXiv 2304.08069): a hybrid encoder, and scores trained to be the IoU.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, rtdetr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = rtdetr(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'encoder', 'logits']
+    """
     layers = decoder_layers(size, partial(DeformableAttention, variant="rtdetr"), limit=65504)
     decoder = Decoder(size, layers, BoxPos(size), Heads(size, num_classes, refine="twice"))
     model = _hybrid(backbone, num_classes, size, decoder)
@@ -534,6 +623,16 @@ def rtdetrv2(
         method: "default" interpolates, "discrete" samples one pixel per point.
         pos_layers: of the MLP of positional embeddings; DEIM has 3.
         classification: loss of the logits; DEIM has another.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, rtdetrv2
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = rtdetrv2(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'encoder', 'logits']
     """
     attention = partial(DeformableAttention, variant="rtdetrv2", method=method)
     heads = Heads(size, num_classes, refine="twice")
@@ -568,6 +667,16 @@ def dfine(
         size: of the system.
         scale: of :class:`~deform_attn.detr.dfine.EdgeBins`; 8 in D-FINE-X.
         classification: loss of the logits; DEIM has another.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, dfine
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = dfine(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'corners', 'dn', 'encoder', 'initial', 'logits', 'pre_boxes', 'pre_logits']
     """
     bins = EdgeBins(scale=scale)
     heads = FineHeads(size, num_classes, bins)
@@ -586,6 +695,16 @@ def deim(
     """DEIM (arXiv 2412.04234) on D-FINE: a matchability-aware loss, and SiLU.
 
     Its denser images are augmentation: "dense" in :mod:`~deform_attn.detr.augment`.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, deim
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = deim(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'corners', 'dn', 'encoder', 'initial', 'logits', 'pre_boxes', 'pre_logits']
     """
     size = replace(size, activation=nn.SiLU)
     loss = MatchabilityAwareLoss()
@@ -599,7 +718,18 @@ def deim_rtdetrv2(
     *,
     method: str = "default",
 ) -> System:
-    """DEIM (arXiv 2412.04234) on RT-DETRv2; see :func:`deim`."""
+    """DEIM (arXiv 2412.04234) on RT-DETRv2; see :func:`deim`.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, deim_rtdetrv2
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = deim_rtdetrv2(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'encoder', 'logits']
+    """
     size = replace(size, activation=nn.SiLU)
     options: Any = {"method": method, "pos_layers": 3, "classification": MatchabilityAwareLoss()}
     return rtdetrv2(backbone, num_classes, size, **options)
@@ -627,6 +757,15 @@ def mr_detr(
         iou_weight: of :class:`~deform_attn.detr.matching.OneToMany`.
         denoising: makes noised queries for all three routes.
         criterion: instead of Deformable DETR's; it gets the one-to-many assignment.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, mr_detr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = mr_detr(SmallBackbone(), 3, size)
+        >>> sorted(model(torch.rand(1, 3, 64, 64)))
+        ['boxes', 'encoder', 'encoder_o2m', 'logits', 'o2m', 'sep']
     """
     d = size.d_model
     heads = Heads(size, num_classes, refine="twice", eps=1e-3)
@@ -666,6 +805,16 @@ def mr_detr_dino(
     """Mr. DETR's routes on DINO (arXiv 2412.10028): contrastive denoising in all three of them.
 
     The routes' losses are divided by three times the number of objects.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, mr_detr_dino
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = mr_detr_dino(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'encoder', 'encoder_o2m', 'logits', 'o2m', 'sep']
     """
     criterion = Criterion(WEIGHTS_CLASS_2, encoder="binary", route_divisor=3)
     denoising = _mr_denoising(num_classes, size)
@@ -689,6 +838,16 @@ def mr_detr_align(
         size: of the system.
         temperature: of :class:`~deform_attn.detr.encoder.DeformableEncoder`; 20 for 24 epochs.
         shift: of the same; 0 for 24 epochs.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.models import Size, mr_detr_align
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model, criterion, postprocess = mr_detr_align(SmallBackbone(), 3, size)
+        >>> targets = [{"labels": torch.tensor([2]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.4]])}]
+        >>> sorted(model(torch.rand(1, 3, 64, 64), None, targets))
+        ['boxes', 'dn', 'encoder', 'encoder_o2m', 'logits', 'o2m', 'sep']
     """
     criterion = Criterion(WEIGHTS, classification=AlignedLoss(), encoder="binary", route_divisor=3)
     denoising = _mr_denoising(num_classes, size)

@@ -482,6 +482,13 @@ class _Run:
         file, checkpoint = _checkpoint(out, resume)
         change, source = resume is not None, None
         if checkpoint is None:
+            init = as_path("init", settings.init or ".")
+            folder = init if init.is_dir() else init.parent
+            if settings.init and init.exists() and folder.resolve() == out.resolve():
+                raise ValueError(
+                    f"out: expected another folder than that of init, got {str(out)!r}, whose "
+                    "model.pt the training would replace"
+                )
             source = open_detector("init", settings.init) if settings.init else None
             settings = resolved(settings, source)
         elif not (settings.recipe or settings.model):

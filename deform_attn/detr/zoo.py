@@ -242,6 +242,12 @@ def identify(state: Mapping[str, Tensor]) -> list[tuple[str, int]]:
         Names of :data:`CONFIGURATIONS`, those with fewest parameters first, and numbers of classes.
         Some official models have the same names and shapes: D-FINE and DEIM, or RT-DETRv2 with and
         without discrete sampling.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.zoo import identify
+        >>> identify({"class_embed.weight": torch.zeros(92, 256)})  # of no whole model
+        []
     """
     fitting = []
     for name, one in CONFIGURATIONS.items():

@@ -133,9 +133,10 @@ def draw(
     figures 6 and 7.
 
     Args:
-        image: ``[3, H, W]``, ``[1, H, W]``, ``[H, W, 3]`` or ``[H, W]``, as a tensor, an array or a
-            Pillow image, of any resolution; uint8, or floats in ``[0, 1]``. Floats outside that
-            range (a normalized input) are scaled so that their minimum is 0 and their maximum 1.
+        image: ``[3, H, W]``, ``[1, H, W]``, ``[H, W, 3]``, ``[H, W, 1]`` or ``[H, W]``, as a
+            tensor, an array or a Pillow image, of any resolution; uint8, or floats in ``[0, 1]``.
+            Floats outside that range (a normalized input) are scaled so that their minimum is 0 and
+            their maximum 1.
         recording: a recording of :func:`record`.
         query: position of the query; see :func:`choose_query`.
         head: draw the points of this head only; None draws those of all heads.
@@ -271,9 +272,11 @@ def figure(
     if not queries:
         raise ValueError("queries: expected at least one position, got none")
     height, width = _grey(image).shape
-    side = 4.2  # width of a panel in inches
+    side = 4.2  # width of a panel in inches; a strip is drawn in a part of its panel
     drawn = Figure(
-        (side * len(queries) + 0.9, side * height / width + 0.8), dpi=100, layout="constrained"
+        (side * len(queries) + 0.9, side * min(max(height / width, 0.3), 3) + 0.8),
+        dpi=100,
+        layout="constrained",
     )
     panels = [drawn.add_subplot(1, len(queries), 1 + i) for i in range(len(queries))]
     for axes, query in zip(panels, queries):
@@ -297,6 +300,10 @@ def _png(drawn: Figure) -> bytes:
     return file.getvalue()
 
 
+# Modes of Pillow whose pixels are indices of a palette, or no red, green and blue
+_NO_PLAIN_COLOURS = ("P", "PA", "LA", "La", "RGBa", "CMYK", "YCbCr", "HSV", "LAB")
+
+
 def _grey(image: Any) -> Tensor:
     """The image as ``[H, W]`` in [0, 1], without colour, which shows the weights."""
     if isinstance(image, Tensor):
@@ -304,7 +311,13 @@ def _grey(image: Any) -> Tensor:
     else:
         import numpy as np
 
+        if getattr(image, "mode", None) in _NO_PLAIN_COLOURS:
+            image = image.convert("RGB")
         array = np.array(image)
+        if array.dtype.kind == "f":
+            array = array.astype(np.float64)
+        elif array.dtype.kind in "iu":
+            array = array.astype(array.dtype.newbyteorder("="))
         if array.dtype.kind not in "bfiuc":
             raise TypeError(
                 "image: expected a tensor, an array or a Pillow image, got "
@@ -316,6 +329,8 @@ def _grey(image: Any) -> Tensor:
         pixels = pixels[..., :3]
     elif len(shape) == 3 and shape[0] in (1, 3):
         pixels = pixels.movedim(0, -1)
+    elif len(shape) == 3 and shape[-1] == 1:
+        pass
     elif len(shape) == 2:
         pixels = pixels[..., None]
     else:

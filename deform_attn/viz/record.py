@@ -67,7 +67,10 @@ class Recording:
 
 
 class Recordings(Sequence[Recording]):
-    """The recorded calls in order. Index by position, or by layer name for its last call."""
+    """The recorded calls in order.
+
+    Index by position, or by the name of a layer, or of a module around it, for its last call.
+    """
 
     def __init__(self) -> None:
         self._calls: list[Recording] = []
@@ -92,7 +95,7 @@ class Recordings(Sequence[Recording]):
         if not isinstance(key, str):
             return self._calls[key]
         for call in reversed(self._calls):
-            if call.layer == key:
+            if call.layer == key or call.layer.startswith(f"{key}."):
                 return call
         raise LookupError(f"layer: expected one of {', '.join(self.layers)}, got {key!r}")
 
@@ -237,6 +240,8 @@ class _Recorder(TorchDispatchMode):
         """
         for candidates in (arguments, *(others for _, others in reversed(self._stack))):
             x = candidates.get(name)
+            if x is None:  # the layers of deform_attn.detr take it as a part of `memory`
+                x = getattr(candidates.get("memory"), name, None)
             if x is None:
                 continue
             fits = isinstance(x, Tensor) and x.shape[:-2] == leading and x.shape[-1] in widths
@@ -247,7 +252,10 @@ class _Recorder(TorchDispatchMode):
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
-    return list(inspect.signature(function).parameters)
+    try:
+        return list(inspect.signature(function).parameters)
+    except ValueError:  # TorchScript's methods have none
+        return []
 
 
 def _spatial_shapes(arguments: dict[str, Any]) -> tuple[tuple[int, int], ...]:

@@ -295,12 +295,13 @@ def test_results_are_not_written_among_the_images(
         ("out", (*found, tmp_path / "other", "--out", bad)),
         ("out", (*evaluated, "--out", bad)),
         ("results", (*evaluated, "--results", bad / "results.json")),
+        ("results", (*evaluated[:-1], folder, "--results", folder / "annotations/results.json")),
         ("sheet", ("data", "--data", bad, "--sheet", bad / "sheet.png")),
         ("sheet", ("data", "--data", folder, "--sheet", folder / "val/sheet.png")),
         ("out", (*trained, "--out", bad)),
         ("out", (*trained, "--out", bad / "run")),  # which YOLO's "train: ." includes
     ):
-        message = f"{argument}: expected a folder in which no images are found, got '.*; choose "
+        message = f"{argument}: expected a folder in which no data is found, got '.*; choose "
         with pytest.raises(SystemExit, match=message):
             run(monkeypatch, *words)
     assert {*bad.rglob("*")} - {*bad.rglob(".deform_attn*"), *bad.glob(".deform_attn/*")} == before
@@ -458,6 +459,9 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
     own, given = detector.model.state_dict(), shipped.model.state_dict()
     name = "backbone.stem.conv.weight"
     assert torch.equal(own[name], given[name])
+    with pytest.raises(ValueError, match="out: expected another folder than that of init, got"):
+        (tmp_path / "checkpoint.pt").unlink()
+        train(Settings(**settings | {"init": str(tmp_path / "model.pt")}), tmp_path)
     with pytest.raises(ValueError, match="recipe, model: expected one of them, or init alone"):
         Settings(data="shapes").check()
     with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
