@@ -206,8 +206,8 @@ def test_sums_of_a_16_bit_gradient_larger_than_a_cache(dtype: torch.dtype) -> No
     """They are those of float32, rounded once; a few heads at a time, or in bands of rows."""
     torch.manual_seed(0)
     value = torch.randn(1, 6000, 4, 32).to(dtype)  # 3 MB of sums
-    locations = torch.rand(1, 50, 4, 1, 4, 2) * 1.2 - 0.1
-    weights, grad_output = torch.rand(1, 50, 4, 1, 4).to(dtype), torch.randn(1, 50, 128).to(dtype)
+    locations = torch.rand(1, 50, 4, 1, 16, 2) * 1.2 - 0.1
+    weights, grad_output = torch.rand(1, 50, 4, 1, 16).to(dtype), torch.randn(1, 50, 128).to(dtype)
 
     def gradients(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         *inputs, grad = (tensor.detach().requires_grad_() for tensor in tensors)

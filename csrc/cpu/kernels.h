@@ -92,6 +92,8 @@ struct Kernels {
   void (*copy_head)(const Inputs&, int64_t batch, int head, int64_t first, int64_t last, void* to);
   // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
+  // Whether narrow shares are faster, each for a part of the heads.
+  bool (*narrow)(const Inputs&);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
   // For queries first .. last - 1, numbered over all images.
   void (*finish)(const Inputs&, const FusedGradients&, int64_t first, int64_t last, void* scratch);

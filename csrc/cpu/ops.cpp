@@ -377,7 +377,7 @@ std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Leve
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
   const int bands = overlapping(levels) ? 1 : static_cast<int>(up(threads, problem.batch * groups));
-  narrow = narrow && bands == 1 && problem.heads % cpu::kNarrow == 0;
+  narrow = narrow && bands == 1;
   if (narrow) groups = std::max<int64_t>(groups, cpu::kNarrow);
   std::vector<cpu::Share> shares;
   for (int64_t b = 0; b < problem.batch; ++b) {
@@ -392,14 +392,6 @@ std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Leve
   return shares;
 }
 
-// Whether a 16-bit gradient of value is computed for a few heads after the others: where the sums of all
-// heads are larger than a cache.
-bool prefers_few_heads(const cpu::Inputs& in) {
-  constexpr int64_t kCache = int64_t{1} << 20;  // bytes
-  const Problem& p = in.problem;
-  return !in.queries_are_pixels && p.rows * p.row_stride() * int64_t{sizeof(float)} > kCache;
-}
-
 // Gradients of points from this size on are written with streaming stores: they would have left the
 // caches before they are read.
 constexpr int64_t kPastCaches = int64_t{8} << 20;
@@ -412,11 +404,12 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const Tensor gradient = call.checked_gradient(grad_output, output_mask);
   std::vector<int32_t> order;
   sort_queries(in, call.value, order);
+  const Kernels& kernels = chosen_kernels();
   const int64_t threads = torch::stable::get_num_threads();
   const Problem& p = call.problem;
   // A 16-bit gradient of value is summed in float32.
   const bool rounds = output_mask[0] && call.acc_dtype() != call.type;
-  const auto shares = p.batch > 0 ? shares_of(p, levels, threads, rounds && prefers_few_heads(in))
+  const auto shares = p.batch > 0 ? shares_of(p, levels, threads, rounds && kernels.narrow(in))
                                   : std::vector<cpu::Share>();
   const bool narrow = !shares.empty() && shares.front().narrow;
   Tensor grad_value;
@@ -438,7 +431,6 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const cpu::Gradients grads{gradient.const_data_ptr(),    data_of(grad_value),
                              sums ? sums->at(0) : nullptr, locations.mutable_data_ptr(),
                              weights.mutable_data_ptr(),   bytes >= kPastCaches};
-  const Kernels& kernels = chosen_kernels();
   std::atomic<size_t> next_block{0};
   torch::stable::parallel_for(
       0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {

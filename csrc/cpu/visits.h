@@ -52,17 +52,21 @@ inline int cell_of(Acc x, Acc y) {
 template <typename Acc>
 void sort_queries(const Inputs& in, int64_t batch, int32_t* order) {
   const Problem& p = in.problem;
-  const auto cell = [&](int64_t query) {
-    if (in.fused.reference) {
-      const Acc* point = static_cast<const Acc*>(in.fused.reference) +
-                         (batch * p.queries + query) * in.fused.levels * int64_t{in.fused.size};
-      return cell_of(point[0], point[1]);
-    }
-    const Acc* point = static_cast<const Acc*>(in.locations) + 2 * p.point_at(batch, query, 0);
-    return cell_of(point[0], point[1]);
-  };
+  const Acc* points = static_cast<const Acc*>(in.locations) + 2 * p.point_at(batch, 0, 0);
+  int64_t apart = 2 * p.point_at(0, 1, 0);  // numbers from one query to the next
+  if (in.fused.reference) {
+    apart = in.fused.levels * int64_t{in.fused.size};
+    points = static_cast<const Acc*>(in.fused.reference) + batch * p.queries * apart;
+  }
+  constexpr int64_t kAhead = 16;  // queries, each in another cache line
   int32_t next[kCells + 1] = {};  // where the next query of a cell goes
-  for (int64_t query = 0; query < p.queries; ++query) ++next[cell(query) + 1];
+  const auto cell = [&](int64_t query) {
+    return cell_of(points[query * apart], points[query * apart + 1]);
+  };
+  for (int64_t query = 0; query < p.queries; ++query) {
+    __builtin_prefetch(points + (query + kAhead) * apart);  // may lie behind them
+    ++next[cell(query) + 1];
+  }
   for (int i = 0; i < kCells; ++i) next[i + 1] += next[i];
   for (int64_t query = 0; query < p.queries; ++query) {
     order[next[cell(query)]++] = static_cast<int32_t>(query);
