@@ -234,14 +234,7 @@ def _attention(
     grad_output: torch.Tensor,
     right: Expected,
 ) -> Iterator[Outcome]:
-    def call(inputs: OpInputs) -> torch.Tensor:
-        return deform_attn.ms_deform_attn(
-            *inputs.arguments,
-            num_points=inputs.num_points,
-            backend=where[1],
-            value_mask=inputs.value_mask,
-        )
-
+    call = _call(deform_attn.ms_deform_attn, where[1])
     # The reference has no deterministic backward on a GPU; interpreted kernels have one order.
     once = where[1] == "reference" or where[:2] == ("cpu", "triton")
     modes = (False,) if once else (False, True)
@@ -270,15 +263,7 @@ def _discrete(
     grad_output: torch.Tensor,
     right: Expected,
 ) -> Outcome:
-    def call(inputs: OpInputs) -> torch.Tensor:
-        return deform_attn.ms_deform_attn(
-            *inputs.arguments,
-            num_points=inputs.num_points,
-            method="discrete",
-            backend=where[1],
-            value_mask=inputs.value_mask,
-        )
-
+    call = _call(deform_attn.ms_deform_attn, where[1], method="discrete")
     try:
         errors = right.errors(discrete_results(call, inputs, grad_output))
     except Exception as error:
@@ -289,26 +274,31 @@ def _discrete(
 def _fused(
     where: tuple[str, str, str],
     case: str,
-    inputs: FusedInputs,
+    fused: FusedInputs,
     grad_output: torch.Tensor,
     right: Expected,
 ) -> Iterator[Outcome]:
-    def call(inputs: FusedInputs) -> torch.Tensor:
-        return deform_attn.ms_deform_attn_fused(
-            *inputs.arguments,
-            num_points=inputs.num_points,
-            offset_scale=inputs.offset_scale,
-            backend=where[1],
-            value_mask=inputs.value_mask,
-        )
-
+    call = _call(deform_attn.ms_deform_attn_fused, where[1], offset_scale=fused.offset_scale)
     try:
-        errors = right.errors(fused_results(call, inputs, grad_output))
+        errors = right.errors(fused_results(call, fused, grad_output))
     except Exception as error:
         yield Outcome(*where, "fused", case, failure=_line(error))
         return
     yield Outcome(*where, "fused", case, tuple(errors[:1]))
     yield Outcome(*where, "fused backward", case, tuple(errors[1:]))
+
+
+def _call(
+    function: Callable[..., torch.Tensor], backend: str, **options: Any
+) -> Callable[[Any], torch.Tensor]:
+    """A call of a function on a backend, with inputs of a case."""
+    return lambda inputs: function(
+        *inputs.arguments,
+        num_points=inputs.num_points,
+        value_mask=inputs.value_mask,
+        backend=backend,
+        **options,
+    )
 
 
 def _line(error: Exception) -> str:

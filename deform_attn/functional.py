@@ -201,6 +201,27 @@ def gradients(
     """Gradients of value, sampling_locations and attention_weights of :func:`ms_deform_attn`.
 
     For callers with an ``autograd.Function`` of their own; arguments as in :func:`ms_deform_attn`.
+
+    Args:
+        grad_output: ``[B, Q, M * D]``, in value's dtype.
+        value: as in :func:`ms_deform_attn`, as are the others.
+        spatial_shapes: likewise.
+        level_start_index: likewise.
+        sampling_locations: likewise.
+        attention_weights: likewise.
+        value_mask: likewise.
+
+    Returns:
+        Each in the shape and the dtype of its argument.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.functional import gradients
+        >>> value, locations = torch.rand(1, 12, 2, 4), torch.rand(1, 5, 2, 1, 3, 2)
+        >>> weights, grad_output = torch.rand(1, 5, 2, 1, 3), torch.rand(1, 5, 8)
+        >>> found = gradients(grad_output, value, [(4, 3)], None, locations, weights)
+        >>> [gradient.shape == x.shape for gradient, x in zip(found, (value, locations, weights))]
+        [True, True, True]
     """
     arguments = (
         value,

@@ -21,7 +21,7 @@ __device__ inline int64_t runs_of(const Problem& problem, int run) {
 // levels, a lane works on a query.
 template <typename T, typename Points>
 __global__ void __launch_bounds__(kBlock, kLeastBlocks)
-    bound_queries(Problem problem, LevelTable table, Blocks blocks, Points points,
+    bound_queries(Problem problem, LevelTable table, BlockLayout blocks, Points points,
                   Rectangle* __restrict__ bounds, int run) {
   __shared__ BlockLevels levels;
   const Part part = part_of(blockIdx.x, problem, blocks, problem.head_dim);

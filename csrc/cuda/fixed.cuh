@@ -112,7 +112,7 @@ __device__ inline void add_term(int64_t& sum, float weight, float number) {
 // channels. `grad_value`: zeros before.
 template <typename T, typename Points>
 __global__ void __launch_bounds__(kBlock)
-    scatter_fixed(Problem problem, LevelTable table, Blocks blocks, Points points,
+    scatter_fixed(Problem problem, LevelTable table, BlockLayout blocks, Points points,
                   const T* __restrict__ grad_output, int64_t* __restrict__ grad_value,
                   FixedPoint fixed) {
   using Corner = deform_attn::Corner<float, int64_t>;

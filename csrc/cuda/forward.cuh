@@ -17,7 +17,7 @@ constexpr bool kMakesZeros = sizeof(T) >= 4 || (Points::kFused && kLeastBlocks =
 // of query query_of(lane) in shared memory; then each team reads those of its query.
 template <typename T, int kVec, typename Offset, typename Points>
 __global__ void __launch_bounds__(kBlock, 4)
-    forward_teams(Problem problem, LevelTable table, Blocks blocks, Points points,
+    forward_teams(Problem problem, LevelTable table, BlockLayout blocks, Points points,
                   const T* __restrict__ value, T* __restrict__ output) {
   using Acc = AccOf<T>;
   using Corner = deform_attn::Corner<Acc, Offset>;

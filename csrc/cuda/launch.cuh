@@ -92,7 +92,7 @@ void with_access(const Problem& problem, bool aligned, bool long_offsets, const 
 
 // The blocks of forward_teams and backward_teams.
 struct LaunchConfig {
-  Blocks blocks;
+  BlockLayout blocks;
   unsigned threads;  // of a block
   int64_t count;     // of blocks
 };
@@ -103,7 +103,7 @@ struct LaunchConfig {
 inline LaunchConfig launch_config(const Problem& problem, int vec, int least_lane_bits,
                                   bool split_channels, int processors, int least_split_bits = 0,
                                   int least_blocks = 4) {
-  Blocks blocks = {};
+  BlockLayout blocks = {};
   blocks.lane_bits = least_lane_bits;
   blocks.split_bits = least_split_bits;
   while (blocks.lane_bits + least_split_bits < 5 && (vec << blocks.lane_bits) < problem.head_dim) {
@@ -234,7 +234,7 @@ struct BackwardPlan {
 
 // Queries that share a Rectangle: those of a block where the queries may be the pixels of the levels, so
 // that they are neighbours; else one.
-inline int run_of(const Problem& problem, const LaunchConfig& config) {
+inline int queries_of_run(const Problem& problem, const LaunchConfig& config) {
   return problem.queries == problem.rows ? config.blocks.positions : 1;
 }
 
@@ -295,7 +295,7 @@ inline BackwardPlan plan_backward(const KernelCall& in, BackwardAlgorithm algori
   if (!output_mask.value) {
     plan.zeros = false;
   } else if (algorithm == BackwardAlgorithm::kGather) {
-    const int run = run_of(problem, launch_config(problem, 1, 2, false, device.processors));
+    const int run = queries_of_run(problem, launch_config(problem, 1, 2, false, device.processors));
     const int64_t runs = (problem.queries + run - 1) / run;
     plan.bounds = static_cast<size_t>(problem.batch * problem.heads * problem.levels * runs) *
                   sizeof(Rectangle);
@@ -355,7 +355,7 @@ void gather_value(const KernelCall& in, const LevelTable& levels, const Points& 
                   const T* grad_output, const Outputs& out, const Device& device) {
   const Problem& problem = in.problem;
   const LaunchConfig config = launch_config(problem, 1, 2, false, device.processors);
-  const int run = run_of(problem, config);
+  const int run = queries_of_run(problem, config);
   LAUNCH((bound_queries<T, Points>), grid_of("bound_queries", config.count), config.threads,
          device.stream, problem, levels, config.blocks, points, static_cast<Rectangle*>(out.bounds),
          run);

@@ -1,5 +1,6 @@
 // backward_teams: the gradients of points and weights (or of the offsets and logits of a fused call). It runs
-// with every BackwardAlgorithm but kBaseline; with kScatter it also adds the gradient of value, by atomics.
+// with every BackwardAlgorithm but kBaseline; with kScatter it also adds the gradient of value, by atomics. In 16
+// bits it rounds that of backward_tiles, see kRounds.
 //
 // After any edit: make kernels traffic
 #pragma once
@@ -89,7 +90,7 @@ struct MatrixColumn {
   int team;
   int channel;  // the lane's first of eight, which both columns share
 
-  __device__ MatrixColumn(const Teams& teams, const Blocks& blocks) {
+  __device__ MatrixColumn(const Teams& teams, const BlockLayout& blocks) {
     const int j = teams.lane >> 3, chunk_bits = blocks.lane_bits - 2;
     team = j >> chunk_bits & (teams.count() - 1);
     channel = ((j & ((1 << chunk_bits) - 1)) * 4 + (teams.lane & 3)) * 8;
@@ -248,7 +249,7 @@ constexpr int kTeamsBlocks =
 // Divides the work as forward_teams does. Adds to `grad_value`, zeros before, unless it is null.
 template <typename T, int kVec, typename Offset, typename Points>
 __global__ void __launch_bounds__(kBlock, kTeamsBlocks<T>)
-    backward_teams(Problem problem, LevelTable table, Blocks blocks, Points points,
+    backward_teams(Problem problem, LevelTable table, BlockLayout blocks, Points points,
                    const T* __restrict__ value, const T* __restrict__ grad_output,
                    AccOf<T>* __restrict__ grad_value, typename Points::Gradients gradients,
                    Rounding<T> rounding) {

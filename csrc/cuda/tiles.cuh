@@ -94,7 +94,7 @@ __device__ inline int begin_of(int packed) { return packed & 0xffff; }
 // fit an unsigned; a team has up to kTileChannels / kTileVec lanes.
 template <typename T, typename Points, typename Sum>
 __global__ void __launch_bounds__(kBlock, kTileBlocks<Sum>)
-    backward_tiles(Problem problem, LevelTable table, Blocks blocks, Points points,
+    backward_tiles(Problem problem, LevelTable table, BlockLayout blocks, Points points,
                    const T* __restrict__ grad_output, Sum* __restrict__ grad_value,
                    FixedPoint fixed) {
   using Acc = AccOf<T>;

@@ -1,9 +1,9 @@
 // How the work of a call is divided among blocks and lanes.
 //
-//   Divider   division by a number that the host knows, without a division
-//   Blocks    the parameter of a kernel that says how its blocks divide the work
-//   Part      the queries, head and channels that one block works on
-//   Teams     the query that a lane works on, and its channels
+//   Divider      division by a number that the host knows, without a division
+//   BlockLayout  the parameter of a kernel that says how its blocks divide the work
+//   Part         the queries, head and channels that one block works on
+//   Teams        the query that a lane works on, and its channels
 //
 // After any edit: make kernels traffic
 #pragma once
@@ -30,7 +30,7 @@ inline Divider divider_by(unsigned divisor) {
 }
 
 // A block works on `positions` queries of one head, a warp on `warp_positions` of them.
-struct Blocks {
+struct BlockLayout {
   int positions;
   int warp_positions;  // up to 32
   int lane_bits;       // 1 << lane_bits lanes share the channels of a point
@@ -70,7 +70,7 @@ struct Part {
 // read neighbouring parts of value, locations and weights. Few blocks are all resident at once, and the
 // hardware deals them out to the multiprocessors in turn: each multiprocessor then gets blocks of one
 // head (by_head), whose samples share pixels in its first-level cache.
-__device__ inline Part part_of(unsigned block, const Problem& problem, const Blocks& blocks,
+__device__ inline Part part_of(unsigned block, const Problem& problem, const BlockLayout& blocks,
                                int channels) {
   Part part;
   // Not in a branch, with which fused kernels spill registers.
