@@ -18,8 +18,8 @@ __all__ = ["command"]
 def _starts_a_command() -> bool:
     """Whether Python imports the package to run a command of it.
 
-    While Python looks for the module of ``-m``, the first argument is "-m", and the module is the
-    word before the others: ``-m deform_attn.info``, ``-mdeform_attn.info``, ``-Imdeform_attn.info``.
+    While Python looks for the module of ``-m``, the first argument is "-m". The module is the word
+    before the other arguments: ``-m deform_attn.info``, or ``-Imdeform_attn.info`` with an option.
     """
     if sys.argv[:1] == ["-m"]:
         module = "".join(sys.orig_argv[-len(sys.argv) :][:1])
