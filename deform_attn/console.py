@@ -18,10 +18,14 @@ __all__ = ["command"]
 def _starts_a_command() -> bool:
     """Whether Python imports the package to run a command of it.
 
-    While Python looks for the module of ``-m``, the first argument is "-m".
+    While Python looks for the module of ``-m``, the first argument is "-m". The module is the word
+    before the other arguments: ``-m deform_attn.info``, or ``-Imdeform_attn.info`` with an option.
     """
     if sys.argv[:1] == ["-m"]:
-        return any(word.startswith(("deform_attn.", "-mdeform_attn.")) for word in sys.orig_argv)
+        module = "".join(sys.orig_argv[-len(sys.argv) :][:1])
+        if module.startswith("-"):
+            module = module.partition("m")[2]
+        return module.startswith("deform_attn.")
     return bool(sys.argv) and Path(sys.argv[0]).stem == "deform-attn-detr"
 
 

@@ -98,6 +98,15 @@ FUSED = Signature(
 DISCRETE = Signature(DiscreteOperands, ("value", "attention_weights"), composite.discrete)
 
 
+class _Function(_SingleLevelFunction):
+    """Single-level: the dispatcher has already unwrapped the tensors of torch.func's transforms."""
+
+    @staticmethod
+    def _compiled_autograd_key(ctx: Any) -> tuple[Any, ...]:
+        """What torch.autograd.Function has, and torch._dynamo.config.compiled_autograd needs."""
+        return (ctx._autograd_function_id,)
+
+
 def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any]]:
     """Define ``deform_attn::<name>`` and its backward.
 
@@ -127,8 +136,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             by_operand[position] = gradient
         return by_operand
 
-    # Single-level: the dispatcher has already unwrapped the tensors of torch.func's transforms
-    class Backward(_SingleLevelFunction):
+    class Backward(_Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             *operands, ctx.output_mask, value_mask = inputs
@@ -158,7 +166,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
             grad_grad_output, *grad_operands = pull_back(masked(grads))
             return (grad_grad_output, *spread(grad_operands), None, None)
 
-    class Forward(_SingleLevelFunction):
+    class Forward(_Function):
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             ctx.save_for_backward(*inputs[:num_tensors], inputs[-1])

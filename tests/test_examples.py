@@ -1,4 +1,6 @@
-"""The code of README.md and of the notebook runs, and prints what is written beside it."""
+"""The code of README.md, of the pages and of the notebook runs, and prints what is written beside
+it. Blocks of mmdet, Core ML and downloaded weights are left out.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(), re.DOTALL | re.M)
+LEFT_OUT = ("init_detector(", "coremltools", "PekingU/")
+PAGES = ("README.md", "docs/seeing.md", "docs/integrations.md", "docs/detr/index.md")
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), re.DOTALL | re.M)
+    if not any(word in block for word in LEFT_OUT)
+]
 
-# What a block of README.md takes from its reader: defined here, by a word of the block.
+# What a block takes from its reader: defined here, by a word of the block.
 GIVEN = {
     "= accelerate(": """
 from tests import transformers_models
@@ -31,17 +40,22 @@ photo = torch.rand(3, 320, 320)
 class Model(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.layer = deform_attn.MSDeformAttn(d_model=32, n_levels=1, n_heads=4, n_points=2)
+        self.decoder, layer = torch.nn.Module(), torch.nn.Module()
+        layer.cross_attn = deform_attn.MSDeformAttn(d_model=32, n_levels=1, n_heads=4, n_points=2)
+        self.decoder.layers = torch.nn.ModuleDict({"5": layer})
     def forward(self, images):
-        reference = torch.rand(1, 5, 1, 2)
-        return self.layer(torch.rand(1, 5, 32), reference, torch.rand(1, 48, 32), [(8, 6)])
+        query, reference = torch.rand(1, 5, 32), torch.rand(1, 5, 1, 2)
+        layer = self.decoder.layers["5"].cross_attn
+        return layer(query, reference, torch.rand(1, 48, 32), [(8, 6)])
 model, images = Model(), photo[None]
 """,
 }
 
 
-def test_readme(tmp_path: Path) -> None:
+def test_readme_and_pages(tmp_path: Path) -> None:
+    assert len(BLOCKS) == 8
     (tmp_path / "examples").symlink_to(ROOT / "examples")
+    (tmp_path / "photograph.jpg").symlink_to(ROOT / "examples" / "digits.jpg")
     # one process for all blocks, not this one: shims replace modules, so their block is the last
     code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n"
     for block in sorted(BLOCKS, key=lambda block: "install_shims" in block):

@@ -178,6 +178,31 @@ def test_ctrl_c_during_the_imports_has_no_traceback(module: str, tmp_path: Path)
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
 
 
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["-m", "other", "deform_attn.info"], False),
+        (["-mother", "-m", "deform_attn.info"], False),
+        (["-Bmdeform_attn.info", "other"], True),
+    ],
+)
+def test_only_commands_of_the_package_change_what_ctrl_c_does(
+    words: list[str], changed: bool, tmp_path: Path
+) -> None:
+    """Another program may import the package, and have its name among the arguments."""
+    (tmp_path / "torch.py").write_text(
+        "import signal, sys\nsys.exit(int(signal.getsignal(2) is signal.SIG_DFL))\n"
+    )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "__init__.py").write_text("import deform_attn")
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{PACKAGE.parent}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == changed
+
+
 def test_a_closed_pipe_ends_a_command_quietly() -> None:
     """As in `python -m deform_attn.info | head -0`: one that prints more than a pipe holds."""
     code = (

@@ -152,6 +152,18 @@ def test_compile_with_inductor(runner: Runner, dtypes: Dtypes) -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_compiled_autograd() -> None:
+    """A backward pass that Dynamo compiles, of a forward pass that ran eagerly."""
+    inputs = CASES["non_square"].make(DTYPES["f32"]).leaves()
+    grad_output = grad_output_for(inputs)
+    output = deform_attn.ms_deform_attn(*inputs.arguments)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        torch.compile(torch.Tensor.backward, backend="eager")(output, grad_output)
+    gradients = [tensor.grad for tensor in inputs.tensors]
+    check_results((output.detach(), *gradients), inputs, grad_output)
+
+
 def test_a_forced_instruction_set_has_compiled_code_of_its_own() -> None:
     forced = {"ATEN_CPU_CAPABILITY": "avx2"}
     separate_compiled_code(forced)
