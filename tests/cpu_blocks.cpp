@@ -84,13 +84,14 @@ void without_memory() {
   expect(blocks.take(PTRDIFF_MAX - 2 * kMega, fresh) == nullptr, "null, no exception");
 }
 
+// Enough rounds that threads meet in a call, so that the sanitizer finds what is not under the lock.
 void threads() {
   KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
   std::vector<std::thread> all;
   std::vector<int> wrong(4, 0);
   for (int i = 0; i < 4; ++i) {
     all.emplace_back([&blocks, &wrong, i] {
-      for (int round = 0; round < 200; ++round) {
+      for (int round = 0; round < 3000; ++round) {
         const size_t bytes = kMega + static_cast<size_t>(round % 3) * 1000;
         bool fresh = false;
         auto* data = static_cast<unsigned char*>(blocks.take(bytes, fresh));

@@ -33,21 +33,7 @@ class KeptBlocks {
   // A block of `bytes` or more; null where there is no memory. `fresh`: it is new, of unknown contents.
   void* take(size_t bytes, bool& fresh) {
     fresh = false;
-    {
-      const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-      size_t best = kept_.size();
-      for (size_t i = kept_.size(); lock && i-- > 0;) {  // the newest of the smallest
-        const size_t size = size_of(kept_[i]);
-        if (size < bytes || (!zeros_ && size > bytes + bytes / 4)) continue;
-        if (best == kept_.size() || size < size_of(kept_[best])) best = i;
-      }
-      if (best < kept_.size()) {
-        void* data = kept_[best];
-        kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(best));
-        bytes_ -= size_of(data);
-        return data;
-      }
-    }
+    if (void* data = kept(bytes)) return data;
     fresh = true;
     void* memory = ::operator new(kOffset + bytes, std::align_val_t{kPage}, std::nothrow);
     if (memory == nullptr) return nullptr;
@@ -74,6 +60,23 @@ class KeptBlocks {
 
   static size_t& size_of(void* data) {
     return *reinterpret_cast<size_t*>(static_cast<char*>(data) - kOffset);
+  }
+
+  // Reads and changes nothing where another thread is in here.
+  void* kept(size_t bytes) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return nullptr;
+    size_t best = kept_.size();
+    for (size_t i = kept_.size(); i-- > 0;) {  // the newest of the smallest
+      const size_t size = size_of(kept_[i]);
+      if (size < bytes || (!zeros_ && size > bytes + bytes / 4)) continue;
+      if (best == kept_.size() || size < size_of(kept_[best])) best = i;
+    }
+    if (best == kept_.size()) return nullptr;
+    void* data = kept_[best];
+    kept_.erase(kept_.begin() + static_cast<std::ptrdiff_t>(best));
+    bytes_ -= size_of(data);
+    return data;
   }
 
   bool keep(void* data) noexcept {

@@ -327,8 +327,9 @@ void clear(void* data, int64_t bytes) {
 // call that has written to them must clear what it wrote and call restored(); otherwise they are freed.
 class Sums {
  public:
-  // On the caller's thread, which does not compete for the lock of the kept blocks.
-  Sums(int64_t count, int64_t numbers) {
+  // On the caller's thread, which does not compete for the lock of the kept blocks. It delegates, so that
+  // the destructor frees the first blocks where there is no memory for all.
+  Sums(int64_t count, int64_t numbers) : Sums() {
     const auto bytes = static_cast<size_t>(std::max<int64_t>(numbers, 1)) * sizeof(float);
     for (int64_t i = 0; i < count; ++i) {
       bool fresh = false;
@@ -352,6 +353,8 @@ class Sums {
   void restored() { restored_ = true; }
 
  private:
+  Sums() = default;
+
   std::vector<void*> blocks_;
   bool restored_ = false;
 };
