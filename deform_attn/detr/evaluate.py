@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO, ParamSpec, TypeVar
 
@@ -23,6 +24,20 @@ Drawn = ParamSpec("Drawn")
 Picture = TypeVar("Picture")
 MOST_WORKERS = 1024  # processes that prepare batches
 NAMES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large", "AR_1", "AR_10", "AR_100")
+
+
+def started(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader, whose processes leave Ctrl-C to this one.
+
+    A process inherits the signals that are blocked where it is started; Windows has no such thing.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        return iter(loader)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def detect(
@@ -73,7 +88,7 @@ def detect(
     training = model.training
     model.eval()
     with torch.no_grad():
-        for images, mask, targets in loader:
+        for images, mask, targets in started(loader):
             mask = None if mask is None else mask.to(device)
             outputs = model(images.to(parameter), mask)
             if observe is not None:

@@ -54,6 +54,7 @@ from deform_attn.detr.evaluate import (
     average_precision,
     detect,
     draw_curves,
+    started,
 )
 from deform_attn.detr.files import locked, make_folder, nearby, write
 from deform_attn.detr.folders import AnnotatedFolder
@@ -770,7 +771,7 @@ class _Run:
             self.log = Log(self.out, self.history, logged, tensorboard=self.tensorboard)
         if awaited and self._finish_step(save=True):
             remaining = range(0)
-        passes = zip(*[iter(loader)] * settings.accumulate)
+        passes = zip(*[started(loader)] * settings.accumulate)
         layers = getattr(self.model.get_submodule("decoder"), "eval_layers", 1)
         columns = (*Progress.get_default_columns(), MofNCompleteColumn())
         no_bar = not self.console.is_terminal

@@ -26,14 +26,14 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from deform_attn.detr import load
 from deform_attn.detr.augment import Augmented, Batch, Item, batches, collate
 from deform_attn.detr.data import open_dataset, write_coco
 from deform_attn.detr.device import find_device
 from deform_attn.detr.drawn import Shapes
-from deform_attn.detr.evaluate import NAMES, detect, evaluate
+from deform_attn.detr.evaluate import NAMES, detect, evaluate, started
 from deform_attn.detr.files import locked, write
 from deform_attn.detr.losses import in_evaluation
 from deform_attn.detr.models import Detector
@@ -192,6 +192,20 @@ def test_a_killed_training_resumes_to_the_bit(
     # Denoising has a loss in training only.
     assert all(0 < float(row["matched_loss"]) < float(row["loss"]) for row in table)
     assert not list((tmp_path / "cut").glob("*.partial"))
+
+
+class Blocked(Dataset[bool]):
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> bool:
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
+
+
+def test_processes_of_a_loader_leave_ctrl_c_to_the_training() -> None:
+    """They would end before the training has saved."""
+    assert next(started(DataLoader(Blocked(), num_workers=1))).item()
+    assert not Blocked()[0]
 
 
 def test_a_full_disk_is_named_and_leaves_no_partial_file(tmp_path: Path) -> None:
