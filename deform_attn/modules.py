@@ -462,11 +462,12 @@ class MultiScaleDeformableAttention(_Attention):
 
         Raises:
             TypeError: ``reference_points`` or ``spatial_shapes`` is missing, or an additional
-                argument is one of these misspelt.
+                argument is one of those that are not given, misspelt.
             ValueError: a shape, device or mask does not fit; the message names the argument.
         """
         if kwargs and not torch.compiler.is_compiling():
-            check_keywords(kwargs, _FORWARD)
+            given = locals()
+            check_keywords(kwargs, tuple(name for name in _FORWARD if given[name] is None))
         if reference_points is None or spatial_shapes is None:
             missing = "reference_points" if reference_points is None else "spatial_shapes"
             raise TypeError(f"{missing}: expected a tensor, got None")

@@ -668,6 +668,7 @@ def test_mmcv_names_what_is_missing_and_says_what_is_first() -> None:
     with pytest.raises(TypeError, match=f"^{misspelt}$"):
         module(**call, key_padding_masks=torch.zeros(2, 49, dtype=torch.bool))
     of_mmcv = {"key_pos": None, "query_key_padding_mask": None, "attn_masks": None}
+    of_mmcv["reference_points_2d"] = None  # the name of one that is given is not misspelt
     assert torch.equal(module(**call, **of_mmcv), module(**call))
     batch_first = {key: call[key].transpose(0, 1) for key in ("query", "value")}
     with pytest.raises(ValueError, match="^query: .*batch_first is False"):

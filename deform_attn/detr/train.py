@@ -60,7 +60,7 @@ from deform_attn.detr.folders import AnnotatedFolder
 from deform_attn.detr.images import LARGEST_SIZE, RESIZE
 from deform_attn.detr.logs import Log, Stopwatch, summary_writer
 from deform_attn.detr.losses import averaged, in_evaluation
-from deform_attn.detr.predict import Predictor, open_detector
+from deform_attn.detr.predict import SHIPPED, Predictor, open_detector
 from deform_attn.detr.recipes import RECIPES, Recipe, build
 from deform_attn.detr.recompute import recompute
 from deform_attn.detr.zoo import CONFIGURATIONS
@@ -87,6 +87,7 @@ CHANGEABLE = frozenset(
         "patience",
     ]
 )
+WRITTEN = ("model.pt", "best.pt")  # by a training, for `deform_attn.detr.load`
 OF_STEPS, OF_EVALUATIONS = ("loss", "matched_loss", "lr"), ("parts", "val_loss", "ap")
 ARCHITECTURE = ("recipe", "model", "width", "layers", "queries")
 # Largest settings: beyond them memory ends, with an error of the allocator, or by the system.
@@ -482,13 +483,13 @@ class _Run:
         file, checkpoint = _checkpoint(out, resume)
         change, source = resume is not None, None
         if checkpoint is None:
-            init = as_path("init", settings.init or ".")
-            folder = init if init.is_dir() else init.parent
-            if settings.init and init.exists() and folder.resolve() == out.resolve():
-                raise ValueError(
-                    f"out: expected another folder than that of init, got {str(out)!r}, whose "
-                    "model.pt the training would replace"
-                )
+            if settings.init and not (SHIPPED / f"{settings.init}.pt").is_file():
+                init, written = as_path("init", settings.init), [out / name for name in WRITTEN]
+                if init.exists() and any(x.exists() and x.samefile(init) for x in (out, *written)):
+                    raise ValueError(
+                        f"out: expected another folder than that of init, got {str(out)!r}, whose "
+                        f"{' and '.join(WRITTEN)} the training would replace"
+                    )
             source = open_detector("init", settings.init) if settings.init else None
             settings = resolved(settings, source)
         elif not (settings.recipe or settings.model):

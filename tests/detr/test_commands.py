@@ -462,6 +462,9 @@ def test_fine_tuning_starts_from_weights(folder: Path, tmp_path: Path, capsys: C
     with pytest.raises(ValueError, match="out: expected another folder than that of init, got"):
         (tmp_path / "checkpoint.pt").unlink()
         train(Settings(**settings | {"init": str(tmp_path / "model.pt")}), tmp_path)
+    (tmp_path / "model.pt").rename(tmp_path / "pretrained.pt")  # which no training replaces
+    with pytest.raises(ValueError, match="freeze: "):
+        train(Settings(**settings | {"init": f"{tmp_path}/pretrained.pt", "freeze": "x"}), tmp_path)
     with pytest.raises(ValueError, match="recipe, model: expected one of them, or init alone"):
         Settings(data="shapes").check()
     with pytest.raises(ValueError, match="queries: expected 20, the default, because dfine_n has"):
