@@ -18,7 +18,6 @@ from torch import Tensor
 from torch._C import (
     _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
-    _get_deterministic_algorithms,
     _is_tracing,
     _len_torch_dispatch_stack,
 )
@@ -183,8 +182,8 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
                 ctx.level_sizes,
                 ctx.num_points,
                 *ctx.others,
-                _get_deterministic_algorithms(),
-                list(of_differentiable(ctx.needs_input_grad)),
+                torch.are_deterministic_algorithms_enabled(),
+                [ctx.needs_input_grad[position] for position in differentiable],
                 value_mask,
             )
             if torch.compiler.is_compiling() or _is_observed():

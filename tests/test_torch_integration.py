@@ -158,8 +158,9 @@ def test_compiled_autograd() -> None:
     grad_output = grad_output_for(inputs)
     output = deform_attn.ms_deform_attn(*inputs.arguments)
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(compiled_autograd=True):
-        torch.compile(torch.Tensor.backward, backend="eager")(output, grad_output)
+    compiler = torch.compile(backend="eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiler):
+        output.backward(grad_output)
     gradients = [tensor.grad for tensor in inputs.tensors]
     check_results((output.detach(), *gradients), inputs, grad_output)
 
