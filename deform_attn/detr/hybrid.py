@@ -91,11 +91,6 @@ class HybridEncoder(nn.Module):
 
     def __init__(self, channels: Sequence[int], size: Size, *, fine: bool = False) -> None:
         super().__init__()
-        if size.num_levels != len(channels):
-            raise ValueError(
-                f"num_levels: expected {len(channels)}, the maps of the backbone, "
-                f"got {size.num_levels}"
-            )
         d, dim_feedforward = size.encoder_dims or (size.d_model, size.dim_feedforward)
         steps, num_blocks, act = len(channels) - 1, round(3 * size.depth), nn.SiLU
         own = replace(size, d_model=d, dim_feedforward=dim_feedforward, activation=nn.GELU)

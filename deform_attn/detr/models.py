@@ -645,6 +645,11 @@ def _hybrid(
     backbone: Backbone, num_classes: int, size: Size, decoder: Decoder, *, fine: bool = False
 ) -> Detector:
     """RT-DETR's encoder, query selection and contrastive denoising with a decoder."""
+    if size.num_levels != len(backbone.channels):
+        raise ValueError(
+            f"num_levels: expected {len(backbone.channels)}, the maps of the backbone, "
+            f"got {size.num_levels}"
+        )
     encoder = HybridEncoder(backbone.channels, size, fine=fine)
     queries = SelectedQueries(size, num_classes)
     denoising = Denoising(num_classes, size.d_model, padding=True, eps=1e-5)
