@@ -369,8 +369,7 @@ def check_method(method: str, official_clamp: bool) -> None:
     """
     if method not in ("default", "discrete"):
         raise ValueError(f"method: expected 'default' or 'discrete', got {method!r}")
-    if official_clamp is not False:
-        check_flag("official_clamp", official_clamp)
+    check_flag("official_clamp", official_clamp)
 
 
 def converted(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -482,9 +481,7 @@ def _check_value_mask(mask: Tensor, value: Tensor) -> None:
     _check_device("value_mask", mask, value)
 
 
-def _check_metadata_tensor(
-    name: str, tensor: Tensor, value: Tensor, names: LevelNames = NAMES
-) -> None:
+def _check_metadata_tensor(name: str, tensor: Tensor, value: Tensor, names: LevelNames) -> None:
     check_tensor(name, tensor)
     if tensor.dtype not in METADATA_DTYPES:
         raise ValueError(f"{name}: expected an integer dtype, got {tensor.dtype}")

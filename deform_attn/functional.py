@@ -240,8 +240,7 @@ def _attention(
 ) -> Tensor:
     value = arguments[0]
     chosen = choose_backend(_device_type(value), value.dtype, backend)
-    if method != "default" or official_clamp is not False:
-        check_method(method, official_clamp)
+    check_method(method, official_clamp)
     operands = _as_operands(*arguments)
     if method == "discrete":
         return _discrete(operands, official_clamp)

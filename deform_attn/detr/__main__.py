@@ -39,7 +39,7 @@ with needs("detr"):
     from deform_attn.detr.train import settings_of, train
 
 PROG = "python -m deform_attn.detr"
-FAULTS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError)
+FAULTS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
 OUT_OF_MEMORY = "allocate memory|not enough memory|out of memory"  # of torch, by device
 SIZES = ("AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large")
 
@@ -312,7 +312,7 @@ def main() -> None:
             )
         except BrokenPipeError:
             raise
-        except (*FAULTS, MemoryError) as error:
+        except FAULTS as error:
             text = str(error)
             if isinstance(error, MemoryError) or re.search(OUT_OF_MEMORY, text):
                 text = (
