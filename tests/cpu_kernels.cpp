@@ -52,9 +52,10 @@ const Case kCases[] = {
     {{{0, 4, 5}}, {5}, 2, 3, 2, 1},                                  //
     {{{0, 3, 3}}, {23}, 1, 2, 1, 256},                               //
     {{{0, 4, 5}, {0, 5, 4}, {7, 2, 3}}, {2, 0, 2}, 1, 19, 4, 16},    // overlapping levels
-    {{{3, 4, 5}, {30, 1, 6}, {40, 6, 1}}, {2, 2, 1}, 1, 19, 2, 64},  // gaps, lines
+    {{{3, 4, 5}, {30, 1, 6}, {40, 6, 1}}, {2, 2, 1}, 1, 19, 4, 64},  // gaps, lines
     {{{0, 2, 2}}, {0}, 1, 3, 2, 4},                                  // no points
     {{{0, 2, 2}}, {3}, 1, 0, 1, 3},                                  //
+    {{{0, 6, 5}, {30, 3, 2}}, {2, 2}, 2, 7, 4, 12},                  //
 };
 
 // Aligned to cache lines, as torch allocates: streaming stores require it.
@@ -464,8 +465,10 @@ class Call {
   }
 
   Results<T, Acc, Weight> run(int threads, bool past_caches, bool narrow = false) const {
-    const Problem& p = in_.problem;
-    const bool fused = in_.fused.reference != nullptr;
+    Inputs in = in_;
+    in.fetches_pairs = threads > 1;  // prefetches change no result
+    const Problem& p = in.problem;
+    const bool fused = in.fused.reference != nullptr;
     Results<T, Acc, Weight> to;
     to.output.resize(grad_.size());
     to.value.resize(value_.size());
@@ -473,9 +476,9 @@ class Call {
     if (sizeof(T) == 2 && !narrow) std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
     to.locations.resize(locations_.size());
     to.weights.resize(points_);
-    Blocks blocks{{0}, kernels_.blocks(in_) * p.batch, 2};
+    Blocks blocks{{0}, kernels_.blocks(in) * p.batch, 2};
     side_by_side(threads, [&](int) {
-      kernels_.forward(in_, to.output.data(), blocks, scratch_of(kernels_, in_).data());
+      kernels_.forward(in, to.output.data(), blocks, scratch_of(kernels_, in).data());
     });
     Lines<Acc> grad_weights(fused ? points_ : 0);
     const auto numbers = static_cast<size_t>(p.rows * p.row_stride() / kNarrow);
@@ -489,12 +492,12 @@ class Call {
                           past_caches};
     const std::vector<Share> all = shares(threads, narrow);
     side_by_side(threads, [&](int thread) {
-      auto scratch = scratch_of(kernels_, in_);
+      auto scratch = scratch_of(kernels_, in);
       Gradients own = grads;
       if (narrow) own.sums = sums[static_cast<size_t>(thread)].data();
       for (size_t i = static_cast<size_t>(thread); i < all.size();
            i += static_cast<size_t>(threads)) {
-        kernels_.backward(in_, own, all[i], scratch.data());
+        kernels_.backward(in, own, all[i], scratch.data());
       }
     });
     for (const std::vector<Acc>& block : sums) {
@@ -502,15 +505,14 @@ class Call {
              "the sums are zeros after the pass");
     }
     if (!fused) return to;
-    to.reference.resize(
-        static_cast<size_t>(p.batch * p.queries * in_.fused.levels * in_.fused.size));
+    to.reference.resize(static_cast<size_t>(p.batch * p.queries * in.fused.levels * in.fused.size));
     to.offsets.resize(2 * points_);
     const FusedGradients finished{to.locations.data(), grad_weights.data(), to.reference.data(),
                                   to.offsets.data(), to.weights.data()};
     const int64_t queries = p.batch * p.queries;
     side_by_side(threads, [&](int thread) {
-      kernels_.finish(in_, finished, queries * thread / threads, queries * (thread + 1) / threads,
-                      scratch_of(kernels_, in_).data());
+      kernels_.finish(in, finished, queries * thread / threads, queries * (thread + 1) / threads,
+                      scratch_of(kernels_, in).data());
     });
     return to;
   }

@@ -13,9 +13,9 @@ constexpr int kVecs = 32 / kLanes;  // a head of 32 channels: most models
   }                                                                                              \
   extern "C" void backward_##T(const T* value, const T* grad_output, const Run<float>& run,      \
                                float* sums, const Reached& reached, Quad<float>* products,       \
-                               int64_t channel) {                                                \
+                               int head) {                                                       \
     visit_points<kLanes, kVecs, sizeof(T) == 2 ? kNarrow : 1, T, float>(                         \
-        value, grad_output, run, nullptr, sums, reached, products, true, 0, channel, 32);        \
+        value, grad_output, run, nullptr, sums, reached, products, true, 0, head, 32, false);    \
   }
 DEFORM_ATTN_LOOPS(float)
 DEFORM_ATTN_LOOPS(Half)

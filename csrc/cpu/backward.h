@@ -24,80 +24,81 @@ DEFORM_ATTN_INLINE Acc* sums_at(Acc* sums, int32_t offset) {
   return reinterpret_cast<Acc*>(reinterpret_cast<char*>(sums) + offset * kBytes);
 }
 
-// The heads and rows whose sums have been added to, by the place of their first channel: elements from
-// pixel 0. Without flags, all of them count as reached.
+// The pixels and heads whose sums have been added to. A flag stands for a pixel and the one on its right, so
+// that a point sets two of them: some pixels count as reached and are not.
 struct Reached {
-  uint8_t* flags = nullptr;
-  int shift = 0;  // 2^shift <= head_dim: no two heads or rows share a flag
+  uint8_t* flags = nullptr;  // [rows, heads]; null: all count as reached
+  int heads = 0;             // of a row of sums
+  int shift = 0;             // an offset in value, divided by 2^shift: the flag of head 0
 
-  // `pitch`: elements of a row of sums.
-  Reached(Arena& arena, const Inputs& in, bool used, int64_t pitch) {
+  // `parts`: rows of value are as many times as long as rows of sums.
+  Reached(Arena& arena, const Inputs& in, bool used, int parts) {
+    const int head_dim = in.problem.head_dim;
     // in an encoder nearly all are reached
-    if (!used || in.queries_are_pixels) return;
-    while (in.problem.head_dim >> (shift + 1)) ++shift;
-    const int64_t count = flag_of(in.problem.rows * pitch) + 1;
+    if (!used || in.queries_are_pixels || (head_dim & (head_dim - 1)) != 0) return;
+    while ((parts * head_dim) >> (shift + 1)) ++shift;
+    heads = in.problem.heads / parts;
+    const int64_t count = in.problem.rows * heads + heads;  // one more pixel, left of the first
     flags = arena.take<uint8_t>(count);
-    if (flags) std::memset(flags, 0, static_cast<size_t>(count));
+    if (flags == nullptr) return;
+    std::memset(flags, 0, static_cast<size_t>(count));
+    flags += heads;
   }
 
-  DEFORM_ATTN_INLINE void add(int64_t place) const { flags[flag_of(place)] = 1; }
+  // Of a head, with the offset of the left pixel.
+  DEFORM_ATTN_INLINE void add(int head, int32_t offset) const {
+    flags[head + (static_cast<uint32_t>(offset) >> shift)] = 1;
+  }
 
-  DEFORM_ATTN_INLINE int64_t flag_of(int64_t place) const { return place >> shift; }
-
-  // Writes the places of those of flags first .. first + 7 that are set and before `end`, and returns
-  // their number.
-  DEFORM_ATTN_INLINE int eight(int64_t first, int64_t end, int64_t head_dim,
-                               int64_t* places) const {
-    uint8_t set[8] = {};
-    if (end - first >= 8) {
-      std::memcpy(set, flags + first, 8);
-    } else {
-      std::memcpy(set, flags + first, static_cast<size_t>(end - first));
-    }
-    uint64_t any;
-    std::memcpy(&any, set, 8);
-    if (any == 0) return 0;
+  // Writes the numbers of those of flags first .. first + 7 that are reached and before `end`, and returns
+  // how many they are.
+  DEFORM_ATTN_INLINE int eight(int64_t first, int64_t end, int32_t* numbers) const {
+    uint64_t here = 0, left = 0;
+    const auto bytes = static_cast<size_t>(end - first >= 8 ? 8 : end - first);
+    std::memcpy(&here, flags + first, bytes);
+    std::memcpy(&left, flags + first - heads, bytes);
+    here |= left;
+    if (here == 0) return 0;
+    uint8_t set[8];
+    std::memcpy(set, &here, 8);
     int found = 0;
     for (int i = 0; i < 8; ++i) {
-      // the only multiple of head_dim that has this flag
-      const int64_t least = (first + i) << shift;
-      places[found] =
-          (int64_t{1} << shift) == head_dim ? least : (least + head_dim - 1) / head_dim * head_dim;
+      numbers[found] = static_cast<int32_t>(first) + i;
       found += set[i];
     }
     return found;
   }
 };
 
-// products[k][i] = dot product of the output's gradient with pixel i of point k of a head. Adds the
-// point's share of the output's gradient to the sums of its pixels' gradients, unless `sums` is null.
-// Channels as in sum_points; `first`: they are the first channels of the head. `next`: elements from
-// these channels to those of the following head. `channel`: elements from pixel 0 to the head's. kParts:
-// as in sums_at.
+// products[k][i] = dot product of the output's gradient with pixel i of point k of head `head` of a share.
+// Adds the point's share of the output's gradient to the sums of its pixels' gradients, unless `sums` is
+// null, in the order of load_channels. Channels as in sum_points; `first`: they are the first channels of
+// the head. `next`: elements from these channels to those that are prefetched; `fetches_pairs`: as in
+// Inputs. kParts: as in sums_at.
 template <int kLanes, int kVecs, int kParts, typename T, typename Acc>
 DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restrict grad_output,
                                      const Run<Acc> run, const int32_t* __restrict reach, Acc* sums,
                                      const Reached reached, Quad<Acc>* products, bool first,
-                                     int some, int64_t channel, int64_t next) {
+                                     int some, int head, int64_t next, bool fetches_pairs) {
   using V = Vec<Acc, kLanes>;
-  V gradient[kVecs], as_pixels[kVecs];  // in the order of channels, and in that of load_channels
-  each<kVecs>([&](auto v) DEFORM_ATTN_INLINED {
-    gradient[v] =
-        some > 0 ? load_some<kLanes>(grad_output, some) : load<kLanes>(grad_output + v * kLanes);
-  });
-  load_channels<kLanes, kVecs>(grad_output, some, as_pixels);
+  V gradient[kVecs];
+  load_channels<kLanes, kVecs>(grad_output, some, gradient);
   for (int k = 0; k < run.count; ++k) {
     if (run.next) {
-      // every second line: processors fetch the other one of a pair into the second-level cache
-      constexpr int kStep = 2 * int{kCacheLine};
-      fetch_pixels<kVecs * kLanes* int{sizeof(T)}, kStep>(value + next, run.next[k]);
-      if (sums) {
-        // sums_at with an invalid offset
-        using Unit = std::conditional_t<kParts == 1, const Acc, const char>;
-        static_assert(sizeof(Acc) == kParts * sizeof(Unit));
-        fetch_pixels<kVecs * kLanes* int{sizeof(Acc)}, kStep>(reinterpret_cast<Unit*>(sums + next),
-                                                              run.next[k]);
-      }
+      const auto fetch = [&](auto step) DEFORM_ATTN_INLINED {
+        constexpr int kStep = step.value;
+        fetch_pixels<kVecs * kLanes* int{sizeof(T)}, kStep>(value + next, run.next[k]);
+        if (sums) {
+          // sums_at with an invalid offset
+          using Unit = std::conditional_t<kParts == 1, const Acc, const char>;
+          static_assert(sizeof(Acc) == kParts * sizeof(Unit));
+          fetch_pixels<kVecs * kLanes* int{sizeof(Acc)}, kStep>(
+              reinterpret_cast<Unit*>(sums + next), run.next[k]);
+        }
+      };
+      constexpr int kLine = kCacheLine;
+      fetches_pairs ? fetch(std::integral_constant<int, 2 * kLine>())
+                    : fetch(std::integral_constant<int, kLine>());
     }
     const Quad<int32_t>& offset = run.offset[k];
     if (offset[0] < 0) continue;
@@ -108,7 +109,7 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
       each<4>([&](auto i) DEFORM_ATTN_INLINED {
         V channels[kVecs];
         load_channels<kLanes, kVecs>(value + offset[i], some, channels);
-        each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { totals[i] += as_pixels[v] * channels[v]; });
+        each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { totals[i] += gradient[v] * channels[v]; });
       });
       Quad<Acc> product;
       four_sums<Acc, kLanes>(totals, product);
@@ -118,9 +119,9 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
     }
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       if (!(here & (i < 2 ? kUpper : kLower))) return;
-      if constexpr (!std::is_same_v<T, Acc>) {
+      if constexpr (!std::is_same_v<T, Acc> && i % 2 == 0) {
         if (reached.flags) {
-          reached.add(int64_t{static_cast<uint32_t>(offset[i]) / kParts} + channel);
+          reached.add(head, offset[i]);
         }
       }
       Acc* pixel = sums_at<kParts>(sums, offset[i]);
@@ -222,39 +223,40 @@ void each_range(const Inputs& in, const Share& own, const Use& use) {
   }
 }
 
-// Rounds `count` sums, and clears them.
-template <typename T>
-DEFORM_ATTN_INLINE void round_and_clear(AccOf<T>* sums, T* to, int64_t count) {
-  constexpr int kLanes = kNativeLanes<AccOf<T>>;
-  int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) {
-    store<kLanes>(to + c, load<kLanes>(sums + c));
-    store<kLanes>(sums + c, Vec<AccOf<T>, kLanes>{});
-  }
-  for (; c < count; ++c) {
-    from_acc(sums[c], to[c]);
-    sums[c] = 0;
-  }
+// Rounds sums that are in the order of load_channels, and clears them.
+template <int kLanes, int kVecs, typename T>
+DEFORM_ATTN_INLINE void round_and_clear(AccOf<T>* sums, T* to, int some) {
+  Vec<AccOf<T>, kLanes> from[kVecs];
+  load_channels<kLanes, kVecs>(sums, some, from);
+  store_channels<kLanes, kVecs>(to, some, from);
+  const Vec<AccOf<T>, kLanes> zeros[kVecs] = {};
+  store_channels<kLanes, kVecs>(sums, some, zeros);
 }
 
 // Rounds a share's sums to its gradient of value, and clears them. Both begin at the share's first head.
 template <int kParts, typename T>
 void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccOf<T>* sums, T* to) {
+  using Acc = AccOf<T>;
   const int64_t stride = in.problem.row_stride(), pitch = stride / kParts;
-  const int64_t head_dim = in.problem.head_dim;
+  const int head_dim = in.problem.head_dim;
   const int64_t channels = (own.last_head - own.first_head) * head_dim;
   if (!reached.flags) {
     return each_range(in, own, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
-        round_and_clear(sums + row * pitch, to + row * stride, channels);
+        for (int64_t head = 0; head < channels; head += head_dim) {
+          for_channels<Acc>(head_dim, [&](int c, auto lanes, auto vecs, int some) {
+            round_and_clear<lanes.value, vecs.value>(sums + row * pitch + head + c,
+                                                     to + row * stride + head + c, some);
+          });
+        }
       }
     });
   }
   // Some rows at a time, so that they are still in a cache after they have been cleared. Places that were
   // reached are collected first, so that their memory can be prefetched.
-  constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 1024, kAhead = 16;  // kAtOnce: elements
+  constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 1024, kAhead = 32;  // kAtOnce: elements
   const int64_t rows = kAtOnce / stride > 0 ? kAtOnce / stride : 1;
-  int64_t places[kMost], of_value[kMost];  // in the sums; in the gradient of value
+  int32_t of_sums[kMost], of_value[kMost];  // places, in elements
   each_range(in, own, [&](int64_t first, int64_t end) {
     for (int64_t last; first < end; first = last) {
       last = first + rows < end ? first + rows : end;
@@ -270,27 +272,30 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
           }
         }
       }
-      const int64_t last_flag = reached.flag_of(last * pitch);
-      for (int64_t flag = reached.flag_of(first * pitch); flag < last_flag;) {
+      const int64_t last_flag = last * reached.heads;
+      for (int64_t flag = first * reached.heads; flag < last_flag;) {
         int64_t found = 0;
         for (; flag < last_flag && found + 8 <= kMost; flag += 8) {
-          found += reached.eight(flag, last_flag, head_dim, places + found);
+          found += reached.eight(flag, last_flag, of_sums + found);
         }
-        for (int64_t i = -kAhead; i < found; ++i) {
-          if (const int64_t next = i + kAhead; next < found) {
-            const AccOf<T>* ahead = sums + places[next];
-            for (int64_t c = 0; c < head_dim; c += int64_t{kCacheLine / sizeof(AccOf<T>)}) {
-              __builtin_prefetch(ahead + c, 1, 3);
+        for (int64_t i = 0; i < found; ++i) {
+          const int32_t row = of_sums[i] / reached.heads;
+          of_sums[i] *= head_dim;
+          of_value[i] = of_sums[i] + row * static_cast<int32_t>(stride - pitch);
+        }
+        for_channels<Acc>(head_dim, [&](int c, auto lanes, auto vecs, int some) {
+          for (int64_t i = -kAhead; i < found; ++i) {
+            if (const int64_t next = i + kAhead; next < found) {
+              for (int at = 0; at < vecs.value * lanes.value; at += int{kCacheLine / sizeof(Acc)}) {
+                __builtin_prefetch(sums + of_sums[next] + c + at, 1, 2);
+              }
+              if constexpr (kParts > 1) __builtin_prefetch(to + of_value[next] + c, 1, 2);
             }
-            of_value[next] = places[next];
-            if constexpr (kParts > 1) {
-              const auto row = static_cast<uint32_t>(places[next]) / static_cast<uint32_t>(pitch);
-              of_value[next] += int64_t{row} * (stride - pitch);
-              __builtin_prefetch(to + of_value[next], 1, 3);
-            }
+            if (i < 0) continue;
+            round_and_clear<lanes.value, vecs.value>(sums + of_sums[i] + c, to + of_value[i] + c,
+                                                     some);
           }
-          if (i >= 0) round_and_clear(sums + places[i], to + of_value[i], head_dim);
-        }
+        });
       }
     }
   });
@@ -318,7 +323,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     sums = static_cast<Acc*>(kRounds ? grads.sums : grads.value);
     if (kParts == 1) sums += p.value_at(own.batch, 0, own.first_head);
   }
-  const Reached reached(arena, in, kRounds && adds, p.row_stride() / kParts);
+  const Reached reached(arena, in, kRounds && adds, kParts);
   const size_t weight_bytes = is_fused ? sizeof(Acc) : sizeof(Weight);  // of their gradients
   const bool streams = grads.past_caches && !partial && fills_lines(p, grads, own, weight_bytes);
   Visits visits(in);
@@ -339,6 +344,7 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     fetch_all<true>(grads.weights, weight_bytes, at, count);
     return true;
   };
+  const int ahead = heads_ahead(in, heads);
   bool more = advance();
   const auto place = [&](auto& placed) {
     if (!more) return false;
@@ -358,13 +364,13 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     const int32_t* reach = partial ? now.points.reach : nullptr;
     for (int head = 0; head < heads; ++head) {
       const int first = head * p.points, channel = head * p.head_dim;
-      const Run<Acc> run = run_of(in, now.points, next.points, head, heads);
-      const int to_next = head + 1 == heads ? -channel : p.head_dim;
+      const Run<Acc> run = run_of(in, now.points, next.points, head, heads, ahead);
+      const int to_next = run.next_head * p.head_dim - channel;
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         visit_points<lanes.value, vecs.value, kParts, T, Acc>(
             value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
             adds ? sums + channel + c : nullptr, reached, point_grads.products + first, c == 0,
-            some, channel, to_next);
+            some, head, to_next, in.fetches_pairs);
       });
     }
     now.points.pull_back(levels, point_grads.products, point_grads.locations, point_grads.weights,

@@ -1,7 +1,8 @@
 // The forward pass.
 //
-//   Run                              the placed points of a head, and those that follow them
+//   Run                              the placed points of a head, and those that are prefetched
 //   fetch_pixels                     prefetches the pixels of a point
+//   heads_ahead, run_of              which points are prefetched while a head is visited
 //   load_channels, store_channels    the channels of a pixel as vectors
 //   sum_points                       the innermost loop: weighted sum of pixels, in registers
 //   for_channels                     divides the channels of a head into vectors
@@ -11,23 +12,27 @@
 //   forward_blocks                   the pass
 #pragma once
 
+#include <algorithm>
+
 #include "fused.h"
 #include "visits.h"
 
 namespace deform_attn::cpu {
 namespace {  // compiled once for each instruction set, so never shared between them
 
-// The points of a head, and those of the head that is visited next, whose pixels are prefetched: into
-// the first-level cache, which holds the pixels of a head, but not those of a query.
+// The points of a head, and those of a head that is visited soon, whose pixels are prefetched.
 template <typename Acc>
 struct Run {
   const Quad<int32_t>* offset;
   const Quad<Acc>* share;
-  const Quad<int32_t>* next;  // null: the following head's pixels are not prefetched
   int count;
+  const Quad<int32_t>* next;  // null: nothing is prefetched
+  int next_head;
+  bool next_query;  // the head of the next query, not of this one
 };
 
-// Prefetches kBytes of each of a point's pixels, one cache line every kStep bytes. The offset of a point
+// Prefetches kBytes of each of a point's pixels, one cache line every kStep bytes, into the second-level
+// cache: AMD's processors wait for fewer lines of the first-level cache at a time. The offset of a point
 // without a pixel is invalid, which a prefetch ignores.
 template <int kBytes, int kStep, typename T>
 DEFORM_ATTN_INLINE void fetch_pixels(const T* channels, const Quad<int32_t>& offset) {
@@ -35,20 +40,30 @@ DEFORM_ATTN_INLINE void fetch_pixels(const T* channels, const Quad<int32_t>& off
   each<4>([&](auto i) DEFORM_ATTN_INLINED {
     const uintptr_t pixel = base + static_cast<uintptr_t>(int64_t{offset[i]}) * sizeof(T);
     for (int at = 0; at < kBytes; at += kStep) {
-      __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 3);
+      __builtin_prefetch(reinterpret_cast<const void*>(pixel + at), 0, 2);
     }
   });
 }
 
-// The points of a head; after the last head follows the first one of the next query. In a tile of pixels
-// (visits.h) the following pixels are in the second-level cache, which is near enough.
+// How many heads ahead pixels are prefetched: those of about kAhead points. 0: none are. In a tile of
+// pixels (visits.h) the following ones are in the second-level cache already.
+inline int heads_ahead(const Inputs& in, int heads) {
+  constexpr int kAhead = 24;
+  const int points = in.problem.points;
+  if (in.queries_are_pixels || points == 0) return 0;
+  return std::min(heads, (kAhead + points - 1) / points);
+}
+
+// The points of a head; after the last head follows the first one of the next query.
 template <typename Acc>
 DEFORM_ATTN_INLINE Run<Acc> run_of(const Inputs& in, const Points<Acc>& now,
-                                   const Points<Acc>& next, int head, int heads) {
+                                   const Points<Acc>& next, int head, int heads, int ahead) {
   const int points = in.problem.points, first = head * points;
-  const Quad<int32_t>* following = head + 1 == heads ? next.offset : now.offset + first + points;
-  return {now.offset + first, now.share + first, in.queries_are_pixels ? nullptr : following,
-          points};
+  const bool next_query = head + ahead >= heads;
+  const int next_head = next_query ? head + ahead - heads : head + ahead;
+  const Quad<int32_t>* following = (next_query ? next : now).offset + next_head * points;
+  return {now.offset + first, now.share + first, points, ahead > 0 ? following : nullptr,
+          next_head,          next_query};
 }
 
 // kVecs vectors of channels. `some` > 0: kVecs is 1, and the vector has only `some` channels.
@@ -76,7 +91,7 @@ DEFORM_ATTN_INLINE void store_channels(T* to, int some, const V (&from)[kVecs]) 
 }
 
 // Channels 0 .. kVecs * kLanes - 1 of the sum over the points of a head. `value` points at their
-// first pixel in this image, `next` at those of the following head. `some`: as in load_channels.
+// first pixel in this image, `next` at those that are prefetched. `some`: as in load_channels.
 template <int kLanes, int kVecs, typename T, typename Acc>
 DEFORM_ATTN_INLINE void sum_points(const T* __restrict value, const T* next, const Run<Acc> run,
                                    T* __restrict output, int some) {
@@ -225,6 +240,7 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     }
     return true;
   };
+  const int ahead = heads_ahead(in, heads);
   bool more = advance();
   const auto place = [&](auto& placed) {
     if (!more) return false;
@@ -249,9 +265,8 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     T* sums = static_cast<T*>(output) + p.output_at(now.batch, now.query, first_head);
     for (int head = 0; head < heads; ++head) {
       const int channel = head * p.head_dim;
-      const bool is_last = head + 1 == heads;
-      const T* following = is_last ? next_value : value + channel + p.head_dim;
-      const Run<Acc> run = run_of(in, now.points, next.points, head, heads);
+      const Run<Acc> run = run_of(in, now.points, next.points, head, heads, ahead);
+      const T* following = (run.next_query ? next_value : value) + run.next_head * p.head_dim;
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         sum_points<lanes.value, vecs.value, T, Acc>(value + channel + c, following + c, run,
                                                     sums + channel + c, some);

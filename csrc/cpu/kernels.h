@@ -29,6 +29,8 @@ struct Inputs {
   // Of a forward pass over one head of an image: its pixels, [rows, head_dim]; else null.
   const void* head_pixels;
   int head;
+  // Whether the processor fetches the other one of a pair of cache lines by itself.
+  bool fetches_pairs;
   const uint8_t* mask;  // [batch, rows]: 1 for a row of value that reads as zero; null: no such row
 };
 

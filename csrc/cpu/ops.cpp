@@ -44,6 +44,7 @@ using cpu::Kernels;
 // __builtin_cpu_supports needs a runtime library that Zig and clang-cl lack.
 struct X86 {
   bool avx2 = false, avx512 = false;
+  bool fetches_pairs = false;  // Inputs; of Intel's processors only
 
   X86() {
     constexpr unsigned kFma = 1u << 12, kXsave = 1u << 27, kAvx = 1u << 28, kF16c = 1u << 29;
@@ -52,6 +53,7 @@ struct X86 {
     constexpr unsigned kAvx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     constexpr unsigned kYmmSaved = 0x6, kZmmSaved = 0xe6;
     unsigned a = 0, b = 0, c = 0, d = 0;
+    fetches_pairs = __get_cpuid(0, &a, &b, &c, &d) && b == signature_INTEL_ebx;
     if (!__get_cpuid(1, &a, &b, &c, &d) || (c & kBasic) != kBasic) return;
     unsigned saved = 0, upper = 0;
     asm volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
@@ -60,13 +62,18 @@ struct X86 {
     avx512 = avx2 && (b & kAvx512) == kAvx512 && (saved & kZmmSaved) == kZmmSaved;
   }
 };
+
+const X86& x86() {
+  static const X86 processor;
+  return processor;
+}
 #endif
 
 // The kernels that run on this processor, the fastest first.
 std::vector<const Kernels*> usable_kernels() {
   std::vector<const Kernels*> usable;
 #if defined(__x86_64__)
-  const X86 processor;
+  const X86& processor = x86();
   if (processor.avx512) usable.push_back(&cpu::kAvx512);
   if (processor.avx2) usable.push_back(&cpu::kAvx2);
 #endif
@@ -150,6 +157,11 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.order = nullptr;
   in.head_pixels = nullptr;
   in.head = 0;
+#if defined(__x86_64__)
+  in.fetches_pairs = x86().fetches_pairs;
+#else
+  in.fetches_pairs = false;
+#endif
   if (call.reference) {
     in.fused = {call.reference->const_data_ptr(), static_cast<int>(call.reference->size(2)),
                 static_cast<int>(call.reference->size(3)), offset_scale};

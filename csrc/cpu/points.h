@@ -236,18 +236,21 @@ struct Points {
     const auto rows_of = [](I lanes)
                              DEFORM_ATTN_INLINED { return __builtin_convertvector(lanes, Rows); };
     const auto* level = levels.lanes;
+    const uint8_t* const mask = levels.mask;
+    const int32_t stride = levels.stride;
+    Quad<Acc>* const shares_of = share;
+    Quad<int32_t>* const offsets_of = offset;
     for (int vector = 0; vector * kLanes < count; ++vector, ++level) {
       const int i = first_of_vector<kLanes>(vector, count);
-      const int left = count - i;
       V x_location, y_location, attention;
-      if (left >= kLanes) {
+      if (count >= kLanes) {
         load_xy<kLanes>(locations + 2 * i, x_location, y_location);
         attention = load<kLanes>(weights + i);
       } else {
         Acc xy[2 * kLanes] = {};
-        std::memcpy(xy, locations + 2 * i, 2 * sizeof(Acc) * static_cast<size_t>(left));
+        std::memcpy(xy, locations, 2 * sizeof(Acc) * static_cast<size_t>(count));
         load_xy<kLanes>(xy, x_location, y_location);
-        attention = load_some<kLanes>(weights + i, left);
+        attention = load_some<kLanes>(weights, count);
       }
       const auto x = N::axis(x_location, load<kLanes>(level->width),
                              load_lanes<I, kLanes>(level->last_column));
@@ -257,20 +260,19 @@ struct Points {
       const V above = N::where(y.on, (1 - y.fraction) * attention);
       const V below = N::where(y.next_on, y.fraction * attention);
       const V shares[4] = {before * above, after * above, before * below, after * below};
-      store_quads<kLanes, Acc>(share[i], shares);
+      store_quads<kLanes, Acc>(shares_of[i], shares);
 
       const I hit_x = x.on | x.next_on, hit = hit_x & (y.on | y.next_on);
       const Rows column = rows_of(x.pixel & x.on), row = rows_of(y.pixel & y.on);
       // to the neighbours, where both pixels along the axis are on the map
       const Rows both_across = rows_of(x.on & x.next_on), both_along = rows_of(y.on & y.next_on);
       const Rows pitch = load_lanes<Rows, kLanes>(level->pitch);
-      const Rows to_right = both_across & levels.stride, to_lower = both_along & pitch;
-      const Rows corner =
-          (column * levels.stride + load_lanes<Rows, kLanes>(level->start) + row * pitch) |
-          rows_of(~hit);  // -1: none
+      const Rows to_right = both_across & stride, to_lower = both_along & pitch;
+      const Rows corner = (column * stride + load_lanes<Rows, kLanes>(level->start) + row * pitch) |
+                          rows_of(~hit);  // -1: none
       const Rows lower = corner + to_lower;
       const Rows offsets[4] = {corner, corner + to_right, lower, lower + to_right};
-      store_quads<kLanes, int32_t>(offset[i], offsets);
+      store_quads<kLanes, int32_t>(offsets_of[i], offsets);
       if constexpr (kBackward) {
         store<kLanes>(right + i, N::where(hit_x, x.fraction));
         store<kLanes>(down + i, N::where(hit, y.fraction));
@@ -281,18 +283,19 @@ struct Points {
         store_lanes<kLanes>(on[3] + i, y.next_on & x.next_on);
         store_lanes<kLanes>(top + i, hit & y.pixel);
       }
-      if (levels.mask) {
+      if (mask) {
+        // copies, so that without a mask the vectors need not be in memory
+        const Rows across = both_across, along = both_along, rows = row, columns = column;
         int32_t suspect[kLanes];
         store_lanes<kLanes>(
             suspect,
             hit & (N::mask(x.pixel >= load_lanes<I, kLanes>(levels.clear_width + i) - 1) |
                    N::mask(y.pixel >= load_lanes<I, kLanes>(levels.clear_height + i) - 1)));
-        for (int lane = 0; lane < kLanes && lane < left; ++lane) {
+        for (int lane = 0; lane < kLanes && lane < count; ++lane) {
           if (!suspect[lane]) continue;
           const int k = i + lane;
-          const int32_t pixel = levels.start[k] + row[lane] * levels.width[k] + column[lane];
-          drop_masked<kBackward>(levels.mask + pixel, k, both_across[lane] & 1,
-                                 both_along[lane] & levels.width[k]);
+          const int32_t pixel = levels.start[k] + rows[lane] * levels.width[k] + columns[lane];
+          drop_masked<kBackward>(mask + pixel, k, across[lane] & 1, along[lane] & levels.width[k]);
         }
       }
     }

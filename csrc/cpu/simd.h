@@ -215,16 +215,22 @@ DEFORM_ATTN_INLINE Vec<AccOf<T>, kLanes> load(const T* from) {
   return to;
 }
 
+// The bits of float32 numbers, the upper 16 of which are those of the nearest bfloat16, as in from_acc.
+template <int kLanes>
+DEFORM_ATTN_INLINE Vec<uint32_t, kLanes> bfloat16_bits(Vec<float, kLanes> from) {
+  using Bits = Vec<uint32_t, kLanes>;
+  const Bits bits = bits_as<Bits>(from);
+  const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return from == from ? even : bits | 0x400000u;
+}
+
 template <int kLanes, typename T>
 DEFORM_ATTN_INLINE void store(T* to, Vec<AccOf<T>, kLanes> from) {
   using Acc = AccOf<T>;
   if constexpr (std::is_same_v<T, Acc>) {
     std::memcpy(to, &from, sizeof(from));
   } else if constexpr (std::is_same_v<T, BFloat16>) {
-    using Bits = Vec<uint32_t, kLanes>;
-    const Bits bits = bits_as<Bits>(from);
-    const Bits even = bits + 0x7fffu + ((bits >> 16) & 1u);  // as in from_acc
-    const Bits rounded = (from == from ? even : bits | 0x400000u) >> 16;
+    const auto rounded = bfloat16_bits<kLanes>(from) >> 16;
 #if defined(__AVX2__) && !defined(__AVX512F__)
     if constexpr (kLanes == 8) {  // GCC narrows in more steps
       const __m256i wide = bits_as<__m256i>(rounded);
@@ -348,9 +354,9 @@ template <int kLanes, typename T>
 DEFORM_ATTN_INLINE void store_pair(T* to, Vec<AccOf<T>, kLanes> first,
                                    Vec<AccOf<T>, kLanes> second) {
   if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
-    constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
-    store<kLanes>(to, zipped<false>(first, second, kIndices));
-    store<kLanes>(to + kLanes, zipped<true>(first, second, kIndices));
+    const auto both =
+        bfloat16_bits<kLanes>(first) >> 16 | (bfloat16_bits<kLanes>(second) & 0xffff0000u);
+    std::memcpy(to, &both, sizeof(both));
   } else {
     store<kLanes>(to, first);
     store<kLanes>(to + kLanes, second);
