@@ -14,7 +14,7 @@ from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch._C import (
     _are_functorch_transforms_active,
     _AutoDispatchBelowAutograd,
@@ -24,6 +24,7 @@ from torch._C import (
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
+from torch.compiler import is_compiling
 from torch.library import Library
 
 from deform_attn import composite, flops
@@ -124,6 +125,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     )
     forward_op = getattr(torch.ops.deform_attn, name).default
     backward_op = getattr(torch.ops.deform_attn, f"{name}_backward").default
+    eager_forward, eager_backward = forward_op._op, backward_op._op  # what their __call__ calls
     record, differentiable = signature.record, signature.differentiable
     num_operands, num_tensors = len(record._fields), record._fields.index("level_sizes")
     of_differentiable = itemgetter(*differentiable)
@@ -186,13 +188,13 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
                 [ctx.needs_input_grad[position] for position in differentiable],
                 value_mask,
             )
-            if torch.compiler.is_compiling() or _is_observed():
+            if is_compiling() or _is_observed():
                 gradients = backward_op(*inputs)
-            elif torch.is_grad_enabled():  # with create_graph=True
+            elif is_grad_enabled():  # with create_graph=True
                 gradients = Backward.apply(*inputs)  # type: ignore[attr-defined]
             else:
                 with _AutoDispatchBelowAutograd():
-                    gradients = backward_op(*inputs)
+                    gradients = eager_backward(*inputs)
             return tuple(spread(gradients))
 
     def call(*inputs: Any) -> Tensor:
@@ -202,20 +204,20 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
         output: Tensor
         if forward_ad._current_level >= 0:
             output = signature.composite(record(*inputs))
-        elif torch.compiler.is_compiling():
+        elif is_compiling():
             output = forward_op(*inputs)
         elif _is_observed():
             output = _observed(forward_op, record, inputs)
-        elif torch.is_grad_enabled() and any(map(_requires_grad, of_differentiable(inputs))):
+        elif is_grad_enabled() and any(map(_requires_grad, of_differentiable(inputs))):
             output = Forward.apply(*inputs)  # type: ignore[attr-defined]
         else:
             with _AutoDispatchBelowAutograd():
-                output = forward_op(*inputs)
+                output = eager_forward(*inputs)
         return output
 
     def check(*inputs: Any) -> None:
         # Compared, a symbolic size would be a constant of the graph; kernels check when they run.
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             check_operands(record(*inputs))
 
     def fake_forward(*inputs: Any) -> Tensor:
@@ -228,7 +230,7 @@ def define(name: str, signature: Signature) -> tuple[Operator, Callable[..., Any
     def fake_backward(grad_output: Tensor, *inputs: Any) -> tuple[Tensor | None, ...]:
         operands, _, output_mask = of_backward(record, inputs)
         check(*operands)
-        if not torch.compiler.is_compiling():
+        if not is_compiling():
             check_gradient(grad_output, operands, output_mask, len(differentiable))
         return tuple(
             inputs[i].new_empty(inputs[i].shape) if flag else None
@@ -276,9 +278,7 @@ def _differentiable(op: Any, function: Any) -> Callable[..., Any]:
             raise NotImplementedError(
                 f"{op}: no forward-mode derivative; the functions of deform_attn have one"
             )
-        if torch.is_grad_enabled() and any(
-            isinstance(x, Tensor) and x.requires_grad for x in inputs
-        ):
+        if is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs):
             with enable_single_level_autograd_function():
                 return function.apply(*inputs)
         with _AutoDispatchBelowAutograd():

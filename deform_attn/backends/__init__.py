@@ -131,7 +131,8 @@ def choose_backend(
     """
     name = backend or _forced
     if name is not None:
-        _check_name(name, "backend")
+        if name not in BACKENDS:
+            _check_name(name, "backend")
         candidate = BACKENDS[name]
         reason = candidate.why_not(device_type, dtype)
         if reason is not None:
