@@ -329,8 +329,8 @@ def test_an_unknown_instruction_set_is_an_error() -> None:
 # The inner loops ----------------------------------------------------------------------------------
 
 # Instructions per sampling point of 32 channels: (forward, backward), of GCC 12, where every cache
-# line is prefetched. Other compilers differ by a tenth. A third more means that sums have moved to the stack, or that channels are
-# computed one by one.
+# line is prefetched. Other compilers differ by a tenth. A third more means that sums have moved to
+# the stack, or that channels are computed one by one.
 INSTRUCTIONS: dict[InstructionSet, dict[str, tuple[int, int]]] = {
     AVX512: {"float": (45, 107), "Half": (45, 118), "BFloat16": (45, 117)},
     AVX2: {"float": (53, 139), "Half": (61, 155), "BFloat16": (69, 163)},

@@ -245,7 +245,8 @@ def markdown(results: dict[str, Any]) -> str:
     """The tables of README and docs/benchmarks.md: one per phase, then threads and whole models."""
     facts, rows = results["environment"], results["rows"]
     cuda = results["device"] == "cuda"
-    machine = facts["gpu"]["name"] if cuda else facts["cpu"]
+    kernels = facts["builds"].get("cpu", {}).get("instruction_set", "no compiled kernels")
+    machine = facts["gpu"]["name"] if cuda else f"{facts['cpu']}, {kernels}"
     lines = [
         f"{machine}, torch {facts['torch']}, Python {facts['python']}, commit {facts['commit']}, "
         f"{facts['date'][:10]}. float32, batch 1{'' if cuda else ', one thread'}; medians of "

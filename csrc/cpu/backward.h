@@ -29,7 +29,7 @@ DEFORM_ATTN_INLINE Acc* sums_at(Acc* sums, int32_t offset) {
 struct Reached {
   uint8_t* flags = nullptr;  // [rows, heads]; null: all count as reached
   int heads = 0;             // of a row of sums
-  int shift = 0;             // an offset in value, divided by 2^shift: the flag of head 0
+  int shift = 0;             // an offset in value >> shift: the flag of head 0
 
   // `parts`: rows of value are as many times as long as rows of sums.
   Reached(Arena& arena, const Inputs& in, bool used, int parts) {

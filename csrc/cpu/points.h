@@ -236,10 +236,11 @@ struct Points {
     const auto rows_of = [](I lanes)
                              DEFORM_ATTN_INLINED { return __builtin_convertvector(lanes, Rows); };
     const auto* level = levels.lanes;
+    // copies, which the compiler need not load again after each store
     const uint8_t* const mask = levels.mask;
     const int32_t stride = levels.stride;
-    Quad<Acc>* const shares_of = share;
-    Quad<int32_t>* const offsets_of = offset;
+    Quad<Acc>* const to_share = share;
+    Quad<int32_t>* const to_offset = offset;
     for (int vector = 0; vector * kLanes < count; ++vector, ++level) {
       const int i = first_of_vector<kLanes>(vector, count);
       V x_location, y_location, attention;
@@ -260,7 +261,7 @@ struct Points {
       const V above = N::where(y.on, (1 - y.fraction) * attention);
       const V below = N::where(y.next_on, y.fraction * attention);
       const V shares[4] = {before * above, after * above, before * below, after * below};
-      store_quads<kLanes, Acc>(shares_of[i], shares);
+      store_quads<kLanes, Acc>(to_share[i], shares);
 
       const I hit_x = x.on | x.next_on, hit = hit_x & (y.on | y.next_on);
       const Rows column = rows_of(x.pixel & x.on), row = rows_of(y.pixel & y.on);
@@ -272,7 +273,7 @@ struct Points {
                           rows_of(~hit);  // -1: none
       const Rows lower = corner + to_lower;
       const Rows offsets[4] = {corner, corner + to_right, lower, lower + to_right};
-      store_quads<kLanes, int32_t>(offsets_of[i], offsets);
+      store_quads<kLanes, int32_t>(to_offset[i], offsets);
       if constexpr (kBackward) {
         store<kLanes>(right + i, N::where(hit_x, x.fraction));
         store<kLanes>(down + i, N::where(hit, y.fraction));
