@@ -131,8 +131,7 @@ def choose_backend(
     """
     name = backend or _forced
     if name is not None:
-        if name not in BACKENDS:
-            _check_name(name, "backend")
+        _check_name(name, "backend")
         candidate = BACKENDS[name]
         reason = candidate.why_not(device_type, dtype)
         if reason is not None:
