@@ -56,7 +56,6 @@ class BuildLibraries(build_ext):
 
     def build_library(self, name: str, library: Path) -> str | None:
         """Returns None where the library was built, else the reason."""
-        print(f"deform_attn: compiling the {name} library", flush=True)
         try:
             version = self.distribution.get_version()
             target = find_target()

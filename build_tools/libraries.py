@@ -98,6 +98,11 @@ class Step:
     object: Path
     command: list[str]
 
+    @property
+    def record(self) -> Path:
+        """The file with the command that made the object."""
+        return Path(f"{self.object}.command")
+
 
 def is_forced(name: str, *, failed: bool) -> bool:
     """Whether the build must fail: this library `failed` to compile, or cannot be built here."""
@@ -119,8 +124,10 @@ def build(name: str, library: Path, scratch: Path, version: str) -> str:
     library.parent.mkdir(parents=True, exist_ok=True)
     steps, link, how = {"cpu": _plan_cpu, "cuda": _plan_cuda}[name](scratch, version)
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+    if stale := [step for step in steps if not _is_fresh(step)]:
+        print(f"deform_attn: compiling the {name} library", flush=True)
     with ThreadPoolExecutor(jobs) as pool:
-        list(pool.map(_compile, steps))
+        list(pool.map(_compile, stale))
     linked = scratch / library.name  # not in the package: some linkers write files beside it
     run([*link, "-o", str(linked)])
     shutil.copyfile(linked, library)
@@ -251,18 +258,15 @@ def _step(scratch: Path, source: Path, flags: Sequence[str], torch: Torch) -> St
 
 
 def _compile(step: Step) -> None:
-    record = Path(f"{step.object}.command")
-    command = shlex.join(step.command)
-    if _is_fresh(step, record, command):
-        return
     print(f"  {step.source}", flush=True)
-    record.unlink(missing_ok=True)
+    step.record.unlink(missing_ok=True)
     run(step.command)
-    record.write_text(command, encoding="utf-8")
+    step.record.write_text(shlex.join(step.command), encoding="utf-8")
 
 
-def _is_fresh(step: Step, record: Path, command: str) -> bool:
-    if not record.is_file() or record.read_text(encoding="utf-8") != command:
+def _is_fresh(step: Step) -> bool:
+    command = shlex.join(step.command)
+    if not step.record.is_file() or step.record.read_text(encoding="utf-8") != command:
         return False
     _, _, listed = Path(f"{step.object}.d").read_text(encoding="utf-8").partition(":")
     built = step.object.stat().st_mtime

@@ -3,7 +3,8 @@
 Every backend that can run here, with every dtype: forward, backward, deterministic backward, the
 fused operator and ``method="discrete"``, compared with a float64 oracle by the rule of
 `deform_attn.testing.tolerances`. Exit status 0: all results are right; 1: a result is wrong, a call
-failed, or nothing could be run on a device that was asked for; 130: interrupted.
+failed, nothing could be run on a device that was asked for, or the report could not be written;
+130: interrupted.
 """
 
 from __future__ import annotations
@@ -366,9 +367,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="only this one")
     parser.add_argument("--quick", action="store_true", help="a tenth of the cases")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args(argv)
-    devices = None if arguments.device is None else [arguments.device]
     with command():
+        arguments = parser.parse_args(argv)
+        devices = None if arguments.device is None else [arguments.device]
         try:
             with unannounced():
                 report = run(

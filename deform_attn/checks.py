@@ -6,6 +6,7 @@ import difflib
 import functools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from numbers import Integral, Real
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.fx import Proxy
 
 from deform_attn.levels import (
     LARGEST_SIDE,
@@ -101,8 +103,10 @@ def check_integer(name: str, value: object, low: int | None = None, high: int = 
         raise ValueError(f"{name}: expected a number {limit}, got {value}")
 
 
-def check_sizes(channels: str, heads: str, **sizes: int) -> None:
-    """Check the sizes of an attention module.
+def check_sizes(channels: str, heads: str, **sizes: int) -> list[int]:
+    """The sizes of an attention module, checked, as Python's integers.
+
+    NumPy's integers have few bits: the products of sizes would overflow.
 
     Args:
         channels: the name of the number of channels, among those of ``sizes``.
@@ -126,6 +130,7 @@ def check_sizes(channels: str, heads: str, **sizes: int) -> None:
         raise ValueError(
             f"{channels}: expected a multiple of {heads} ({sizes[heads]}), got {sizes[channels]}"
         )
+    return [int(size) for size in sizes.values()]
 
 
 def check_counts(num_points: int | Sequence[int], num_levels: int) -> list[int]:
@@ -149,7 +154,7 @@ def check_counts(num_points: int | Sequence[int], num_levels: int) -> list[int]:
         raise TypeError(f"{expected}, got {num_points!r}")
     if len(counts) != num_levels or min(counts) < 0 or sum(counts) == 0:
         raise ValueError(f"{expected}, got {num_points}")
-    return counts
+    return [int(count) for count in counts]
 
 
 def check_keywords(given: Iterable[str], known: tuple[str, ...]) -> None:
@@ -246,8 +251,12 @@ def check_choice(name: str, value: object, known: Iterable[object]) -> None:
 
 
 def check_flag(name: str, value: object) -> None:
-    """Raise a TypeError for anything but True and False, or 0 and 1 as in configuration files."""
-    if value is True or value is False:  # the test below takes longer
+    """Raise a TypeError for anything but True and False (of NumPy too), or 0 and 1 as in
+    configuration files.
+    """
+    if value is True or value is False:  # the tests below take longer
+        return
+    if (numpy := sys.modules.get("numpy")) and isinstance(value, numpy.bool_):
         return
     if not isinstance(value, Integral) or value not in (0, 1):
         raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -409,7 +418,14 @@ def _levels_of(operands: AnyOperands) -> Levels:
 def check_tensor(name: str, tensor: object) -> None:
     """Raise a TypeError for anything but a tensor, a ValueError for one that is not dense."""
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        step = ""
+        if isinstance(tensor, Proxy):
+            step = (
+                " of torch.fx, which cannot trace the choice of kernels; use torch.export.export "
+                "or torch.compile, or a torch.fx.Tracer whose is_leaf_module keeps modules of "
+                "deform_attn whole; torch.fx.wrap keeps functions whole"
+            )
+        raise TypeError(f"{name}: expected a tensor, got {type(tensor).__name__}{step}")
     if tensor.is_nested:
         kind, step = "a nested tensor", "to_padded_tensor()"
     elif tensor.layout is not torch.strided:

@@ -131,8 +131,8 @@ def main() -> None:
     """Print the report."""
     parser = argparse.ArgumentParser(prog="python -m deform_attn.info", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    arguments = parser.parse_args()
     with command():
+        arguments = parser.parse_args()
         with unannounced():
             facts = report()
         print(json.dumps(facts, indent=2) if arguments.json else _as_text(facts))

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.fx.proxy import TraceError
 
 from deform_attn.checks import (
     LevelNames,
@@ -285,7 +287,7 @@ class MSDeformAttn(_Attention):
         self, d_model: int = 256, n_levels: int = 4, n_heads: int = 8, n_points: int = 4
     ) -> None:
         sizes = {"d_model": d_model, "n_levels": n_levels, "n_heads": n_heads, "n_points": n_points}
-        check_sizes("d_model", "n_heads", **sizes)
+        d_model, n_levels, n_heads, n_points = check_sizes("d_model", "n_heads", **sizes)
         super().__init__(d_model, n_heads, [n_points] * n_levels, d_model)
         self.im2col_step = 64  # set by callers of the official module; not used here
         self.d_model = d_model
@@ -408,7 +410,8 @@ class MultiScaleDeformableAttention(_Attention):
             "embed_dims * value_proj_ratio": value_channels,
         }
         for channels in ("embed_dims", "embed_dims * value_proj_ratio"):
-            check_sizes(channels, "num_heads", **sizes)
+            checked = check_sizes(channels, "num_heads", **sizes)
+        embed_dims, num_heads, num_levels, num_points, value_channels = checked
         super().__init__(embed_dims, num_heads, [num_points] * num_levels, value_channels)
         self.im2col_step = im2col_step if img2col_step is None else img2col_step
         self.embed_dims = embed_dims
@@ -416,7 +419,7 @@ class MultiScaleDeformableAttention(_Attention):
         self.num_levels = num_levels
         self.num_points = num_points
         self.dropout = nn.Dropout(dropout)
-        self.batch_first = batch_first
+        self.batch_first = bool(batch_first)
         self.norm_cfg = norm_cfg
         self.init_cfg = init_cfg
         if not batch_first:
@@ -465,9 +468,13 @@ class MultiScaleDeformableAttention(_Attention):
                 argument is one of those that are not given, misspelt.
             ValueError: a shape, device or mask does not fit; the message names the argument.
         """
-        if kwargs and not torch.compiler.is_compiling():
-            given = locals()
-            check_keywords(kwargs, tuple(name for name in _FORWARD if given[name] is None))
+        try:
+            if kwargs and not torch.compiler.is_compiling():
+                given = locals()
+                check_keywords(kwargs, tuple(name for name in _FORWARD if given[name] is None))
+        except TraceError:
+            check_tensor("query", query)
+            raise
         if reference_points is None or spatial_shapes is None:
             missing = "reference_points" if reference_points is None else "spatial_shapes"
             raise TypeError(f"{missing}: expected a tensor, got None")
@@ -577,7 +584,7 @@ class MSDeformableAttention(_Attention):
         official_clamp: bool = False,
     ) -> None:
         sizes = {"embed_dim": embed_dim, "num_heads": num_heads, "num_levels": num_levels}
-        check_sizes("embed_dim", "num_heads", **sizes)
+        embed_dim, num_heads, num_levels = check_sizes("embed_dim", "num_heads", **sizes)
         counts = check_counts(num_points, num_levels)
         check_method(method, official_clamp)
         check_scale(offset_scale)
@@ -591,7 +598,7 @@ class MSDeformableAttention(_Attention):
         self.method = method
         self.offset_scale = offset_scale
         self.variant = variant
-        self.official_clamp = official_clamp
+        self.official_clamp = bool(official_clamp)
         if variant != "rtdetr":
             self.register_buffer("num_points_scale", self._portions())
         if method == "discrete":
@@ -662,6 +669,8 @@ class MSDeformableAttention(_Attention):
     def _check_listed(self, arguments: tuple[Any, Any]) -> None:
         """Check the types of the official form; called after a failure."""
         levels, spatial_shapes = arguments
+        if isinstance(levels, Proxy):
+            check_tensor("value", levels)
         if not isinstance(levels, list | tuple) or not levels:
             raise TypeError(
                 "value: expected a tensor, or a list of tensors, one for each level, "

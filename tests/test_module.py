@@ -716,12 +716,35 @@ def test_sizes_of_another_type_are_named(make: type[nn.Module], wrong: Any) -> N
                 make(**{name: wrong})
 
 
+@pytest.mark.parametrize("kind", [np.int64, np.int8])
+@pytest.mark.filterwarnings("error")
+def test_sizes_and_flags_of_numpy(kind: type) -> None:
+    """128 offsets are not -128, as they are to an int8."""
+    heads, levels, points = kind(8), kind(2), kind(4)
+    official = MSDeformAttn(kind(32), levels, heads, points)
+    mmcv = MultiScaleDeformableAttention(
+        kind(32), heads, levels, points, batch_first=np.True_, embed_dim=kind(32)
+    )
+    counts = [points, kind(4)]
+    listed = MSDeformableAttention(kind(32), heads, levels, counts, official_clamp=np.True_)
+    for module in (official, mmcv, listed):
+        assert module.sampling_offsets.out_features == 128
+    numbers = (*vars(official).values(), *vars(mmcv).values(), *listed.num_points_list)
+    assert not any(isinstance(number, np.generic) for number in numbers)
+    assert (mmcv.batch_first, listed.official_clamp) == (True, True)
+
+
 @pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         (MultiScaleDeformableAttention, {"dropout": "0.1"}, "dropout: expected a number, got '0"),
         (MultiScaleDeformableAttention, {"dropout": 2}, "dropout: expected a number from 0 to 1"),
         (MultiScaleDeformableAttention, {"batch_first": "no"}, "batch_first: expected True or F"),
+        (
+            MultiScaleDeformableAttention,
+            {"batch_first": np.array([True])},
+            r"batch_first: expected True or False, got array\(\[ True\]\)",
+        ),
         (
             MultiScaleDeformableAttention,
             {"value_proj_ratio": math.nan},

@@ -222,6 +222,71 @@ def test_a_closed_pipe_ends_a_command_quietly() -> None:
             assert (process.stderr.read(), process.wait()) == ("", status)
 
 
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="no device that is always full")
+@pytest.mark.parametrize(
+    ("words", "buffered"),
+    [
+        (["info"], False),
+        (["info"], True),
+        (["check", "--help"], True),  # argparse ignores the errors of what is not buffered
+        (["detr", "--help"], False),
+        (["detr", "--help"], True),
+    ],
+)
+def test_a_full_disk_is_an_error_of_one_line(words: list[str], buffered: bool) -> None:
+    environment = os.environ | {"PYTHONUNBUFFERED": "" if buffered else "1"}
+    with FULL.open("w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", f"deform_attn.{words[0]}", *words[1:]],
+            env=environment,
+            cwd=PACKAGE.parent,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 1
+    assert re.fullmatch(".*No space left on device\n", done.stderr)
+
+
+def test_a_full_disk_hides_no_other_error() -> None:
+    """An error of a file is none of the output; a fault of the package keeps its traceback."""
+    code = (
+        "import os, sys; from deform_attn.console import command\n"
+        "with command():\n"
+        "    print('x')\n"
+        "    BODY"
+    )
+    for body, status, last in (
+        ("sys.exit(3)", 1, "output: cannot be written: No space left on device"),
+        ("1 / 0", 1, "ZeroDivisionError: division by zero"),
+        ("open('none')", 1, "FileNotFoundError: [Errno 2] No such file or directory: 'none'"),
+    ):
+        with FULL.open("w") as full:
+            done = subprocess.run(
+                [sys.executable, "-c", code.replace("BODY", body)],
+                env=os.environ | {"PYTHONUNBUFFERED": ""},
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (status, last)
+
+
+@pytest.mark.parametrize("module", ["info", "check", "detr"])
+def test_an_unknown_backend_in_the_environment_is_named(module: str) -> None:
+    """In one line by a command; a program that imports the package gets an exception."""
+    message = "DEFORM_ATTN_BACKEND: expected one of compiled, triton, reference, got 'cuda'"
+    environment = {"cwd": PACKAGE.parent, "DEFORM_ATTN_BACKEND": "cuda"}
+    done = run(sys.executable, "-m", f"deform_attn.{module}", **environment)
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", f"{message}\n")
+    if module == "info":
+        done = run(sys.executable, "-c", "import deform_attn", **environment)
+        assert done.stderr.splitlines()[-1] == f"ValueError: {message}"
+
+
 # --- info
 
 
@@ -520,6 +585,7 @@ def test_failing_compiler_leaves_a_pure_wheel_that_says_why(source: Path) -> Non
     done = run(sys.executable, *build, cwd=source, CXX="false", FORCE_CUDA="0")
     assert done.returncode == 0, done.stderr
     assert "deform_attn: no cpu library: false" in done.stderr
+    assert re.findall("compiling the (.*) library", done.stdout) == ["cpu"]
     (wheel,) = (source / "dist").iterdir()
     assert wheel.name.endswith("-py3-none-any.whl")
     shutil.unpack_archive(wheel, source / "unpacked", "zip")

@@ -615,6 +615,40 @@ def test_script_says_what_to_use_instead(name: str) -> None:
         torch.jit.script(nn.Sequential(FAMILY[name].make()))
 
 
+@each_module
+def test_symbolic_trace_says_what_to_use_instead(name: str) -> None:
+    step = r": expected a tensor, got Proxy of torch\.fx, .* use torch\.export\.export or .*_module"
+    with pytest.raises(TypeError, match=step):
+        torch.fx.symbolic_trace(FAMILY[name].make())
+
+
+def test_symbolic_trace_of_the_function_says_what_to_use_instead() -> None:
+    def call(value: Any, locations: Any, weights: Any) -> Any:
+        return deform_attn.ms_deform_attn(value, [(4, 3)], None, locations, weights)
+
+    with pytest.raises(TypeError, match=r"^value: .* Proxy .*torch\.fx\.wrap keeps functions "):
+        torch.fx.symbolic_trace(call)
+
+
+def test_symbolic_trace_keeps_modules_whole() -> None:
+    """As the error says."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = lively(MSDeformAttn(32, 2, 4, 3))
+
+        def forward(self, query: Any, reference: Any, rows: Any) -> Any:
+            return self.attention(query, reference, rows, [(8, 6), (4, 3)]).relu()
+
+    tracer = torch.fx.Tracer()
+    tracer.is_leaf_module = lambda module, _: isinstance(module, MSDeformAttn)
+    model = Model()
+    traced = torch.fx.GraphModule(model, tracer.trace(model))
+    tensors = torch.randn(2, 5, 32), torch.rand(2, 5, 2, 2), torch.randn(2, 60, 32)
+    torch.testing.assert_close(traced(*tensors), model(*tensors))
+
+
 # ---------------------------------------------------------------------- torch.func and counting
 
 

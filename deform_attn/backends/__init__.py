@@ -13,6 +13,7 @@ import torch
 
 from deform_attn import operator
 from deform_attn.backends import compiled, reference, triton_launcher
+from deform_attn.console import without_traceback
 
 __all__ = ["BACKENDS", "Backend", "choose_backend", "use_backend"]
 
@@ -81,7 +82,8 @@ def _check_name(name: str, source: str) -> None:
 
 if os.environ.get("DEFORM_ATTN_BACKEND"):
     _forced = os.environ["DEFORM_ATTN_BACKEND"]
-    _check_name(_forced, "DEFORM_ATTN_BACKEND")
+    with without_traceback():
+        _check_name(_forced, "DEFORM_ATTN_BACKEND")
 
 
 @contextmanager

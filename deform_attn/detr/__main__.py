@@ -36,7 +36,7 @@ with needs("detr"):
     from deform_attn.detr.pictures import draw_sheet, precision_recall
     from deform_attn.detr.predict import open_detector
     from deform_attn.detr.progress import progress
-    from deform_attn.detr.train import settings_of, train
+    from deform_attn.detr.train import Text, settings_of, train
 
 PROG = "python -m deform_attn.detr"
 FAULTS = (ValueError, OSError, RuntimeError, ArithmeticError, ImportError, MemoryError)
@@ -49,7 +49,7 @@ def evaluate(
     data: str,
     split: str = "val",
     batch: int = 16,
-    device: str = "",
+    device: Text = "",
     workers: int = 0,
     results: Path | None = None,
     out: Path | None = None,
@@ -121,7 +121,7 @@ def predict(
     out: Path,
     threshold: float = 0.5,
     batch: int = 16,
-    device: str = "",
+    device: Text = "",
 ) -> None:
     """Detect in images; write pictures with boxes, and detections.json.
 
@@ -198,7 +198,7 @@ def export(model: str, file: Path, size: int = 0) -> None:
 
 def data(
     data: str,
-    split: str = "",
+    split: Text = "",
     sheet: Path | None = None,
     samples: int = 12,
     hold_out: float = 0.0,
@@ -281,7 +281,7 @@ def _train_command(arguments: Sequence[str]) -> Callable[..., Any]:
     parser.add_argument("--resume", type=Path, nargs="?")
     parser.add_argument("--data", nargs="?")
     given = parser.parse_known_args(arguments)[0]
-    if given.resume is None:
+    if given.resume in (None, Path("None")):  # help shows None as the default
         return train
     run = as_path("resume", given.resume)
     settings = settings_of(run)

@@ -253,6 +253,18 @@ def load_official(
         KeyError: there are no rules for this system.
         RuntimeError: names are missing or unexpected, shapes differ, or the file has different
             tensors where the model shares one.
+
+    Example:
+        >>> from deform_attn.detr.backbones import SmallBackbone
+        >>> from deform_attn.detr.checkpoints import load_official
+        >>> from deform_attn.detr.models import Size, rtdetr
+        >>> size = Size(32, 4, 3, encoder_layers=1, decoder_layers=2, num_queries=10)
+        >>> model = rtdetr(SmallBackbone(), 3, size).model
+        >>> state = {  # as the official code names them
+        ...     name.replace("attn.attention.", "attn.") if "decoder" in name else name: tensor
+        ...     for name, tensor in model.state_dict().items()
+        ... }
+        >>> load_official(model, "rtdetr", state)
     """
     layers = len(cast(nn.ModuleList, model.get_submodule("decoder.layers")))
     maps = len([name for name in state if re.match(r"neck\.convs\.\d+\.conv\.weight$", name)])

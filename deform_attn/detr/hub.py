@@ -119,6 +119,19 @@ def from_transformers(
         ModuleNotFoundError: transformers is not installed.
         FileNotFoundError: no such folder, and the hub has no such model or cannot be reached.
         ValueError: a model of another type, or with options that the system here does not have.
+
+    Example:
+        >>> import tempfile
+        >>> import transformers
+        >>> from deform_attn.detr.hub import from_transformers
+        >>> sizes = {"embedding_size": 8, "hidden_sizes": [8] * 4, "depths": [1] * 4}
+        >>> backbone = transformers.ResNetConfig(**sizes, out_features=["stage4"])
+        >>> config = transformers.DetrConfig(backbone_config=backbone, d_model=32, num_queries=5)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     transformers.DetrForObjectDetection(config).save_pretrained(folder)
+        ...     system, classes, size, resize = from_transformers(folder)
+        >>> classes, size, resize
+        (('LABEL_0', 'LABEL_1'), 800, 'shortest')
     """
     with needs_transformers():
         from transformers import AutoConfig, AutoModelForObjectDetection

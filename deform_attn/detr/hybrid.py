@@ -56,7 +56,15 @@ class CSPRep(nn.Module):
 
 
 class GELAN(nn.Module):
-    """Concatenates its input and the outputs of two CSPRep stages, and projects them (D-FINE)."""
+    """Concatenates its input and the outputs of two CSPRep stages, and projects them (D-FINE).
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.hybrid import GELAN
+        >>> fuse = GELAN(32, num_blocks=1, expansion=0.5, activation=torch.nn.SiLU)
+        >>> fuse(torch.rand(1, 64, 8, 6)).shape
+        torch.Size([1, 32, 8, 6])
+    """
 
     def __init__(
         self, channels: int, num_blocks: int, expansion: float, activation: Activation
@@ -87,6 +95,15 @@ class HybridEncoder(nn.Module):
         size: of the system; ``encoder_dims`` where the encoder has sizes of its own.
         fine: D-FINE's variant: it fuses with :class:`GELAN`, downsamples with depthwise
             convolutions, and projects the fused maps only where the decoder has another width.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.hybrid import HybridEncoder
+        >>> from deform_attn.detr.layers import Size
+        >>> encoder = HybridEncoder([16, 48], Size(32, 4, 2))
+        >>> memory = encoder([torch.rand(1, 16, 8, 6), torch.rand(1, 48, 4, 3)])
+        >>> memory.features.shape, memory.spatial_shapes
+        (torch.Size([1, 60, 32]), [(8, 6), (4, 3)])
     """
 
     def __init__(self, channels: Sequence[int], size: Size, *, fine: bool = False) -> None:

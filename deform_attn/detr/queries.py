@@ -105,6 +105,16 @@ class SelectedQueries(nn.Module):
             proposals are returned for the criterion, not only the selected ones; the positional
             embedding, and content that is not learnt, are projections of the selected boxes'
             sines. Otherwise the best class ranks the proposals.
+
+    Example:
+        >>> import torch
+        >>> from deform_attn.detr.layers import Size
+        >>> from deform_attn.detr.memory import Memory
+        >>> from deform_attn.detr.queries import SelectedQueries
+        >>> select = SelectedQueries(Size(32, 4, num_queries=10), num_classes=3)
+        >>> queries, _ = select(Memory.of([torch.rand(2, 32, 8, 6), torch.rand(2, 32, 4, 3)]))
+        >>> queries.content.shape, queries.reference_points.shape
+        (torch.Size([2, 10, 32]), torch.Size([2, 10, 4]))
     """
 
     def __init__(

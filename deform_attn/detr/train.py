@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, TypeAlias
 
 import torch
+import tyro
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 from torch import Tensor, distributed, nn
@@ -100,6 +101,11 @@ LARGEST = {
     "queries": 10_000,
     "width": 4096,
 }
+# Text that may be left out. Help shows no empty default: the command line refuses empty values.
+Text: TypeAlias = Annotated[
+    str,
+    tyro.conf.arg(help_behavior_hint=lambda text: "" if text == "''" else f"(default: {text})"),
+]
 AMP = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,13 +128,13 @@ class Settings:
     # a small system on a small backbone: stewart, detr, dab_detr, deformable_detr,
     # deformable_detr_two_stage, dab_deformable_detr, dn_deformable_detr, dino, rtdetr, rtdetrv2,
     # dfine, deim or mr_detr
-    recipe: str = ""
+    recipe: Text = ""
     # or an official model, such as detr_r50, dino_r50_4scale, rtdetr_r18, dfine_n; another name
     # lists all
-    model: str = ""
+    model: Text = ""
     # weights to start from: digits, model.pt of a training, an official checkpoint, a folder or a
     # name on the hub
-    init: str = ""
+    init: Text = ""
     steps: int = 800  # of the optimizer
     batch: int = 16  # images per forward pass, of all processes together
     accumulate: int = 1  # passes per step: a step of so many batches, in the memory of one
@@ -136,7 +142,7 @@ class Settings:
     # again for the gradients, instead of keeping what is inside them
     recompute: int = 0
     size: int = 0  # of the images in pixels; 0: that of the model, or of the data
-    resize: str = ""  # stretch, fit or shortest; by default that of the model, or stretch
+    resize: Text = ""  # stretch, fit or shortest; by default that of the model, or stretch
     # batches of random sizes, the multiples of 32 within this part of the size: 0.25 of 640 is 480
     # to 800 (RT-DETR); with shortest, images of random sizes, none larger; 0: one size
     multi_scale: float = 0.0
@@ -145,13 +151,13 @@ class Settings:
     queries: int = 20  # the most objects that are found in an image
     lr: float = 1e-3  # 1e-4 is usual for official models
     backbone_lr: float = 1.0  # times lr; 0.1 is usual for a pretrained backbone
-    freeze: str = ""  # parameters whose names start so keep their values: "backbone"
+    freeze: Text = ""  # parameters whose names start so keep their values: "backbone"
     weight_decay: float = 1e-4  # of weights; biases and norms have none
     clip: float = 0.1  # largest norm of the gradients
     # none, flip, or with torchvision: detr (flip, crop), crop (flip, colours, zoom, crop) or dense
     # (DEIM: mosaic and mixup too); by default that of the recipe or of the official model, or flip
     # without torchvision
-    augment: str = ""
+    augment: Text = ""
     amp: str = "none"  # none, bfloat16, or float16 with scaled losses
     freeze_norms: int = 0  # 1: batch norms keep their statistics, as in DETR's backbone
     seed: int = 0  # of weights, order, augmentation and drawn images
@@ -391,7 +397,7 @@ def train(
     out: Path,
     workers: int = 0,
     resume: Path | None = None,
-    device: str = "",
+    device: Text = "",
     tensorboard: bool = False,
 ) -> dict[str, Any]:
     """Train or fine-tune a detector; resumes from the checkpoint in the folder, if there is one.

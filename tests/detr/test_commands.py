@@ -528,6 +528,8 @@ def test_an_invalid_setting_is_named(monkeypatch: Patch, tmp_path: Path, capsys:
     with pytest.raises(SystemExit, match="^python -m .*: error: steps: expected at least 1, got 0"):
         run(monkeypatch, "train", *wrong)
     assert capsys.readouterr() == ("", "")  # the parser of the command line prints nothing
+    with pytest.raises(SystemExit, match="error: steps: expected at least 1, got 0"):
+        run(monkeypatch, "train", *wrong, "--resume", "None")  # the default in the help
 
 
 def test_a_resumed_training_repeats_no_options(
@@ -572,6 +574,7 @@ def test_help_has_examples_and_names_the_choices(monkeypatch: Patch, capsys: Cap
             run(monkeypatch, name, "--help")
         text = capsys.readouterr().out
         assert f"python -m deform_attn.detr {name} --" in text
+        assert "(default: '')" not in " ".join(text.replace("│", " ").split())  # is refused
         words = set(re.findall(r"\w+", text))
         if name == "train":
             assert {*RECIPES, *AUGMENTATIONS, *AMP, *RESIZE, "rtdetr_r18"} <= words
