@@ -39,15 +39,19 @@ class Platform:
 
     target: str  # DEFORM_ATTN_TARGET
     zig: str  # the target's name in Zig
-    torch: tuple[str, ...] = ()  # the tags of torch's wheels; none: the torch of the environment
-    cuda: bool = False
+    torch: tuple[str, ...]  # the tags of torch's wheels
+    cuda: bool = False  # has the CUDA library, and is built with the torch of the environment
     options: str = ""  # of the compiler
 
 
 PLATFORMS = {
     # -mevex512: Zig turns 512-bit vectors off unless they are asked for.
     "manylinux_2_28_x86_64": Platform(
-        "linux-x86_64", "x86_64-linux-gnu.2.28", cuda=True, options="-mevex512"
+        "linux-x86_64",
+        "x86_64-linux-gnu.2.28",
+        ("manylinux_2_28_x86_64",),
+        cuda=True,
+        options="-mevex512",
     ),
     "manylinux_2_28_aarch64": Platform(
         "linux-aarch64", "aarch64-linux-gnu.2.28", ("manylinux_2_28_aarch64",)
@@ -68,10 +72,14 @@ class CheckError(Exception):
     """A wheel is not what it must be."""
 
 
-def torch_for(platform: Platform, version: str = LOWEST_TORCH) -> Path:
-    """The folder "torch" with headers and libraries of a platform; downloads its wheel once."""
-    if not platform.torch:
+def torch_for(platform: Platform, version: str | None = None) -> Path:
+    """The folder "torch" with headers and libraries of a platform; downloads its wheel once.
+
+    Without a version: the one that the platform's wheel is built with.
+    """
+    if version is None and platform.cuda:
         return find_torch().folder
+    version = version or LOWEST_TORCH
     folder = ROOT / "build" / "torch" / platform.target / version / "torch"
     if torch_in(folder):
         return folder
@@ -144,8 +152,10 @@ def make_wheel(tag: str, source: Path, dist: Path, architectures: str) -> Path:
     return wheel
 
 
-def check(wheel: Path, torch: str = LOWEST_TORCH) -> dict[str, str]:
-    """Checks a wheel against a version of torch; returns what was found. Raises CheckError."""
+def check(wheel: Path, torch: str | None = None) -> dict[str, str]:
+    """Checks a wheel against a version of torch, or the one that it was built with; returns what
+    was found. Raises CheckError.
+    """
     tag = wheel.stem.rsplit("-", 1)[-1]
     platform = PLATFORMS[tag]
     folder = Path(tempfile.mkdtemp())
@@ -188,7 +198,7 @@ SYSTEM = re.compile(
 HARMLESS = re.compile(r"__Z(n|d)[wal].*|___dso_handle|__mh_dylib_header")
 
 
-def check_symbols(libraries: list[Path], platform: Platform, torch: str) -> str:
+def check_symbols(libraries: list[Path], platform: Platform, torch: str | None) -> str:
     """Every undefined symbol is torch's, the C library's or the system's; none is exported."""
     folder = torch_for(platform, torch) / "lib"
     (provider,) = (
@@ -309,7 +319,7 @@ def main() -> int:
     parser.add_argument("--tag", help="of a release: fail unless version and changelog agree")
     parser.add_argument("--dist", type=Path, default=ROOT / "dist")
     parser.add_argument("--check", nargs="+", type=Path, metavar="WHEEL")
-    parser.add_argument("--torch", default=LOWEST_TORCH, help="whose symbols are compared")
+    parser.add_argument("--torch", help="the version whose symbols are compared, or newest")
     arguments = parser.parse_args()
     if arguments.tag:
         try:

@@ -535,6 +535,19 @@ def test_wheel_with_other_libraries_is_refused(
 
 
 @needs_source
+def test_a_wheel_is_compared_with_the_version_of_torch_that_was_asked_for(
+    toolchain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheels = importlib.import_module("wheels")
+    monkeypatch.setattr(wheels, "torch_in", lambda folder: True)  # nothing is downloaded
+    for platform in wheels.PLATFORMS.values():
+        folder = wheels.torch_for(platform, "newest")
+        assert folder.parts[-3:] == (platform.target, "newest", "torch")
+        built_with = wheels.torch_for(platform)
+        assert (built_with == wheels.find_torch().folder) == platform.cuda
+
+
+@needs_source
 def test_kernel_for_the_hub_is_loaded_as_kernels_does(tmp_path: Path) -> None:
     """A variant for each backend of a wheel; its folder is imported under another name."""
     wheel = tmp_path / "deform_attn-0.1.0-cp310-abi3-manylinux_2_28_x86_64.whl"
