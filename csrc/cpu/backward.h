@@ -24,6 +24,19 @@ DEFORM_ATTN_INLINE Acc* sums_at(Acc* sums, int32_t offset) {
   return reinterpret_cast<Acc*>(reinterpret_cast<char*>(sums) + offset * kBytes);
 }
 
+// The members of each set of numbers 0 .. 7, in order. Bit i of a set: i is a member.
+struct Members {
+  uint8_t of[256][8] = {};
+  constexpr Members() {
+    for (int set = 0; set < 256; ++set) {
+      for (int i = 0, found = 0; i < 8; ++i) {
+        if ((set >> i) & 1) of[set][found++] = static_cast<uint8_t>(i);
+      }
+    }
+  }
+};
+alignas(kCacheLine) constexpr Members kMembers;
+
 // The pixels and heads whose sums have been added to. A flag stands for a pixel and the one on its right, so
 // that a point sets two of them: some pixels count as reached and are not.
 struct Reached {
@@ -38,7 +51,8 @@ struct Reached {
     if (!used || in.queries_are_pixels || (head_dim & (head_dim - 1)) != 0) return;
     while ((parts * head_dim) >> (shift + 1)) ++shift;
     heads = in.problem.heads / parts;
-    const int64_t count = in.problem.rows * heads + heads;  // one more pixel, left of the first
+    // one more pixel, left of the first, and eight flags, since `eight` reads as many
+    const int64_t count = in.problem.rows * heads + heads + 8;
     flags = arena.take<uint8_t>(count);
     if (flags == nullptr) return;
     std::memset(flags, 0, static_cast<size_t>(count));
@@ -51,22 +65,21 @@ struct Reached {
   }
 
   // Writes the numbers of those of flags first .. first + 7 that are reached and before `end`, and returns
-  // how many they are.
+  // how many they are. Writes eight numbers if there is one.
   DEFORM_ATTN_INLINE int eight(int64_t first, int64_t end, int32_t* numbers) const {
-    uint64_t here = 0, left = 0;
-    const auto bytes = static_cast<size_t>(end - first >= 8 ? 8 : end - first);
-    std::memcpy(&here, flags + first, bytes);
-    std::memcpy(&left, flags + first - heads, bytes);
+    using Numbers = Vec<int32_t, 8>;
+    uint64_t here, left;
+    std::memcpy(&here, flags + first, 8);
+    std::memcpy(&left, flags + first - heads, 8);
     here |= left;
+    if (!kLittleEndian) here = __builtin_bswap64(here);  // byte i is flag first + i
+    if (end - first < 8) here &= (uint64_t{1} << (8 * (end - first))) - 1;
     if (here == 0) return 0;
-    uint8_t set[8];
-    std::memcpy(set, &here, 8);
-    int found = 0;
-    for (int i = 0; i < 8; ++i) {
-      numbers[found] = static_cast<int32_t>(first) + i;
-      found += set[i];
-    }
-    return found;
+    // the first product moves byte i to bit 56 + i, the second adds the bytes
+    const uint64_t set = (here * 0x0102040810204080u) >> 56;
+    const Numbers found = load_lanes<Numbers, 8>(kMembers.of[set]) + static_cast<int32_t>(first);
+    std::memcpy(numbers, &found, sizeof(found));
+    return static_cast<int>((here * 0x0101010101010101u) >> 56);
   }
 };
 
@@ -252,10 +265,12 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
       }
     });
   }
-  // Some rows at a time, so that they are still in a cache after they have been cleared. Places that were
-  // reached are collected first, so that their memory can be prefetched.
-  constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 1024, kAhead = 32;  // kAtOnce: elements
-  const int64_t rows = kAtOnce / stride > 0 ? kAtOnce / stride : 1;
+  // Rows that have to be cleared are taken some at a time, so that they are still in a cache afterwards.
+  // Places that were reached are collected first, so that their memory can be prefetched: from the
+  // third-level cache, where a thread waits for many lines at a time.
+  constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 4096, kAhead = 96;  // kAtOnce: elements
+  const int64_t rows = kParts > 1 ? in.problem.rows : std::max<int64_t>(kAtOnce / stride, 1);
+  const double rows_per_flag = 1.0 / reached.heads;
   int32_t of_sums[kMost], of_value[kMost];  // places, in elements
   each_range(in, own, [&](int64_t first, int64_t end) {
     for (int64_t last; first < end; first = last) {
@@ -279,7 +294,8 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
           found += reached.eight(flag, last_flag, of_sums + found);
         }
         for (int64_t i = 0; i < found; ++i) {
-          const int32_t row = of_sums[i] / reached.heads;
+          // a division of integers takes longer; 0.5: the product is never just below an integer
+          const auto row = static_cast<int32_t>((of_sums[i] + 0.5) * rows_per_flag);
           of_sums[i] *= head_dim;
           of_value[i] = of_sums[i] + row * static_cast<int32_t>(stride - pitch);
         }
