@@ -230,6 +230,7 @@ class Call {
     p.head_dim = test.head_dim;
     p.levels = static_cast<int>(test.levels.size());
     p.points = first_point_.back();
+    in_.heads = p.heads;
     in_.levels = test.levels.data();
     in_.first_point = first_point_.data();
     in_.queries_are_pixels = test.queries == 0;
@@ -414,16 +415,25 @@ class Call {
     return false;
   }
 
-  // Heads in two groups and rows in two bands, where possible; or narrow shares.
-  std::vector<Share> shares(int threads, bool narrow) const {
+  // How the backward pass divides the heads.
+  enum class Heads {
+    kGroups,  // and rows in two bands, where possible
+    kNarrow,  // narrow shares
+    kCopied,  // with a copy of the pixels of a head, or of two
+  };
+
+  std::vector<Share> shares(int threads, Heads heads) const {
     std::vector<Share> found;
-    const int groups = narrow ? kNarrow : std::min(threads > 1 ? 2 : 1, in_.problem.heads);
-    const int bands = !narrow && threads > 1 && !levels_overlap() ? 2 : 1;
+    const int groups = heads == Heads::kCopied   ? (in_.problem.heads + 1) / 2
+                       : heads == Heads::kNarrow ? kNarrow
+                                                 : std::min(threads > 1 ? 2 : 1, in_.problem.heads);
+    const int bands = heads == Heads::kGroups && threads > 1 && !levels_overlap() ? 2 : 1;
     for (int64_t b = 0; b < in_.problem.batch; ++b) {
       for (int group = 0; group < groups; ++group) {
         for (int band = 0; band < bands; ++band) {
           found.push_back({b, in_.problem.heads * group / groups,
-                           in_.problem.heads * (group + 1) / groups, band, bands, narrow});
+                           in_.problem.heads * (group + 1) / groups, band, bands,
+                           heads == Heads::kNarrow});
         }
       }
     }
@@ -435,26 +445,33 @@ class Call {
     expect(one == run(1, true), name + "past the caches");
     expect(one == run(kThreads, true), name + "several threads past the caches");
     if (sizeof(T) == 2 && in_.problem.heads % kNarrow == 0) {
-      expect(one == run(1, false, true), name + "a few heads after the others");
-      expect(one == run(kThreads, true, true), name + "several threads, a few heads each");
+      expect(one == run(1, false, Heads::kNarrow), name + "a few heads after the others");
+      expect(one == run(kThreads, true, Heads::kNarrow),
+             name + "several threads, a few heads each");
     }
+    expect(one == run(1, true, Heads::kCopied), name + "copies of the pixels");
+    expect(one == run(kThreads, false, Heads::kCopied),
+           name + "several threads, copies of the pixels");
     for (const int threads : {1, kThreads}) {
-      expect(one.same_bits(one.output, output_by_heads(threads)),
-             name + "one head after the other");
+      for (const int at_once : {1, in_.problem.heads % 2 ? 1 : 2}) {
+        expect(one.same_bits(one.output, output_by_heads(threads, at_once)),
+               name + std::to_string(at_once) + " heads after the others");
+      }
     }
   }
 
-  // The output of forward passes over one head after the other.
-  std::vector<T> output_by_heads(int threads) const {
+  // The output of forward passes over some heads after the others.
+  std::vector<T> output_by_heads(int threads, int at_once) const {
     const Problem& p = in_.problem;
-    std::vector<T> output(grad_.size()), pixels(static_cast<size_t>(p.rows * p.head_dim));
+    std::vector<T> output(grad_.size()), pixels(static_cast<size_t>(p.rows * at_once * p.head_dim));
     Inputs in = in_;
-    in.head_pixels = pixels.data();
+    in.copy = pixels.data();
+    in.heads = at_once;
     const int64_t blocks_of_image = kernels_.blocks(in);
     for (int64_t b = 0; b < p.batch; ++b) {
-      for (in.head = 0; in.head < p.heads; ++in.head) {
-        kernels_.copy_head(in, b, in.head, p.rows / 2, p.rows, pixels.data());
-        kernels_.copy_head(in, b, in.head, 0, p.rows / 2, pixels.data());
+      for (in.first_head = 0; in.first_head < p.heads; in.first_head += at_once) {
+        kernels_.copy(in, b, p.rows / 2, p.rows, pixels.data());
+        kernels_.copy(in, b, 0, p.rows / 2, pixels.data());
         Blocks blocks{{b * blocks_of_image}, (b + 1) * blocks_of_image, 2};
         side_by_side(threads, [&](int) {
           kernels_.forward(in, output.data(), blocks, scratch_of(kernels_, in).data());
@@ -464,7 +481,7 @@ class Call {
     return output;
   }
 
-  Results<T, Acc, Weight> run(int threads, bool past_caches, bool narrow = false) const {
+  Results<T, Acc, Weight> run(int threads, bool past_caches, Heads heads = Heads::kGroups) const {
     Inputs in = in_;
     in.fetches_pairs = threads > 1;  // prefetches change no result
     const Problem& p = in.problem;
@@ -472,8 +489,10 @@ class Call {
     Results<T, Acc, Weight> to;
     to.output.resize(grad_.size());
     to.value.resize(value_.size());
-    // a 16-bit gradient is written, not added to; narrow shares write what they have reached
-    if (sizeof(T) == 2 && !narrow) std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
+    // a 16-bit gradient and that of a copy are written, not added to; narrow shares write what they have reached
+    if (heads == Heads::kCopied || (sizeof(T) == 2 && heads == Heads::kGroups)) {
+      std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
+    }
     to.locations.resize(locations_.size());
     to.weights.resize(points_);
     Blocks blocks{{0}, kernels_.blocks(in) * p.batch, 2};
@@ -481,23 +500,36 @@ class Call {
       kernels_.forward(in, to.output.data(), blocks, scratch_of(kernels_, in).data());
     });
     Lines<Acc> grad_weights(fused ? points_ : 0);
-    const auto numbers = static_cast<size_t>(p.rows * p.row_stride() / kNarrow);
-    std::vector<std::vector<Acc>> sums(narrow ? static_cast<size_t>(threads) : 1,
-                                       std::vector<Acc>(narrow ? numbers : value_.size()));
+    const bool groups = heads == Heads::kGroups;
+    const auto copied = static_cast<size_t>(p.rows * std::min(p.heads, 2) * p.head_dim);
+    const size_t numbers = groups                    ? value_.size()
+                           : heads == Heads::kNarrow ? value_.size() / kNarrow
+                                                     : copied;
+    std::vector<std::vector<Acc>> sums(groups ? 1 : static_cast<size_t>(threads),
+                                       std::vector<Acc>(numbers));
     const Gradients grads{grad_.data(),
                           to.value.data(),
                           sums[0].data(),
                           to.locations.data(),
                           fused ? static_cast<void*>(grad_weights.data()) : to.weights.data(),
                           past_caches};
-    const std::vector<Share> all = shares(threads, narrow);
+    const std::vector<Share> all = shares(threads, heads);
     side_by_side(threads, [&](int thread) {
       auto scratch = scratch_of(kernels_, in);
+      Inputs own_in = in;
       Gradients own = grads;
-      if (narrow) own.sums = sums[static_cast<size_t>(thread)].data();
+      if (!groups) own.sums = sums[static_cast<size_t>(thread)].data();
+      std::vector<T> pixels(heads == Heads::kCopied ? copied : 0);
+      if (heads == Heads::kCopied) own_in.copy = pixels.data();
       for (size_t i = static_cast<size_t>(thread); i < all.size();
            i += static_cast<size_t>(threads)) {
-        kernels_.backward(in, own, all[i], scratch.data());
+        const Share& share = all[i];
+        if (heads == Heads::kCopied) {
+          own_in.first_head = share.first_head;
+          own_in.heads = share.last_head - share.first_head;
+          kernels_.copy(own_in, share.batch, 0, p.rows, pixels.data());
+        }
+        kernels_.backward(own_in, own, share, scratch.data());
       }
     });
     for (const std::vector<Acc>& block : sums) {

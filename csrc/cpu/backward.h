@@ -5,7 +5,7 @@
 //   sums_at          the sums of a pixel's gradient
 //   Reached          which pixels have been added to
 //   each_range       the rows of value that belong to a share
-//   round_sums       from the float32 sums of a share to its 16-bit gradient of value
+//   round_sums       from the sums of a share to its gradient of value
 //   backward_share   the pass over one Share
 #pragma once
 
@@ -48,7 +48,8 @@ struct Reached {
   Reached(Arena& arena, const Inputs& in, bool used, int parts) {
     const int head_dim = in.problem.head_dim;
     // in an encoder nearly all are reached
-    if (!used || in.queries_are_pixels || (head_dim & (head_dim - 1)) != 0) return;
+    if (!used || in.queries_are_pixels || in.copy) return;
+    if ((head_dim & (head_dim - 1)) != 0) return;
     while ((parts * head_dim) >> (shift + 1)) ++shift;
     heads = in.problem.heads / parts;
     // one more pixel, left of the first, and eight flags, since `eight` reads as many
@@ -67,7 +68,7 @@ struct Reached {
   // Writes the numbers of those of flags first .. first + 7 that are reached and before `end`, and returns
   // how many they are. Writes eight numbers if there is one.
   DEFORM_ATTN_INLINE int eight(int64_t first, int64_t end, int32_t* numbers) const {
-    using Numbers = Vec<int32_t, 8>;
+    constexpr int kLanes = kVectorBytes < 32 ? 4 : 8;
     uint64_t here, left;
     std::memcpy(&here, flags + first, 8);
     std::memcpy(&left, flags + first - heads, 8);
@@ -77,8 +78,10 @@ struct Reached {
     if (here == 0) return 0;
     // the first product moves byte i to bit 56 + i, the second adds the bytes
     const uint64_t set = (here * 0x0102040810204080u) >> 56;
-    const Numbers found = load_lanes<Numbers, 8>(kMembers.of[set]) + static_cast<int32_t>(first);
-    std::memcpy(numbers, &found, sizeof(found));
+    for (int i = 0; i < 8; i += kLanes) {
+      const auto members = load_lanes<Vec<int32_t, kLanes>, kLanes>(kMembers.of[set] + i);
+      store_lanes<kLanes>(numbers + i, members + static_cast<int32_t>(first));
+    }
     return static_cast<int>((here * 0x0101010101010101u) >> 56);
   }
 };
@@ -246,13 +249,15 @@ DEFORM_ATTN_INLINE void round_and_clear(AccOf<T>* sums, T* to, int some) {
   store_channels<kLanes, kVecs>(sums, some, zeros);
 }
 
-// Rounds a share's sums to its gradient of value, and clears them. Both begin at the share's first head.
+// Writes a share's sums to its gradient of value, rounded to 16 bits where it has them, and clears the sums.
+// Both begin at the share's first head.
 template <int kParts, typename T>
 void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccOf<T>* sums, T* to) {
   using Acc = AccOf<T>;
-  const int64_t stride = in.problem.row_stride(), pitch = stride / kParts;
   const int head_dim = in.problem.head_dim;
+  const int64_t stride = in.problem.row_stride();
   const int64_t channels = (own.last_head - own.first_head) * head_dim;
+  const int64_t pitch = in.copy ? channels : stride / kParts;  // of the sums
   if (!reached.flags) {
     return each_range(in, own, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
@@ -331,41 +336,39 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   Pair<Acc> pair(arena, count, true);
   const PointGradients<Acc> point_grads(arena, count);
 
-  const T* value = static_cast<const T*>(in.value) + p.value_at(own.batch, 0, own.first_head);
+  const T* value = static_cast<const T*>(in.copy);
+  if (!value) value = static_cast<const T*>(in.value) + p.value_at(own.batch, 0, own.first_head);
   const bool adds = grads.value != nullptr, partial = own.bands > 1 || !adds;
   constexpr bool kRounds = !std::is_same_v<T, Acc>;
+  const bool has_sums = kRounds || in.copy;  // otherwise the gradient itself is added to
   Acc* sums = nullptr;
   if (adds) {
-    sums = static_cast<Acc*>(kRounds ? grads.sums : grads.value);
-    if (kParts == 1) sums += p.value_at(own.batch, 0, own.first_head);
+    sums = static_cast<Acc*>(has_sums ? grads.sums : grads.value);
+    if (kParts == 1 && !in.copy) sums += p.value_at(own.batch, 0, own.first_head);
   }
   const Reached reached(arena, in, kRounds && adds, kParts);
   const size_t weight_bytes = is_fused ? sizeof(Acc) : sizeof(Weight);  // of their gradients
   const bool streams = grads.past_caches && !partial && fills_lines(p, grads, own, weight_bytes);
-  Visits visits(in);
-  const int64_t blocks = blocks_of(in);
-  int64_t block = 0;
-  // Advances to the next query. Hardware prefetchers follow neither the operands of a share of the heads,
-  // which are pieces of rows, nor those of sorted queries.
-  const auto advance = [&] {
-    if (!visits.next([&] { return block < blocks ? block++ : -1; })) return false;
-    if (heads == p.heads && !in.order) return true;
-    const int64_t at = p.point_at(own.batch, visits.query, own.first_head);
-    const int64_t channel = p.output_at(own.batch, visits.query, own.first_head);
+  int64_t block = own.batch * blocks_of(in);
+  const int64_t last = block + blocks_of(in);
+  const auto take = [&] { return block < last ? block++ : -1; };
+  // Hardware prefetchers follow neither the operands of a share of the heads, which are pieces of rows, nor
+  // those of sorted queries. Inlined: GCC drops calls of a function that only prefetches.
+  const auto fetch = [&](int64_t batch, int64_t query) DEFORM_ATTN_INLINED {
+    if (heads == p.heads && !in.order) return;
+    const int64_t at = p.point_at(batch, query, own.first_head);
     fetch_all<false>(in.locations, is_fused ? sizeof(Weight) : sizeof(Acc), 2 * at, 2 * count);
     fetch_all<false>(in.weights, sizeof(Weight), at, count);
-    fetch_all<false>(grads.output, sizeof(T), channel, heads * p.head_dim);
-    if (streams) return true;
+    fetch_all<false>(grads.output, sizeof(T), p.output_at(batch, query, own.first_head),
+                     heads * p.head_dim);
+    if (streams) return;
     fetch_all<true>(grads.locations, sizeof(Acc), 2 * at, 2 * count);
     fetch_all<true>(grads.weights, weight_bytes, at, count);
-    return true;
   };
+  Upcoming upcoming(in, take, fetch);
   const int ahead = heads_ahead(in, heads);
-  bool more = advance();
   const auto place = [&](auto& placed) {
-    if (!more) return false;
-    placed.query = visits.query;
-    more = advance();
+    if (!upcoming.next(placed.batch, placed.query)) return false;
     source.template points<Weight>(in, own.batch, placed.query, own.first_head, heads,
                                    [&](const Acc* locations, const auto* weights) {
                                      placed.points.template place<true>(levels, locations, weights,
@@ -401,9 +404,9 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
                         streams);
     }
   });
-  if constexpr (kRounds) {
+  if (adds && has_sums) {
     T* grad_value = static_cast<T*>(grads.value) + p.value_at(own.batch, 0, own.first_head);
-    if (adds) round_sums<kParts>(in, own, reached, sums, grad_value);
+    round_sums<kParts>(in, own, reached, sums, grad_value);
   }
   if (streams) finish_streams();
 }

@@ -8,7 +8,7 @@
 //   for_channels                     divides the channels of a head into vectors
 //   Pair                             iterates over queries, with the next one placed ahead
 //   fetch_all                        prefetches an array
-//   copy_rows                        the pixels of a head without those of others
+//   copy_rows                        the pixels of some heads without those of others
 //   forward_blocks                   the pass
 #pragma once
 
@@ -178,33 +178,37 @@ struct Pair {
   }
 };
 
-// Prefetches numbers first .. first + count - 1 of `size` bytes each, for reading or for writing.
+// Prefetches numbers first .. first + count - 1 of `size` bytes each, for reading or for writing, into the
+// second-level cache, as in fetch_pixels.
 template <bool kWrite>
 DEFORM_ATTN_INLINE void fetch_all(const void* numbers, size_t size, int64_t first, int64_t count) {
-  const char* at = static_cast<const char*>(numbers) + first * static_cast<int64_t>(size);
-  const char* end = at + count * static_cast<int64_t>(size);
-  for (; at < end; at += kCacheLine) __builtin_prefetch(at, kWrite, 3);
+  const uintptr_t from = reinterpret_cast<uintptr_t>(numbers) + static_cast<size_t>(first) * size;
+  const uintptr_t end = from + static_cast<size_t>(count) * size;
+  for (uintptr_t line = from / kCacheLine * kCacheLine; line < end; line += kCacheLine) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line), kWrite, 2);
+  }
 }
 
-// Copies rows first .. last - 1 of a head's pixels to the same rows of `to`, [rows, head_dim].
+// Copies rows first .. last - 1 of the pixels of some heads to the same rows of `to`, [rows, heads, head_dim].
 template <typename T>
-void copy_rows(const Inputs& in, int64_t batch, int head, int64_t first, int64_t last, T* to) {
-  constexpr int64_t kAhead = 16;  // rows
+void copy_rows(const Inputs& in, int64_t batch, int64_t first, int64_t last, T* to) {
+  constexpr int64_t kAhead = 32;  // rows
   const Problem& p = in.problem;
-  const T* from = static_cast<const T*>(in.value) + p.value_at(batch, 0, head);
+  const int count = in.heads * p.head_dim;
+  const T* from = static_cast<const T*>(in.value) + p.value_at(batch, 0, in.first_head);
   for (int64_t row = first; row < last; ++row) {
     const int64_t ahead = row + kAhead < last ? row + kAhead : row;
-    fetch_all<false>(from, sizeof(T), ahead * p.row_stride(), p.head_dim);
+    fetch_all<false>(from, sizeof(T), ahead * p.row_stride(), count);
     const T* pixel = from + row * p.row_stride();
-    T* copy = to + row * p.head_dim;
+    T* copy = to + row * count;
     constexpr int kPart = kVectorBytes / static_cast<int>(sizeof(T));
     int c = 0;
-    for (; c + kPart <= p.head_dim; c += kPart) {
+    for (; c + kPart <= count; c += kPart) {
       Vec<char, kVectorBytes> part;
       std::memcpy(&part, pixel + c, sizeof(part));
       std::memcpy(copy + c, &part, sizeof(part));
     }
-    for (; c < p.head_dim; ++c) copy[c] = pixel[c];
+    for (; c < count; ++c) copy[c] = pixel[c];
   }
 }
 
@@ -212,41 +216,34 @@ template <typename T, typename Weight>
 void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratch) {
   using Acc = AccOf<T>;
   const Problem& p = in.problem;
-  const int first_head = in.head_pixels ? in.head : 0, heads = in.head_pixels ? 1 : p.heads;
+  const int first_head = in.first_head, heads = in.heads;
   const int count = heads * p.points;
   Arena arena(scratch);
   PointLevels<Acc> levels(arena, in, heads);
   PointSource<Acc> source(arena, in, heads);
   Pair<Acc> pair(arena, count, false);
 
-  Visits visits(in);
   int64_t block = 0, last = 0;
   const auto take = [&] {
     if (block == last) last = blocks.take(block);
     return block < last ? block++ : -1;
   };
-  // Advances to the next query. Hardware prefetchers follow neither the operands of one head, which are
-  // pieces of rows, nor those of sorted queries.
-  const auto advance = [&] {
-    if (!visits.next(take)) return false;
-    if (!in.head_pixels && !in.order) return true;
-    const int64_t at = p.point_at(visits.batch, visits.query, first_head);
+  // Hardware prefetchers follow neither the operands of a part of the heads, which are pieces of rows, nor
+  // those of sorted queries. Inlined: GCC drops calls of a function that only prefetches.
+  const auto fetch = [&](int64_t batch, int64_t query) DEFORM_ATTN_INLINED {
+    if (!in.copy && !in.order) return;
+    const int64_t at = p.point_at(batch, query, first_head);
     fetch_all<false>(in.locations, in.fused.reference ? sizeof(Weight) : sizeof(Acc), 2 * at,
                      2 * count);
     fetch_all<false>(in.weights, sizeof(Weight), at, count);
-    if (in.head_pixels) {  // all heads: a row is written as a whole, and prefetching it takes longer
-      fetch_all<true>(output, sizeof(T), p.output_at(visits.batch, visits.query, first_head),
-                      p.head_dim);
+    if (in.copy) {  // all heads: a row is written as a whole, and prefetching it takes longer
+      fetch_all<true>(output, sizeof(T), p.output_at(batch, query, first_head), heads * p.head_dim);
     }
-    return true;
   };
+  Upcoming upcoming(in, take, fetch);
   const int ahead = heads_ahead(in, heads);
-  bool more = advance();
   const auto place = [&](auto& placed) {
-    if (!more) return false;
-    placed.batch = visits.batch;
-    placed.query = visits.query;
-    more = advance();
+    if (!upcoming.next(placed.batch, placed.query)) return false;
     levels.enter(placed.batch);
     source.template points<Weight>(in, placed.batch, placed.query, first_head, heads,
                                    [&](const Acc* locations, const auto* weights) {
@@ -256,7 +253,7 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     return true;
   };
   const auto pixels_of = [&](int64_t batch) {
-    if (in.head_pixels) return static_cast<const T*>(in.head_pixels);
+    if (in.copy) return static_cast<const T*>(in.copy);
     return static_cast<const T*>(in.value) + p.value_at(batch, 0, 0);
   };
   pair.run(place, [&](const auto& now, const auto& next) {

@@ -26,9 +26,10 @@ struct Inputs {
   const void* weights;    // a fused call: logits
   Fused fused;
   const int32_t* order;  // [batch, queries]: each image's queries in the order of visits; or null
-  // Of a forward pass over one head of an image: its pixels, [rows, head_dim]; else null.
-  const void* head_pixels;
-  int head;
+  // A copy of the pixels of heads first_head .. first_head + heads - 1 of an image, [rows, heads, head_dim], for
+  // a pass over these heads; or null, for one over all heads.
+  const void* copy;
+  int first_head, heads;
   // Whether the processor fetches the other one of a pair of cache lines by itself.
   bool fetches_pairs;
   const uint8_t* mask;  // [batch, rows]: 1 for a row of value that reads as zero; null: no such row
@@ -36,12 +37,12 @@ struct Inputs {
 
 struct Gradients {
   const void* output;  // in, of value's type
-  // Of value's type; null: not requested. 16 bits: out, and zeros before the passes of narrow shares; else
-  // added to.
+  // Of value's type; null: not requested. Added to where it has the accumulation type and there is no
+  // Inputs::copy; otherwise out. Zeros before the passes of narrow shares.
   void* value;
-  void* sums;        // 16 bits: float32, see Share; zeros before a share's pass and after it
-  void* locations;   // out, in the accumulation type
-  void* weights;     // out, of the weights' type; in the accumulation type in a fused call
+  void* sums;       // see Share; in the accumulation type, zeros before a share's pass and after it
+  void* locations;  // out, in the accumulation type
+  void* weights;    // out, of the weights' type; in the accumulation type in a fused call
   bool past_caches;  // write locations and weights with streaming stores
 };
 
@@ -76,6 +77,8 @@ struct Share {
   int band, bands;  // rows height * band / bands .. height * (band + 1) / bands - 1 of each level
   // 16 bits: Gradients::sums are those of this share alone, [rows, row_stride / kNarrow]; otherwise they
   // have the shape of value. Such a share has one band and 1 / kNarrow of the heads or fewer.
+  // With Inputs::copy, a share has one band and the heads of the copy. The sums of any type are its own, in
+  // the shape of the copy.
   bool narrow = false;
 };
 constexpr int kNarrow = 4;  // divides the number of heads
@@ -88,10 +91,11 @@ struct Kernels {
   int64_t (*blocks)(const Inputs&);
   // order[0 .. queries - 1] = the queries of an image, neighbours close to each other.
   void (*sort)(const Inputs&, int64_t batch, int32_t* order);
-  // Whether a forward pass over one head after the other is faster, each with a copy of its pixels.
-  bool (*by_heads)(const Inputs&);
-  // Copies rows first .. last - 1 of a head's pixels to the same rows of `to`.
-  void (*copy_head)(const Inputs&, int64_t batch, int head, int64_t first, int64_t last, void* to);
+  // The number of heads of passes with Inputs::copy, a divisor of that of all; 0: one pass over all heads
+  // without a copy is faster.
+  int (*heads_at_once)(const Inputs&, bool backward);
+  // Copies rows first .. last - 1 of what Inputs::copy describes to the same rows of `to`.
+  void (*copy)(const Inputs&, int64_t batch, int64_t first, int64_t last, void* to);
   // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
   // Whether narrow shares are faster, each for a part of the heads.

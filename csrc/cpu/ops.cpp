@@ -155,8 +155,9 @@ cpu::Inputs inputs_of(const Call& call, const std::vector<Level>& levels, double
   in.mask = call.mask ? static_cast<const uint8_t*>(call.mask->const_data_ptr()) : nullptr;
   in.fused = {};
   in.order = nullptr;
-  in.head_pixels = nullptr;
-  in.head = 0;
+  in.copy = nullptr;
+  in.first_head = 0;
+  in.heads = call.problem.heads;
 #if defined(__x86_64__)
   in.fetches_pairs = x86().fetches_pairs;
 #else
@@ -315,13 +316,15 @@ void run_forward(const Call& call, cpu::Inputs in, const Tensor& output) {
     });
   };
   const Problem& p = call.problem;
-  if (!kernels.by_heads(in)) return run(0, p.batch);
-  const Tensor pixels = empty(std::vector<int64_t>{p.rows, p.head_dim}, call.type);
-  in.head_pixels = pixels.const_data_ptr();
+  const int at_once = kernels.heads_at_once(in, false);
+  if (at_once == 0) return run(0, p.batch);
+  in.heads = at_once;
+  const Tensor copy = empty(std::vector<int64_t>{p.rows, at_once * p.head_dim}, call.type);
+  in.copy = copy.const_data_ptr();
   for (int64_t b = 0; b < p.batch; ++b) {
-    for (in.head = 0; in.head < p.heads; ++in.head) {
+    for (in.first_head = 0; in.first_head < p.heads; in.first_head += at_once) {
       torch::stable::parallel_for(0, p.rows, 1024, [&](int64_t first, int64_t last) {
-        kernels.copy_head(in, b, in.head, first, last, pixels.mutable_data_ptr());
+        kernels.copy(in, b, first, last, copy.mutable_data_ptr());
       });
       run(b, b + 1);
     }
@@ -341,8 +344,8 @@ class Sums {
  public:
   // On the caller's thread, which does not compete for the lock of the kept blocks. It delegates, so that
   // the destructor frees the first blocks where there is no memory for all.
-  Sums(int64_t count, int64_t numbers) : Sums() {
-    const auto bytes = static_cast<size_t>(std::max<int64_t>(numbers, 1)) * sizeof(float);
+  Sums(int64_t count, int64_t numbers, size_t size) : Sums() {
+    const auto bytes = static_cast<size_t>(std::max<int64_t>(numbers, 1)) * size;
     for (int64_t i = 0; i < count; ++i) {
       bool fresh = false;
       blocks_.push_back(kept_zeros().take(bytes, fresh));
@@ -385,22 +388,19 @@ bool overlapping(const std::vector<Level>& levels) {
 
 // At least one share per thread, and as few as possible, since every share visits all queries: first
 // images, then groups of heads, then bands of rows. Overlapping levels have one band: a row in two
-// levels would belong to two shares. `narrow`: a share has the sums of few heads, which are still in a
-// cache when the next share begins.
+// levels would belong to two shares. `groups_wanted`: without bands, at least as many groups of heads.
 std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Level>& levels,
-                                  int64_t threads, bool narrow) {
+                                  int64_t threads, int64_t groups_wanted) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
   const int bands = overlapping(levels) ? 1 : static_cast<int>(up(threads, problem.batch * groups));
-  narrow = narrow && bands == 1;
-  if (narrow) groups = std::max<int64_t>(groups, cpu::kNarrow);
+  if (bands == 1) groups = std::max(groups, groups_wanted);
   std::vector<cpu::Share> shares;
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t group = 0; group < groups; ++group) {
       for (int band = 0; band < bands; ++band) {
         shares.push_back({b, static_cast<int>(problem.heads * group / groups),
-                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands,
-                          narrow});
+                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands});
       }
     }
   }
@@ -423,37 +423,66 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const int64_t threads = torch::stable::get_num_threads();
   const Problem& p = call.problem;
   // A 16-bit gradient of value is summed in float32.
-  const bool rounds = output_mask[0] && call.acc_dtype() != call.type;
-  const auto shares = p.batch > 0 ? shares_of(p, levels, threads, rounds && kernels.narrow(in))
-                                  : std::vector<cpu::Share>();
-  const bool narrow = !shares.empty() && shares.front().narrow;
-  Tensor grad_value;
+  const bool adds = output_mask[0], rounds = adds && call.acc_dtype() != call.type;
+  int at_once = kernels.heads_at_once(in, true);
+  // The sums of few heads are still in a cache when the next share begins.
+  bool narrow = at_once == 0 && rounds && kernels.narrow(in);
+  const int groups = at_once > 0 ? p.heads / at_once : narrow ? cpu::kNarrow : 1;
+  std::vector<cpu::Share> shares;
+  if (p.batch > 0) shares = shares_of(p, levels, threads, groups);
+  if (shares.empty() || shares.front().bands > 1) {
+    at_once = 0;
+    narrow = false;
+  }
+  const bool copies = at_once > 0;
+  int most_heads = 0;  // of a share
+  for (cpu::Share& share : shares) {
+    share.narrow = narrow;
+    most_heads = std::max(most_heads, share.last_head - share.first_head);
+  }
+  const int64_t workers = std::min(threads, static_cast<int64_t>(shares.size()));
+  const int64_t of_copy = p.rows * most_heads * p.head_dim;  // numbers
+  Tensor grad_value, copy;
   std::optional<Sums> sums;
-  if (output_mask[0]) {
+  if (adds) {
     grad_value = empty(call.value.sizes(), call.type);
-    if (narrow || !rounds) {
+    const size_t size = bytes_of(call.acc_dtype());
+    if (copies) {
+      sums.emplace(workers, of_copy, size);
+    } else if (narrow) {
+      sums.emplace(workers, p.rows * p.row_stride() / cpu::kNarrow, size);
+    } else if (rounds) {
+      sums.emplace(1, grad_value.numel(), size);
+    }
+    if (narrow || !sums) {
       clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
     }
   }
-  if (narrow) {  // a block for each thread
-    sums.emplace(std::min(threads, static_cast<int64_t>(shares.size())),
-                 p.rows * p.row_stride() / cpu::kNarrow);
-  } else if (rounds) {
-    sums.emplace(1, grad_value.numel());
-  }
+  if (copies) copy = empty(std::vector<int64_t>{workers, of_copy}, call.type);
   const int64_t bytes =
       locations.numel() * locations.element_size() + weights.numel() * weights.element_size();
   const cpu::Gradients grads{gradient.const_data_ptr(),    data_of(grad_value),
                              sums ? sums->at(0) : nullptr, locations.mutable_data_ptr(),
                              weights.mutable_data_ptr(),   bytes >= kPastCaches};
-  std::atomic<size_t> next_block{0};
+  std::atomic<size_t> next_worker{0};
   torch::stable::parallel_for(
       0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
         const Scratch scratch(kernels.scratch_bytes(in));
+        const size_t worker = next_worker++;
+        cpu::Inputs own_in = in;
         cpu::Gradients own = grads;
-        if (narrow) own.sums = sums->at(next_block++);
+        if (sums && (copies || narrow)) own.sums = sums->at(worker);
         for (int64_t i = first; i < last; ++i) {
-          kernels.backward(in, own, shares[static_cast<size_t>(i)], scratch.get());
+          const cpu::Share& share = shares[static_cast<size_t>(i)];
+          if (copies) {
+            char* to = static_cast<char*>(copy.mutable_data_ptr()) +
+                       static_cast<int64_t>(worker) * of_copy * copy.element_size();
+            own_in.copy = to;
+            own_in.first_head = share.first_head;
+            own_in.heads = share.last_head - share.first_head;
+            kernels.copy(own_in, share.batch, 0, p.rows, to);
+          }
+          kernels.backward(own_in, own, share, scratch.get());
         }
       });
   if (sums) sums->restored();

@@ -82,7 +82,7 @@ struct PointLevels {
 
   PointLevels(Arena& arena, const Inputs& in, int heads)
       : stride(
-            static_cast<int32_t>(in.head_pixels ? in.problem.head_dim : in.problem.row_stride())),
+            static_cast<int32_t>(in.copy ? heads * in.problem.head_dim : in.problem.row_stride())),
         in_(in),
         heads_(heads) {
     const int points = heads * in.problem.points;

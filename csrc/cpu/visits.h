@@ -3,6 +3,7 @@
 //   blocks_of      the number of blocks of queries in an image
 //   sort_queries   sorts the queries of an image by where they sample
 //   Visits         iterates over the queries of the blocks that a thread takes
+//   Upcoming       the same, some queries ahead
 //
 // Neighbouring queries share pixels, which should still be in the cache. In an encoder every pixel is
 // a query that samples around itself: queries are visited in tiles of pixels. Elsewhere a block is a
@@ -127,6 +128,46 @@ class Visits {
       block -= in_level;
       first_ += int64_t{height} * width;
     }
+  }
+};
+
+// The queries of Visits, found kAhead queries early, so that what belongs to them can be prefetched.
+template <typename Take, typename Fetch>
+class Upcoming {
+ public:
+  // `take`: as in Visits. `fetch(batch, query)` is called for each query when it is found.
+  Upcoming(const Inputs& in, const Take& take, const Fetch& fetch)
+      : visits_(in), take_(take), fetch_(fetch) {
+    while (count_ < kAhead && find()) ++count_;
+  }
+
+  // Advances to the next query; false where none is left.
+  bool next(int64_t& batch, int64_t& query) {
+    if (count_ == 0) return false;
+    batch = batch_[at_];
+    query = query_[at_];
+    if (!find()) --count_;
+    at_ = (at_ + 1) % kAhead;
+    return true;
+  }
+
+ private:
+  static constexpr int kAhead = 8;
+
+  Visits visits_;
+  const Take& take_;
+  const Fetch& fetch_;
+  // A ring: the next query is at at_, the one that is found next belongs behind the last of count_.
+  int64_t batch_[kAhead], query_[kAhead];
+  int at_ = 0, count_ = 0;
+
+  bool find() {
+    if (!visits_.next(take_)) return false;
+    const int to = (at_ + count_) % kAhead;
+    batch_[to] = visits_.batch;
+    query_[to] = visits_.query;
+    fetch_(visits_.batch, visits_.query);
+    return true;
   }
 };
 
