@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -19,6 +20,7 @@ from deform_attn.testing import (
     Case,
     Dtypes,
     OpInputs,
+    check,
     check_results,
     error_of,
     exact_results,
@@ -388,6 +390,52 @@ def test_graph_is_freed_and_retained(runner: Runner, dtypes: Dtypes) -> None:
 
 
 # ------------------------------------------------------------------------- threads, determinism
+
+# value is larger than the caches of a core: queries are sorted, and encoders, which have a query
+# for each pixel, are computed a few heads at a time.
+LARGE = (
+    Case("decoder", ((40, 50), (20, 25)), batch=3, queries=90, heads=4, head_dim=32, points=4),
+    Case("encoder", ((28, 36), (14, 18)), 2, queries=1260, heads=4, head_dim=64, points=4),
+    Case(
+        "masked_encoder", ((62, 20),), 2, queries=1240, heads=8, head_dim=30, points=8, masked=0.2
+    ),
+)
+large = pytest.mark.parametrize("large", LARGE, ids=lambda case: case.name)
+
+
+@pytest.mark.only(runners=lambda runner: runner.backend == "compiled", slow=None)
+@large
+def test_large_calls_are_right(runner: Runner, dtypes: Dtypes, large: Case) -> None:
+    case = dataclasses.replace(large, batch=1)
+    check(runner, case.make(dtypes, runner.device))
+
+
+@pytest.mark.only(
+    runners=lambda runner: runner.backend == "compiled" and runner.device == "cpu", slow=None
+)
+@large
+def test_same_bits_for_any_number_of_threads_and_images(
+    runner: Runner, dtypes: Dtypes, large: Case
+) -> None:
+    inputs = large.make(dtypes)
+    grad_output = grad_output_for(inputs)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        first = results(runner, inputs, grad_output)
+        for count in (2, 3, 5, 40):
+            torch.set_num_threads(count)
+            for name, one, other in zip(RESULTS, first, results(runner, inputs, grad_output)):
+                assert torch.equal(one, other), (name, count)
+        for image in range(large.batch):
+            part = slice(image, image + 1)
+            alone = inputs.replace_tensors(*(tensor[part] for tensor in inputs.tensors))
+            if inputs.value_mask is not None:
+                alone = alone.replace(value_mask=inputs.value_mask[part])
+            for name, one, other in zip(RESULTS, first, results(runner, alone, grad_output[part])):
+                assert torch.equal(one[part], other), (name, image)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.only(
