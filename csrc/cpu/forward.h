@@ -48,7 +48,7 @@ DEFORM_ATTN_INLINE void fetch_pixels(const T* channels, const Quad<int32_t>& off
 // How many heads ahead pixels are prefetched: those of about kAhead points. 0: none are. In a tile of
 // pixels (visits.h) the following ones are in the second-level cache already.
 inline int heads_ahead(const Inputs& in, int heads) {
-  constexpr int kAhead = 24;
+  constexpr int kAhead = 64;
   const int points = in.problem.points;
   if (in.queries_are_pixels || points == 0) return 0;
   return std::min(heads, (kAhead + points - 1) / points);
