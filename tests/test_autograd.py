@@ -415,27 +415,23 @@ def test_large_calls_are_right(runner: Runner, dtypes: Dtypes, large: Case) -> N
 )
 @large
 def test_same_bits_for_any_number_of_threads_and_images(
-    runner: Runner, dtypes: Dtypes, large: Case
+    runner: Runner, dtypes: Dtypes, large: Case, set_threads: Callable[[int], None]
 ) -> None:
     inputs = large.make(dtypes)
     grad_output = grad_output_for(inputs)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
-        first = results(runner, inputs, grad_output)
-        for count in (2, 3, 5, 40):
-            torch.set_num_threads(count)
-            for name, one, other in zip(RESULTS, first, results(runner, inputs, grad_output)):
-                assert torch.equal(one, other), (name, count)
-        for image in range(large.batch):
-            part = slice(image, image + 1)
-            alone = inputs.replace_tensors(*(tensor[part] for tensor in inputs.tensors))
-            if inputs.value_mask is not None:
-                alone = alone.replace(value_mask=inputs.value_mask[part])
-            for name, one, other in zip(RESULTS, first, results(runner, alone, grad_output[part])):
-                assert torch.equal(one[part], other), (name, image)
-    finally:
-        torch.set_num_threads(threads)
+    set_threads(1)
+    first = results(runner, inputs, grad_output)
+    for count in (2, 3, 5, 40):
+        set_threads(count)
+        for name, one, other in zip(RESULTS, first, results(runner, inputs, grad_output)):
+            assert torch.equal(one, other), (name, count)
+    for image in range(large.batch):
+        part = slice(image, image + 1)
+        alone = inputs.replace_tensors(*(tensor[part] for tensor in inputs.tensors))
+        if inputs.value_mask is not None:
+            alone = alone.replace(value_mask=inputs.value_mask[part])
+        for name, one, other in zip(RESULTS, first, results(runner, alone, grad_output[part])):
+            assert torch.equal(one[part], other), (name, image)
 
 
 @pytest.mark.only(
@@ -443,17 +439,15 @@ def test_same_bits_for_any_number_of_threads_and_images(
     cases=["shared_among_threads", "same_point", "head_dim_256"],
     slow=None,
 )
-def test_same_bits_for_any_number_of_threads(runner: Runner, dtypes: Dtypes, case: Case) -> None:
+def test_same_bits_for_any_number_of_threads(
+    runner: Runner, dtypes: Dtypes, case: Case, set_threads: Callable[[int], None]
+) -> None:
     inputs = case.make(dtypes)
     grad_output = grad_output_for(inputs)
-    threads = torch.get_num_threads()
     found = []
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            found.append(results(runner, inputs, grad_output))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3):
+        set_threads(count)
+        found.append(results(runner, inputs, grad_output))
     for other in found[1:]:
         for name, one, two in zip(RESULTS, found[0], other):
             assert torch.equal(one, two), name

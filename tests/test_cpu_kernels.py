@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -202,7 +202,9 @@ def test_results_that_are_in_use_are_not_overwritten() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_sums_of_a_16_bit_gradient_larger_than_a_cache(dtype: torch.dtype) -> None:
+def test_sums_of_a_16_bit_gradient_larger_than_a_cache(
+    dtype: torch.dtype, set_threads: Callable[[int], None]
+) -> None:
     """They are those of float32, rounded once; a few heads at a time, or in bands of rows."""
     torch.manual_seed(0)
     value = torch.randn(1, 6000, 4, 32).to(dtype)  # 3 MB of sums
@@ -218,15 +220,11 @@ def test_sums_of_a_16_bit_gradient_larger_than_a_cache(dtype: torch.dtype) -> No
         return torch.autograd.grad(output, inputs, grad)
 
     expected = gradients(value.float(), locations, weights.float(), grad_output.float())
-    threads = torch.get_num_threads()
-    try:
-        for count in (1, 2, 3, 5):
-            torch.set_num_threads(count)
-            for _ in range(2):  # the second one gets the sums of the first
-                got = gradients(value, locations, weights, grad_output)
-                assert torch.equal(got[0], expected[0].to(dtype))
-    finally:
-        torch.set_num_threads(threads)
+    for count in (1, 2, 3, 5):
+        set_threads(count)
+        for _ in range(2):  # the second one gets the sums of the first
+            got = gradients(value, locations, weights, grad_output)
+            assert torch.equal(got[0], expected[0].to(dtype))
 
 
 # Prints whether the second result has the memory of the first, which no other tensor got.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -320,21 +321,19 @@ def test_vmap_over_queries_of_two_models() -> None:
         torch.testing.assert_close(got[i], call(*(tensor[i] for tensor in stacked)))
 
 
-def test_gradients_are_the_same_bits_on_any_number_of_threads() -> None:
+def test_gradients_are_the_same_bits_on_any_number_of_threads(
+    set_threads: Callable[[int], None],
+) -> None:
     inputs = draw(torch.float32, size=4, queries=200)
     grad = torch.randn(BATCH, 200, HEADS * 20)
 
     def call(value: Tensor, *rest: Tensor) -> Tensor:
         return ms_deform_attn_fused(value, SHAPES, None, *rest, backend="compiled")
 
-    before = torch.get_num_threads()
     results = []
-    try:
-        for threads in (1, 2, 3, 7, 16):
-            torch.set_num_threads(threads)
-            results.append(with_gradients(call, inputs, grad))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 2, 3, 7, 16):
+        set_threads(threads)
+        results.append(with_gradients(call, inputs, grad))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
 

@@ -281,17 +281,15 @@ def test_all_or_nothing(masked: Callable[..., Tensor]) -> None:
     assert torch.equal(output, torch.zeros_like(output) if mask.all() else expected)
 
 
-def test_gradients_are_the_same_bits_on_any_number_of_threads() -> None:
+def test_gradients_are_the_same_bits_on_any_number_of_threads(
+    set_threads: Callable[[int], None],
+) -> None:
     """Bands of rows: a dropped pixel adds to no other band."""
     inputs = FusedInputs.draw(torch.float32, masked=True, batch=1, queries=200)
     grad_output = grad_output_for(inputs)
-    before = torch.get_num_threads()
     found = []
-    try:
-        for threads in (1, 3, 7, 16):
-            torch.set_num_threads(threads)
-            found.append(fused_results(lambda x: fused(x, "compiled"), inputs, grad_output))
-    finally:
-        torch.set_num_threads(before)
+    for threads in (1, 3, 7, 16):
+        set_threads(threads)
+        found.append(fused_results(lambda x: fused(x, "compiled"), inputs, grad_output))
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other))

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar
 from unittest.mock import Mock
@@ -69,12 +69,9 @@ def dense() -> Iterator[str]:
 
 
 @pytest.fixture
-def one_thread() -> Iterator[None]:
+def one_thread(set_threads: Callable[[int], None]) -> None:
     """As the environment of the commands: sums have the same order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    set_threads(1)
 
 
 def environment() -> dict[str, str]:
