@@ -65,8 +65,8 @@ void limit() {
   for (void* data : {new_first, old_second, old_third, new_huge}) blocks.give(data);
 }
 
-void any_size_of_zeros() {
-  KeptBlocks blocks(kMost, KeptBlocks::Use::kZeros);
+void any_size_to_work_in() {
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kWork);
   void* large = take(blocks, 8 * kMega, true, "nothing is kept at the start");
   void* small = take(blocks, 100, true, "a block in use is not given again");
   blocks.give(small);
@@ -76,6 +76,25 @@ void any_size_of_zeros() {
   blocks.give(small);
   KeptBlocks::drop(large);
   KeptBlocks::drop(take(blocks, 101, true, "what was dropped is not given again"));
+}
+
+// A large block to work in begins and ends with a huge page, so that the system can map it with such pages.
+void huge_pages() {
+  constexpr size_t kHuge = KeptBlocks::kHuge;
+  for (const size_t bytes : {kHuge / 2, kHuge, 3 * kHuge + 1}) {
+    KeptBlocks blocks(kMost, KeptBlocks::Use::kWork);
+    void* data = take(blocks, bytes, true, "nothing is kept at the start");
+    const auto [start, size] = KeptBlocks::memory_of(data);
+    const auto before = static_cast<size_t>(static_cast<char*>(data) - static_cast<char*>(start));
+    expect(reinterpret_cast<uintptr_t>(start) % kHuge == 0, "the start of a huge page");
+    expect(size % kHuge == 0, "whole huge pages");
+    expect(before < size && size - before >= bytes, "room for the array");
+    expect(size - before - bytes < kHuge, "no page more than needed");
+    expect(KeptBlocks::size_of(data) == size - before, "the bytes behind the start of the block");
+    blocks.give(data);
+    expect(take(blocks, bytes, false, "a kept block of this size") == data, "the same block");
+    blocks.give(data);
+  }
 }
 
 void without_memory() {
@@ -126,7 +145,8 @@ void zeros() {
 int main() {
   sizes();
   limit();
-  any_size_of_zeros();
+  any_size_to_work_in();
+  huge_pages();
   without_memory();
   threads();
   zeros();

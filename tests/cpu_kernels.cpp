@@ -206,8 +206,8 @@ void side_by_side(int threads, const Run& run) {
   for (std::thread& other : others) other.join();
 }
 
-Lines<char> scratch_of(const Kernels& kernels, const Inputs& in) {
-  return Lines<char>(kernels.scratch_bytes(in));
+Lines<char> scratch_of(const Kernels& kernels, const Inputs& in, int copied = 0) {
+  return Lines<char>(kernels.scratch_bytes(in, copied));
 }
 
 template <typename T, typename Weight>
@@ -420,20 +420,26 @@ class Call {
     kGroups,  // and rows in two bands, where possible
     kNarrow,  // narrow shares
     kCopied,  // with a copy of the pixels of a head, or of two
+    kParts,   // with copies of the pixels of two heads, visited one after the other
   };
+
+  static bool has_copies(Heads heads) { return heads == Heads::kCopied || heads == Heads::kParts; }
 
   std::vector<Share> shares(int threads, Heads heads) const {
     std::vector<Share> found;
-    const int groups = heads == Heads::kCopied   ? (in_.problem.heads + 1) / 2
+    const int groups = has_copies(heads)         ? (in_.problem.heads + 1) / 2
                        : heads == Heads::kNarrow ? kNarrow
                                                  : std::min(threads > 1 ? 2 : 1, in_.problem.heads);
+    const Sums sums = has_copies(heads)         ? Sums::kCopied
+                      : heads == Heads::kNarrow ? Sums::kNarrow
+                      : sizeof(T) == 2          ? Sums::kWhole
+                                                : Sums::kNone;
     const int bands = heads == Heads::kGroups && threads > 1 && !levels_overlap() ? 2 : 1;
     for (int64_t b = 0; b < in_.problem.batch; ++b) {
       for (int group = 0; group < groups; ++group) {
         for (int band = 0; band < bands; ++band) {
           found.push_back({b, in_.problem.heads * group / groups,
-                           in_.problem.heads * (group + 1) / groups, band, bands,
-                           heads == Heads::kNarrow});
+                           in_.problem.heads * (group + 1) / groups, band, bands, sums});
         }
       }
     }
@@ -452,6 +458,9 @@ class Call {
     expect(one == run(1, true, Heads::kCopied), name + "copies of the pixels");
     expect(one == run(kThreads, false, Heads::kCopied),
            name + "several threads, copies of the pixels");
+    expect(one == run(1, false, Heads::kParts), name + "copies, a head after the other");
+    expect(one == run(kThreads, true, Heads::kParts),
+           name + "several threads past the caches, copies, a head after the other");
     for (const int threads : {1, kThreads}) {
       for (const int at_once : {1, in_.problem.heads % 2 ? 1 : 2}) {
         expect(one.same_bits(one.output, output_by_heads(threads, at_once)),
@@ -490,7 +499,7 @@ class Call {
     to.output.resize(grad_.size());
     to.value.resize(value_.size());
     // a 16-bit gradient and that of a copy are written, not added to; narrow shares write what they have reached
-    if (heads == Heads::kCopied || (sizeof(T) == 2 && heads == Heads::kGroups)) {
+    if (has_copies(heads) || (sizeof(T) == 2 && heads == Heads::kGroups)) {
       std::memset(to.value.data(), 0xff, sizeof(T) * to.value.size());
     }
     to.locations.resize(locations_.size());
@@ -515,19 +524,24 @@ class Call {
                           past_caches};
     const std::vector<Share> all = shares(threads, heads);
     side_by_side(threads, [&](int thread) {
-      auto scratch = scratch_of(kernels_, in);
+      auto scratch = scratch_of(kernels_, in, has_copies(heads) ? std::min(p.heads, 2) : 0);
       Inputs own_in = in;
       Gradients own = grads;
       if (!groups) own.sums = sums[static_cast<size_t>(thread)].data();
-      std::vector<T> pixels(heads == Heads::kCopied ? copied : 0);
-      if (heads == Heads::kCopied) own_in.copy = pixels.data();
+      std::vector<T> pixels(has_copies(heads) ? copied : 0);
+      if (has_copies(heads)) own_in.copy = pixels.data();
       for (size_t i = static_cast<size_t>(thread); i < all.size();
            i += static_cast<size_t>(threads)) {
         const Share& share = all[i];
-        if (heads == Heads::kCopied) {
+        if (has_copies(heads)) {
+          own_in.heads = heads == Heads::kParts ? 1 : share.last_head - share.first_head;
+          T* part = pixels.data();
+          for (int head = share.first_head; head < share.last_head; head += own_in.heads) {
+            own_in.first_head = head;
+            kernels_.copy(own_in, share.batch, 0, p.rows, part);
+            part += p.rows * own_in.heads * p.head_dim;
+          }
           own_in.first_head = share.first_head;
-          own_in.heads = share.last_head - share.first_head;
-          kernels_.copy(own_in, share.batch, 0, p.rows, pixels.data());
         }
         kernels_.backward(own_in, own, share, scratch.data());
       }

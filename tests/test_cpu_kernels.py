@@ -263,6 +263,33 @@ def test_the_memory_of_a_freed_result_is_used_again(megabytes: str) -> None:
         assert done.stdout == f"{keeps and megabytes != '0'}\n"
 
 
+# The second call sums in the block of the first, which is larger than the first one needed.
+SUMS = """
+import torch, deform_attn
+
+def gradient(height, dtype):
+    torch.manual_seed(0)
+    value = torch.randn(1, height * 50, 2, 32).to(dtype).requires_grad_()
+    locations, weights = torch.rand(1, 9, 2, 1, 4, 2), torch.rand(1, 9, 2, 1, 4).to(dtype)
+    arguments = value, [(height, 50)], [0], locations, weights
+    deform_attn.ms_deform_attn(*arguments, backend="compiled").sum().backward()
+    return value.grad.float()
+
+gradient(90, torch.float16)
+found, expected = gradient(150, torch.float16), gradient(150, torch.float32)
+torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)
+"""
+
+
+def test_sums_are_zeros_where_a_block_is_larger_than_the_first_call_needs() -> None:
+    # glibc fills new memory with 71: as float32, 51015.28
+    environment = os.environ | {"MALLOC_PERTURB_": str(0xFF ^ 71)}
+    done = subprocess.run(
+        [sys.executable, "-c", SUMS], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # The choice of the instruction set ----------------------------------------------------------------
 
 # The second call is an encoder whose value is larger than a cache.

@@ -127,11 +127,13 @@ DEFORM_ATTN_INLINE void visit_points(const T* __restrict value, const T* __restr
         load_channels<kLanes, kVecs>(value + offset[i], some, channels);
         each<kVecs>([&](auto v) DEFORM_ATTN_INLINED { totals[i] += gradient[v] * channels[v]; });
       });
-      Quad<Acc> product;
+      Vec<Acc, 4> product, before;
       four_sums<Acc, kLanes>(totals, product);
-      each<4>([&](auto i) DEFORM_ATTN_INLINED {
-        products[k][i] = first ? product[i] : products[k][i] + product[i];
-      });
+      if (!first) {
+        std::memcpy(&before, products[k], sizeof(before));
+        product += before;
+      }
+      std::memcpy(products[k], &product, sizeof(product));
     }
     each<4>([&](auto i) DEFORM_ATTN_INLINED {
       if (!(here & (i < 2 ? kUpper : kLower))) return;
@@ -160,45 +162,54 @@ struct PointGradients {
   Acc* locations;
   Acc* weights;
 
-  PointGradients(Arena& arena, int64_t points)
+  // `points`: that are visited together; `of_parts`: of all parts, where there are several.
+  PointGradients(Arena& arena, int64_t points, int64_t of_parts)
       : products(arena.take<Quad<Acc>>(padded<Acc>(points))),
         locations(arena.take<Acc>(2 * padded<Acc>(points))),
-        weights(arena.take<Acc>(padded<Acc>(points))) {}
+        weights(arena.take<Acc>(padded<Acc>(points))),
+        rounded_(arena.take<Acc>(std::max(padded<Acc>(points), kTile * kTile * of_parts))) {}
 
-  // Writes those of all points, or of the owned ones where `reach` is given. `streams`: with
-  // streaming stores.
+  // Writes those of all points, or of the owned ones where `reach` is given.
   template <typename Weight>
   DEFORM_ATTN_INLINE void write(Acc* to_locations, Weight* to_weights, const int32_t* reach,
-                                int count, bool streams) const {
+                                int count) const {
     if (count == 0) return;
-    const auto numbers = static_cast<size_t>(count);
-    if (streams) {
-      stream(to_locations, locations, 2 * numbers * sizeof(Acc));
-      stream(to_weights, rounded<Weight>(count), numbers * sizeof(Weight));
-    } else if (!reach) {
+    if (!reach) {
+      const auto numbers = static_cast<size_t>(count);
       std::memcpy(to_locations, locations, 2 * numbers * sizeof(Acc));
-      std::memcpy(to_weights, rounded<Weight>(count), numbers * sizeof(Weight));
-    } else {
-      for (int k = 0; k < count; ++k) {
-        if (!(reach[k] & kOwned)) continue;
-        to_locations[2 * k] = locations[2 * k];
-        to_locations[2 * k + 1] = locations[2 * k + 1];
-        from_acc(weights[k], to_weights[k]);
-      }
+      auto* from = static_cast<Weight*>(rounded_);
+      round(from, count);
+      std::memcpy(to_weights, from, numbers * sizeof(Weight));
+      return;
+    }
+    for (int k = 0; k < count; ++k) {
+      if (!(reach[k] & kOwned)) continue;
+      to_locations[2 * k] = locations[2 * k];
+      to_locations[2 * k + 1] = locations[2 * k + 1];
+      from_acc(weights[k], to_weights[k]);
     }
   }
 
- private:
-  // The weights' gradients as Weight, in the same place: a 16-bit number is never written
-  // over a number that is still to be read.
+  // Writes those of all points with streaming stores. Those of weights: of all `parts` after the last part.
   template <typename Weight>
-  DEFORM_ATTN_INLINE const void* rounded(int count) const {
-    if constexpr (!std::is_same_v<Weight, Acc>) {
-      constexpr int kLanes = kNativeLanes<Acc>;
-      auto* to = reinterpret_cast<Weight*>(weights);
-      for (int k = 0; k < count; k += kLanes) store<kLanes>(to + k, load<kLanes>(weights + k));
-    }
-    return weights;
+  DEFORM_ATTN_INLINE void stream_out(Acc* to_locations, Weight* to_weights, const Visit& visit,
+                                     int parts, int count) const {
+    stream(to_locations, locations, 2 * static_cast<size_t>(count) * sizeof(Acc));
+    const int of_query = parts * count, before = visit.part * count;
+    auto* line = static_cast<Weight*>(rounded_) + (parts > 1 ? visit.index : 0) * of_query;
+    round(line + before, count);
+    if (visit.part + 1 < parts) return;
+    stream(to_weights - before, line, static_cast<size_t>(of_query) * sizeof(Weight));
+  }
+
+ private:
+  void* rounded_;  // gradients of weights as Weight; with several parts, of the queries of a block
+
+  // Rounds whole vectors, up to some numbers too many.
+  template <typename Weight>
+  DEFORM_ATTN_INLINE void round(Weight* to, int count) const {
+    constexpr int kLanes = kNativeLanes<Acc>;
+    for (int k = 0; k < count; k += kLanes) store<kLanes>(to + k, load<kLanes>(weights + k));
   }
 };
 
@@ -249,18 +260,22 @@ DEFORM_ATTN_INLINE void round_and_clear(AccOf<T>* sums, T* to, int some) {
   store_channels<kLanes, kVecs>(sums, some, zeros);
 }
 
-// Writes a share's sums to its gradient of value, rounded to 16 bits where it has them, and clears the sums.
-// Both begin at the share's first head.
+// Writes the sums of heads first_head .. last_head - 1 of a share to its gradient of value, rounded to 16 bits
+// where it has them, and clears the sums. Both begin at first_head.
 template <int kParts, typename T>
 void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccOf<T>* sums, T* to) {
   using Acc = AccOf<T>;
   const int head_dim = in.problem.head_dim;
   const int64_t stride = in.problem.row_stride();
   const int64_t channels = (own.last_head - own.first_head) * head_dim;
-  const int64_t pitch = in.copy ? channels : stride / kParts;  // of the sums
+  const int64_t pitch = own.sums == Sums::kCopied ? channels : stride / kParts;  // of the sums
   if (!reached.flags) {
+    constexpr int64_t kAhead = 32;  // rows
     return each_range(in, own, [&](int64_t first, int64_t last) {
       for (int64_t row = first; row < last; ++row) {
+        const int64_t ahead = row + kAhead < last ? row + kAhead : row;
+        fetch_all<true>(sums, sizeof(Acc), ahead * pitch, static_cast<int>(channels));
+        fetch_all<true>(to, sizeof(T), ahead * stride, static_cast<int>(channels));
         for (int64_t head = 0; head < channels; head += head_dim) {
           for_channels<Acc>(head_dim, [&](int c, auto lanes, auto vecs, int some) {
             round_and_clear<lanes.value, vecs.value>(sums + row * pitch + head + c,
@@ -275,8 +290,7 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
   // third-level cache, where a thread waits for many lines at a time.
   constexpr int64_t kAtOnce = int64_t{1} << 16, kMost = 4096, kAhead = 96;  // kAtOnce: elements
   const int64_t rows = kParts > 1 ? in.problem.rows : std::max<int64_t>(kAtOnce / stride, 1);
-  const double rows_per_flag = 1.0 / reached.heads;
-  int32_t of_sums[kMost], of_value[kMost];  // places, in elements
+  int32_t of_sums[kMost], of_value[kParts > 1 ? kMost : 1];  // places, in elements
   each_range(in, own, [&](int64_t first, int64_t end) {
     for (int64_t last; first < end; first = last) {
       last = first + rows < end ? first + rows : end;
@@ -298,22 +312,28 @@ void round_sums(const Inputs& in, const Share& own, const Reached& reached, AccO
         for (; flag < last_flag && found + 8 <= kMost; flag += 8) {
           found += reached.eight(flag, last_flag, of_sums + found);
         }
-        for (int64_t i = 0; i < found; ++i) {
-          // a division of integers takes longer; 0.5: the product is never just below an integer
-          const auto row = static_cast<int32_t>((of_sums[i] + 0.5) * rows_per_flag);
-          of_sums[i] *= head_dim;
-          of_value[i] = of_sums[i] + row * static_cast<int32_t>(stride - pitch);
+        if constexpr (kParts > 1) {
+          const double rows_per_flag = 1.0 / reached.heads;
+          for (int64_t i = 0; i < found; ++i) {
+            // a division of integers takes longer; 0.5: the product is never just below an integer
+            const auto row = static_cast<int32_t>((of_sums[i] + 0.5) * rows_per_flag);
+            of_sums[i] *= head_dim;
+            of_value[i] = of_sums[i] + row * static_cast<int32_t>(stride - pitch);
+          }
+        } else {
+          for (int64_t i = 0; i < found; ++i) of_sums[i] *= head_dim;
         }
+        const int32_t* places = kParts > 1 ? of_value : of_sums;
         for_channels<Acc>(head_dim, [&](int c, auto lanes, auto vecs, int some) {
           for (int64_t i = -kAhead; i < found; ++i) {
             if (const int64_t next = i + kAhead; next < found) {
               for (int at = 0; at < vecs.value * lanes.value; at += int{kCacheLine / sizeof(Acc)}) {
                 __builtin_prefetch(sums + of_sums[next] + c + at, 1, 2);
               }
-              if constexpr (kParts > 1) __builtin_prefetch(to + of_value[next] + c, 1, 2);
+              if constexpr (kParts > 1) __builtin_prefetch(to + places[next] + c, 1, 2);
             }
             if (i < 0) continue;
-            round_and_clear<lanes.value, vecs.value>(sums + of_sums[i] + c, to + of_value[i] + c,
+            round_and_clear<lanes.value, vecs.value>(sums + of_sums[i] + c, to + places[i] + c,
                                                      some);
           }
         });
@@ -326,7 +346,9 @@ template <int kParts, typename T, typename Weight>
 void backward_share(const Inputs& in, const Gradients& grads, const Share& own, void* scratch) {
   using Acc = AccOf<T>;
   const Problem& p = in.problem;
-  const int heads = own.last_head - own.first_head;
+  const int of_share = own.last_head - own.first_head;
+  const int heads = in.copy ? in.heads : of_share;  // of a visit
+  const int parts = of_share / heads;
   const int count = heads * p.points;
   const bool is_fused = in.fused.reference != nullptr;
   Arena arena(scratch);
@@ -334,43 +356,50 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
   levels.enter(own.batch);
   PointSource<Acc> source(arena, in, heads);
   Pair<Acc> pair(arena, count, true);
-  const PointGradients<Acc> point_grads(arena, count);
+  const PointGradients<Acc> point_grads(arena, count, parts > 1 ? of_share * p.points : 0);
 
   const T* value = static_cast<const T*>(in.copy);
   if (!value) value = static_cast<const T*>(in.value) + p.value_at(own.batch, 0, own.first_head);
+  const int64_t of_part = p.rows * heads * p.head_dim;  // of a copy, and of its sums
   const bool adds = grads.value != nullptr, partial = own.bands > 1 || !adds;
   constexpr bool kRounds = !std::is_same_v<T, Acc>;
-  const bool has_sums = kRounds || in.copy;  // otherwise the gradient itself is added to
   Acc* sums = nullptr;
   if (adds) {
-    sums = static_cast<Acc*>(has_sums ? grads.sums : grads.value);
-    if (kParts == 1 && !in.copy) sums += p.value_at(own.batch, 0, own.first_head);
+    sums = static_cast<Acc*>(own.sums == Sums::kNone ? grads.value : grads.sums);
+    if (own.sums == Sums::kNone || own.sums == Sums::kWhole) {
+      sums += p.value_at(own.batch, 0, own.first_head);
+    }
   }
   const Reached reached(arena, in, kRounds && adds, kParts);
   const size_t weight_bytes = is_fused ? sizeof(Acc) : sizeof(Weight);  // of their gradients
-  const bool streams = grads.past_caches && !partial && fills_lines(p, grads, own, weight_bytes);
+  const bool streams = grads.past_caches && !partial && fills_lines(p, grads, own, weight_bytes) &&
+                       (parts == 1 || count % kNativeLanes<Acc> == 0);
   int64_t block = own.batch * blocks_of(in);
   const int64_t last = block + blocks_of(in);
   const auto take = [&] { return block < last ? block++ : -1; };
+  const auto first_head_of = [&](const Visit& visit) {
+    return own.first_head + visit.part * heads;
+  };
   // Hardware prefetchers follow neither the operands of a share of the heads, which are pieces of rows, nor
   // those of sorted queries. Inlined: GCC drops calls of a function that only prefetches.
-  const auto fetch = [&](int64_t batch, int64_t query) DEFORM_ATTN_INLINED {
+  const auto fetch = [&](const Visit& visit) DEFORM_ATTN_INLINED {
     if (heads == p.heads && !in.order) return;
-    const int64_t at = p.point_at(batch, query, own.first_head);
+    const int first_head = first_head_of(visit);
+    const int64_t at = p.point_at(visit.batch, visit.query, first_head);
     fetch_all<false>(in.locations, is_fused ? sizeof(Weight) : sizeof(Acc), 2 * at, 2 * count);
     fetch_all<false>(in.weights, sizeof(Weight), at, count);
-    fetch_all<false>(grads.output, sizeof(T), p.output_at(batch, query, own.first_head),
+    fetch_all<false>(grads.output, sizeof(T), p.output_at(visit.batch, visit.query, first_head),
                      heads * p.head_dim);
     if (streams) return;
     fetch_all<true>(grads.locations, sizeof(Acc), 2 * at, 2 * count);
     fetch_all<true>(grads.weights, weight_bytes, at, count);
   };
-  Upcoming upcoming(in, take, fetch);
+  Upcoming upcoming(in, parts, take, fetch);
   const int ahead = heads_ahead(in, heads);
   const auto place = [&](auto& placed) {
-    if (!upcoming.next(placed.batch, placed.query)) return false;
-    source.template points<Weight>(in, own.batch, placed.query, own.first_head, heads,
-                                   [&](const Acc* locations, const auto* weights) {
+    if (!upcoming.next(placed.visit)) return false;
+    source.template points<Weight>(in, own.batch, placed.visit.query, first_head_of(placed.visit),
+                                   heads, [&](const Acc* locations, const auto* weights) {
                                      placed.points.template place<true>(levels, locations, weights,
                                                                         count);
                                    });
@@ -378,8 +407,12 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
     return true;
   };
   pair.run(place, [&](const auto& now, const auto& next) {
+    const Visit& visit = now.visit;
+    const int first_head = first_head_of(visit);
+    const T* pixels = value + visit.part * of_part;
+    Acc* to_sums = adds ? sums + visit.part * of_part : nullptr;
     const T* grad_output =
-        static_cast<const T*>(grads.output) + p.output_at(own.batch, now.query, own.first_head);
+        static_cast<const T*>(grads.output) + p.output_at(own.batch, visit.query, first_head);
     const int32_t* reach = partial ? now.points.reach : nullptr;
     for (int head = 0; head < heads; ++head) {
       const int first = head * p.points, channel = head * p.head_dim;
@@ -387,26 +420,30 @@ void backward_share(const Inputs& in, const Gradients& grads, const Share& own, 
       const int to_next = run.next_head * p.head_dim - channel;
       for_channels<Acc>(p.head_dim, [&](int c, auto lanes, auto vecs, int some) {
         visit_points<lanes.value, vecs.value, kParts, T, Acc>(
-            value + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
-            adds ? sums + channel + c : nullptr, reached, point_grads.products + first, c == 0,
+            pixels + channel + c, grad_output + channel + c, run, reach ? reach + first : nullptr,
+            adds ? to_sums + channel + c : nullptr, reached, point_grads.products + first, c == 0,
             some, head, to_next, in.fetches_pairs);
       });
     }
     now.points.pull_back(levels, point_grads.products, point_grads.locations, point_grads.weights,
                          count);
-    const int64_t at = p.point_at(own.batch, now.query, own.first_head);
-    Acc* to_locations = static_cast<Acc*>(grads.locations) + 2 * at;
+    const int64_t at = p.point_at(own.batch, visit.query, first_head);
+    const auto write = [&](auto* weights) DEFORM_ATTN_INLINED {
+      Acc* locations = static_cast<Acc*>(grads.locations) + 2 * at;
+      streams ? point_grads.stream_out(locations, weights + at, visit, parts, count)
+              : point_grads.write(locations, weights + at, reach, count);
+    };
     // in a fused call finish_queries reads them
-    if (is_fused) {
-      point_grads.write(to_locations, static_cast<Acc*>(grads.weights) + at, reach, count, streams);
-    } else {
-      point_grads.write(to_locations, static_cast<Weight*>(grads.weights) + at, reach, count,
-                        streams);
-    }
+    is_fused ? write(static_cast<Acc*>(grads.weights)) : write(static_cast<Weight*>(grads.weights));
   });
-  if (adds && has_sums) {
-    T* grad_value = static_cast<T*>(grads.value) + p.value_at(own.batch, 0, own.first_head);
-    round_sums<kParts>(in, own, reached, sums, grad_value);
+  if (adds && own.sums != Sums::kNone) {
+    Share part = own;
+    for (part.first_head = own.first_head; part.first_head < own.last_head;
+         part.first_head = part.last_head, sums += of_part) {
+      part.last_head = part.first_head + heads;
+      T* grad_value = static_cast<T*>(grads.value) + p.value_at(own.batch, 0, part.first_head);
+      round_sums<kParts>(in, part, reached, sums, grad_value);
+    }
   }
   if (streams) finish_streams();
 }

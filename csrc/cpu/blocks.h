@@ -1,4 +1,4 @@
-// Memory that is kept from one call to the next: that of large results, and zeros.
+// Memory that is kept from one call to the next: that of large results, and that which a call works in.
 //
 // Linux maps fresh memory page by page when it is first written, which can take longer than the pass that
 // writes it, and the C library returns freed memory to the system. Blocks are kept instead.
@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
 namespace deform_attn::cpu {
@@ -15,30 +16,42 @@ namespace deform_attn::cpu {
 class KeptBlocks {
  public:
   enum class Use {
-    kResults,  // of any contents, in use for long: small ones are cheap to map, large ones would be
-               // wasted on small results
-    kZeros,    // zeros when they are given back, in use for a call: a larger block is as good
+    kResults,  // in use for long: small ones are cheap to map, large ones would be wasted on small results
+    kWork,  // in use for a call: a larger block is as good. Passes read and write them in no order, which
+            // takes longer where pages are small: large ones consist of huge pages
   };
   static constexpr size_t kSmallest = size_t{1} << 20;  // bytes of a result
+  static constexpr size_t kHuge = size_t{1} << 21;      // bytes of a huge page
 
   // Keeps at most `most` bytes.
-  KeptBlocks(size_t most, Use use) : most_(most), zeros_(use == Use::kZeros) {}
+  KeptBlocks(size_t most, Use use) : most_(most), of_work_(use == Use::kWork) {}
   ~KeptBlocks() {
     for (void* data : kept_) drop(data);
   }
 
   // Whether a block of this size is kept when it is given back.
-  bool keeps(size_t bytes) const { return (zeros_ || bytes >= kSmallest) && bytes <= most_; }
+  bool keeps(size_t bytes) const { return (of_work_ || bytes >= kSmallest) && bytes <= most_; }
 
   // A block of `bytes` or more; null where there is no memory. `fresh`: it is new, of unknown contents.
   void* take(size_t bytes, bool& fresh) {
+    const bool huge = of_work_ && bytes >= kHuge / 2;
+    if (huge) bytes = (kOffset + bytes + kHuge - 1) / kHuge * kHuge - kOffset;
     fresh = false;
     if (void* data = kept(bytes)) return data;
     fresh = true;
-    void* memory = ::operator new(kOffset + bytes, std::align_val_t{kPage}, std::nothrow);
+    const std::align_val_t alignment{huge ? kHuge : kPage};
+    void* memory = ::operator new(kOffset + bytes, alignment, std::nothrow);
     if (memory == nullptr) return nullptr;
-    ::new (memory) size_t{bytes};
+    ::new (memory) Header{bytes, alignment};
     return static_cast<char*>(memory) + kOffset;
+  }
+
+  // The bytes of a block: as many as `take` was asked for, or more.
+  static size_t size_of(void* data) { return header_of(data).bytes; }
+
+  // The memory that holds a block, and its bytes.
+  static std::pair<void*, size_t> memory_of(void* data) {
+    return {&header_of(data), kOffset + size_of(data)};
   }
 
   // A block that is not used any more. It is kept, and the oldest are freed. Where another thread is
@@ -49,7 +62,8 @@ class KeptBlocks {
 
   // Frees a block.
   static void drop(void* data) noexcept {
-    ::operator delete(static_cast<char*>(data) - kOffset, std::align_val_t{kPage});
+    Header& header = header_of(data);
+    ::operator delete(&header, header.alignment);
   }
 
  private:
@@ -58,8 +72,13 @@ class KeptBlocks {
   // head are often 1024 bytes apart: a block begins about half of that away from all of them.
   static constexpr size_t kPage = 4096, kOffset = kPage / 2 + 512;
 
-  static size_t& size_of(void* data) {
-    return *reinterpret_cast<size_t*>(static_cast<char*>(data) - kOffset);
+  // At the start of the memory of a block.
+  struct Header {
+    size_t bytes;  // of the block
+    std::align_val_t alignment;
+  };
+  static Header& header_of(void* data) {
+    return *reinterpret_cast<Header*>(static_cast<char*>(data) - kOffset);
   }
 
   // Reads and changes nothing where another thread is in here.
@@ -69,7 +88,7 @@ class KeptBlocks {
     size_t best = kept_.size();
     for (size_t i = kept_.size(); i-- > 0;) {  // the newest of the smallest
       const size_t size = size_of(kept_[i]);
-      if (size < bytes || (!zeros_ && size > bytes + bytes / 4)) continue;
+      if (size < bytes || (!of_work_ && size > bytes + bytes / 4)) continue;
       if (best == kept_.size() || size < size_of(kept_[best])) best = i;
     }
     if (best == kept_.size()) return nullptr;
@@ -97,7 +116,7 @@ class KeptBlocks {
   }
 
   const size_t most_;
-  const bool zeros_;
+  const bool of_work_;
   std::mutex mutex_;
   std::vector<void*> kept_;  // the newest last
   size_t bytes_ = 0;         // of all that are kept

@@ -154,15 +154,15 @@ DEFORM_ATTN_INLINE void for_channels(int head_dim, const Body& body) {
 template <typename Acc>
 struct Pair {
   struct Placed {
-    int64_t batch, query;
+    Visit visit;
     Points<Acc> points;
   };
   Placed placed[2];
   int turn = 0;
 
   Pair(Arena& arena, int64_t points, bool backward)
-      : placed{{0, 0, Points<Acc>(arena, points, backward)},
-               {0, 0, Points<Acc>(arena, points, backward)}} {}
+      : placed{{{}, Points<Acc>(arena, points, backward)},
+               {{}, Points<Acc>(arena, points, backward)}} {}
 
   // Calls `visit(now, next)` for each query. `place(placed)` places one query, or returns false
   // after the last, which is passed as its own next one.
@@ -230,22 +230,24 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
   };
   // Hardware prefetchers follow neither the operands of a part of the heads, which are pieces of rows, nor
   // those of sorted queries. Inlined: GCC drops calls of a function that only prefetches.
-  const auto fetch = [&](int64_t batch, int64_t query) DEFORM_ATTN_INLINED {
+  const auto fetch = [&](const Visit& visit) DEFORM_ATTN_INLINED {
     if (!in.copy && !in.order) return;
-    const int64_t at = p.point_at(batch, query, first_head);
+    const int64_t at = p.point_at(visit.batch, visit.query, first_head);
     fetch_all<false>(in.locations, in.fused.reference ? sizeof(Weight) : sizeof(Acc), 2 * at,
                      2 * count);
     fetch_all<false>(in.weights, sizeof(Weight), at, count);
     if (in.copy) {  // all heads: a row is written as a whole, and prefetching it takes longer
-      fetch_all<true>(output, sizeof(T), p.output_at(batch, query, first_head), heads * p.head_dim);
+      fetch_all<true>(output, sizeof(T), p.output_at(visit.batch, visit.query, first_head),
+                      heads * p.head_dim);
     }
   };
-  Upcoming upcoming(in, take, fetch);
+  Upcoming upcoming(in, 1, take, fetch);
   const int ahead = heads_ahead(in, heads);
   const auto place = [&](auto& placed) {
-    if (!upcoming.next(placed.batch, placed.query)) return false;
-    levels.enter(placed.batch);
-    source.template points<Weight>(in, placed.batch, placed.query, first_head, heads,
+    const Visit& visit = placed.visit;
+    if (!upcoming.next(placed.visit)) return false;
+    levels.enter(visit.batch);
+    source.template points<Weight>(in, visit.batch, visit.query, first_head, heads,
                                    [&](const Acc* locations, const auto* weights) {
                                      placed.points.template place<false>(levels, locations, weights,
                                                                          count);
@@ -257,9 +259,9 @@ void forward_blocks(const Inputs& in, void* output, Blocks& blocks, void* scratc
     return static_cast<const T*>(in.value) + p.value_at(batch, 0, 0);
   };
   pair.run(place, [&](const auto& now, const auto& next) {
-    const T* value = pixels_of(now.batch);
-    const T* next_value = pixels_of(next.batch);
-    T* sums = static_cast<T*>(output) + p.output_at(now.batch, now.query, first_head);
+    const T* value = pixels_of(now.visit.batch);
+    const T* next_value = pixels_of(next.visit.batch);
+    T* sums = static_cast<T*>(output) + p.output_at(now.visit.batch, now.visit.query, first_head);
     for (int head = 0; head < heads; ++head) {
       const int channel = head * p.head_dim;
       const Run<Acc> run = run_of(in, now.points, next.points, head, heads, ahead);

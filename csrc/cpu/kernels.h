@@ -27,7 +27,8 @@ struct Inputs {
   Fused fused;
   const int32_t* order;  // [batch, queries]: each image's queries in the order of visits; or null
   // A copy of the pixels of heads first_head .. first_head + heads - 1 of an image, [rows, heads, head_dim], for
-  // a pass over these heads; or null, for one over all heads.
+  // a pass over these heads; or null, for one over all heads. A backward pass over more heads visits `heads`
+  // of them at a time: first_head is that of its share, and the copies of its parts follow each other.
   const void* copy;
   int first_head, heads;
   // Whether the processor fetches the other one of a pair of cache lines by itself.
@@ -37,12 +38,12 @@ struct Inputs {
 
 struct Gradients {
   const void* output;  // in, of value's type
-  // Of value's type; null: not requested. Added to where it has the accumulation type and there is no
-  // Inputs::copy; otherwise out. Zeros before the passes of narrow shares.
+  // Of value's type; null: not requested. Added to with Sums::kNone, otherwise out. Zeros before the passes of
+  // Sums::kNarrow.
   void* value;
-  void* sums;       // see Share; in the accumulation type, zeros before a share's pass and after it
-  void* locations;  // out, in the accumulation type
-  void* weights;    // out, of the weights' type; in the accumulation type in a fused call
+  void* sums;        // see Sums; in the accumulation type, zeros before a share's pass and after it
+  void* locations;   // out, in the accumulation type
+  void* weights;     // out, of the weights' type; in the accumulation type in a fused call
   bool past_caches;  // write locations and weights with streaming stores
 };
 
@@ -68,6 +69,15 @@ struct Blocks {
   }
 };
 
+// Where a share of the backward pass adds up its gradient of value, which it writes at the end.
+enum class Sums {
+  kNone,   // in the gradient itself, which has the accumulation type
+  kWhole,  // shared by all shares, in the shape of value; 16 bits
+  kNarrow,  // its own, [rows, row_stride / kNarrow]; 16 bits, one band, 1 / kNarrow of the heads or fewer
+  kCopied,  // its own, in the shape of Inputs::copy; any type, one band
+};
+constexpr int kNarrow = 4;  // divides the number of heads
+
 // A share of the backward pass: some heads of an image, and a band of the rows of each level. Every
 // number that the pass writes belongs to exactly one share, so shares run in parallel. Each adds in
 // the order of the visits, so results do not depend on the number of threads.
@@ -75,25 +85,24 @@ struct Share {
   int64_t batch;
   int first_head, last_head;
   int band, bands;  // rows height * band / bands .. height * (band + 1) / bands - 1 of each level
-  // 16 bits: Gradients::sums are those of this share alone, [rows, row_stride / kNarrow]; otherwise they
-  // have the shape of value. Such a share has one band and 1 / kNarrow of the heads or fewer.
-  // With Inputs::copy, a share has one band and the heads of the copy. The sums of any type are its own, in
-  // the shape of the copy.
-  bool narrow = false;
+  Sums sums;
 };
-constexpr int kNarrow = 4;  // divides the number of heads
+
+// How passes with Inputs::copy divide the heads.
+struct Division {
+  int at_once;  // Inputs::heads, a divisor of all heads; 0: one pass over all without a copy is faster
+  int of_share;  // of the backward pass: a multiple of at_once, a divisor of all heads
+};
 
 struct Kernels {
   const char* name;
-  // Bytes of working memory of a thread.
-  size_t (*scratch_bytes)(const Inputs&);
+  // Bytes of working memory of a thread. `copied`: the most heads of a share with Inputs::copy, or 0.
+  size_t (*scratch_bytes)(const Inputs&, int copied);
   // The number of blocks of queries in an image.
   int64_t (*blocks)(const Inputs&);
   // order[0 .. queries - 1] = the queries of an image, neighbours close to each other.
   void (*sort)(const Inputs&, int64_t batch, int32_t* order);
-  // The number of heads of passes with Inputs::copy, a divisor of that of all; 0: one pass over all heads
-  // without a copy is faster.
-  int (*heads_at_once)(const Inputs&, bool backward);
+  Division (*division)(const Inputs&, bool backward);
   // Copies rows first .. last - 1 of what Inputs::copy describes to the same rows of `to`.
   void (*copy)(const Inputs&, int64_t batch, int64_t first, int64_t last, void* to);
   // Takes blocks and computes their outputs until none is left.

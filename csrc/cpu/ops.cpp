@@ -4,7 +4,7 @@
 //   Scratch                          a thread's working memory
 //   inputs_of                        from a Call to the kernels' Inputs
 //   kept_blocks, .., empty, clear    memory kept between calls, new tensors, zeros
-//   Sums                             zeros to which 16-bit gradients are added
+//   WorkArrays                       copies of pixels, and zeros to which gradients are added
 //   sort_queries                     the order of visits of queries that are not pixels
 //   run_forward                      a forward pass on all threads
 //   shares_of, run_backward          a backward pass on all threads
@@ -216,10 +216,22 @@ cpu::KeptBlocks& kept_blocks() {
   return blocks;
 }
 
+// A call gives them back as zeros.
 cpu::KeptBlocks& kept_zeros() {
   static auto& blocks = *new cpu::KeptBlocks(std::min(size_t{64} << 20, bytes_to_keep()),
-                                             cpu::KeptBlocks::Use::kZeros);
+                                             cpu::KeptBlocks::Use::kWork);
   return blocks;
+}
+
+cpu::KeptBlocks& kept_copies() {
+  static auto& blocks = *new cpu::KeptBlocks(std::min(size_t{64} << 20, bytes_to_keep()),
+                                             cpu::KeptBlocks::Use::kWork);
+  return blocks;
+}
+
+void ask_for_pages_of(void* block) {
+  const auto [memory, bytes] = cpu::KeptBlocks::memory_of(block);
+  ask_for_pages(memory, bytes);
 }
 
 // Makes a tensor of a block and calls `deleter` when the tensor is freed: a function of torch 2.11 and
@@ -273,9 +285,66 @@ Tensor empty(const Shape& shape, ScalarType type) {
                                                     device, 0, &handle));
   }
   const Tensor tensor(handle);
-  if (fresh) ask_for_pages(tensor.mutable_data_ptr(), bytes);
+  if (block == nullptr) {
+    ask_for_pages(tensor.mutable_data_ptr(), bytes);
+  } else if (fresh) {
+    ask_for_pages_of(block);
+  }
   return tensor;
 }
+
+// On all threads: the first write to a page maps it.
+void clear(void* data, int64_t bytes) {
+  torch::stable::parallel_for(0, bytes, int64_t{1} << 18, [&](int64_t first, int64_t last) {
+    cpu::clear_bytes(static_cast<char*>(data) + first, static_cast<size_t>(last - first));
+  });
+}
+
+// Arrays that a call works in, kept for later calls.
+class WorkArrays {
+ public:
+  enum class Use {
+    kCopies,  // of any contents
+    kSums,  // zeros, kept because clearing takes long. A call that has written to them must clear what it
+            // wrote and call restored(); otherwise they are freed
+  };
+
+  // `count` arrays of `numbers` numbers of `size` bytes. On the caller's thread, which does not compete for
+  // the lock of the kept blocks. It delegates, so that the destructor frees the first blocks where there is
+  // no memory for all.
+  WorkArrays(Use use, int64_t count, int64_t numbers, size_t size) : WorkArrays(use) {
+    const auto bytes = static_cast<size_t>(std::max<int64_t>(numbers, 1)) * size;
+    for (int64_t i = 0; i < count; ++i) {
+      bool fresh = false;
+      blocks_.push_back(kept_.take(bytes, fresh));
+      if (blocks_.back() == nullptr) throw std::bad_alloc();
+      if (!fresh) continue;
+      ask_for_pages_of(blocks_.back());
+      if (use == Use::kSums) {  // the whole block: a later call may need more of it
+        clear(blocks_.back(), static_cast<int64_t>(cpu::KeptBlocks::size_of(blocks_.back())));
+      }
+    }
+  }
+  ~WorkArrays() {
+    for (void* block : blocks_) {
+      if (block != nullptr) restored_ ? kept_.give(block) : cpu::KeptBlocks::drop(block);
+    }
+  }
+  WorkArrays(const WorkArrays&) = delete;
+  WorkArrays& operator=(const WorkArrays&) = delete;
+
+  void* at(size_t index) const { return blocks_.at(index); }
+  // All sums are zeros again.
+  void restored() { restored_ = true; }
+
+ private:
+  explicit WorkArrays(Use use)
+      : kept_(use == Use::kSums ? kept_zeros() : kept_copies()), restored_(use == Use::kCopies) {}
+
+  cpu::KeptBlocks& kept_;
+  std::vector<void*> blocks_;
+  bool restored_;
+};
 
 // Sorts the queries of each image and keeps the order in `order`, where that is worth it: `value` is
 // larger than a cache, and the queries have no order of their own.
@@ -311,68 +380,26 @@ void run_forward(const Call& call, cpu::Inputs in, const Tensor& output) {
     cpu::Blocks blocks{
         {first * per_image}, last * per_image, std::max<int64_t>(1, count / (16 * threads))};
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
-      const Scratch scratch(kernels.scratch_bytes(in));
+      const Scratch scratch(kernels.scratch_bytes(in, 0));
       kernels.forward(in, to, blocks, scratch.get());
     });
   };
   const Problem& p = call.problem;
-  const int at_once = kernels.heads_at_once(in, false);
+  const int at_once = kernels.division(in, false).at_once;
   if (at_once == 0) return run(0, p.batch);
   in.heads = at_once;
-  const Tensor copy = empty(std::vector<int64_t>{p.rows, at_once * p.head_dim}, call.type);
-  in.copy = copy.const_data_ptr();
+  const WorkArrays copy(WorkArrays::Use::kCopies, 1, p.rows * at_once * p.head_dim,
+                        bytes_of(call.type));
+  in.copy = copy.at(0);
   for (int64_t b = 0; b < p.batch; ++b) {
     for (in.first_head = 0; in.first_head < p.heads; in.first_head += at_once) {
       torch::stable::parallel_for(0, p.rows, 1024, [&](int64_t first, int64_t last) {
-        kernels.copy(in, b, first, last, copy.mutable_data_ptr());
+        kernels.copy(in, b, first, last, copy.at(0));
       });
       run(b, b + 1);
     }
   }
 }
-
-// On all threads: the first write to a page maps it.
-void clear(void* data, int64_t bytes) {
-  torch::stable::parallel_for(0, bytes, int64_t{1} << 18, [&](int64_t first, int64_t last) {
-    cpu::clear_bytes(static_cast<char*>(data) + first, static_cast<size_t>(last - first));
-  });
-}
-
-// Blocks of zeros for the sums of 16-bit gradients, kept for later calls because clearing takes long. A
-// call that has written to them must clear what it wrote and call restored(); otherwise they are freed.
-class Sums {
- public:
-  // On the caller's thread, which does not compete for the lock of the kept blocks. It delegates, so that
-  // the destructor frees the first blocks where there is no memory for all.
-  Sums(int64_t count, int64_t numbers, size_t size) : Sums() {
-    const auto bytes = static_cast<size_t>(std::max<int64_t>(numbers, 1)) * size;
-    for (int64_t i = 0; i < count; ++i) {
-      bool fresh = false;
-      blocks_.push_back(kept_zeros().take(bytes, fresh));
-      if (blocks_.back() == nullptr) throw std::bad_alloc();
-      if (!fresh) continue;
-      ask_for_pages(blocks_.back(), bytes);
-      clear(blocks_.back(), static_cast<int64_t>(bytes));
-    }
-  }
-  ~Sums() {
-    for (void* block : blocks_) {
-      if (block != nullptr) restored_ ? kept_zeros().give(block) : cpu::KeptBlocks::drop(block);
-    }
-  }
-  Sums(const Sums&) = delete;
-  Sums& operator=(const Sums&) = delete;
-
-  void* at(size_t index) const { return blocks_.at(index); }
-  // All of them are zeros again.
-  void restored() { restored_ = true; }
-
- private:
-  Sums() = default;
-
-  std::vector<void*> blocks_;
-  bool restored_ = false;
-};
 
 // Whether two levels share rows of value.
 bool overlapping(const std::vector<Level>& levels) {
@@ -388,19 +415,23 @@ bool overlapping(const std::vector<Level>& levels) {
 
 // At least one share per thread, and as few as possible, since every share visits all queries: first
 // images, then groups of heads, then bands of rows. Overlapping levels have one band: a row in two
-// levels would belong to two shares. `groups_wanted`: without bands, at least as many groups of heads.
+// levels would belong to two shares. With one band, `sums` and at least `groups_wanted` groups of heads;
+// otherwise `banded`.
 std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Level>& levels,
-                                  int64_t threads, int64_t groups_wanted) {
+                                  int64_t threads, int64_t groups_wanted, cpu::Sums sums,
+                                  cpu::Sums banded) {
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
   int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
   const int bands = overlapping(levels) ? 1 : static_cast<int>(up(threads, problem.batch * groups));
   if (bands == 1) groups = std::max(groups, groups_wanted);
+  if (bands > 1) sums = banded;
   std::vector<cpu::Share> shares;
   for (int64_t b = 0; b < problem.batch; ++b) {
     for (int64_t group = 0; group < groups; ++group) {
       for (int band = 0; band < bands; ++band) {
         shares.push_back({b, static_cast<int>(problem.heads * group / groups),
-                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands});
+                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands,
+                          sums});
       }
     }
   }
@@ -422,43 +453,49 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const Kernels& kernels = chosen_kernels();
   const int64_t threads = torch::stable::get_num_threads();
   const Problem& p = call.problem;
+  const bool adds = output_mask[0];
   // A 16-bit gradient of value is summed in float32.
-  const bool adds = output_mask[0], rounds = adds && call.acc_dtype() != call.type;
-  int at_once = kernels.heads_at_once(in, true);
-  // The sums of few heads are still in a cache when the next share begins.
-  bool narrow = at_once == 0 && rounds && kernels.narrow(in);
-  const int groups = at_once > 0 ? p.heads / at_once : narrow ? cpu::kNarrow : 1;
-  std::vector<cpu::Share> shares;
-  if (p.batch > 0) shares = shares_of(p, levels, threads, groups);
-  if (shares.empty() || shares.front().bands > 1) {
-    at_once = 0;
-    narrow = false;
+  const bool rounds = adds && call.acc_dtype() != call.type;
+  const cpu::Sums whole = rounds ? cpu::Sums::kWhole : cpu::Sums::kNone;
+  const cpu::Division division = kernels.division(in, true);
+  cpu::Sums kind = whole;
+  int groups = 1;
+  if (division.at_once > 0) {
+    kind = cpu::Sums::kCopied;
+    groups = p.heads / division.of_share;
+  } else if (rounds && kernels.narrow(in)) {
+    kind = cpu::Sums::kNarrow;
+    groups = cpu::kNarrow;
   }
-  const bool copies = at_once > 0;
+  std::vector<cpu::Share> shares;
+  if (p.batch > 0) shares = shares_of(p, levels, threads, groups, kind, whole);
+  kind = shares.empty() ? whole : shares.front().sums;
   int most_heads = 0;  // of a share
-  for (cpu::Share& share : shares) {
-    share.narrow = narrow;
+  for (const cpu::Share& share : shares) {
     most_heads = std::max(most_heads, share.last_head - share.first_head);
   }
+  const bool copies = kind == cpu::Sums::kCopied;
   const int64_t workers = std::min(threads, static_cast<int64_t>(shares.size()));
   const int64_t of_copy = p.rows * most_heads * p.head_dim;  // numbers
-  Tensor grad_value, copy;
-  std::optional<Sums> sums;
+  Tensor grad_value;
+  std::optional<WorkArrays> sums, copy;
   if (adds) {
     grad_value = empty(call.value.sizes(), call.type);
     const size_t size = bytes_of(call.acc_dtype());
     if (copies) {
-      sums.emplace(workers, of_copy, size);
-    } else if (narrow) {
-      sums.emplace(workers, p.rows * p.row_stride() / cpu::kNarrow, size);
-    } else if (rounds) {
-      sums.emplace(1, grad_value.numel(), size);
+      sums.emplace(WorkArrays::Use::kSums, workers, of_copy, size);
+    } else if (kind == cpu::Sums::kNarrow) {
+      sums.emplace(WorkArrays::Use::kSums, workers, p.rows * p.row_stride() / cpu::kNarrow, size);
+    } else if (kind == cpu::Sums::kWhole) {
+      sums.emplace(WorkArrays::Use::kSums, 1, grad_value.numel(), size);
     }
-    if (narrow || !sums) {
+    if (kind == cpu::Sums::kNone || kind == cpu::Sums::kNarrow) {
       clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
     }
   }
-  if (copies) copy = empty(std::vector<int64_t>{workers, of_copy}, call.type);
+  if (copies) {
+    copy.emplace(WorkArrays::Use::kCopies, workers, of_copy, bytes_of(call.type));
+  }
   const int64_t bytes =
       locations.numel() * locations.element_size() + weights.numel() * weights.element_size();
   const cpu::Gradients grads{gradient.const_data_ptr(),    data_of(grad_value),
@@ -467,20 +504,25 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   std::atomic<size_t> next_worker{0};
   torch::stable::parallel_for(
       0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
-        const Scratch scratch(kernels.scratch_bytes(in));
+        const Scratch scratch(kernels.scratch_bytes(in, copies ? most_heads : 0));
         const size_t worker = next_worker++;
         cpu::Inputs own_in = in;
         cpu::Gradients own = grads;
-        if (sums && (copies || narrow)) own.sums = sums->at(worker);
+        if (sums && kind != cpu::Sums::kWhole) own.sums = sums->at(worker);
         for (int64_t i = first; i < last; ++i) {
           const cpu::Share& share = shares[static_cast<size_t>(i)];
           if (copies) {
-            char* to = static_cast<char*>(copy.mutable_data_ptr()) +
-                       static_cast<int64_t>(worker) * of_copy * copy.element_size();
+            char* const to = static_cast<char*>(copy->at(worker));
+            const int heads = share.last_head - share.first_head;
             own_in.copy = to;
+            // with more threads than groups of heads, shares are smaller
+            own_in.heads = heads % division.at_once == 0 ? division.at_once : heads;
+            for (int part = 0; part < heads; part += own_in.heads) {
+              own_in.first_head = share.first_head + part;
+              kernels.copy(own_in, share.batch, 0, p.rows,
+                           to + p.rows * part * p.head_dim * bytes_of(call.type));
+            }
             own_in.first_head = share.first_head;
-            own_in.heads = share.last_head - share.first_head;
-            kernels.copy(own_in, share.batch, 0, p.rows, to);
           }
           kernels.backward(own_in, own, share, scratch.get());
         }
@@ -559,7 +601,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fused_backward(
   const Kernels& kernels = chosen_kernels();
   const int64_t queries = call.problem.batch * call.problem.queries;
   torch::stable::parallel_for(0, queries, 64, [&](int64_t first, int64_t last) {
-    const Scratch scratch(kernels.scratch_bytes(in));
+    const Scratch scratch(kernels.scratch_bytes(in, 0));
     kernels.finish(in, grads, first, last, scratch.get());
   });
   return {grad_value, grad_reference, if_requested(output_mask[2], grad_offsets),

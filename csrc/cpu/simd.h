@@ -586,7 +586,7 @@ DEFORM_ATTN_INLINE Vec<Acc, kLanes> rotated(Vec<Acc, kLanes> a, int by,
   return __builtin_shufflevector(a, a, (kIndex / kQuarter * kQuarter + (kIndex + 2) % kQuarter)...);
 }
 template <typename Acc, int kLanes>
-DEFORM_ATTN_INLINE void four_sums(const Vec<Acc, kLanes> (&from)[4], Acc (&to)[4]) {
+DEFORM_ATTN_INLINE void four_sums(const Vec<Acc, kLanes> (&from)[4], Vec<Acc, 4>& to) {
   if constexpr (kLanes == 8 && sizeof(from[0]) == 32) {  // as in store_quads: within halves
     using V = Vec<Acc, kLanes>;
     const auto halved = [](V a, V b) DEFORM_ATTN_INLINED {
@@ -596,9 +596,8 @@ DEFORM_ATTN_INLINE void four_sums(const Vec<Acc, kLanes> (&from)[4], Acc (&to)[4
     const V one = halved(from[0], from[1]), other = halved(from[2], from[3]);
     const V sums = __builtin_shufflevector(one, other, 0, 1, 8, 9, 4, 5, 12, 13) +
                    __builtin_shufflevector(one, other, 2, 3, 10, 11, 6, 7, 14, 15);
-    const Vec<Acc, 4> four = __builtin_shufflevector(sums, sums, 0, 1, 2, 3) +
-                             __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
-    std::memcpy(to, &four, sizeof(four));
+    to = __builtin_shufflevector(sums, sums, 0, 1, 2, 3) +
+         __builtin_shufflevector(sums, sums, 4, 5, 6, 7);
   } else if constexpr (kLanes >= 4) {
     constexpr auto kIndices = std::make_integer_sequence<int, kLanes>();
     auto sums = quartered<Acc, kLanes>(paired<Acc, kLanes>(from[0], from[1], kIndices),
@@ -606,9 +605,7 @@ DEFORM_ATTN_INLINE void four_sums(const Vec<Acc, kLanes> (&from)[4], Acc (&to)[4
     if constexpr (kLanes >= 16) sums += rotated<Acc, kLanes>(sums, 2, kIndices);
     if constexpr (kLanes >= 8) sums += rotated<Acc, kLanes>(sums, 1, kIndices);
     constexpr int kQuarter = kLanes / 4;
-    const Vec<Acc, 4> four =
-        __builtin_shufflevector(sums, sums, 0, kQuarter, 2 * kQuarter, 3 * kQuarter);
-    std::memcpy(to, &four, sizeof(four));
+    to = __builtin_shufflevector(sums, sums, 0, kQuarter, 2 * kQuarter, 3 * kQuarter);
   } else {
     for (int i = 0; i < 4; ++i) {
       to[i] = from[i][0];

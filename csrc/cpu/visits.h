@@ -2,6 +2,7 @@
 //
 //   blocks_of      the number of blocks of queries in an image
 //   sort_queries   sorts the queries of an image by where they sample
+//   Visit          a query, and the part of the heads for which it is visited
 //   Visits         iterates over the queries of the blocks that a thread takes
 //   Upcoming       the same, some queries ahead
 //
@@ -74,32 +75,46 @@ void sort_queries(const Inputs& in, int64_t batch, int32_t* order) {
   }
 }
 
-// The queries of some blocks, one after another; blocks are numbered over all images.
+struct Visit {
+  int64_t batch, query;
+  int part;   // of the heads
+  int index;  // of the query in its block
+};
+
+// The queries of some blocks, one after another; blocks are numbered over all images. With several parts of
+// the heads a block is visited once for each part, so that its operands are still in a cache.
 class Visits {
  public:
-  explicit Visits(const Inputs& in) : in_(in), per_image_(blocks_of(in)) {}
-
-  int64_t batch = 0, query = 0;  // of the current visit
+  Visits(const Inputs& in, int parts)
+      : in_(in), per_image_(blocks_of(in)), parts_(parts), part_(parts - 1) {}
 
   // Advances to the next query; false where none is left. `take()` returns the next block, or a
   // negative number.
   template <typename Take>
-  bool next(const Take& take) {
+  bool next(const Take& take, Visit& to) {
     while (at_ == count_) {
+      if (part_ + 1 < parts_) {
+        ++part_;
+        at_ = 0;
+        continue;
+      }
       const int64_t block = take();
       if (block < 0) return false;
-      batch = block / per_image_;
+      batch_ = block / per_image_;
+      part_ = 0;
       enter(block % per_image_);
     }
-    query = first_ + int64_t{at_ / width_} * pitch_ + at_ % width_;
-    if (in_.order) query = in_.order[batch * in_.problem.queries + query];
+    int64_t query = first_ + int64_t{at_ / width_} * pitch_ + at_ % width_;
+    if (in_.order) query = in_.order[batch_ * in_.problem.queries + query];
+    to = {batch_, query, part_, at_};
     ++at_;
     return true;
   }
 
  private:
   const Inputs& in_;
-  int64_t per_image_;
+  int64_t per_image_, batch_ = 0;
+  int parts_, part_;
   // The current block: rows of `width_` queries; the rows are `pitch_` queries apart.
   int64_t first_ = 0, pitch_ = 0;
   int width_ = 1, count_ = 0, at_ = 0;
@@ -135,17 +150,16 @@ class Visits {
 template <typename Take, typename Fetch>
 class Upcoming {
  public:
-  // `take`: as in Visits. `fetch(batch, query)` is called for each query when it is found.
-  Upcoming(const Inputs& in, const Take& take, const Fetch& fetch)
-      : visits_(in), take_(take), fetch_(fetch) {
+  // `parts`, `take`: as in Visits. `fetch(visit)` is called for each query when it is found.
+  Upcoming(const Inputs& in, int parts, const Take& take, const Fetch& fetch)
+      : visits_(in, parts), take_(take), fetch_(fetch) {
     while (count_ < kAhead && find()) ++count_;
   }
 
   // Advances to the next query; false where none is left.
-  bool next(int64_t& batch, int64_t& query) {
+  bool next(Visit& to) {
     if (count_ == 0) return false;
-    batch = batch_[at_];
-    query = query_[at_];
+    to = ring_[at_];
     if (!find()) --count_;
     at_ = (at_ + 1) % kAhead;
     return true;
@@ -157,16 +171,14 @@ class Upcoming {
   Visits visits_;
   const Take& take_;
   const Fetch& fetch_;
-  // A ring: the next query is at at_, the one that is found next belongs behind the last of count_.
-  int64_t batch_[kAhead], query_[kAhead];
+  // The next query is at at_, the one that is found next belongs behind the last of count_.
+  Visit ring_[kAhead];
   int at_ = 0, count_ = 0;
 
   bool find() {
-    if (!visits_.next(take_)) return false;
-    const int to = (at_ + count_) % kAhead;
-    batch_[to] = visits_.batch;
-    query_[to] = visits_.query;
-    fetch_(visits_.batch, visits_.query);
+    Visit& to = ring_[(at_ + count_) % kAhead];
+    if (!visits_.next(take_, to)) return false;
+    fetch_(to);
     return true;
   }
 };
