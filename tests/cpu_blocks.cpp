@@ -23,6 +23,14 @@ void expect(bool right, const char* what) {
 
 constexpr size_t kMega = size_t{1} << 20, kMost = 64 * kMega;
 
+thread_local void* new_memory = nullptr;
+thread_local size_t new_bytes = 0;
+
+void prepare(void* memory, size_t bytes) {
+  new_memory = memory;
+  new_bytes = bytes;
+}
+
 void* take(KeptBlocks& blocks, size_t bytes, bool expected_fresh, const char* what) {
   bool fresh = false;
   void* data = blocks.take(bytes, fresh);
@@ -32,7 +40,7 @@ void* take(KeptBlocks& blocks, size_t bytes, bool expected_fresh, const char* wh
 }
 
 void sizes() {
-  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults, prepare);
   void* four = take(blocks, 4 * kMega, true, "nothing is kept at the start");
   void* five = take(blocks, 5 * kMega, true, "a block in use is not given again");
   blocks.give(four);
@@ -48,7 +56,7 @@ void sizes() {
 }
 
 void limit() {
-  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults, prepare);
   constexpr size_t kThird = kMost / 3;
   void* first = take(blocks, kThird, true, "a new block");
   void* second = take(blocks, 2 * kThird, true, "a new block");
@@ -66,7 +74,7 @@ void limit() {
 }
 
 void any_size_to_work_in() {
-  KeptBlocks blocks(kMost, KeptBlocks::Use::kWork);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kWork, prepare);
   void* large = take(blocks, 8 * kMega, true, "nothing is kept at the start");
   void* small = take(blocks, 100, true, "a block in use is not given again");
   blocks.give(small);
@@ -82,15 +90,16 @@ void any_size_to_work_in() {
 void huge_pages() {
   constexpr size_t kHuge = KeptBlocks::kHuge;
   for (const size_t bytes : {kHuge / 2, kHuge, 3 * kHuge + 1}) {
-    KeptBlocks blocks(kMost, KeptBlocks::Use::kWork);
+    KeptBlocks blocks(kMost, KeptBlocks::Use::kWork, prepare);
     void* data = take(blocks, bytes, true, "nothing is kept at the start");
-    const auto [start, size] = KeptBlocks::memory_of(data);
-    const auto before = static_cast<size_t>(static_cast<char*>(data) - static_cast<char*>(start));
-    expect(reinterpret_cast<uintptr_t>(start) % kHuge == 0, "the start of a huge page");
-    expect(size % kHuge == 0, "whole huge pages");
-    expect(before < size && size - before >= bytes, "room for the array");
-    expect(size - before - bytes < kHuge, "no page more than needed");
-    expect(KeptBlocks::size_of(data) == size - before, "the bytes behind the start of the block");
+    const auto before =
+        static_cast<size_t>(static_cast<char*>(data) - static_cast<char*>(new_memory));
+    expect(reinterpret_cast<uintptr_t>(new_memory) % kHuge == 0, "the start of a huge page");
+    expect(new_bytes % kHuge == 0, "whole huge pages");
+    expect(before < new_bytes && new_bytes - before >= bytes, "room for the array");
+    expect(new_bytes - before - bytes < kHuge, "no page more than needed");
+    expect(KeptBlocks::size_of(data) == new_bytes - before,
+           "the bytes from the start of the block");
     blocks.give(data);
     expect(take(blocks, bytes, false, "a kept block of this size") == data, "the same block");
     blocks.give(data);
@@ -98,14 +107,14 @@ void huge_pages() {
 }
 
 void without_memory() {
-  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults, prepare);
   bool fresh = false;
   expect(blocks.take(PTRDIFF_MAX - 2 * kMega, fresh) == nullptr, "null, no exception");
 }
 
 // Enough rounds that threads meet in a call, so that the sanitizer finds what is not under the lock.
 void threads() {
-  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults);
+  KeptBlocks blocks(kMost, KeptBlocks::Use::kResults, prepare);
   std::vector<std::thread> all;
   std::vector<int> wrong(4, 0);
   for (int i = 0; i < 4; ++i) {

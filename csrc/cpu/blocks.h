@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <mutex>
 #include <new>
-#include <utility>
 #include <vector>
 
 namespace deform_attn::cpu {
@@ -23,8 +22,12 @@ class KeptBlocks {
   static constexpr size_t kSmallest = size_t{1} << 20;  // bytes of a result
   static constexpr size_t kHuge = size_t{1} << 21;      // bytes of a huge page
 
+  // Called with new memory before anything is written to it: the first write to a page decides its size.
+  using Prepare = void (*)(void* memory, size_t bytes);
+
   // Keeps at most `most` bytes.
-  KeptBlocks(size_t most, Use use) : most_(most), of_work_(use == Use::kWork) {}
+  KeptBlocks(size_t most, Use use, Prepare prepare)
+      : most_(most), of_work_(use == Use::kWork), prepare_(prepare) {}
   ~KeptBlocks() {
     for (void* data : kept_) drop(data);
   }
@@ -42,17 +45,13 @@ class KeptBlocks {
     const std::align_val_t alignment{huge ? kHuge : kPage};
     void* memory = ::operator new(kOffset + bytes, alignment, std::nothrow);
     if (memory == nullptr) return nullptr;
+    prepare_(memory, kOffset + bytes);
     ::new (memory) Header{bytes, alignment};
     return static_cast<char*>(memory) + kOffset;
   }
 
   // The bytes of a block: as many as `take` was asked for, or more.
   static size_t size_of(void* data) { return header_of(data).bytes; }
-
-  // The memory that holds a block, and its bytes.
-  static std::pair<void*, size_t> memory_of(void* data) {
-    return {&header_of(data), kOffset + size_of(data)};
-  }
 
   // A block that is not used any more. It is kept, and the oldest are freed. Where another thread is
   // in here, it is freed: a lock that was held when the process was forked stays locked.
@@ -117,6 +116,7 @@ class KeptBlocks {
 
   const size_t most_;
   const bool of_work_;
+  const Prepare prepare_;
   std::mutex mutex_;
   std::vector<void*> kept_;  // the newest last
   size_t bytes_ = 0;         // of all that are kept

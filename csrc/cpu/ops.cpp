@@ -212,26 +212,22 @@ size_t bytes_to_keep() {
 
 // Never destroyed: tensors may live longer than this library's variables.
 cpu::KeptBlocks& kept_blocks() {
-  static auto& blocks = *new cpu::KeptBlocks(bytes_to_keep(), cpu::KeptBlocks::Use::kResults);
+  static auto& blocks =
+      *new cpu::KeptBlocks(bytes_to_keep(), cpu::KeptBlocks::Use::kResults, ask_for_pages);
   return blocks;
 }
 
 // A call gives them back as zeros.
 cpu::KeptBlocks& kept_zeros() {
   static auto& blocks = *new cpu::KeptBlocks(std::min(size_t{64} << 20, bytes_to_keep()),
-                                             cpu::KeptBlocks::Use::kWork);
+                                             cpu::KeptBlocks::Use::kWork, ask_for_pages);
   return blocks;
 }
 
 cpu::KeptBlocks& kept_copies() {
   static auto& blocks = *new cpu::KeptBlocks(std::min(size_t{64} << 20, bytes_to_keep()),
-                                             cpu::KeptBlocks::Use::kWork);
+                                             cpu::KeptBlocks::Use::kWork, ask_for_pages);
   return blocks;
-}
-
-void ask_for_pages_of(void* block) {
-  const auto [memory, bytes] = cpu::KeptBlocks::memory_of(block);
-  ask_for_pages(memory, bytes);
 }
 
 // Makes a tensor of a block and calls `deleter` when the tensor is freed: a function of torch 2.11 and
@@ -268,7 +264,7 @@ Tensor empty(const Shape& shape, ScalarType type) {
   const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
   const auto device = aoti_torch_device_type_cpu();
   AtenTensorHandle handle;
-  bool fresh = true;
+  bool fresh = false;
   void* block = nullptr;
   if (tensor_of_block() != nullptr && kept_blocks().keeps(bytes)) {
     block = kept_blocks().take(bytes, fresh);
@@ -285,11 +281,7 @@ Tensor empty(const Shape& shape, ScalarType type) {
                                                     device, 0, &handle));
   }
   const Tensor tensor(handle);
-  if (block == nullptr) {
-    ask_for_pages(tensor.mutable_data_ptr(), bytes);
-  } else if (fresh) {
-    ask_for_pages_of(block);
-  }
+  if (block == nullptr) ask_for_pages(tensor.mutable_data_ptr(), bytes);
   return tensor;
 }
 
@@ -318,9 +310,7 @@ class WorkArrays {
       bool fresh = false;
       blocks_.push_back(kept_.take(bytes, fresh));
       if (blocks_.back() == nullptr) throw std::bad_alloc();
-      if (!fresh) continue;
-      ask_for_pages_of(blocks_.back());
-      if (use == Use::kSums) {  // the whole block: a later call may need more of it
+      if (fresh && use == Use::kSums) {  // the whole block: a later call may need more of it
         clear(blocks_.back(), static_cast<int64_t>(cpu::KeptBlocks::size_of(blocks_.back())));
       }
     }
