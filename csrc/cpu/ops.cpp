@@ -452,7 +452,12 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   int groups = 1;
   if (division.at_once > 0) {
     kind = cpu::Sums::kCopied;
-    groups = p.heads / division.of_share;
+    // the most heads that a thread computes
+    const auto of_thread = [&](int heads) {
+      return (p.batch * (p.heads / heads) + threads - 1) / threads * heads;
+    };
+    const bool balanced = of_thread(division.of_share) <= of_thread(division.at_once);
+    groups = p.heads / (balanced ? division.of_share : division.at_once);
   } else if (rounds && kernels.narrow(in)) {
     kind = cpu::Sums::kNarrow;
     groups = cpu::kNarrow;
