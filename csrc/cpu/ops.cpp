@@ -7,7 +7,7 @@
 //   WorkArrays                       copies of pixels, and zeros to which gradients are added
 //   sort_queries                     the order of visits of queries that are not pixels
 //   run_forward                      a forward pass on all threads
-//   shares_of, run_backward          a backward pass on all threads
+//   plan_of, run_backward            a backward pass on all threads
 //   forward, backward, fused_forward, fused_backward, build   the operators
 
 #include <torch/csrc/stable/library.h>
@@ -403,29 +403,54 @@ bool overlapping(const std::vector<Level>& levels) {
   return false;
 }
 
+// A backward pass, divided among threads.
+struct Plan {
+  std::vector<cpu::Share> shares;
+  cpu::Sums sums = cpu::Sums::kNone;  // of all shares
+  int at_once = 0;                    // heads of a visit, with copies
+  int most_heads = 0;                 // of a share
+};
+
 // At least one share per thread, and as few as possible, since every share visits all queries: first
 // images, then groups of heads, then bands of rows. Overlapping levels have one band: a row in two
-// levels would belong to two shares. With one band, `sums` and at least `groups_wanted` groups of heads;
-// otherwise `banded`.
-std::vector<cpu::Share> shares_of(const Problem& problem, const std::vector<Level>& levels,
-                                  int64_t threads, int64_t groups_wanted, cpu::Sums sums,
-                                  cpu::Sums banded) {
+// levels would belong to two shares. `rounds`: the gradient of value is requested and has 16 bits; it is
+// summed in float32.
+Plan plan_of(const cpu::Inputs& in, const std::vector<Level>& levels, int64_t threads,
+             bool rounds) {
+  const Problem& p = in.problem;
+  Plan plan;
+  plan.sums = rounds ? cpu::Sums::kWhole : cpu::Sums::kNone;
+  if (p.batch == 0) return plan;
+  const Kernels& kernels = chosen_kernels();
   const auto up = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
-  int64_t groups = std::min<int64_t>(up(threads, problem.batch), problem.heads);
-  const int bands = overlapping(levels) ? 1 : static_cast<int>(up(threads, problem.batch * groups));
-  if (bands == 1) groups = std::max(groups, groups_wanted);
-  if (bands > 1) sums = banded;
-  std::vector<cpu::Share> shares;
-  for (int64_t b = 0; b < problem.batch; ++b) {
+  int64_t groups = std::min<int64_t>(up(threads, p.batch), p.heads);
+  const int bands = overlapping(levels) ? 1 : static_cast<int>(up(threads, p.batch * groups));
+  const cpu::Division division = kernels.division(in, true);
+  if (bands == 1 && division.at_once > 0) {
+    plan.sums = cpu::Sums::kCopied;
+    plan.at_once = division.at_once;
+    // the most heads that a thread computes
+    const auto of_thread = [&](int heads) {
+      return up(p.batch * (p.heads / heads), threads) * heads;
+    };
+    const bool balanced = of_thread(division.of_share) <= of_thread(division.at_once);
+    const int of_share = balanced ? division.of_share : division.at_once;
+    groups = std::max<int64_t>(groups, p.heads / of_share);
+  } else if (bands == 1 && rounds && kernels.narrow(in)) {
+    plan.sums = cpu::Sums::kNarrow;
+    groups = std::max<int64_t>(groups, cpu::kNarrow);
+  }
+  for (int64_t b = 0; b < p.batch; ++b) {
     for (int64_t group = 0; group < groups; ++group) {
+      const auto first = static_cast<int>(p.heads * group / groups);
+      const auto last = static_cast<int>(p.heads * (group + 1) / groups);
+      plan.most_heads = std::max(plan.most_heads, last - first);
       for (int band = 0; band < bands; ++band) {
-        shares.push_back({b, static_cast<int>(problem.heads * group / groups),
-                          static_cast<int>(problem.heads * (group + 1) / groups), band, bands,
-                          sums});
+        plan.shares.push_back({b, first, last, band, bands, plan.sums});
       }
     }
   }
-  return shares;
+  return plan;
 }
 
 // Gradients of points from this size on are written with streaming stores: they would have left the
@@ -444,47 +469,27 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   const int64_t threads = torch::stable::get_num_threads();
   const Problem& p = call.problem;
   const bool adds = output_mask[0];
-  // A 16-bit gradient of value is summed in float32.
-  const bool rounds = adds && call.acc_dtype() != call.type;
-  const cpu::Sums whole = rounds ? cpu::Sums::kWhole : cpu::Sums::kNone;
-  const cpu::Division division = kernels.division(in, true);
-  cpu::Sums kind = whole;
-  int groups = 1;
-  if (division.at_once > 0) {
-    kind = cpu::Sums::kCopied;
-    // the most heads that a thread computes
-    const auto of_thread = [&](int heads) {
-      return (p.batch * (p.heads / heads) + threads - 1) / threads * heads;
-    };
-    const bool balanced = of_thread(division.of_share) <= of_thread(division.at_once);
-    groups = p.heads / (balanced ? division.of_share : division.at_once);
-  } else if (rounds && kernels.narrow(in)) {
-    kind = cpu::Sums::kNarrow;
-    groups = cpu::kNarrow;
-  }
-  std::vector<cpu::Share> shares;
-  if (p.batch > 0) shares = shares_of(p, levels, threads, groups, kind, whole);
-  kind = shares.empty() ? whole : shares.front().sums;
-  int most_heads = 0;  // of a share
-  for (const cpu::Share& share : shares) {
-    most_heads = std::max(most_heads, share.last_head - share.first_head);
-  }
-  const bool copies = kind == cpu::Sums::kCopied;
+  const Plan plan = plan_of(in, levels, threads, adds && call.acc_dtype() != call.type);
+  const std::vector<cpu::Share>& shares = plan.shares;
+  const bool copies = plan.sums == cpu::Sums::kCopied, narrow = plan.sums == cpu::Sums::kNarrow;
   const int64_t workers = std::min(threads, static_cast<int64_t>(shares.size()));
-  const int64_t of_copy = p.rows * most_heads * p.head_dim;  // numbers
+  const int64_t of_copy = p.rows * plan.most_heads * p.head_dim;  // numbers
   Tensor grad_value;
   std::optional<WorkArrays> sums, copy;
   if (adds) {
     grad_value = empty(call.value.sizes(), call.type);
     const size_t size = bytes_of(call.acc_dtype());
+    const auto arrays = [&](int64_t count, int64_t numbers) {
+      sums.emplace(WorkArrays::Use::kSums, count, numbers, size);
+    };
     if (copies) {
-      sums.emplace(WorkArrays::Use::kSums, workers, of_copy, size);
-    } else if (kind == cpu::Sums::kNarrow) {
-      sums.emplace(WorkArrays::Use::kSums, workers, p.rows * p.row_stride() / cpu::kNarrow, size);
-    } else if (kind == cpu::Sums::kWhole) {
-      sums.emplace(WorkArrays::Use::kSums, 1, grad_value.numel(), size);
+      arrays(workers, of_copy);
+    } else if (narrow) {
+      arrays(workers, p.rows * p.row_stride() / cpu::kNarrow);
+    } else if (plan.sums == cpu::Sums::kWhole) {
+      arrays(1, grad_value.numel());
     }
-    if (kind == cpu::Sums::kNone || kind == cpu::Sums::kNarrow) {
+    if (narrow || !sums) {
       clear(grad_value.mutable_data_ptr(), grad_value.numel() * grad_value.element_size());
     }
   }
@@ -499,11 +504,11 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
   std::atomic<size_t> next_worker{0};
   torch::stable::parallel_for(
       0, static_cast<int64_t>(shares.size()), 1, [&](int64_t first, int64_t last) {
-        const Scratch scratch(kernels.scratch_bytes(in, copies ? most_heads : 0));
+        const Scratch scratch(kernels.scratch_bytes(in, copies ? plan.most_heads : 0));
         const size_t worker = next_worker++;
         cpu::Inputs own_in = in;
         cpu::Gradients own = grads;
-        if (sums && kind != cpu::Sums::kWhole) own.sums = sums->at(worker);
+        if (sums && (copies || narrow)) own.sums = sums->at(worker);
         for (int64_t i = first; i < last; ++i) {
           const cpu::Share& share = shares[static_cast<size_t>(i)];
           if (copies) {
@@ -511,7 +516,7 @@ Tensor run_backward(const Call& call, cpu::Inputs in, const std::vector<Level>& 
             const int heads = share.last_head - share.first_head;
             own_in.copy = to;
             // with more threads than groups of heads, shares are smaller
-            own_in.heads = heads % division.at_once == 0 ? division.at_once : heads;
+            own_in.heads = heads % plan.at_once == 0 ? plan.at_once : heads;
             for (int part = 0; part < heads; part += own_in.heads) {
               own_in.first_head = share.first_head + part;
               kernels.copy(own_in, share.batch, 0, p.rows,
