@@ -323,10 +323,20 @@ DEFORM_ATTN_INLINE void load_xy(const Acc* from, Vec<Acc, kLanes>& x, Vec<Acc, k
 }
 
 // 2 * kLanes elements as two vectors. bfloat16: a 32-bit number holds two elements, which a shift
-// and a mask separate; elements 0, 2, 4 .. are in the first vector and 1, 3, 5 .. in the second.
+// and a mask separate; elements 0, 2, 4 .. are in the first vector and 1, 3, 5 .. in the second. AVX2
+// interleaves elements with zeros, which is faster; 0 .. 3 and 8 .. 11 are in the first vector.
 template <int kLanes, typename T>
 DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<AccOf<T>, kLanes>& first,
                                   Vec<AccOf<T>, kLanes>& second) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, BFloat16> && kLanes == 8) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    const __m256i zeros = _mm256_setzero_si256();
+    first = bits_as<Vec<float, kLanes>>(_mm256_unpacklo_epi16(zeros, both));
+    second = bits_as<Vec<float, kLanes>>(_mm256_unpackhi_epi16(zeros, both));
+    return;
+  }
+#endif
   if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
     Vec<uint32_t, kLanes> both;
     std::memcpy(&both, from, sizeof(both));
@@ -353,6 +363,14 @@ DEFORM_ATTN_INLINE void load_pair(const T* from, Vec<AccOf<T>, kLanes>& first,
 template <int kLanes, typename T>
 DEFORM_ATTN_INLINE void store_pair(T* to, Vec<AccOf<T>, kLanes> first,
                                    Vec<AccOf<T>, kLanes> second) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (std::is_same_v<T, BFloat16> && kLanes == 8) {
+    const __m256i both = _mm256_packus_epi32(bits_as<__m256i>(bfloat16_bits<kLanes>(first) >> 16),
+                                             bits_as<__m256i>(bfloat16_bits<kLanes>(second) >> 16));
+    std::memcpy(to, &both, sizeof(both));
+    return;
+  }
+#endif
   if constexpr (std::is_same_v<T, BFloat16> && kLittleEndian) {
     const auto both =
         bfloat16_bits<kLanes>(first) >> 16 | (bfloat16_bits<kLanes>(second) & 0xffff0000u);
