@@ -107,7 +107,7 @@ struct Kernels {
   void (*copy)(const Inputs&, int64_t batch, int64_t first, int64_t last, void* to);
   // Takes blocks and computes their outputs until none is left.
   void (*forward)(const Inputs&, void* output, Blocks&, void* scratch);
-  // Whether narrow shares are faster, each for a part of the heads.
+  // Whether shares of a part of the heads with Sums::kNarrow are faster.
   bool (*narrow)(const Inputs&);
   void (*backward)(const Inputs&, const Gradients&, const Share&, void* scratch);
   // For queries first .. last - 1, numbered over all images.
